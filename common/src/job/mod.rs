@@ -1,0 +1,245 @@
+//! The job: one TOML file, parsed once into values that are always right.
+//!
+//! [`parse`] reads TOML and reports file, line and the nearest known name; everything downstream takes a [`Job`] as it is.
+//! The same structs travel to the workers as JSON.
+
+mod parse;
+pub use parse::{parse, JobError};
+
+use serde::{Deserialize, Serialize};
+
+/// A whole job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    pub name: String,
+    pub seed: u64,
+    pub data: Data,
+    pub model: Model,
+    pub train: Train,
+    pub checkpoint: Checkpoint,
+}
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Data {
+    pub source: Source,
+    /// Scale inputs to mean 0 and deviation 1 with statistics of the training set.
+    pub normalize: bool,
+    /// `Some(true)`: the coordinator sends workers their partitions; `Some(false)`: workers read the paths themselves;
+    /// `None`: they read, and are sent what they cannot read.
+    pub ship: Option<bool>,
+    /// Hash samples to partitions instead of cutting contiguous ranges.
+    pub hashed: bool,
+}
+
+/// Where samples come from (`data.format`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "format", rename_all = "kebab-case")]
+pub enum Source {
+    /// The embedded UCI digits, 8x8 in 0..=16; a fifth, chosen by hash of (seed, index), is the test set.
+    Digits,
+    Idx { train: IdxPaths, test: Option<IdxPaths> },
+    Csv(Csv),
+    Synthetic { task: Task, shape: Vec<usize>, classes: usize, samples: usize, test_samples: usize },
+}
+
+/// Paths are as the job file has them; `base` is the job file's folder (absolute).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IdxPaths {
+    pub base: String,
+    pub images: String,
+    pub labels: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Csv {
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// Column names, where the file has no header line.
+    pub columns: Option<Vec<String>>,
+    /// Whether the first line holds column names.
+    pub header: bool,
+    pub target: String,
+    /// Columns that are one-hot encoded; other columns must be numbers.
+    pub categorical: Vec<String>,
+    /// Columns that are left out.
+    pub ignore: Vec<String>,
+    /// The text that stands for a missing value (an empty field always does).
+    pub missing: String,
+    pub separator: char,
+    pub task: Task,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    Classification,
+    Regression,
+}
+
+/// `[model]`; `linear` and `mlp` are short for `layers`, and are expanded by the parser only in [`crate::model`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Model {
+    Linear,
+    Mlp { hidden: Vec<usize>, activation: Activation, dropout: f32 },
+    Layers { layers: Vec<Layer> },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Activation {
+    Relu,
+    LeakyRelu { slope: f32 },
+    Gelu,
+    Tanh,
+    Sigmoid,
+}
+
+/// One entry of `model.layers` (`op`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Layer {
+    Linear { units: usize, bias: bool, init: Option<WeightInit> },
+    #[serde(rename = "conv2d")]
+    Conv2d { filters: usize, kernel: usize, stride: usize, padding: usize, bias: bool, init: Option<WeightInit> },
+    #[serde(rename = "max-pool2d")]
+    MaxPool2d { size: usize, stride: usize },
+    #[serde(rename = "avg-pool2d")]
+    AvgPool2d { size: usize, stride: usize },
+    GlobalAvgPool,
+    Flatten,
+    Activation { activation: Activation },
+    Dropout { rate: f32 },
+    BatchNorm { momentum: f32, eps: f32 },
+    LayerNorm { eps: f32 },
+    /// `y = x + body(x)`.
+    Residual { layers: Vec<Layer> },
+}
+
+/// `init` of a layer; the default is PyTorch's for that layer.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WeightInit {
+    KaimingUniform,
+    KaimingNormal,
+    XavierUniform,
+    XavierNormal,
+}
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Train {
+    pub partitions: u32,
+    pub micro_batch: usize,
+    pub length: Length,
+    pub loss: Loss,
+    pub optimizer: Optimizer,
+    pub schedule: Schedule,
+    pub clip_norm: Option<f32>,
+    pub clip_value: Option<f32>,
+    /// Evaluate on the test set every so many steps; `None`: after each epoch. The end is always evaluated.
+    pub eval_every: Option<u64>,
+    pub early_stopping: Option<EarlyStopping>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Length {
+    Epochs(u64),
+    Steps(u64),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Loss {
+    CrossEntropy { label_smoothing: f32, class_weights: Option<Vec<f32>> },
+    BinaryCrossEntropy { positive_weight: f32 },
+    Mse,
+    Mae,
+    Huber { delta: f32 },
+    Hinge,
+}
+
+/// With exactly PyTorch's definitions and defaults.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Optimizer {
+    Sgd { lr: f32, momentum: f32, dampening: f32, nesterov: bool, weight_decay: f32 },
+    Adam { lr: f32, beta1: f32, beta2: f32, eps: f32, weight_decay: f32 },
+    #[serde(rename = "adamw")]
+    AdamW { lr: f32, beta1: f32, beta2: f32, eps: f32, weight_decay: f32 },
+    Adagrad { lr: f32, lr_decay: f32, eps: f32, weight_decay: f32, initial_accumulator: f32 },
+    #[serde(rename = "rmsprop")]
+    RmsProp { lr: f32, alpha: f32, eps: f32, momentum: f32, centered: bool, weight_decay: f32 },
+}
+
+/// The factor on the base learning rate, as a function of the step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Schedule {
+    pub kind: ScheduleKind,
+    /// Linear rise from `lr / warmup_steps` over the first steps; the main schedule starts after it.
+    pub warmup_steps: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum ScheduleKind {
+    Constant,
+    /// `gamma^(step / every)`.
+    Step { every: u64, gamma: f64 },
+    MultiStep { milestones: Vec<u64>, gamma: f64 },
+    Exponential { gamma: f64 },
+    /// From 1 to `min_factor` over the run.
+    Cosine { min_factor: f64 },
+    Linear { end_factor: f64 },
+    Polynomial { power: f64, end_factor: f64 },
+    /// PyTorch's OneCycleLR: the base rate is `max_lr`.
+    OneCycle { start_fraction: f64, div_factor: f64, final_div_factor: f64 },
+    InverseSqrt,
+    /// Multiply by `factor` when the evaluation metric has not improved for `patience` evaluations.
+    Plateau { factor: f64, patience: u64, threshold: f64, metric: Metric },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Metric {
+    Loss,
+    Accuracy,
+    Auc,
+    Rmse,
+    Mae,
+}
+
+impl Metric {
+    /// Whether a larger value is better.
+    pub fn maximize(self) -> bool {
+        matches!(self, Metric::Accuracy | Metric::Auc)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EarlyStopping {
+    pub metric: Metric,
+    /// Evaluations without improvement before the run ends.
+    pub patience: u64,
+    pub min_delta: f64,
+}
+
+/// `[checkpoint]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Relative to the working directory; default `runs/NAME`.
+    pub dir: String,
+    pub every_steps: u64,
+    pub keep: usize,
+}
+
+impl Job {
+    /// Digest of everything that decides the result: seed, data, model and train; not the name, nor where checkpoints go.
+    pub fn digest(&self) -> [u8; 32] {
+        let decisive = (self.seed, &self.data, &self.model, &self.train);
+        *blake3::hash(&serde_json::to_vec(&decisive).expect("a job is plain data")).as_bytes()
+    }
+}
