@@ -1,0 +1,476 @@
+//! The driver: one task that feeds the protocol's machine and carries out its commands.
+
+use crate::files;
+use crate::store::{Applied, Store};
+use crate::{Progress, Summary};
+use anyhow::{Context, Result, anyhow, bail};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tonic::Status;
+use unisono_common::checkpoint::{self, Manifest};
+use unisono_common::data::partition::Partitions;
+use unisono_common::data::{Opened, Prepared};
+use unisono_common::ids::{Step, WorkerId};
+use unisono_common::job::{Job, ScheduleKind};
+use unisono_common::metrics::{EvalKind, EvalSummary, EvalSums};
+use unisono_common::optim::Optimizer;
+use unisono_common::protocol::{Command, Event, Kind, Machine};
+use unisono_common::schedule::{self, EarlyState, PlateauState};
+use unisono_common::tree::{Node, Offer, Open};
+use unisono_proto::v1;
+
+/// Sends messages to one worker's session.
+pub type ToWorker = mpsc::UnboundedSender<Result<v1::ToWorker, Status>>;
+
+/// What the driver reacts to.
+pub enum Input {
+    Join { worker: WorkerId, threads: u32, name: String, to_worker: ToWorker },
+    Left { worker: WorkerId },
+    Heartbeat { worker: WorkerId },
+    NodeDone { worker: WorkerId, step: Step, node: Node },
+    EvalDone { worker: WorkerId, step: Step, node: Node, sums: Vec<f64>, counts: Vec<u64> },
+    Diverged { worker: WorkerId, step: Step, partition: u32, tensor: String },
+    Applied(Applied),
+    Drain { worker: WorkerId },
+    Stop,
+    Saved(Result<PathBuf>),
+}
+
+/// What service and driver share.
+pub struct Shared {
+    pub job: Job,
+    pub prepared: Prepared,
+    pub fingerprint: [u8; 32],
+    pub store: Store,
+    pub pool: rayon::ThreadPool,
+    pub heartbeat_ms: u32,
+    pub(crate) opened: Opened,
+    pub(crate) train_parts: Partitions,
+    pub(crate) test_parts: Option<Partitions>,
+    pub(crate) machine: Mutex<Machine>,
+    pub(crate) inputs: mpsc::UnboundedSender<Input>,
+    pub(crate) next_id: AtomicU64,
+    pub(crate) names: Mutex<BTreeMap<WorkerId, String>>,
+    pub(crate) progress: watch::Sender<Progress>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Shared {
+    pub(crate) fn input(&self, input: Input) {
+        self.inputs.send(input).ok();
+    }
+
+    pub(crate) fn new_worker_id(&self) -> WorkerId {
+        WorkerId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(crate) fn knows(&self, worker: WorkerId) -> bool {
+        worker.0 > 0 && worker.0 < self.next_id.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn owes(&self, worker: WorkerId, step: Step, kind: Kind, node: Node) -> bool {
+        lock(&self.machine).owes(worker, step, kind, node)
+    }
+
+    /// One partition's samples, encoded.
+    pub(crate) fn partition_bytes(&self, partition: u32, test: bool) -> Bytes {
+        let (set, parts) = match (test, &self.opened.test, &self.test_parts) {
+            (true, Some(set), Some(parts)) => (set, parts),
+            (true, _, _) => return Bytes::new(),
+            (false, _, _) => (&self.opened.train, &self.train_parts),
+        };
+        let rows: Vec<usize> = (0..parts.len(partition)).map(|i| parts.sample(partition, i)).collect();
+        set.select(&rows).to_bytes().into()
+    }
+
+    pub(crate) fn status(&self, now: Instant) -> v1::StatusReply {
+        let p = self.progress.borrow().clone();
+        let names = lock(&self.names);
+        let workers = lock(&self.machine)
+            .members()
+            .enumerate()
+            .map(|(rank, (id, threads, partitions, heard))| v1::WorkerStatus {
+                worker_id: id.0,
+                rank: rank as u32,
+                name: names.get(&id).cloned().unwrap_or_default(),
+                threads,
+                partitions,
+                silent_ms: now.saturating_duration_since(heard).as_millis() as u64,
+            })
+            .collect();
+        v1::StatusReply {
+            job: self.job.name.clone(),
+            step: p.step,
+            total_steps: p.total_steps,
+            epoch: p.epoch,
+            loss: p.loss,
+            samples_per_second: p.samples_per_second,
+            workers,
+        }
+    }
+}
+
+/// What training remembers besides weights and optimizer state.
+#[derive(Clone)]
+pub(crate) struct Learning {
+    pub step: Step,
+    pub samples: u64,
+    pub train_loss: f64,
+    pub plateau: PlateauState,
+    pub early: EarlyState,
+    pub eval: Option<EvalSummary>,
+}
+
+pub(crate) struct Driver {
+    pub shared: Arc<Shared>,
+    pub learning: Learning,
+    pub total_steps: u64,
+    pub steps_per_epoch: u64,
+    pub eval_kind: EvalKind,
+    pub dir: PathBuf,
+    pub sessions: BTreeMap<WorkerId, ToWorker>,
+    pub evals: Open<EvalSums>,
+    pub saving: bool,
+    pub save_again: bool,
+    pub last_saved: Option<(u64, PathBuf)>,
+    pub stop: bool,
+    pub started: Instant,
+    pub first_step: Option<Instant>,
+    pub last_commit: Instant,
+    pub opened_at: Instant,
+    pub step_ms: Vec<f64>,
+    pub step_samples: Vec<u64>,
+    pub joined: u64,
+    pub most_workers: usize,
+    pub finishing: bool,
+}
+
+impl Driver {
+    pub(crate) async fn run(
+        mut self,
+        mut inputs: mpsc::UnboundedReceiver<Input>,
+        mut interrupted: watch::Receiver<bool>,
+    ) -> Result<Summary> {
+        let mut tick = tokio::time::interval(Duration::from_millis(100));
+        self.next()?;
+        loop {
+            let input = tokio::select! {
+                input = inputs.recv() => input.context("all inputs are gone")?,
+                _ = tick.tick() => {
+                    self.machine(Event::Tick);
+                    continue;
+                }
+                changed = interrupted.changed(), if !self.stop => {
+                    if changed.is_ok() && *interrupted.borrow() {
+                        tracing::info!("stopping after this step; once more to end at once");
+                        self.stop = true;
+                        if self.shared.machine.lock().is_ok_and(|m| m.members().count() == 0) {
+                            self.finishing = true;
+                            self.save()?;
+                        }
+                    }
+                    if changed.is_err() { self.stop = true; }
+                    continue;
+                }
+            };
+            if let Some(summary) = self.take(input)? {
+                return Ok(summary);
+            }
+        }
+    }
+
+    fn machine(&mut self, event: Event) {
+        let commands = lock(&self.shared.machine).handle(Instant::now(), event);
+        for command in commands {
+            self.command(command);
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Work { worker, step, generation, kind, nodes } => {
+                let work = v1::Work {
+                    step: step.0,
+                    generation: generation.0,
+                    nodes: nodes.into_iter().map(unisono_proto::to_wire).collect(),
+                    evaluate: kind == Kind::Evaluate,
+                };
+                self.tell(worker, v1::to_worker::Kind::Work(work));
+            }
+            Command::Evict { worker, reason } => {
+                let rejoin = !matches!(reason, unisono_common::protocol::Reason::Drained);
+                tracing::warn!("worker {worker} is out: {reason}");
+                let goodbye = v1::Goodbye { reason: reason.to_string(), rejoin };
+                self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
+                self.sessions.remove(&worker);
+            }
+            Command::Reissued { nodes, partitions } => {
+                tracing::warn!("{partitions} partitions ({nodes} nodes) go to other workers");
+            }
+            Command::WaitingForWorkers { missing } => tracing::info!("waiting for workers: {missing} partitions to do"),
+        }
+    }
+
+    fn tell(&self, worker: WorkerId, kind: v1::to_worker::Kind) {
+        if let Some(session) = self.sessions.get(&worker) {
+            session.send(Ok(v1::ToWorker { kind: Some(kind) })).ok();
+        }
+    }
+
+    fn take(&mut self, input: Input) -> Result<Option<Summary>> {
+        match input {
+            Input::Join { worker, threads, name, to_worker } => {
+                tracing::info!("worker {worker} ({name}, {threads} threads) joined");
+                lock(&self.shared.names).insert(worker, name);
+                self.sessions.insert(worker, to_worker);
+                self.joined += 1;
+                self.machine(Event::Joined { worker, threads });
+                self.most_workers = self.most_workers.max(self.sessions.len());
+            }
+            Input::Left { worker } => {
+                if self.sessions.remove(&worker).is_some() {
+                    tracing::warn!("worker {worker} left");
+                }
+                self.machine(Event::Disconnected { worker });
+            }
+            Input::Heartbeat { worker } => self.machine(Event::Heartbeat { worker }),
+            Input::NodeDone { worker, step, node } => {
+                self.machine(Event::NodeDone { worker, step, kind: Kind::Train, node });
+            }
+            Input::EvalDone { worker, step, node, sums, counts } => {
+                if !self.shared.owes(worker, step, Kind::Evaluate, node) {
+                    return Ok(None);
+                }
+                let Some(sums) = EvalSums::from_parts(self.eval_kind, &sums, &counts) else {
+                    tracing::warn!("worker {worker} sent evaluation sums of the wrong shape");
+                    self.sessions.remove(&worker);
+                    self.machine(Event::Disconnected { worker });
+                    return Ok(None);
+                };
+                self.machine(Event::NodeDone { worker, step, kind: Kind::Evaluate, node });
+                if self.evals.offer(node, sums, EvalSums::merge) == Offer::Complete {
+                    let sums = self.evals.take_root().context("a complete tree has a root")?;
+                    self.machine(Event::RoundApplied);
+                    self.evaluated(sums.summary())?;
+                }
+            }
+            Input::Diverged { worker, step, partition, tensor } => {
+                if step == self.learning.step && self.sessions.contains_key(&worker) {
+                    bail!(
+                        "step {step} diverged: `{tensor}` is not finite in partition {partition}; try a smaller \
+                         learning rate or `clip_norm`. {}",
+                        self.kept()
+                    );
+                }
+            }
+            Input::Applied(Applied::Diverged { step, tensor }) => {
+                bail!("step {step} diverged: `{tensor}` is not finite after the update. {}", self.kept());
+            }
+            Input::Applied(Applied::Done { step, sums }) => {
+                let now = Instant::now();
+                self.machine(Event::RoundApplied);
+                self.step_ms.push((now - self.opened_at).as_secs_f64() * 1e3);
+                self.step_samples.push(sums.samples);
+                self.last_commit = now;
+                self.learning.step = step.next();
+                self.learning.samples += sums.samples;
+                self.learning.train_loss = sums.loss / sums.weight;
+                self.report();
+                let step = self.learning.step.0;
+                let eval_every = self.shared.job.train.eval_every.unwrap_or(self.steps_per_epoch);
+                let last = step >= self.total_steps || self.stop;
+                if self.shared.test_parts.is_some() && (step.is_multiple_of(eval_every) || last) {
+                    self.machine(Event::Open { step: Step(step), kind: Kind::Evaluate });
+                } else {
+                    self.after_step()?;
+                }
+            }
+            Input::Drain { worker } => self.machine(Event::Drain { worker }),
+            Input::Stop => self.stop = true,
+            Input::Saved(result) => {
+                self.saving = false;
+                match result {
+                    Ok(path) => self.last_saved = Some((self.learning.step.0, path)),
+                    Err(e) if self.finishing => return Err(e),
+                    Err(e) => tracing::error!("no checkpoint was written: {e:#}; training goes on"),
+                }
+                if std::mem::take(&mut self.save_again) {
+                    self.save()?;
+                } else if self.finishing {
+                    return self.finish().map(Some);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn kept(&self) -> String {
+        match &self.last_saved {
+            Some((_, path)) => format!("The last good checkpoint is {}", path.display()),
+            None => "There is no checkpoint yet".into(),
+        }
+    }
+
+    fn evaluated(&mut self, eval: EvalSummary) -> Result<()> {
+        let job = &self.shared.job;
+        if let ScheduleKind::Plateau { metric, .. } = job.train.schedule.kind
+            && let Some(value) = eval.get(metric)
+        {
+            self.learning.plateau.observe(&job.train.schedule.kind, value);
+        }
+        if let Some(early) = &job.train.early_stopping
+            && let Some(value) = eval.get(early.metric)
+            && self.learning.early.observe(early, value)
+        {
+            tracing::info!("{:?} has not improved for {} evaluations: stopping", early.metric, early.patience);
+            self.total_steps = self.learning.step.0;
+        }
+        tracing::info!("step {}: test {}", self.learning.step, eval);
+        self.learning.eval = Some(eval);
+        self.after_step()
+    }
+
+    fn after_step(&mut self) -> Result<()> {
+        let step = self.learning.step.0;
+        if step >= self.total_steps || self.stop {
+            self.finishing = true;
+            return self.save();
+        }
+        let every = self.shared.job.checkpoint.every_steps;
+        if every > 0 && step.is_multiple_of(every) {
+            self.save()?;
+        }
+        self.next()
+    }
+
+    /// Opens the next training step, or ends where there is none.
+    fn next(&mut self) -> Result<()> {
+        let step = self.learning.step;
+        if step.0 >= self.total_steps {
+            self.finishing = true;
+            return self.save();
+        }
+        let train = &self.shared.job.train;
+        let base = Optimizer::lr(&train.optimizer);
+        let factor = schedule::factor(&train.schedule, step.0, self.total_steps) * self.learning.plateau.factor;
+        self.shared.store.begin(step, (base as f64 * factor) as f32);
+        self.opened_at = Instant::now();
+        if self.first_step.is_none() && !self.sessions.is_empty() {
+            self.first_step = Some(self.opened_at);
+        }
+        self.machine(Event::Open { step, kind: Kind::Train });
+        Ok(())
+    }
+
+    fn report(&mut self) {
+        let n = self.step_ms.len().saturating_sub(50);
+        let (ms, samples): (f64, u64) = (self.step_ms[n..].iter().sum(), self.step_samples[n..].iter().sum());
+        let learning = &self.learning;
+        self.shared.progress.send_replace(Progress {
+            step: learning.step.0,
+            total_steps: self.total_steps,
+            epoch: learning.step.0 / self.steps_per_epoch,
+            loss: learning.train_loss,
+            samples_per_second: samples as f64 / (ms / 1e3),
+            workers: self.sessions.len(),
+            eval: learning.eval.clone(),
+        });
+    }
+
+    /// Writes a checkpoint beside training.
+    fn save(&mut self) -> Result<()> {
+        if self.saving {
+            self.save_again = true;
+            return Ok(());
+        }
+        self.saving = true;
+        let (shared, learning, dir) = (self.shared.clone(), self.learning.clone(), self.dir.clone());
+        let snapshot = shared.store.snapshot();
+        let (step, per_epoch) = (learning.step.0, self.steps_per_epoch);
+        tokio::task::spawn_blocking(move || {
+            let saved = (|| -> Result<PathBuf> {
+                let job = &shared.job;
+                let layout = shared.store.layout();
+                let weights = snapshot.flat_weights();
+                let names = Optimizer::new(&job.train.optimizer).slot_names();
+                let slots: Vec<(String, Vec<f32>)> =
+                    names.iter().enumerate().map(|(i, n)| (n.to_string(), snapshot.flat_slot(i))).collect();
+                let hex = |d: [u8; 32]| d.iter().map(|b| format!("{b:02x}")).collect::<String>();
+                let manifest = Manifest {
+                    format_version: 1,
+                    name: job.name.clone(),
+                    job: job.clone(),
+                    job_digest: hex(job.digest()),
+                    layout_digest: hex(layout.digest()),
+                    prepared: shared.prepared.clone(),
+                    step,
+                    epoch: step / per_epoch,
+                    samples: learning.samples,
+                    weights_digest: layout.weights_digest(&weights),
+                    plateau: serde_json::to_value(&learning.plateau)?,
+                    early: serde_json::to_value(&learning.early)?,
+                    train_loss: learning.train_loss,
+                    eval: serde_json::to_value(&learning.eval)?,
+                    files: Default::default(),
+                };
+                let weights = checkpoint::weights_to_safetensors(layout, &weights);
+                let slots = checkpoint::state_to_safetensors(layout.trainable(), &slots);
+                files::write(&dir, manifest, &weights, &slots, job.checkpoint.keep)
+            })();
+            shared.input(Input::Saved(saved));
+        });
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<Summary> {
+        let workers: Vec<WorkerId> = self.sessions.keys().copied().collect();
+        for worker in workers {
+            let goodbye = v1::Goodbye { reason: "the run is over".into(), rejoin: false };
+            self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
+        }
+        let shared = &self.shared;
+        let layout = shared.store.layout();
+        let train_seconds =
+            self.first_step.map_or(0.0, |t| self.last_commit.saturating_duration_since(t).as_secs_f64());
+        let skip = self.step_ms.len() / 20;
+        let (ms, samples): (f64, u64) = (self.step_ms[skip..].iter().sum(), self.step_samples[skip..].iter().sum());
+        let mut sorted = self.step_ms.clone();
+        sorted.sort_by(f64::total_cmp);
+        let quantile = |q: f64| sorted.get(((sorted.len() as f64 - 1.0) * q).round() as usize).copied().unwrap_or(0.0);
+        let (reissued, lost) = lock(&shared.machine).losses();
+        let step = self.learning.step.0;
+        let path = self.last_saved.as_ref().map(|(_, p)| p.display().to_string());
+        Ok(Summary {
+            job: shared.job.name.clone(),
+            status: if step >= self.total_steps { "done" } else { "stopped" }.into(),
+            steps: step,
+            epochs: step / self.steps_per_epoch,
+            samples: self.learning.samples,
+            parameters: layout.trainable(),
+            partitions: shared.job.train.partitions,
+            workers: self.most_workers,
+            transport: "grpc".into(),
+            wall_seconds: self.started.elapsed().as_secs_f64(),
+            train_seconds,
+            samples_per_second: if ms > 0.0 { samples as f64 / (ms / 1e3) } else { 0.0 },
+            step_ms: crate::StepMs { p50: quantile(0.5), p99: quantile(0.99) },
+            train_loss: self.learning.train_loss,
+            eval: self.learning.eval.clone(),
+            weights_digest: layout.weights_digest(&shared.store.snapshot().flat_weights()),
+            checkpoint: path.ok_or_else(|| anyhow!("the last checkpoint was not written"))?,
+            bytes_pushed: shared.store.bytes_pushed.load(Ordering::Relaxed),
+            bytes_pulled: shared.store.bytes_pulled.load(Ordering::Relaxed),
+            workers_joined: self.joined,
+            workers_lost: lost,
+            partitions_reissued: reissued,
+        })
+    }
+}
