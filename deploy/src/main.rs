@@ -1,1 +1,216 @@
-fn main(){}
+//! `unisono`: a distributed data-parallel trainer for CPUs, in one program.
+
+mod local;
+mod operate;
+mod show;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::sync::watch;
+use unisono_common::job::{self, Job};
+
+/// The job that `unisono local` runs when none is named.
+const DIGITS: &str = include_str!("../../examples/digits-mlp.toml");
+
+#[derive(Parser)]
+#[command(version, about = "Trains models on CPUs: the result does not depend on the number of workers, to the last bit")]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Args, Clone)]
+pub(crate) struct JobArgs {
+    /// Overrides a key of the job, as in train.steps=200 (VALUE is TOML; a bare word is a string); repeatable
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Continues from the newest whole checkpoint
+    #[arg(long)]
+    resume: bool,
+    /// Prints the summary as one JSON object on the last line of stdout
+    #[arg(long)]
+    json: bool,
+    /// Prints only warnings and the summary
+    #[arg(long)]
+    quiet: bool,
+    /// Prints more
+    #[arg(short, long)]
+    verbose: bool,
+    /// A worker is lost after this many seconds without a sign of life
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    heartbeat_timeout: f64,
+}
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// Trains on this machine: a coordinator and worker processes, which end with it
+    Local {
+        /// The job file; without it, the embedded handwritten digits
+        job: Option<PathBuf>,
+        /// Worker processes [default: one per core, at most the partitions]
+        #[arg(long)]
+        workers: Option<usize>,
+        /// Compute threads of each worker
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        #[command(flatten)]
+        args: JobArgs,
+    },
+    /// Runs the coordinator alone; it ends when the job is done
+    Coordinator {
+        job: PathBuf,
+        /// Address to listen on
+        #[arg(long, default_value = "127.0.0.1:7070")]
+        listen: String,
+        #[command(flatten)]
+        args: JobArgs,
+    },
+    /// Runs one worker; it may start at any time, and ends when the job does
+    Worker {
+        /// The coordinator's URL, as http://HOST:PORT
+        #[arg(long)]
+        coordinator: String,
+        /// Compute threads
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        /// Gives up after this many seconds without a coordinator
+        #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
+        patience: f64,
+        /// Ends when this process, which must be the parent, ends
+        #[arg(long, hide = true)]
+        parent: Option<u32>,
+        #[arg(short, long)]
+        verbose: bool,
+    },
+    /// Shows where a running job stands
+    Status {
+        #[arg(long)]
+        coordinator: String,
+    },
+    /// Takes a worker out of a running job after its current step
+    Drain {
+        /// The worker's id, as `status` shows it
+        worker: u64,
+        #[arg(long)]
+        coordinator: String,
+    },
+    /// Ends a running job after its current step, with a checkpoint
+    Stop {
+        #[arg(long)]
+        coordinator: String,
+    },
+}
+
+/// A mistake in the command line or the job: nothing was started.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub(crate) struct Wrong(pub anyhow::Error);
+
+fn log(level: tracing::Level) {
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+pub(crate) fn read_job(path: Option<&PathBuf>, args: &JobArgs) -> Result<Job> {
+    let read = || -> Result<Job> {
+        let Some(path) = path else { return Ok(job::parse(DIGITS, "the embedded job", ".", &args.set)?) };
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the job file {}", path.display()))?;
+        let base = std::path::absolute(path)?.parent().map(|p| p.display().to_string()).unwrap_or_default();
+        Ok(job::parse(&text, &path.display().to_string(), &base, &args.set)?)
+    };
+    read().map_err(|e| Wrong(e).into())
+}
+
+pub(crate) fn options(args: &JobArgs) -> Result<unisono_coordinator::Options> {
+    if !(args.heartbeat_timeout > 0.0 && args.heartbeat_timeout < 1e6) {
+        return Err(Wrong(anyhow::anyhow!("--heartbeat-timeout must be a positive number of seconds")).into());
+    }
+    let silence = Duration::from_secs_f64(args.heartbeat_timeout);
+    Ok(unisono_coordinator::Options {
+        resume: args.resume,
+        threads: 1,
+        patience: unisono_common::protocol::Patience { silence, ..Default::default() },
+    })
+}
+
+/// Turns true at the first Ctrl-C or SIGTERM; the second one ends the process at once.
+pub(crate) fn interruption() -> watch::Receiver<bool> {
+    let (send, receive) = watch::channel(false);
+    tokio::spawn(async move {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (Ok(mut int), Ok(mut term)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+            return;
+        };
+        for n in 0.. {
+            tokio::select! { _ = int.recv() => {}, _ = term.recv() => {} }
+            if n > 0 {
+                std::process::exit(130);
+            }
+            send.send_replace(true);
+        }
+    });
+    receive
+}
+
+async fn run(command: Cmd) -> Result<ExitCode> {
+    match command {
+        Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args).await,
+        Cmd::Coordinator { job, listen, args } => {
+            log(if args.quiet { tracing::Level::WARN } else { tracing::Level::INFO });
+            let ready = unisono_coordinator::prepare(read_job(Some(&job), &args)?).map_err(Wrong)?;
+            let options = options(&args)?;
+            let listener = tokio::net::TcpListener::bind(&listen).await.map_err(|e| {
+                Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; choose another address with --listen"))
+            })?;
+            tracing::info!("listening on http://{}", listener.local_addr()?);
+            let (progress, _) = watch::channel(Default::default());
+            let interrupted = interruption();
+            let summary =
+                unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()).await?;
+            show::summary(&summary, args.json)?;
+            Ok(show::exit_code(&summary, *interrupted.borrow()))
+        }
+        Cmd::Worker { coordinator, threads, patience, parent, verbose } => {
+            log(if verbose || parent.is_none() { tracing::Level::INFO } else { tracing::Level::ERROR });
+            if let Some(parent) = parent {
+                local::end_with(parent)?;
+            }
+            let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+            let name = format!("{}:{}", host.trim(), std::process::id());
+            let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
+            unisono_worker::run(unisono_worker::Options { url: coordinator, threads: threads.max(1), name, patience })
+                .await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Cmd::Status { coordinator } => operate::status(&coordinator).await,
+        Cmd::Drain { worker, coordinator } => operate::drain(&coordinator, worker).await,
+        Cmd::Stop { coordinator } => operate::stop(&coordinator).await,
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("unisono: cannot start: {e}");
+            return ExitCode::from(1);
+        }
+    };
+    let result = runtime.block_on(run(cli.command));
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    match result {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("unisono: {e:#}");
+            ExitCode::from(if e.is::<Wrong>() { 2 } else { 1 })
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! What a person sees: the summary's table or JSON.
+
+use anyhow::Result;
+use std::process::ExitCode;
+use unisono_coordinator::Summary;
+
+/// Prints the summary: one JSON line on stdout, or a short table on stderr.
+pub fn summary(s: &Summary, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string(s)?);
+        return Ok(());
+    }
+    println!();
+    let row = |name: &str, value: String| println!("  {name:<12} {value}");
+    row("job", format!("{} ({}, {} parameters)", s.job, s.status, s.parameters));
+    row("steps", format!("{} ({} epochs, {} samples)", s.steps, s.epochs, s.samples));
+    row("workers", format!("{} over {} ({} lost)", s.workers, s.transport, s.workers_lost));
+    row("time", format!("{:.1} s, {:.0} samples/s", s.wall_seconds, s.samples_per_second));
+    row("step", format!("{:.2} ms median, {:.2} ms p99", s.step_ms.p50, s.step_ms.p99));
+    row("train loss", format!("{:.5}", s.train_loss));
+    if let Some(eval) = &s.eval {
+        row("test", eval.to_string());
+    }
+    row("weights", s.weights_digest.clone());
+    row("checkpoint", s.checkpoint.clone());
+    Ok(())
+}
+
+/// 0 where the job is done, 130 where it was interrupted.
+pub fn exit_code(s: &Summary, interrupted: bool) -> ExitCode {
+    if s.status != "done" && interrupted { ExitCode::from(130) } else { ExitCode::SUCCESS }
+}
