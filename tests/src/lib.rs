@@ -1,1 +1,83 @@
-//! see ARCHITECTURE.md
+//! What the whole-system tests share: running the real program, and reading its summary.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// The program under test, built once.
+pub fn program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+        // Built with the tests' own profile, so that `cargo test` alone is enough on a fresh machine.
+        let built = Command::new(cargo)
+            .args(["build", "-p", "unisono", "--profile", "test", "--message-format=json"])
+            .current_dir(root())
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("cargo runs");
+        assert!(built.status.success(), "the program does not build");
+        String::from_utf8_lossy(&built.stdout)
+            .lines()
+            .filter_map(|l| serde_json::from_str::<Value>(l).ok())
+            .find(|m| m["target"]["name"] == "unisono" && m["executable"].is_string())
+            .map(|m| PathBuf::from(m["executable"].as_str().unwrap_or_default()))
+            .expect("cargo names the program")
+    })
+}
+
+/// The repository's root.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the root")
+}
+
+/// Runs the program in a folder of its own and gives what it printed.
+pub fn run(dir: &Path, args: &[&str]) -> Output {
+    Command::new(program()).args(args).current_dir(dir).stdin(Stdio::null()).output().expect("the program starts")
+}
+
+/// Starts the program in the background; its stdout is kept for [`finish`].
+pub fn start(dir: &Path, args: &[&str]) -> Child {
+    Command::new(program())
+        .args(args)
+        .current_dir(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the program starts")
+}
+
+/// The summary of a run that must succeed.
+pub fn summary(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}\n{text}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    serde_json::from_str(text.lines().last().expect("a summary")).expect("the summary is JSON")
+}
+
+/// Waits for a child and gives its summary.
+pub fn finish(child: Child) -> Value {
+    summary(&child.wait_with_output().expect("the program ends"))
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("it has an address").port()
+}
+
+/// Waits until `ready` is true, at most a minute.
+pub fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !ready() {
+        assert!(start.elapsed() < Duration::from_secs(60), "waited a minute for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Sends a signal to a process by its id.
+pub fn signal(child: &Child, name: &str) {
+    let sent = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status();
+    assert!(sent.is_ok_and(|s| s.success()), "kill -{name} works");
+}
