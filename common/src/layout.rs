@@ -22,9 +22,13 @@ pub enum Role {
 pub enum Init {
     Constant(f32),
     /// Uniform in `[-bound, bound)`.
-    Uniform { bound: f32 },
+    Uniform {
+        bound: f32,
+    },
     /// Normal with mean 0.
-    Normal { std: f32 },
+    Normal {
+        std: f32,
+    },
 }
 
 /// One named tensor of a model.
@@ -129,21 +133,38 @@ impl Layout {
         *blake3::hash(&serde_json::to_vec(&self.tensors).expect("a layout is plain data")).as_bytes()
     }
 
-    /// `blake3:` digest over names, shapes and little-endian values in layout order.
-    pub fn weights_digest(&self, values: &[f32]) -> String {
+    /// `blake3:` digest over names, shapes and little-endian values in layout order; the values come in pieces.
+    ///
+    /// # Panics
+    /// Where the pieces are shorter than the layout.
+    pub fn weights_digest<'a>(&self, pieces: impl IntoIterator<Item = &'a [f32]>) -> String {
         let mut h = blake3::Hasher::new();
-        for (t, range) in self.tensors() {
+        let (mut pieces, mut piece) = (pieces.into_iter(), &[][..]);
+        for t in &self.tensors {
             h.update(&(t.name.len() as u64).to_le_bytes());
             h.update(t.name.as_bytes());
             h.update(&(t.shape.len() as u64).to_le_bytes());
             for &d in &t.shape {
                 h.update(&(d as u64).to_le_bytes());
             }
-            for block in values[range].chunks(4096) {
-                let bytes: Vec<u8> = block.iter().flat_map(|v| v.to_le_bytes()).collect();
-                h.update(&bytes);
+            let mut missing = t.len();
+            while missing > 0 {
+                if piece.is_empty() {
+                    piece = pieces.next().expect("the pieces hold the whole layout");
+                }
+                let (these, rest) = piece.split_at(missing.min(piece.len()));
+                h.update(le_bytes(these));
+                (missing, piece) = (missing - these.len(), rest);
             }
         }
         format!("blake3:{}", h.finalize().to_hex())
     }
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("values go to the wire and to files as little-endian memory");
+
+/// The values' memory, which is what the wire and the files hold.
+pub fn le_bytes(values: &[f32]) -> &[u8] {
+    bytemuck::cast_slice(values)
 }

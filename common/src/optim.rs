@@ -200,14 +200,22 @@ mod tests {
             job::Optimizer::Adam { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 },
             job::Optimizer::AdamW { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 },
             job::Optimizer::Adagrad { lr: 1.0, lr_decay: 0.0, eps: 1e-10, weight_decay: 0.0, initial_accumulator: 0.0 },
-            job::Optimizer::RmsProp { lr: 0.02, alpha: 0.99, eps: 1e-8, momentum: 0.5, centered: true, weight_decay: 0.0 },
+            job::Optimizer::RmsProp {
+                lr: 0.02,
+                alpha: 0.99,
+                eps: 1e-8,
+                momentum: 0.5,
+                centered: true,
+                weight_decay: 0.0,
+            },
         ];
         for kind in all {
             let optimizer = Optimizer::new(&kind);
             let lr = Optimizer::lr(&kind);
             let run = |n: usize| {
                 let mut w: Vec<f32> = (0..n).map(|i| i as f32 * 0.1).collect();
-                let mut slots: Vec<Vec<f32>> = (0..optimizer.slots()).map(|s| vec![optimizer.init_slot(s); n]).collect();
+                let mut slots: Vec<Vec<f32>> =
+                    (0..optimizer.slots()).map(|s| vec![optimizer.init_slot(s); n]).collect();
                 for step in 1..=800 {
                     let g: Vec<f32> = w.iter().map(|w| 2.0 * (w - 3.0)).collect();
                     let mut out = vec![0.0; n];

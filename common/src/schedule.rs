@@ -106,6 +106,11 @@ impl EarlyState {
         } else {
             self.bad += 1;
         }
+        self.is_over(early)
+    }
+
+    /// Whether the run should have ended.
+    pub fn is_over(&self, early: &EarlyStopping) -> bool {
         self.bad > early.patience
     }
 }

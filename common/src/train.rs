@@ -1,1 +1,135 @@
-//! (being written)
+//! The hot path: the gradient of one tree node, and evaluation.
+
+use crate::data::Batch;
+use crate::layers::{Grads, Layer, Params, Pass, Segments};
+use crate::loss::{Loss, LossSums};
+use crate::model::Model;
+use crate::rng::{Key, Purpose};
+use crate::tree::Node;
+use ndarray::ArrayView2;
+
+/// All memory that a step needs, planned once for the largest batch.
+pub struct Workspace {
+    logits: Vec<f32>,
+    d_logits: Vec<f32>,
+    saved: Vec<f32>,
+    scratch: Vec<f32>,
+}
+
+impl Workspace {
+    /// Room for batches of up to `rows` samples in up to `segments` partitions, on the current thread pool.
+    pub fn new(model: &Model, rows: usize, segments: usize) -> Workspace {
+        Workspace {
+            logits: vec![0.0; rows * model.outputs()],
+            d_logits: vec![0.0; rows * model.outputs()],
+            saved: vec![0.0; model.net().saved(rows, segments)],
+            scratch: vec![0.0; model.net().scratch(rows, segments)],
+        }
+    }
+}
+
+/// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout), and the loss sums.
+///
+/// `segments` says which rows belong to which partition; the result is the node's sum in the fixed tree.
+pub fn gradient(
+    model: &Model,
+    loss: &Loss,
+    params: &[f32],
+    batch: &Batch,
+    segments: &Segments,
+    key: Key,
+    workspace: &mut Workspace,
+    grads: &mut [f32],
+) -> LossSums {
+    let Workspace { logits, d_logits, saved, scratch } = workspace;
+    let (net, outputs, trainable) = (model.net(), model.outputs(), model.layout().trainable());
+    let (rows, parts) = (batch.samples, segments.len());
+    let (logits, d_logits) = (&mut logits[..rows * outputs], &mut d_logits[..rows * outputs]);
+    let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
+    let pass = Pass { segments, train: true, key };
+    let (w, running) = params.split_at(trainable);
+    let params = Params { trainable: w, running };
+    let (dw, d_running) = grads.split_at_mut(trainable);
+
+    net.forward(&pass, params, &batch.inputs, logits, saved, scratch);
+    let sums = loss_sums(Node { lo: 0, hi: parts as u32 }, &mut |segment| {
+        loss.forward_backward(logits, &batch.targets, segments.rows(segment), d_logits)
+    });
+    let into = Grads { trainable: dw, running: d_running };
+    net.backward(&pass, params, &batch.inputs, logits, d_logits, None, into, saved, scratch);
+    sums
+}
+
+fn loss_sums(node: Node, leaf: &mut impl FnMut(usize) -> LossSums) -> LossSums {
+    match node.children() {
+        None => leaf(node.lo as usize),
+        Some((left, right)) => {
+            let left = loss_sums(left, leaf);
+            left + loss_sums(right, leaf)
+        }
+    }
+}
+
+/// The model's outputs for `batch`, `(samples, outputs)`, in evaluation mode.
+pub fn evaluate<'w>(model: &Model, params: &[f32], batch: &Batch, workspace: &'w mut Workspace) -> ArrayView2<'w, f32> {
+    let Workspace { logits, saved, scratch, .. } = workspace;
+    let (net, rows) = (model.net(), batch.samples);
+    let segments = Segments::one(rows);
+    let logits = &mut logits[..rows * model.outputs()];
+    let (saved, scratch) = (&mut saved[..net.saved(rows, 1)], &mut scratch[..net.scratch(rows, 1)]);
+    let (trainable, running) = params.split_at(model.layout().trainable());
+    let pass = Pass { segments: &segments, train: false, key: Key::new(0, Purpose::Dropout) };
+    net.forward(&pass, Params { trainable, running }, &batch.inputs, logits, saved, scratch);
+    ArrayView2::from_shape((rows, model.outputs()), logits).expect("as long as its shape")
+}
+
+/// Digest of the gradients of a small model with every kind of layer: machines that disagree cannot train together.
+pub fn fingerprint() -> [u8; 32] {
+    use crate::data::Targets;
+    use crate::job::{Activation, Layer as Op, Loss as LossKind, Model as Spec};
+    let act = |activation| Op::Activation { activation };
+    let linear = |units| Op::Linear { units, bias: true, init: None };
+    let layers = vec![
+        Op::Conv2d { filters: 17, kernel: 3, stride: 1, padding: 1, bias: true, init: None },
+        Op::BatchNorm { momentum: 0.1, eps: 1e-5 },
+        act(Activation::Gelu),
+        Op::MaxPool2d { size: 2, stride: 2 },
+        Op::Residual {
+            layers: vec![
+                Op::Conv2d { filters: 17, kernel: 3, stride: 1, padding: 1, bias: false, init: None },
+                act(Activation::Tanh),
+            ],
+        },
+        Op::AvgPool2d { size: 2, stride: 1 },
+        Op::Flatten,
+        linear(300),
+        act(Activation::Relu),
+        Op::LayerNorm { eps: 1e-5 },
+        Op::Dropout { rate: 0.3 },
+        linear(65),
+        act(Activation::Sigmoid),
+        linear(10),
+    ];
+    let samples = 13;
+    let kind = LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None };
+    let (Ok(model), Ok(loss)) = (Model::build(&Spec::Layers { layers }, &[2, 12, 11], 10), Loss::new(&kind, 10)) else {
+        return [0; 32];
+    };
+    let key = Key::new(1, Purpose::Synthetic);
+    let batch = Batch {
+        inputs: (0..samples * model.input_len()).map(|i| key.normal(i as u64)).collect(),
+        targets: Targets::Class((0..samples as u32).map(|i| i % 10).collect()),
+        samples,
+    };
+    let segments = Segments { lo: 2, starts: vec![0, 5, 6, samples] };
+    let params = model.layout().init(1);
+    let mut grads = vec![0.0; params.len()];
+    let mut workspace = Workspace::new(&model, samples, 3);
+    let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads);
+    let mut digest = blake3::Hasher::new();
+    digest.update(&sums.loss.to_le_bytes());
+    grads.iter().for_each(|g| {
+        digest.update(&g.to_le_bytes());
+    });
+    *digest.finalize().as_bytes()
+}

@@ -2,8 +2,8 @@
 
 use crate::files;
 use crate::store::{Applied, Store};
-use crate::{Progress, Summary};
-use anyhow::{Context, Result, anyhow, bail};
+use crate::{Member, Progress, Summary};
+use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -29,16 +29,43 @@ pub type ToWorker = mpsc::UnboundedSender<Result<v1::ToWorker, Status>>;
 
 /// What the driver reacts to.
 pub enum Input {
-    Join { worker: WorkerId, threads: u32, name: String, to_worker: ToWorker },
-    Left { worker: WorkerId },
-    Heartbeat { worker: WorkerId },
-    NodeDone { worker: WorkerId, step: Step, node: Node },
-    EvalDone { worker: WorkerId, step: Step, node: Node, sums: Vec<f64>, counts: Vec<u64> },
-    Diverged { worker: WorkerId, step: Step, partition: u32, tensor: String },
+    Join {
+        worker: WorkerId,
+        threads: u32,
+        name: String,
+        to_worker: ToWorker,
+    },
+    Left {
+        worker: WorkerId,
+    },
+    Heartbeat {
+        worker: WorkerId,
+    },
+    NodeDone {
+        worker: WorkerId,
+        step: Step,
+        node: Node,
+    },
+    EvalDone {
+        worker: WorkerId,
+        step: Step,
+        node: Node,
+        sums: Vec<f64>,
+        counts: Vec<u64>,
+    },
+    Diverged {
+        worker: WorkerId,
+        step: Step,
+        partition: u32,
+        tensor: String,
+    },
     Applied(Applied),
-    Drain { worker: WorkerId },
+    Drain {
+        worker: WorkerId,
+    },
     Stop,
-    Saved(Result<PathBuf>),
+    /// A checkpoint's path, and the digest of its weights.
+    Saved(Result<(PathBuf, String)>),
 }
 
 /// What service and driver share.
@@ -76,6 +103,10 @@ impl Shared {
         worker.0 > 0 && worker.0 < self.next_id.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn generation(&self) -> u64 {
+        lock(&self.machine).generation().0
+    }
+
     pub(crate) fn owes(&self, worker: WorkerId, step: Step, kind: Kind, node: Node) -> bool {
         lock(&self.machine).owes(worker, step, kind, node)
     }
@@ -91,19 +122,31 @@ impl Shared {
         set.select(&rows).to_bytes().into()
     }
 
+    pub(crate) fn members(&self, now: Instant) -> Vec<Member> {
+        let names = lock(&self.names);
+        let member = |(id, threads, partitions, heard): (WorkerId, u32, u32, Instant)| Member {
+            id: id.0,
+            name: names.get(&id).cloned().unwrap_or_default(),
+            threads,
+            partitions,
+            silent: now.saturating_duration_since(heard),
+        };
+        lock(&self.machine).members().map(member).collect()
+    }
+
     pub(crate) fn status(&self, now: Instant) -> v1::StatusReply {
         let p = self.progress.borrow().clone();
-        let names = lock(&self.names);
-        let workers = lock(&self.machine)
-            .members()
+        let workers = self
+            .members(now)
+            .into_iter()
             .enumerate()
-            .map(|(rank, (id, threads, partitions, heard))| v1::WorkerStatus {
-                worker_id: id.0,
+            .map(|(rank, m)| v1::WorkerStatus {
+                worker_id: m.id,
                 rank: rank as u32,
-                name: names.get(&id).cloned().unwrap_or_default(),
-                threads,
-                partitions,
-                silent_ms: now.saturating_duration_since(heard).as_millis() as u64,
+                name: m.name,
+                threads: m.threads,
+                partitions: m.partitions,
+                silent_ms: m.silent.as_millis() as u64,
             })
             .collect();
         v1::StatusReply {
@@ -119,7 +162,7 @@ impl Shared {
 }
 
 /// What training remembers besides weights and optimizer state.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct Learning {
     pub step: Step,
     pub samples: u64,
@@ -140,7 +183,8 @@ pub(crate) struct Driver {
     pub evals: Open<EvalSums>,
     pub saving: bool,
     pub save_again: bool,
-    pub last_saved: Option<(u64, PathBuf)>,
+    /// The last whole checkpoint, and the digest of its weights.
+    pub last_saved: Option<(PathBuf, String)>,
     pub stop: bool,
     pub started: Instant,
     pub first_step: Option<Instant>,
@@ -166,25 +210,44 @@ impl Driver {
                 input = inputs.recv() => input.context("all inputs are gone")?,
                 _ = tick.tick() => {
                     self.machine(Event::Tick);
+                    self.stop_alone()?;
                     continue;
                 }
                 changed = interrupted.changed(), if !self.stop => {
                     if changed.is_ok() && *interrupted.borrow() {
                         tracing::info!("stopping after this step; once more to end at once");
                         self.stop = true;
-                        if self.shared.machine.lock().is_ok_and(|m| m.members().count() == 0) {
-                            self.finishing = true;
-                            self.save()?;
-                        }
                     }
                     if changed.is_err() { self.stop = true; }
+                    self.stop_alone()?;
                     continue;
                 }
             };
-            if let Some(summary) = self.take(input)? {
-                return Ok(summary);
+            match self.take(input) {
+                Ok(None) => {}
+                Ok(Some(summary)) => return Ok(summary),
+                Err(e) => {
+                    // A checkpoint that is being written is finished first: nothing half-written stays.
+                    while self.saving
+                        && let Some(input) = inputs.recv().await
+                    {
+                        self.saving = !matches!(input, Input::Saved(_));
+                    }
+                    return Err(e);
+                }
             }
         }
+    }
+
+    /// Ends a run that is to stop and has no worker to finish its step, from where the step began. A step that has begun to
+    /// change the weights waits for a worker: there is no way back from it.
+    fn stop_alone(&mut self) -> Result<()> {
+        let alone = self.stop && !self.finishing && self.sessions.is_empty();
+        if alone && self.shared.store.snapshot(self.learning.step).is_some() {
+            self.finishing = true;
+            self.save()?;
+        }
+        Ok(())
     }
 
     fn machine(&mut self, event: Event) {
@@ -212,9 +275,7 @@ impl Driver {
                 self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
                 self.sessions.remove(&worker);
             }
-            Command::Reissued { nodes, partitions } => {
-                tracing::warn!("{partitions} partitions ({nodes} nodes) go to other workers");
-            }
+            Command::Reissued { partitions, .. } => tracing::info!("{partitions} partitions are leased anew"),
             Command::WaitingForWorkers { missing } => tracing::info!("waiting for workers: {missing} partitions to do"),
         }
     }
@@ -227,6 +288,12 @@ impl Driver {
 
     fn take(&mut self, input: Input) -> Result<Option<Summary>> {
         match input {
+            // The run ends where its last checkpoint is; what comes now is too late.
+            Input::Applied(_) | Input::Diverged { .. } if self.finishing => {}
+            Input::Join { to_worker, .. } if self.finishing => {
+                let goodbye = v1::Goodbye { reason: "the run is over".into(), rejoin: false };
+                to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Goodbye(goodbye)) })).ok();
+            }
             Input::Join { worker, threads, name, to_worker } => {
                 tracing::info!("worker {worker} ({name}, {threads} threads) joined");
                 lock(&self.shared.names).insert(worker, name);
@@ -263,7 +330,8 @@ impl Driver {
                 }
             }
             Input::Diverged { worker, step, partition, tensor } => {
-                if step == self.learning.step && self.sessions.contains_key(&worker) {
+                let known = step == self.learning.step && partition < self.shared.job.train.partitions;
+                if known && lock(&self.shared.machine).is_busy(worker, step) {
                     bail!(
                         "step {step} diverged: `{tensor}` is not finite in partition {partition}; try a smaller \
                          learning rate or `clip_norm`. {}",
@@ -285,9 +353,7 @@ impl Driver {
                 self.learning.train_loss = sums.loss / sums.weight;
                 self.report();
                 let step = self.learning.step.0;
-                let eval_every = self.shared.job.train.eval_every.unwrap_or(self.steps_per_epoch);
-                let last = step >= self.total_steps || self.stop;
-                if self.shared.test_parts.is_some() && (step.is_multiple_of(eval_every) || last) {
+                if self.shared.test_parts.is_some() && (self.is_evaluation_due(step) || self.stop) {
                     self.machine(Event::Open { step: Step(step), kind: Kind::Evaluate });
                 } else {
                     self.after_step()?;
@@ -297,15 +363,18 @@ impl Driver {
             Input::Stop => self.stop = true,
             Input::Saved(result) => {
                 self.saving = false;
+                let again = std::mem::take(&mut self.save_again);
                 match result {
-                    Ok(path) => self.last_saved = Some((self.learning.step.0, path)),
+                    Ok(saved) => self.last_saved = Some(saved),
                     Err(e) if self.finishing => return Err(e),
                     Err(e) => tracing::error!("no checkpoint was written: {e:#}; training goes on"),
                 }
-                if std::mem::take(&mut self.save_again) {
+                if self.finishing && again {
                     self.save()?;
                 } else if self.finishing {
                     return self.finish().map(Some);
+                } else {
+                    self.save_again = again;
                 }
             }
         }
@@ -314,26 +383,36 @@ impl Driver {
 
     fn kept(&self) -> String {
         match &self.last_saved {
-            Some((_, path)) => format!("The last good checkpoint is {}", path.display()),
+            Some((path, _)) => format!("The last good checkpoint is {}", path.display()),
             None => "There is no checkpoint yet".into(),
         }
     }
 
+    fn is_evaluation_due(&self, step: u64) -> bool {
+        let every = self.shared.job.train.eval_every.unwrap_or(self.steps_per_epoch);
+        step.is_multiple_of(every) || step >= self.total_steps
+    }
+
     fn evaluated(&mut self, eval: EvalSummary) -> Result<()> {
         let job = &self.shared.job;
-        if let ScheduleKind::Plateau { metric, .. } = job.train.schedule.kind
+        tracing::info!("step {}: test {}", self.learning.step, eval);
+        // An evaluation because of a stop must not change what a resumed run does.
+        let due = self.is_evaluation_due(self.learning.step.0);
+        if due
+            && let ScheduleKind::Plateau { metric, .. } = job.train.schedule.kind
             && let Some(value) = eval.get(metric)
         {
             self.learning.plateau.observe(&job.train.schedule.kind, value);
         }
-        if let Some(early) = &job.train.early_stopping
+        if due
+            && let Some(early) = &job.train.early_stopping
             && let Some(value) = eval.get(early.metric)
             && self.learning.early.observe(early, value)
         {
-            tracing::info!("{:?} has not improved for {} evaluations: stopping", early.metric, early.patience);
+            let (metric, patience) = (early.metric.name(), early.patience);
+            tracing::info!("{metric} has not improved for more than {patience} evaluations: stopping");
             self.total_steps = self.learning.step.0;
         }
-        tracing::info!("step {}: test {}", self.learning.step, eval);
         self.learning.eval = Some(eval);
         self.after_step()
     }
@@ -345,7 +424,7 @@ impl Driver {
             return self.save();
         }
         let every = self.shared.job.checkpoint.every_steps;
-        if every > 0 && step.is_multiple_of(every) {
+        if self.save_again && !self.saving || every > 0 && step.is_multiple_of(every) {
             self.save()?;
         }
         self.next()
@@ -361,7 +440,7 @@ impl Driver {
         let train = &self.shared.job.train;
         let base = Optimizer::lr(&train.optimizer);
         let factor = schedule::factor(&train.schedule, step.0, self.total_steps) * self.learning.plateau.factor;
-        self.shared.store.begin(step, (base as f64 * factor) as f32);
+        self.shared.store.begin((base as f64 * factor) as f32);
         self.opened_at = Instant::now();
         if self.first_step.is_none() && !self.sessions.is_empty() {
             self.first_step = Some(self.opened_at);
@@ -380,50 +459,51 @@ impl Driver {
             epoch: learning.step.0 / self.steps_per_epoch,
             loss: learning.train_loss,
             samples_per_second: samples as f64 / (ms / 1e3),
-            workers: self.sessions.len(),
+            workers: self.shared.members(Instant::now()),
             eval: learning.eval.clone(),
         });
     }
 
-    /// Writes a checkpoint beside training.
+    /// Writes a checkpoint beside training. Called between steps only; while one is being written, the next one waits for
+    /// the next step's end.
     fn save(&mut self) -> Result<()> {
+        self.save_again = self.saving;
         if self.saving {
-            self.save_again = true;
             return Ok(());
         }
         self.saving = true;
         let (shared, learning, dir) = (self.shared.clone(), self.learning.clone(), self.dir.clone());
-        let snapshot = shared.store.snapshot();
+        let snapshot = shared.store.snapshot(learning.step).context("a step was open when a checkpoint was due")?;
         let (step, per_epoch) = (learning.step.0, self.steps_per_epoch);
         tokio::task::spawn_blocking(move || {
-            let saved = (|| -> Result<PathBuf> {
+            let saved = (|| -> Result<(PathBuf, String)> {
                 let job = &shared.job;
                 let layout = shared.store.layout();
-                let weights = snapshot.flat_weights();
-                let names = Optimizer::new(&job.train.optimizer).slot_names();
-                let slots: Vec<(String, Vec<f32>)> =
-                    names.iter().enumerate().map(|(i, n)| (n.to_string(), snapshot.flat_slot(i))).collect();
-                let hex = |d: [u8; 32]| d.iter().map(|b| format!("{b:02x}")).collect::<String>();
+                let digest = layout.weights_digest(snapshot.pieces());
                 let manifest = Manifest {
-                    format_version: 1,
+                    format_version: files::FORMAT,
                     name: job.name.clone(),
                     job: job.clone(),
-                    job_digest: hex(job.digest()),
-                    layout_digest: hex(layout.digest()),
+                    job_digest: crate::hex(job.digest()),
+                    layout_digest: crate::hex(layout.digest()),
                     prepared: shared.prepared.clone(),
                     step,
                     epoch: step / per_epoch,
                     samples: learning.samples,
-                    weights_digest: layout.weights_digest(&weights),
+                    weights_digest: digest.clone(),
                     plateau: serde_json::to_value(&learning.plateau)?,
                     early: serde_json::to_value(&learning.early)?,
                     train_loss: learning.train_loss,
                     eval: serde_json::to_value(&learning.eval)?,
                     files: Default::default(),
                 };
-                let weights = checkpoint::weights_to_safetensors(layout, &weights);
-                let slots = checkpoint::state_to_safetensors(layout.trainable(), &slots);
-                files::write(&dir, manifest, &weights, &slots, job.checkpoint.keep)
+                let names = Optimizer::new(&job.train.optimizer).slot_names();
+                let weights = files::Tensors { header: checkpoint::weights_header(layout), pieces: snapshot.weights };
+                let optimizer = files::Tensors {
+                    header: checkpoint::state_header(layout.trainable(), &names),
+                    pieces: snapshot.slots.into_iter().flatten().collect(),
+                };
+                Ok((files::write(&dir, manifest, weights, optimizer, job.checkpoint.keep)?, digest))
             })();
             shared.input(Input::Saved(saved));
         });
@@ -447,7 +527,7 @@ impl Driver {
         let quantile = |q: f64| sorted.get(((sorted.len() as f64 - 1.0) * q).round() as usize).copied().unwrap_or(0.0);
         let (reissued, lost) = lock(&shared.machine).losses();
         let step = self.learning.step.0;
-        let path = self.last_saved.as_ref().map(|(_, p)| p.display().to_string());
+        let (path, digest) = self.last_saved.as_ref().context("the last checkpoint was not written")?;
         Ok(Summary {
             job: shared.job.name.clone(),
             status: if step >= self.total_steps { "done" } else { "stopped" }.into(),
@@ -464,8 +544,8 @@ impl Driver {
             step_ms: crate::StepMs { p50: quantile(0.5), p99: quantile(0.99) },
             train_loss: self.learning.train_loss,
             eval: self.learning.eval.clone(),
-            weights_digest: layout.weights_digest(&shared.store.snapshot().flat_weights()),
-            checkpoint: path.ok_or_else(|| anyhow!("the last checkpoint was not written"))?,
+            weights_digest: digest.clone(),
+            checkpoint: path.display().to_string(),
             bytes_pushed: shared.store.bytes_pushed.load(Ordering::Relaxed),
             bytes_pulled: shared.store.bytes_pulled.load(Ordering::Relaxed),
             workers_joined: self.joined,

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use driver::{Driver, Input, Learning, Shared};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::net::TcpListener;
@@ -19,13 +19,13 @@ use tokio::sync::{mpsc, watch};
 use unisono_common::checkpoint;
 use unisono_common::data::{self, partition::Partitions};
 use unisono_common::ids::Step;
-use unisono_common::job::{Job, Length};
+use unisono_common::job::{Job, Length, ScheduleKind};
+use unisono_common::layout::Layout;
 use unisono_common::loss::Loss;
 use unisono_common::metrics::{EvalKind, EvalSummary};
 use unisono_common::model::Model;
 use unisono_common::optim::Optimizer;
 use unisono_common::protocol::{Machine, Patience};
-use unisono_common::schedule::{EarlyState, PlateauState};
 use unisono_common::tree::Open;
 use unisono_proto::v1;
 
@@ -37,8 +37,21 @@ pub struct Progress {
     pub epoch: u64,
     pub loss: f64,
     pub samples_per_second: f64,
-    pub workers: usize,
+    /// In rank order.
+    pub workers: Vec<Member>,
     pub eval: Option<EvalSummary>,
+}
+
+/// One worker of a run.
+#[derive(Clone, Debug)]
+pub struct Member {
+    pub id: u64,
+    pub name: String,
+    pub threads: u32,
+    /// Partitions of its lease.
+    pub partitions: u32,
+    /// Time since its last sign of life.
+    pub silent: std::time::Duration,
 }
 
 /// Durations of steps, in milliseconds.
@@ -79,7 +92,6 @@ pub struct Summary {
 /// How a coordinator runs; none of it changes the result.
 #[derive(Clone, Debug)]
 pub struct Options {
-    pub resume: bool,
     /// Threads for reduction and optimizer.
     pub threads: usize,
     pub patience: Patience,
@@ -92,10 +104,27 @@ pub struct Ready {
     model: Model,
     train_parts: Partitions,
     test_parts: Option<Partitions>,
+    optimizer: Optimizer,
+    dir: PathBuf,
+    from: Option<Resumed>,
 }
 
-/// Reads the data and builds the model: errors here are the job's, nothing was started.
-pub fn prepare(job: Job) -> Result<Ready> {
+/// Where an earlier run left off.
+struct Resumed {
+    path: PathBuf,
+    digest: String,
+    weights: Vec<f32>,
+    slots: Vec<Vec<f32>>,
+    learning: Learning,
+}
+
+fn hex(digest: [u8; 32]) -> String {
+    blake3::Hash::from_bytes(digest).to_hex().to_string()
+}
+
+/// Reads the data, builds the model, and finds the checkpoint to resume from: errors here are the job's or the command
+/// line's, nothing was started.
+pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
     let opened = data::open(&job.data, job.seed)?;
     let outputs = opened.prepared.outputs(&job.train.loss);
     let model = Model::build(&job.model, &opened.prepared.shape, outputs)?;
@@ -107,10 +136,65 @@ pub fn prepare(job: Job) -> Result<Ready> {
     let p = job.train.partitions;
     let train_parts = Partitions::new(opened.train.samples(), p, job.data.hashed.then_some(job.seed))?;
     let test_parts = match &opened.test {
-        Some(test) => Some(Partitions::new(test.samples(), p, None)?),
+        Some(test) => Some(Partitions::new(test.samples(), p, None).context("the test set")?),
         None => None,
     };
-    Ok(Ready { job, opened, model, train_parts, test_parts })
+    let kind = EvalKind::of(opened.prepared.classes.as_ref().map(Vec::len));
+    let plateau = match job.train.schedule.kind {
+        ScheduleKind::Plateau { metric, .. } => Some(("train.schedule", metric)),
+        _ => None,
+    };
+    let early = job.train.early_stopping.as_ref().map(|early| ("train.early_stopping", early.metric));
+    for (key, metric) in plateau.into_iter().chain(early) {
+        if test_parts.is_none() {
+            bail!("{key} follows a metric of the test set, and there is none: set data.test, or leave {key} out");
+        }
+        if !kind.metrics().contains(&metric) {
+            let names: Vec<String> = kind.metrics().iter().map(|m| format!("\"{}\"", m.name())).collect();
+            bail!("{key} follows \"{}\", which this task does not have: choose {}", metric.name(), names.join(" or "));
+        }
+    }
+    let optimizer = Optimizer::new(&job.train.optimizer);
+    let dir = PathBuf::from(&job.checkpoint.dir);
+    let from = if resume { Some(find(&job, &dir, model.layout(), &optimizer)?) } else { None };
+    files::check(&dir)?;
+    Ok(Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from })
+}
+
+/// The newest whole checkpoint of `dir`, which must be this job's.
+fn find(job: &Job, dir: &Path, layout: &Layout, optimizer: &Optimizer) -> Result<Resumed> {
+    let (found, passed_over) = files::newest(dir);
+    for why in passed_over {
+        tracing::warn!("passed over: {why}");
+    }
+    let Some(files::Loaded { path, manifest, weights, optimizer: slots }) = found else {
+        bail!("there is no whole checkpoint in {} to resume from; leave --resume out to start afresh", dir.display())
+    };
+    if manifest.layout_digest != hex(layout.digest()) {
+        bail!(
+            "{} belongs to another model than this job's; set checkpoint.dir to this job's, or leave --resume out",
+            path.display()
+        );
+    }
+    let mine = || format!("{} does not fit this job", path.display());
+    let slots =
+        checkpoint::state_from_safetensors(layout.trainable(), &optimizer.slot_names(), &slots).with_context(mine)?;
+    let weights = checkpoint::weights_from_safetensors(layout, &weights).with_context(mine)?;
+    if manifest.job_digest != hex(job.digest()) {
+        tracing::warn!(
+            "the job has changed since {} was written: the result is not that of one undisturbed run",
+            path.display()
+        );
+    }
+    let learning = Learning {
+        step: Step(manifest.step),
+        samples: manifest.samples,
+        train_loss: manifest.train_loss,
+        plateau: serde_json::from_value(manifest.plateau).with_context(mine)?,
+        early: serde_json::from_value(manifest.early).with_context(mine)?,
+        eval: serde_json::from_value(manifest.eval).with_context(mine)?,
+    };
+    Ok(Resumed { path, digest: manifest.weights_digest, weights, slots, learning })
 }
 
 /// Trains until the job is done or `interrupted` turns true.
@@ -122,59 +206,30 @@ pub async fn run(
     interrupted: watch::Receiver<bool>,
 ) -> Result<Summary> {
     let started = Instant::now();
-    let Ready { job, opened, model, train_parts, test_parts } = ready;
+    let Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from } = ready;
     let layout = Arc::new(model.layout().clone());
     let steps_per_epoch = train_parts.steps_per_epoch(job.train.micro_batch) as u64;
-    let total_steps = match job.train.length {
+    let mut total_steps = match job.train.length {
         Length::Steps(n) => n,
         Length::Epochs(n) => n * steps_per_epoch,
     };
-    let dir = PathBuf::from(&job.checkpoint.dir);
-    let mut learning = Learning {
-        step: Step(0),
-        samples: 0,
-        train_loss: 0.0,
-        plateau: PlateauState::default(),
-        early: EarlyState::default(),
-        eval: None,
+    let (weights, slots, learning, last_saved) = match from {
+        Some(Resumed { path, digest, weights, slots, learning }) => {
+            tracing::info!("resuming from {} at step {}", path.display(), learning.step);
+            if job.train.early_stopping.as_ref().is_some_and(|early| learning.early.is_over(early)) {
+                tracing::info!("that run had stopped early");
+                total_steps = learning.step.0;
+            }
+            (weights, slots, learning, Some((path, digest)))
+        }
+        None => {
+            let moved = files::set_aside(&dir)?;
+            if moved > 0 {
+                tracing::info!("{moved} checkpoints of an earlier run are now in {}", dir.join("previous").display());
+            }
+            (layout.init(job.seed), Vec::new(), Learning::default(), None)
+        }
     };
-    let optimizer = Optimizer::new(&job.train.optimizer);
-    let (mut weights, mut slots) = (None, Vec::new());
-    let mut last_saved = None;
-    if options.resume {
-        let (found, passed_over) = files::newest(&dir);
-        for why in passed_over {
-            tracing::warn!("passed over: {why}");
-        }
-        let Some(found) = found else {
-            bail!("there is no whole checkpoint in {} to resume from; leave --resume out to start afresh", dir.display())
-        };
-        let manifest = &found.manifest;
-        if manifest.layout_digest != layout.digest().iter().map(|b| format!("{b:02x}")).collect::<String>() {
-            bail!("{} belongs to another model than this job's", found.path.display());
-        }
-        if manifest.job_digest != job.digest().iter().map(|b| format!("{b:02x}")).collect::<String>() {
-            tracing::warn!("the job has changed since {} was written: the result is not that of one undisturbed run", found.path.display());
-        }
-        weights = Some(checkpoint::weights_from_safetensors(&layout, &found.weights)?);
-        slots = checkpoint::state_from_safetensors(layout.trainable(), &optimizer.slot_names(), &found.optimizer)?;
-        learning = Learning {
-            step: Step(manifest.step),
-            samples: manifest.samples,
-            train_loss: manifest.train_loss,
-            plateau: serde_json::from_value(manifest.plateau.clone())?,
-            early: serde_json::from_value(manifest.early.clone())?,
-            eval: serde_json::from_value(manifest.eval.clone())?,
-        };
-        tracing::info!("resuming from {} at step {}", found.path.display(), manifest.step);
-        last_saved = Some((manifest.step, found.path));
-    } else {
-        let moved = files::set_aside(&dir)?;
-        if moved > 0 {
-            tracing::info!("{moved} checkpoints of an earlier run are now in {}", dir.join("previous").display());
-        }
-    }
-    let weights = weights.unwrap_or_else(|| layout.init(job.seed));
     let (inputs, received) = mpsc::unbounded_channel();
     let applied = inputs.clone();
     let clip = store::Clip { norm: job.train.clip_norm, value: job.train.clip_value };
@@ -192,7 +247,7 @@ pub async fn run(
         }),
     );
     drop((weights, slots));
-    let eval_kind = EvalKind::of(model.outputs(), opened.prepared.classes.as_ref().map(|c| c.len()));
+    let eval_kind = EvalKind::of(opened.prepared.classes.as_ref().map(Vec::len));
     let shared = Arc::new(Shared {
         fingerprint: unisono_common::train::fingerprint(),
         prepared: opened.prepared.clone(),

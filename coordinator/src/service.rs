@@ -1,6 +1,7 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
 use crate::driver::{Input, Shared};
+use crate::store::Sent;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -42,14 +43,16 @@ impl Service {
                 wire::VERSION
             ));
         }
-        if !(1..=4096).contains(&join.threads) {
+        if !(1..=wire::MAX_THREADS).contains(&join.threads) {
             return Err(wire::WireError::Range { field: "threads", value: join.threads.to_string() }.into());
         }
         if wire::digest("job_digest", &join.job_digest)? != s.job.digest() {
             return refuse("this worker read another job than the coordinator's".into());
         }
         if wire::digest("layout_digest", &join.layout_digest)? != s.store.layout().digest() {
-            return refuse("this worker built another model from the same job: was it built from other sources?".into());
+            return refuse(
+                "this worker built another model from the same job: was it built from other sources?".into(),
+            );
         }
         let fingerprint = wire::digest("fingerprint", &join.fingerprint)?;
         if fingerprint != s.fingerprint {
@@ -144,6 +147,7 @@ impl v1::coordinator_server::Coordinator for Service {
         let layout = shared.store.layout().clone();
         // The node that chunks belong to; `None` while it is not owed (late, or of another step).
         let mut open = None;
+        let mut came = vec![false; layout.chunks()];
         while let Some(part) = parts.message().await? {
             match part.kind {
                 Some(v1::push_part::Kind::Node(header)) => {
@@ -152,23 +156,33 @@ impl v1::coordinator_server::Coordinator for Service {
                     let most = node.len() as u64 * shared.job.train.micro_batch as u64;
                     let sound = sums.loss.is_finite() && sums.weight.is_finite() && sums.weight >= 0.0;
                     if !sound || sums.samples > most {
-                        return Err(wire::WireError::Range { field: "loss, weight or samples", value: format!("{sums:?}") }.into());
+                        return Err(wire::WireError::Range {
+                            field: "loss, weight or samples",
+                            value: format!("{sums:?}"),
+                        }
+                        .into());
                     }
                     let step = Step(header.step);
-                    open = shared.owes(worker, step, Kind::Train, node).then(|| {
-                        shared.store.accept_sums(step, node, sums);
-                        (step, node, Arc::new(AtomicUsize::new(layout.chunks())))
-                    });
+                    if header.generation > shared.generation() {
+                        let value = header.generation.to_string();
+                        return Err(wire::WireError::Range { field: "generation", value }.into());
+                    }
+                    came.fill(false);
+                    let left = Arc::new(AtomicUsize::new(layout.chunks()));
+                    open = shared.owes(worker, step, Kind::Train, node).then_some((step, node, sums, left));
                 }
                 Some(v1::push_part::Kind::Chunk(chunk)) => {
                     wire::check_chunk(&layout, chunk.index, chunk.crc, &chunk.values)?;
-                    let Some((step, node, left)) = open.clone() else { continue };
+                    if std::mem::replace(&mut came[chunk.index as usize], true) {
+                        return Err(Status::invalid_argument(format!("chunk {} came twice", chunk.index)));
+                    }
+                    let Some((step, node, sums, left)) = open.clone() else { continue };
                     let shared = shared.clone();
                     self.0.pool.spawn(move || {
                         if left.fetch_sub(1, Ordering::SeqCst) == 1 {
                             shared.input(Input::NodeDone { worker, step, node });
                         }
-                        shared.store.accept(step, node, chunk.index as usize, chunk.values);
+                        shared.store.accept(step, node, sums, chunk.index as usize, chunk.values);
                     });
                 }
                 Some(v1::push_part::Kind::WorkerId(_)) | None => {
@@ -196,17 +210,18 @@ impl v1::coordinator_server::Coordinator for Service {
             let mut sent = vec![None; shared.store.layout().chunks()];
             loop {
                 changes.borrow_and_update();
+                let mut idle = true;
                 for (index, sent) in sent.iter_mut().enumerate() {
-                    let Some((step, values)) = shared.store.newer(index, *sent) else { continue };
+                    let Some(Sent { step, crc, bytes: values }) = shared.store.next(index, *sent) else { continue };
                     shared.store.bytes_pulled.fetch_add(values.len() as u64, Ordering::Relaxed);
-                    let chunk =
-                        v1::WeightChunk { step: step.0, index: index as u32, crc: wire::crc(&values), values };
+                    let chunk = v1::WeightChunk { step: step.0, index: index as u32, crc, values };
                     if send.send(Ok(chunk)).await.is_err() {
                         return;
                     }
                     *sent = Some(step);
+                    idle = false;
                 }
-                if changes.changed().await.is_err() {
+                if idle && changes.changed().await.is_err() {
                     return;
                 }
             }
@@ -228,7 +243,9 @@ impl v1::coordinator_server::Coordinator for Service {
         if request.partition >= shared.job.train.partitions {
             return Err(wire::WireError::Range { field: "partition", value: request.partition.to_string() }.into());
         }
-        let bytes = shared.partition_bytes(request.partition, request.test);
+        let encode = move || shared.partition_bytes(request.partition, request.test);
+        let encoded = tokio::task::spawn_blocking(encode).await;
+        let bytes = encoded.map_err(|_| Status::internal("the partition could not be read"))?;
         let (send, receive) = mpsc::channel(2);
         tokio::spawn(async move {
             let total = bytes.len() as u64;

@@ -2,7 +2,7 @@
 
 use crate::{JobArgs, Wrong, interruption, options, read_job, show};
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
@@ -16,7 +16,7 @@ const RESTARTS: usize = 10;
 
 /// Makes this process end when its parent does, kill -9 included.
 pub fn end_with(parent: u32) -> Result<()> {
-    let is_parent = || rustix::process::getppid().is_some_and(|p| p.as_raw_nonzero().get() as u32 == parent);
+    let is_parent = move || rustix::process::getppid().is_some_and(|p| p.as_raw_nonzero().get() as u32 == parent);
     #[cfg(target_os = "linux")]
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     if !is_parent() {
@@ -68,36 +68,57 @@ async fn supervise(url: String, workers: usize, threads: usize) -> Result<std::c
     }
 }
 
-async fn draw(mut progress: watch::Receiver<Progress>) {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} [{eta} left]") {
-        bar.set_style(style);
-    }
-    while progress.changed().await.is_ok() {
-        let p = progress.borrow_and_update().clone();
-        bar.set_length(p.total_steps);
-        bar.set_position(p.step);
+/// A progress line for the run, and one for each worker, ten times a second.
+async fn draw(progress: watch::Receiver<Progress>) {
+    let style = |template| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let lines = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+    let run = lines.add(ProgressBar::new(0).with_style(style("{bar:24} {pos}/{len}, {eta} left, {wide_msg}")));
+    let mut workers: Vec<ProgressBar> = Vec::new();
+    let mut tick = tokio::time::interval(Duration::from_millis(100));
+    while progress.has_changed().is_ok() {
+        tick.tick().await;
+        let p = progress.borrow().clone();
+        run.set_length(p.total_steps);
+        run.set_position(p.step);
         let eval = p.eval.map(|e| format!(", test {e}")).unwrap_or_default();
-        bar.set_message(format!(
-            "epoch {}, loss {:.4}, {:.0} samples/s, {} workers{eval}",
-            p.epoch, p.loss, p.samples_per_second, p.workers
-        ));
+        run.set_message(format!("epoch {}, loss {:.4}, {:.0} samples/s{eval}", p.epoch, p.loss, p.samples_per_second));
+        while workers.len() > p.workers.len() {
+            if let Some(line) = workers.pop() {
+                lines.remove(&line);
+            }
+        }
+        while workers.len() < p.workers.len() {
+            workers.push(lines.add(ProgressBar::new(0).with_style(style("  {wide_msg}"))));
+        }
+        for (line, w) in workers.iter().zip(p.workers) {
+            let late = if w.silent > Duration::from_secs(2) {
+                format!(", silent for {} s", w.silent.as_secs())
+            } else {
+                String::new()
+            };
+            let (threads, s) = (w.threads, if w.threads == 1 { "" } else { "s" });
+            line.set_message(format!(
+                "worker {} ({}): {threads} thread{s}, {} partitions{late}",
+                w.id, w.name, w.partitions
+            ));
+        }
     }
+    lines.clear().ok();
 }
 
 /// `unisono local`.
 pub async fn run(job: Option<PathBuf>, workers: Option<usize>, threads: usize, args: JobArgs) -> Result<ExitCode> {
     let terminal = std::io::stderr().is_terminal() && !args.quiet && !args.verbose;
     crate::log(if args.quiet || terminal { tracing::Level::WARN } else { tracing::Level::INFO });
-    let job = read_job(job.as_ref(), &args)?;
+    let job = read_job(job.as_ref(), &args.set)?;
     let partitions = job.train.partitions as usize;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let workers = workers.unwrap_or(cores.min(partitions));
     if workers == 0 || threads == 0 {
         return Err(Wrong(anyhow::anyhow!("--workers and --threads must be at least 1")).into());
     }
-    let ready = unisono_coordinator::prepare(job).map_err(Wrong)?;
     let options = options(&args)?;
+    let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);
     let (progress, watching) = watch::channel(Progress::default());

@@ -3,6 +3,7 @@
 mod local;
 mod operate;
 mod show;
+mod trained;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
@@ -16,7 +17,10 @@ use unisono_common::job::{self, Job};
 const DIGITS: &str = include_str!("../../examples/digits-mlp.toml");
 
 #[derive(Parser)]
-#[command(version, about = "Trains models on CPUs: the result does not depend on the number of workers, to the last bit")]
+#[command(
+    version,
+    about = "Trains models on CPUs: the result does not depend on the number of workers, to the last bit"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Cmd,
@@ -79,11 +83,51 @@ enum Cmd {
         /// Gives up after this many seconds without a coordinator
         #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
         patience: f64,
+        /// Keeps the partitions that the coordinator sends in DIR, by digest, for the next run on the same data
+        #[arg(long, value_name = "DIR")]
+        cache: Option<PathBuf>,
         /// Ends when this process, which must be the parent, ends
         #[arg(long, hide = true)]
         parent: Option<u32>,
         #[arg(short, long)]
         verbose: bool,
+    },
+    /// Evaluates a checkpoint on its test set, or on the data of another job
+    Eval {
+        /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
+        checkpoint: PathBuf,
+        /// A job whose data is used instead of the checkpoint's own
+        job: Option<PathBuf>,
+        /// Overrides a key of JOB, as in data.test=other.csv; repeatable
+        #[arg(long = "set", value_name = "KEY=VALUE", requires = "job")]
+        set: Vec<String>,
+        /// Prints one JSON object on the last line of stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Predicts for new inputs: CSV or JSON lines in, the same with `prediction` out
+    Predict {
+        /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
+        checkpoint: PathBuf,
+        /// CSV with a header, or JSON lines (.json, .jsonl) [default: stdin]
+        ///
+        /// Rows have the columns that the model was trained on; models of other data take one column a value, or
+        /// {"features": [...]}. Values are raw: they are normalised as the training data was.
+        #[arg(verbatim_doc_comment)]
+        input: Option<PathBuf>,
+        #[arg(long)]
+        format: Option<trained::Format>,
+    },
+    /// Writes a checkpoint's weights as safetensors, with PyTorch's names and layouts
+    Export {
+        /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
+        checkpoint: PathBuf,
+        /// The file to write
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+        /// Replaces FILE where it exists
+        #[arg(long)]
+        force: bool,
     },
     /// Shows where a running job stands
     Status {
@@ -118,12 +162,13 @@ fn log(level: tracing::Level) {
         .init();
 }
 
-pub(crate) fn read_job(path: Option<&PathBuf>, args: &JobArgs) -> Result<Job> {
+pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
     let read = || -> Result<Job> {
-        let Some(path) = path else { return Ok(job::parse(DIGITS, "the embedded job", ".", &args.set)?) };
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the job file {}", path.display()))?;
+        let Some(path) = path else { return Ok(job::parse(DIGITS, "the embedded job", ".", set)?) };
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read the job file {}", path.display()))?;
         let base = std::path::absolute(path)?.parent().map(|p| p.display().to_string()).unwrap_or_default();
-        Ok(job::parse(&text, &path.display().to_string(), &base, &args.set)?)
+        Ok(job::parse(&text, &path.display().to_string(), &base, set)?)
     };
     read().map_err(|e| Wrong(e).into())
 }
@@ -134,7 +179,6 @@ pub(crate) fn options(args: &JobArgs) -> Result<unisono_coordinator::Options> {
     }
     let silence = Duration::from_secs_f64(args.heartbeat_timeout);
     Ok(unisono_coordinator::Options {
-        resume: args.resume,
         threads: 1,
         patience: unisono_common::protocol::Patience { silence, ..Default::default() },
     })
@@ -164,20 +208,19 @@ async fn run(command: Cmd) -> Result<ExitCode> {
         Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args).await,
         Cmd::Coordinator { job, listen, args } => {
             log(if args.quiet { tracing::Level::WARN } else { tracing::Level::INFO });
-            let ready = unisono_coordinator::prepare(read_job(Some(&job), &args)?).map_err(Wrong)?;
-            let options = options(&args)?;
+            let (job, options) = (read_job(Some(&job), &args.set)?, options(&args)?);
+            let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
             let listener = tokio::net::TcpListener::bind(&listen).await.map_err(|e| {
                 Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; choose another address with --listen"))
             })?;
             tracing::info!("listening on http://{}", listener.local_addr()?);
             let (progress, _) = watch::channel(Default::default());
             let interrupted = interruption();
-            let summary =
-                unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()).await?;
+            let summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()).await?;
             show::summary(&summary, args.json)?;
             Ok(show::exit_code(&summary, *interrupted.borrow()))
         }
-        Cmd::Worker { coordinator, threads, patience, parent, verbose } => {
+        Cmd::Worker { coordinator, threads, patience, cache, parent, verbose } => {
             log(if verbose || parent.is_none() { tracing::Level::INFO } else { tracing::Level::ERROR });
             if let Some(parent) = parent {
                 local::end_with(parent)?;
@@ -185,10 +228,14 @@ async fn run(command: Cmd) -> Result<ExitCode> {
             let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
             let name = format!("{}:{}", host.trim(), std::process::id());
             let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
-            unisono_worker::run(unisono_worker::Options { url: coordinator, threads: threads.max(1), name, patience })
-                .await?;
+            let options = unisono_worker::Options { url: coordinator, threads, name, patience, cache };
+            unisono_worker::check(&options).map_err(Wrong)?;
+            unisono_worker::run(options).await?;
             Ok(ExitCode::SUCCESS)
         }
+        Cmd::Eval { checkpoint, job, set, json } => trained::eval(&checkpoint, job.as_ref(), &set, json),
+        Cmd::Predict { checkpoint, input, format } => trained::predict(&checkpoint, input.as_ref(), format),
+        Cmd::Export { checkpoint, to, force } => trained::export(&checkpoint, &to, force),
         Cmd::Status { coordinator } => operate::status(&coordinator).await,
         Cmd::Drain { worker, coordinator } => operate::drain(&coordinator, worker).await,
         Cmd::Stop { coordinator } => operate::stop(&coordinator).await,

@@ -24,7 +24,10 @@ pub async fn status(url: &str) -> Result<ExitCode> {
     );
     println!("{:>6} {:>5} {:>8} {:>11} {:>10}  name", "worker", "rank", "threads", "partitions", "silent ms");
     for w in s.workers {
-        println!("{:>6} {:>5} {:>8} {:>11} {:>10}  {}", w.worker_id, w.rank, w.threads, w.partitions, w.silent_ms, w.name);
+        println!(
+            "{:>6} {:>5} {:>8} {:>11} {:>10}  {}",
+            w.worker_id, w.rank, w.threads, w.partitions, w.silent_ms, w.name
+        );
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -25,18 +25,17 @@ pub const CONNECTION_WINDOW: u32 = 8 << 20;
 /// Largest HTTP/2 frame that the protocol allows; must be set on both ends.
 pub const MAX_FRAME: u32 = (1 << 24) - 1;
 
+/// Compute threads of a worker, at most.
+pub const MAX_THREADS: u32 = 4096;
+
 /// What was wrong with something that came over the wire.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum WireError {
     #[error("chunk {index} does not exist: the layout has {chunks} chunks")]
     NoSuchChunk { index: u32, chunks: usize },
-    #[error(
-        "chunk {index} has {got} bytes, the layout says {want}: was the other side built from another version?"
-    )]
+    #[error("chunk {index} has {got} bytes, the layout says {want}: was the other side built from another version?")]
     ChunkLength { index: u32, got: usize, want: usize },
-    #[error(
-        "chunk {index} was damaged on the way: its checksum is {got:08x}, it should be {want:08x}"
-    )]
+    #[error("chunk {index} was damaged on the way: its checksum is {got:08x}, it should be {want:08x}")]
     Checksum { index: u32, got: u32, want: u32 },
     #[error("chunk {index} holds a value that is not finite, in tensor `{tensor}`")]
     NotFinite { index: u32, tensor: String },
@@ -65,23 +64,12 @@ pub fn digest(field: &'static str, bytes: &[u8]) -> Result<[u8; 32], WireError> 
 pub fn node(n: Option<v1::TreeNode>, partitions: u32) -> Result<Node, WireError> {
     let n = n.ok_or(WireError::Missing("node"))?;
     let node = Node { lo: n.lo, hi: n.hi };
-    if node.is_in_tree(partitions) {
-        Ok(node)
-    } else {
-        Err(WireError::NoSuchNode {
-            lo: n.lo,
-            hi: n.hi,
-            partitions,
-        })
-    }
+    if node.is_in_tree(partitions) { Ok(node) } else { Err(WireError::NoSuchNode { lo: n.lo, hi: n.hi, partitions }) }
 }
 
 /// A tree node for the wire.
 pub fn to_wire(node: Node) -> v1::TreeNode {
-    v1::TreeNode {
-        lo: node.lo,
-        hi: node.hi,
-    }
+    v1::TreeNode { lo: node.lo, hi: node.hi }
 }
 
 /// The values of a chunk as little-endian bytes.
@@ -97,50 +85,27 @@ pub fn crc(bytes: &[u8]) -> u32 {
 }
 
 /// Checks a chunk that came in: its number, length, checksum, and that every value is finite.
-pub fn check_chunk(
-    layout: &Layout,
-    index: u32,
-    want_crc: u32,
-    values: &[u8],
-) -> Result<(), WireError> {
+pub fn check_chunk(layout: &Layout, index: u32, want_crc: u32, values: &[u8]) -> Result<(), WireError> {
     if index as usize >= layout.chunks() {
-        return Err(WireError::NoSuchChunk {
-            index,
-            chunks: layout.chunks(),
-        });
+        return Err(WireError::NoSuchChunk { index, chunks: layout.chunks() });
     }
     let range = layout.chunk(index as usize);
     if values.len() != range.len() * 4 {
-        return Err(WireError::ChunkLength {
-            index,
-            got: values.len(),
-            want: range.len() * 4,
-        });
+        return Err(WireError::ChunkLength { index, got: values.len(), want: range.len() * 4 });
     }
     let got = crc(values);
     if got != want_crc {
-        return Err(WireError::Checksum {
-            index,
-            got,
-            want: want_crc,
-        });
+        return Err(WireError::Checksum { index, got, want: want_crc });
     }
     if let Some(i) = first_not_finite(values) {
-        let tensor = layout
-            .tensor_at(range.start + i)
-            .map(|t| t.name.clone())
-            .unwrap_or_default();
+        let tensor = layout.tensor_at(range.start + i).map(|t| t.name.clone()).unwrap_or_default();
         return Err(WireError::NotFinite { index, tensor });
     }
     Ok(())
 }
 
 fn values_of(bytes: &[u8]) -> impl Iterator<Item = f32> {
-    bytes
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|b| f32::from_le_bytes(*b))
+    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))
 }
 
 fn first_not_finite(bytes: &[u8]) -> Option<usize> {
@@ -149,11 +114,7 @@ fn first_not_finite(bytes: &[u8]) -> Option<usize> {
         let exponent = u32::from_le_bytes(*b) & 0x7f80_0000;
         acc | u32::from(exponent == 0x7f80_0000)
     });
-    if bad == 0 {
-        None
-    } else {
-        values_of(bytes).position(|v| !v.is_finite())
-    }
+    if bad == 0 { None } else { values_of(bytes).position(|v| !v.is_finite()) }
 }
 
 /// Copies a chunk's bytes into values.
@@ -185,27 +146,12 @@ mod tests {
         }]);
         let good = encode_values(&[1.0, -2.0, 3.5]);
         assert_eq!(check_chunk(&layout, 0, crc(&good), &good), Ok(()));
-        assert!(matches!(
-            check_chunk(&layout, 1, crc(&good), &good),
-            Err(WireError::NoSuchChunk { .. })
-        ));
-        assert!(matches!(
-            check_chunk(&layout, 0, crc(&good) ^ 1, &good),
-            Err(WireError::Checksum { .. })
-        ));
-        assert!(matches!(
-            check_chunk(&layout, 0, crc(&good[..8]), &good[..8]),
-            Err(WireError::ChunkLength { .. })
-        ));
+        assert!(matches!(check_chunk(&layout, 1, crc(&good), &good), Err(WireError::NoSuchChunk { .. })));
+        assert!(matches!(check_chunk(&layout, 0, crc(&good) ^ 1, &good), Err(WireError::Checksum { .. })));
+        assert!(matches!(check_chunk(&layout, 0, crc(&good[..8]), &good[..8]), Err(WireError::ChunkLength { .. })));
         let bad = encode_values(&[1.0, f32::NAN, 3.5]);
         let error = check_chunk(&layout, 0, crc(&bad), &bad).unwrap_err();
-        assert_eq!(
-            error,
-            WireError::NotFinite {
-                index: 0,
-                tensor: "0.weight".into()
-            }
-        );
+        assert_eq!(error, WireError::NotFinite { index: 0, tensor: "0.weight".into() });
         let mut sum = [1.0; 3];
         add_into(&good, &mut sum);
         assert_eq!(sum, [2.0, -1.0, 4.5]);

@@ -1,5 +1,7 @@
 //! What the whole-system tests share: running the real program, and reading its summary.
 
+pub use rustix::process::Signal;
+use rustix::process::{Pid, kill_process};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -11,9 +13,9 @@ pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-        // Built with the tests' own profile, so that `cargo test` alone is enough on a fresh machine.
+        // With the tests' own profile and features: `cargo test` alone is enough, and has built all but the program.
         let built = Command::new(cargo)
-            .args(["build", "-p", "unisono", "--profile", "test", "--message-format=json"])
+            .args(["build", "--workspace", "--all-targets", "--profile", "test", "--message-format=json"])
             .current_dir(root())
             .stderr(Stdio::inherit())
             .output()
@@ -22,7 +24,7 @@ pub fn program() -> &'static Path {
         String::from_utf8_lossy(&built.stdout)
             .lines()
             .filter_map(|l| serde_json::from_str::<Value>(l).ok())
-            .find(|m| m["target"]["name"] == "unisono" && m["executable"].is_string())
+            .find(|m| m["target"]["kind"][0] == "bin" && m["profile"]["test"] == false && m["executable"].is_string())
             .map(|m| PathBuf::from(m["executable"].as_str().unwrap_or_default()))
             .expect("cargo names the program")
     })
@@ -76,8 +78,13 @@ pub fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
     }
 }
 
+/// Sends a signal to a process of ours.
+pub fn signal(child: &Child, signal: Signal) {
+    signal_id(child.id(), signal);
+}
+
 /// Sends a signal to a process by its id.
-pub fn signal(child: &Child, name: &str) {
-    let sent = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status();
-    assert!(sent.is_ok_and(|s| s.success()), "kill -{name} works");
+pub fn signal_id(id: u32, signal: Signal) {
+    let id = Pid::from_raw(id as i32).expect("an id");
+    kill_process(id, signal).expect("the process is there");
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Child;
-use unisono_tests::{finish, free_port, run, signal, start, summary, wait_until};
+use unisono_tests::{Signal, finish, free_port, root, run, signal, start, summary, wait_until};
 
 const STEPS: &str = "train.steps=120";
 
@@ -37,38 +37,65 @@ fn partitions_that_workers_do_not_divide_and_uneven_ends_give_the_same_weights()
     assert_eq!(with("5"), calm);
 }
 
+#[test]
+fn data_that_is_sent_gives_the_weights_of_data_that_is_read() {
+    assert_eq!(local(&["--workers", "3", "--set", "data.ship=true"]), local(&["--workers", "1"]));
+}
+
+/// A small convolutional network with batch-norm and dropout, whose partitions and last batches are uneven.
+const IMAGES: &str = r#"
+data = { format = "synthetic", shape = [1, 8, 8], classes = 4, samples = 1421, test_samples = 101 }
+train = { partitions = 7, micro_batch = 9, steps = 400, optimizer = "adamw" }
+[model]
+kind = "layers"
+layers = [
+  { op = "conv2d", filters = 8, kernel = 3 }, { op = "batch-norm" }, { op = "relu" },
+  { op = "residual", layers = [{ op = "conv2d", filters = 8, kernel = 3, padding = 1 }, { op = "gelu" }] },
+  { op = "avg-pool2d", size = 2 }, { op = "flatten" }, { op = "linear", units = 128 }, { op = "layer-norm" },
+  { op = "relu" }, { op = "dropout", rate = 0.25 }, { op = "linear", units = 4 },
+]
+"#;
+
+/// A job file and options, as the commands take them.
+type Run<'a> = &'a [&'a str];
+
+/// The summary of an undisturbed run.
+fn calm(job: Run<'_>) -> serde_json::Value {
+    let dir = tempfile::tempdir().expect("a folder");
+    summary(&run(dir.path(), &[&["local", "--json", "--quiet", "--workers", "1"], job].concat()))
+}
+
 /// A coordinator and workers of its own, so that each can be killed by its id.
 struct Cluster<'a> {
     dir: &'a Path,
-    url: String,
+    job: Run<'a>,
+    address: String,
     coordinator: Option<Child>,
     workers: Vec<Child>,
-    job: String,
 }
 
 impl<'a> Cluster<'a> {
-    fn start(dir: &'a Path, steps: u32) -> Cluster<'a> {
-        let job = unisono_tests::root().join("examples/digits-mlp.toml").display().to_string();
-        let url = format!("127.0.0.1:{}", free_port());
-        let mut cluster = Cluster { dir, url, coordinator: None, workers: Vec::new(), job };
-        cluster.coordinate(steps, &[]);
+    fn start(dir: &'a Path, job: Run<'a>, workers: usize) -> Cluster<'a> {
+        let address = format!("127.0.0.1:{}", free_port());
+        let mut cluster = Cluster { dir, job, address, coordinator: None, workers: Vec::new() };
+        cluster.coordinate(&[]);
+        (0..workers).for_each(|_| cluster.worker());
         cluster
     }
 
-    fn coordinate(&mut self, steps: u32, more: &[&str]) {
-        let steps = format!("train.steps={steps}");
-        let mut args = vec!["coordinator", &self.job, "--listen", &self.url, "--json", "--quiet", "--set", &steps];
-        args.extend(["--heartbeat-timeout", "1", "--set", "checkpoint.every_steps=50"]);
-        args.extend(more);
+    fn coordinate(&mut self, more: &[&str]) {
+        let options = ["--listen", &self.address, "--json", "--quiet", "--heartbeat-timeout", "1"];
+        let often = ["--set", "checkpoint.every_steps=20"];
+        let args = [&["coordinator"], self.job, &options, &often, more].concat();
         self.coordinator = Some(start(self.dir, &args));
     }
 
     fn worker(&mut self) {
-        self.workers.push(start(self.dir, &["worker", "--coordinator", &self.url]));
+        self.workers.push(start(self.dir, &["worker", "--coordinator", &self.address]));
     }
 
     fn step(&self) -> u64 {
-        let out = run(self.dir, &["status", "--coordinator", &self.url]);
+        let out = run(self.dir, &["status", "--coordinator", &self.address]);
         let text = String::from_utf8_lossy(&out.stdout).to_string();
         text.split("step ").nth(1).and_then(|t| t.split(' ').next()?.parse().ok()).unwrap_or(0)
     }
@@ -95,53 +122,141 @@ impl Drop for Cluster<'_> {
     }
 }
 
-#[test]
-fn kills_pauses_and_joins_give_the_same_weights() {
-    let steps = 3000;
-    let calm_dir = tempfile::tempdir().expect("a folder");
-    let mut calm = Cluster::start(calm_dir.path(), steps);
-    calm.worker();
-    let calm = calm.end();
-
+/// One worker is killed in the middle of the run, one paused for longer than the limit and continued, one joins; then the
+/// coordinator is killed and resumes: all that `job` comes to is what one undisturbed worker comes to.
+fn a_storm_changes_nothing(job: Run<'_>) {
     let dir = tempfile::tempdir().expect("a folder");
-    let mut stormy = Cluster::start(dir.path(), steps);
-    stormy.worker();
-    stormy.worker();
-    stormy.worker();
-    stormy.reach(100);
-    signal(&stormy.workers[0], "KILL");
-    stormy.reach(300);
-    signal(&stormy.workers[1], "STOP");
-    stormy.worker();
+    let mut cluster = Cluster::start(dir.path(), job, 3);
+    cluster.reach(25);
+    signal(&cluster.workers[0], Signal::KILL);
+    cluster.reach(35);
+    signal(&cluster.workers[1], Signal::STOP);
+    cluster.worker();
     std::thread::sleep(std::time::Duration::from_millis(1500));
-    signal(&stormy.workers[1], "CONT");
-    let storm = stormy.end();
-
-    assert_eq!(storm["weights_digest"], calm["weights_digest"]);
-    assert_eq!(storm["train_loss"], calm["train_loss"]);
-    assert_eq!(storm["eval"], calm["eval"]);
-    assert!(storm["workers_lost"].as_u64() >= Some(1), "{storm}");
-}
-
-#[test]
-fn a_killed_coordinator_resumes_to_the_same_weights() {
-    let steps = 2000;
-    let calm_dir = tempfile::tempdir().expect("a folder");
-    let mut calm = Cluster::start(calm_dir.path(), steps);
-    calm.worker();
-    let calm = calm.end();
-
-    let dir = tempfile::tempdir().expect("a folder");
-    let mut cluster = Cluster::start(dir.path(), steps);
-    cluster.worker();
-    cluster.worker();
-    cluster.reach(200);
+    signal(&cluster.workers[1], Signal::CONT);
+    cluster.reach(45);
+    let status = run(dir.path(), &["status", "--coordinator", &cluster.address]);
+    assert!(status.status.success(), "the run ended before the coordinator could be killed: give it more steps");
     let mut dead = cluster.coordinator.take().expect("it runs");
     dead.kill().expect("SIGKILL");
     dead.wait().expect("it is dead");
-    cluster.coordinate(steps, &["--resume"]);
-    let resumed = cluster.end();
-    assert_eq!(resumed["weights_digest"], calm["weights_digest"]);
-    assert_eq!(resumed["eval"], calm["eval"]);
-    assert_eq!(resumed["samples"], calm["samples"]);
+    cluster.coordinate(&["--resume"]);
+    let (storm, calm) = (cluster.end(), calm(job));
+    for key in ["weights_digest", "train_loss", "eval", "samples", "steps"] {
+        assert_eq!(storm[key], calm[key], "{key}");
+    }
+}
+
+#[test]
+fn a_storm_changes_nothing_for_digits() {
+    let job = root().join("examples/digits-mlp.toml").display().to_string();
+    a_storm_changes_nothing(&[&job, "--set", "train.steps=6000"]);
+}
+
+#[test]
+fn images_with_batch_norm_and_dropout_are_the_same_for_all() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = dir.path().join("images.toml").display().to_string();
+    std::fs::write(&job, IMAGES).expect("written");
+    let with = |more: &[&str]| {
+        let dir = tempfile::tempdir().expect("a folder");
+        let out = run(dir.path(), &[&["local", &job, "--json", "--quiet"], more].concat());
+        summary(&out)["weights_digest"].as_str().expect("a digest").to_string()
+    };
+    let calm = with(&["--workers", "1"]);
+    for (workers, threads) in [("2", "1"), ("3", "2"), ("5", "1"), ("7", "1"), ("1", "2"), ("1", "4")] {
+        assert_eq!(with(&["--workers", workers, "--threads", threads]), calm, "{workers} workers, {threads} threads");
+    }
+    assert_eq!(with(&["--workers", "2", "--set", "data.ship=true"]), calm);
+    assert_ne!(with(&["--workers", "2", "--set", "seed=9"]), calm);
+    a_storm_changes_nothing(&[&job, "--set", "train.steps=3000"]);
+}
+
+/// A model of several chunks, whose workers all die together, again and again, in the middle of their pushes.
+#[test]
+fn new_workers_finish_what_all_the_old_ones_left() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = root().join("examples/digits-mlp.toml").display().to_string();
+    let job = [&job, "--set", "model.hidden=[2000, 2000]", "--set", "train.steps=60"];
+    let mut cluster = Cluster::start(dir.path(), &job, 2);
+    for round in 1..=6 {
+        cluster.reach(6 * round);
+        for mut worker in std::mem::take(&mut cluster.workers) {
+            signal(&worker, Signal::KILL);
+            worker.wait().expect("it is dead");
+        }
+        (0..2).for_each(|_| cluster.worker());
+    }
+    let (storm, calm) = (cluster.end(), calm(&job));
+    assert_eq!(storm["weights_digest"], calm["weights_digest"]);
+    assert!(storm["workers_lost"].as_u64() >= Some(11), "{storm}");
+}
+
+/// What a killed worker takes with it is seen in the summary.
+#[test]
+fn losses_are_counted() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = root().join("examples/digits-mlp.toml").display().to_string();
+    let job = [&job, "--set", "train.steps=4000"];
+    let cluster = Cluster::start(dir.path(), &job, 2);
+    cluster.reach(100);
+    signal(&cluster.workers[0], Signal::KILL);
+    let summary = cluster.end();
+    assert_eq!((&summary["workers_lost"], &summary["workers_joined"]), (&1.into(), &2.into()), "{summary}");
+    assert!(summary["partitions_reissued"].as_u64() <= Some(8), "{summary}");
+}
+
+/// The digest of an example that needs data, cut to 100 steps; `None` where UNISONO_DATA is not set.
+fn example(name: &str, options: &[&str]) -> Option<String> {
+    if std::env::var_os("UNISONO_DATA").is_none() {
+        eprintln!("skipped: set UNISONO_DATA to the folder of the data sets to run {name}");
+        return None;
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = root().join(format!("examples/{name}.toml")).display().to_string();
+    let args = [&["local", &job, "--json", "--quiet", "--set", "train.steps=100"], options].concat();
+    Some(summary(&run(dir.path(), &args))["weights_digest"].as_str().expect("a digest").to_string())
+}
+
+/// `storm` are options for a run that lasts some seconds.
+fn example_is_the_same_for_all(name: &str, more: &[&str], storm: &[&str]) {
+    let with = |options: &[&str]| example(name, &[more, options].concat());
+    let Some(calm) = with(&["--workers", "1"]) else { return };
+    for workers in ["2", "3", "5", "8"] {
+        assert_eq!(with(&["--workers", workers]), Some(calm.clone()), "{name}, {workers} workers");
+    }
+    for (workers, threads) in [("1", "2"), ("1", "4"), ("3", "2")] {
+        let got = with(&["--workers", workers, "--threads", threads]);
+        assert_eq!(got, Some(calm.clone()), "{name}, {workers} workers of {threads} threads");
+    }
+    assert_eq!(with(&["--workers", "2", "--set", "data.ship=true"]), Some(calm.clone()), "{name}, data sent");
+    assert_ne!(with(&["--workers", "2", "--set", "seed=8"]), Some(calm), "{name}, another seed");
+    let job = root().join(format!("examples/{name}.toml")).display().to_string();
+    a_storm_changes_nothing(&[&[job.as_str()], more, storm].concat());
+}
+
+/// Seven uneven partitions; 100 steps reach beyond the epoch's uneven end.
+#[test]
+fn mnist_mlp_is_the_same_for_all() {
+    let uneven = ["--set", "train.partitions=7", "--set", "train.micro_batch=100"];
+    example_is_the_same_for_all("mnist-mlp", &uneven, &["--set", "train.steps=250"]);
+}
+
+/// Convolution, batch-norm and dropout; small micro-batches keep it short.
+#[test]
+fn mnist_cnn_is_the_same_for_all() {
+    example_is_the_same_for_all("mnist-cnn", &["--set", "train.micro_batch=3"], &["--set", "train.steps=120"]);
+}
+
+/// Seven uneven partitions; 100 steps reach beyond the epoch's uneven end.
+#[test]
+fn adult_is_the_same_for_all() {
+    let uneven = ["--set", "train.partitions=7", "--set", "train.micro_batch=61"];
+    example_is_the_same_for_all("adult", &uneven, &["--set", "train.steps=4000"]);
+}
+
+#[test]
+fn sixty_four_workers_give_the_same_weights() {
+    let odd = ["--set", "train.partitions=64", "--set", "train.micro_batch=1", "--set", "train.steps=40"];
+    assert_eq!(local(&[&odd[..], &["--workers", "64"]].concat()), local(&[&odd[..], &["--workers", "1"]].concat()));
 }

@@ -1,10 +1,11 @@
 //! The compute thread: weights in, gradient sums out. It knows nothing of the network but the channels it is given.
 
+use crate::samples::Samples;
 use anyhow::{Context, Result};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use unisono_common::data::partition::{Feeder, Partitions};
-use unisono_common::data::{Batch, Opened};
+use unisono_common::data::{Batch, Prepared};
 use unisono_common::job::Job;
 use unisono_common::layers::Segments;
 use unisono_common::loss::{Loss, LossSums};
@@ -18,11 +19,11 @@ use unisono_proto::{self as wire, v1};
 /// Rows of the test set that are evaluated at once.
 const EVAL_ROWS: usize = 256;
 
-/// One order: these nodes, with these weights.
+/// One order: this node, with these weights.
 pub struct Order {
     pub step: u64,
     pub generation: u64,
-    pub nodes: Vec<Node>,
+    pub node: Node,
     pub evaluate: bool,
     pub weights: Arc<Vec<f32>>,
 }
@@ -30,11 +31,13 @@ pub struct Order {
 /// Everything that a worker computes with.
 pub struct Compute {
     job: Job,
-    opened: Opened,
+    samples: Samples,
+    prepared: Prepared,
     model: Arc<Model>,
     loss: Loss,
     eval_kind: EvalKind,
     feeder: Feeder,
+    train_parts: Partitions,
     test_parts: Option<Partitions>,
     workspace: Option<(usize, Workspace)>,
     batch: Batch,
@@ -42,27 +45,27 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// Plans the work of `job` on data that was read already.
-    pub fn new(job: Job, opened: Opened, model: Arc<Model>) -> Result<Compute> {
+    /// Plans the work of `job`, whose data was described by `prepared`.
+    pub fn new(job: Job, samples: Samples, prepared: Prepared, model: Arc<Model>) -> Result<Compute> {
         let p = job.train.partitions;
-        let parts = Partitions::new(opened.train.samples(), p, job.data.hashed.then_some(job.seed))?;
-        let test_parts = match &opened.test {
-            Some(test) => Some(Partitions::new(test.samples(), p, None)?),
-            None => None,
+        let train_parts = Partitions::new(prepared.train_samples as usize, p, job.data.hashed.then_some(job.seed))?;
+        let test_parts = match prepared.test_samples as usize {
+            0 => None,
+            test => Some(Partitions::new(test, p, None).context("the test set")?),
         };
-        let feeder = Feeder::new(parts, job.seed, job.train.micro_batch);
         let loss = Loss::new(&job.train.loss, model.outputs())?;
-        let eval_kind = EvalKind::of(model.outputs(), opened.prepared.classes.as_ref().map(|c| c.len()));
         Ok(Compute {
             gradient: vec![0.0; model.layout().len()],
             batch: Batch::empty(),
             workspace: None,
+            eval_kind: EvalKind::of(prepared.classes.as_ref().map(Vec::len)),
+            feeder: Feeder::new(train_parts.clone(), job.seed, job.train.micro_batch),
             job,
-            opened,
+            samples,
+            prepared,
             model,
             loss,
-            eval_kind,
-            feeder,
+            train_parts,
             test_parts,
         })
     }
@@ -80,8 +83,8 @@ impl Compute {
         let mut segments = Segments { lo: node.lo, starts: vec![0] };
         self.batch.clear();
         for partition in node.lo..node.hi {
-            let rows = self.feeder.indices(step, partition);
-            self.batch.fill(&self.opened.train, &self.opened.prepared, rows.iter().map(|&i| i as usize), true);
+            let rows = self.feeder.positions(step, partition).iter().map(|&i| i as usize);
+            self.samples.fill(&mut self.batch, &self.prepared, &self.train_parts, (partition, false), rows);
             segments.starts.push(self.batch.samples);
         }
         let rows = (node.len() as usize * self.job.train.micro_batch).max(EVAL_ROWS);
@@ -93,22 +96,20 @@ impl Compute {
     }
 
     /// The evaluation sums of one node, partition by partition.
-    fn evaluate(&mut self, node: Node, weights: &[f32]) -> EvalSums {
+    pub fn evaluate(&mut self, node: Node, weights: &[f32]) -> EvalSums {
         if let Some((left, right)) = node.children() {
             return self.evaluate(left, weights).merge(self.evaluate(right, weights));
         }
         let mut sums = EvalSums::new(self.eval_kind);
-        let (Some(test), Some(parts)) = (&self.opened.test, &self.test_parts) else { return sums };
-        let rows: Vec<usize> = (0..parts.len(node.lo)).map(|i| parts.sample(node.lo, i)).collect();
-        let test = test.select(&rows);
+        let Some(count) = self.test_parts.as_ref().map(|parts| parts.len(node.lo)) else { return sums };
         self.workspace(EVAL_ROWS);
-        for at in (0..rows.len()).step_by(EVAL_ROWS) {
+        let (Some(parts), Some((_, workspace))) = (&self.test_parts, &mut self.workspace) else { return sums };
+        for at in (0..count).step_by(EVAL_ROWS) {
+            let rows = at..(at + EVAL_ROWS).min(count);
             self.batch.clear();
-            let until = (at + EVAL_ROWS).min(rows.len());
-            self.batch.fill(&test, &self.opened.prepared, at..until, true);
-            let (_, workspace) = self.workspace.as_mut().expect("planned above");
-            let logits = train::evaluate(&self.model, &self.loss, weights, &self.batch, workspace);
-            sums.add_batch(&self.loss, logits, &self.batch.targets, until - at, self.model.outputs());
+            self.samples.fill(&mut self.batch, &self.prepared, parts, (node.lo, true), rows.clone());
+            let logits = train::evaluate(&self.model, weights, &self.batch, workspace);
+            sums.add_batch(&self.loss, logits, &self.batch.targets);
         }
         sums
     }
@@ -136,39 +137,39 @@ impl Compute {
         session: mpsc::UnboundedSender<v1::FromWorker>,
         push: mpsc::Sender<v1::PushPart>,
     ) -> Result<()> {
-        for order in orders {
-            for node in order.nodes {
-                if order.evaluate {
-                    let (sums, counts) = self.evaluate(node, &order.weights).to_parts();
-                    let done =
-                        v1::EvalDone { step: order.step, node: Some(wire::to_wire(node)), sums, counts };
-                    let message = v1::FromWorker { kind: Some(v1::from_worker::Kind::EvalDone(done)) };
-                    session.send(message).ok().context("the session ended")?;
+        for Order { step, generation, node, evaluate, weights } in orders {
+            let tell = |kind| session.send(v1::FromWorker { kind: Some(kind) }).ok().context("the session ended");
+            if evaluate {
+                let sums = self.evaluate(node, &weights);
+                drop(weights);
+                if !sums.is_finite() {
+                    let tensor = "loss of the evaluation".into();
+                    tell(v1::from_worker::Kind::Diverged(v1::Diverged { step, partition: node.lo, tensor }))?;
                     continue;
                 }
-                let sums = self.gradient(order.step, node, &order.weights);
-                if !sums.loss.is_finite() || self.gradient.iter().any(|g| !g.is_finite()) {
-                    let diverged = self.blame(order.step, node, &order.weights);
-                    let message = v1::FromWorker { kind: Some(v1::from_worker::Kind::Diverged(diverged)) };
-                    session.send(message).ok().context("the session ended")?;
-                    continue;
-                }
-                let header = v1::NodeHeader {
-                    step: order.step,
-                    generation: order.generation,
-                    node: Some(wire::to_wire(node)),
-                    loss: sums.loss,
-                    weight: sums.weight,
-                    samples: sums.samples,
-                };
-                let part = |kind| v1::PushPart { kind: Some(kind) };
-                push.blocking_send(part(v1::push_part::Kind::Node(header))).ok().context("the push ended")?;
-                let layout = self.model.layout();
-                for index in (0..layout.chunks()).rev() {
-                    let values = wire::encode_values(&self.gradient[layout.chunk(index)]);
-                    let chunk = v1::GradientChunk { index: index as u32, crc: wire::crc(&values), values };
-                    push.blocking_send(part(v1::push_part::Kind::Chunk(chunk))).ok().context("the push ended")?;
-                }
+                let (sums, counts) = sums.to_parts();
+                let done = v1::EvalDone { step, node: Some(wire::to_wire(node)), sums, counts };
+                tell(v1::from_worker::Kind::EvalDone(done))?;
+                continue;
+            }
+            let LossSums { loss, weight, samples } = self.gradient(step, node, &weights);
+            if !loss.is_finite() || self.gradient.iter().any(|g| !g.is_finite()) {
+                tell(v1::from_worker::Kind::Diverged(self.blame(step, node, &weights)))?;
+                continue;
+            }
+            // Before the last push: the next step's weights come into this memory.
+            drop(weights);
+            let send = |kind| push.blocking_send(v1::PushPart { kind: Some(kind) }).ok().context("the push ended");
+            let header = v1::NodeHeader { step, generation, node: Some(wire::to_wire(node)), loss, weight, samples };
+            send(v1::push_part::Kind::Node(header))?;
+            let layout = self.model.layout();
+            for index in (0..layout.chunks()).rev() {
+                let values = wire::encode_values(&self.gradient[layout.chunk(index)]);
+                send(v1::push_part::Kind::Chunk(v1::GradientChunk {
+                    index: index as u32,
+                    crc: wire::crc(&values),
+                    values,
+                }))?;
             }
         }
         Ok(())

@@ -1,6 +1,8 @@
 //! The worker: it leases partitions, computes their gradient sums, and pushes them.
 
+pub mod cache;
 pub mod compute;
+pub mod samples;
 pub mod session;
 
 use anyhow::{Result, bail};
@@ -15,15 +17,30 @@ pub struct Options {
     pub name: String,
     /// Give up after this long without a coordinator.
     pub patience: Duration,
+    /// Where partitions that the coordinator sends are kept from run to run.
+    pub cache: Option<std::path::PathBuf>,
+}
+
+/// Finds mistakes in the options before anything starts.
+///
+/// # Errors
+/// A URL that is none, and no threads or too many.
+pub fn check(options: &Options) -> Result<()> {
+    session::endpoint(&options.url)?;
+    let most = unisono_proto::MAX_THREADS as usize;
+    if options.threads == 0 || options.threads > most {
+        bail!("--threads must be from 1 to {most}, not {}", options.threads);
+    }
+    Ok(())
 }
 
 /// Serves the coordinator at `options.url` until its job ends; joins again after every break.
 pub async fn run(options: Options) -> Result<()> {
     let mut kept = Kept::default();
     let mut alone_since = tokio::time::Instant::now();
-    let mut pause = Duration::from_millis(50);
+    let (mut pause, mut said) = (Duration::from_millis(50), false);
     loop {
-        match session::session(&options.url, options.threads, &options.name, &mut kept).await {
+        match session::session(&options, &mut kept).await {
             Ok(End::Done(why)) => {
                 tracing::info!("{why}");
                 return Ok(());
@@ -31,6 +48,7 @@ pub async fn run(options: Options) -> Result<()> {
             Ok(End::Refused(why)) => bail!("{why}"),
             Ok(End::Again(why)) => {
                 tracing::warn!("{why}; joining again");
+                said = false;
                 alone_since = tokio::time::Instant::now();
                 pause = Duration::from_millis(50);
             }
@@ -38,7 +56,9 @@ pub async fn run(options: Options) -> Result<()> {
                 if alone_since.elapsed() > options.patience {
                     bail!("{e:#} (tried for {} s)", options.patience.as_secs());
                 }
-                tracing::debug!("{e:#}");
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!("{e:#}; trying for {} s", options.patience.as_secs());
+                }
             }
         }
         tokio::time::sleep(pause).await;

@@ -1,6 +1,30 @@
 //! Data sets in memory, and the batches made of them.
+//!
+//! | module | what it reads or does |
+//! | --- | --- |
+//! | `digits` | the embedded UCI digits |
+//! | `idx` | IDX files, gzipped or not (MNIST's format) |
+//! | [`csv`] | tables: numbers, and categories one-hot encoded |
+//! | `synthetic` | samples made from a seed, for measuring |
+//! | [`partition`] | which samples belong to which partition and step |
+//!
+//! A format yields raw samples; [`open`] learns from the training set how they are normalised ([`Prepared`]).
 
+pub mod csv;
+mod digits;
+mod error;
+mod idx;
+pub mod partition;
+mod synthetic;
+
+pub use error::DataError;
+
+use crate::job;
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The raw samples of one split, before normalisation; sample-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +64,9 @@ pub struct Prepared {
     pub digest: String,
     /// For CSV: how columns become features.
     pub columns: Vec<Column>,
+    /// For CSV: the text that stands for a missing value (an empty cell always does).
+    #[serde(default)]
+    pub missing: String,
 }
 
 /// One CSV column: a number, or a categorical value one-hot encoded over `values` (an unknown value is all zeros).
@@ -57,4 +84,557 @@ pub struct Batch {
     pub inputs: Vec<f32>,
     pub targets: Targets,
     pub samples: usize,
+}
+
+/// A job's data, read and ready for batches; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    pub train: Arc<Dataset>,
+    pub test: Option<Arc<Dataset>>,
+    pub prepared: Prepared,
+}
+
+/// What a format yields: both splits, and how they may be normalised.
+struct Raw {
+    train: Dataset,
+    test: Option<Dataset>,
+    classes: Option<Vec<String>>,
+    columns: Vec<Column>,
+    missing: String,
+    scale: Scale,
+}
+
+/// How features are brought to a common scale.
+struct Scale {
+    /// Each feature has its own statistics; otherwise, as for the pixels of an image, all share one mean and deviation.
+    per_feature: bool,
+    /// Where data are not normalised, inputs are `raw * unit`.
+    unit: f32,
+}
+
+/// Reads the data of a job: relative paths are looked up in `UNISONO_DATA` first, then in the job file's folder.
+pub fn open(data: &job::Data, seed: u64) -> Result<Opened, DataError> {
+    let root = std::env::var_os("UNISONO_DATA").filter(|v| !v.is_empty()).map(PathBuf::from);
+    open_in(root.as_deref(), data, seed)
+}
+
+fn open_in(root: Option<&Path>, data: &job::Data, seed: u64) -> Result<Opened, DataError> {
+    let raw = match &data.source {
+        job::Source::Digits => digits::read(seed),
+        job::Source::Idx { train, test } => idx::read(root, train, test.as_ref())?,
+        job::Source::Csv(spec) => csv::read(root, spec)?,
+        job::Source::Synthetic { task, shape, classes, samples, test_samples } => {
+            synthetic::make(seed, *task, shape, *classes, *samples, *test_samples)?
+        }
+    };
+    Ok(raw.prepare(data.normalize))
+}
+
+impl Raw {
+    /// Learns the normalisation; there is at least one training sample.
+    fn prepare(self, normalize: bool) -> Opened {
+        let Raw { train, test, classes, columns, missing, scale } = self;
+        let (mean, inv_std) = if normalize {
+            let width = if scale.per_feature { train.sample_len() } else { 1 };
+            match &train.features {
+                Features::U8(v) => statistics(v, width),
+                Features::F32(v) => statistics(v, width),
+            }
+        } else {
+            (vec![0.0], vec![scale.unit])
+        };
+        let mut digest = blake3::Hasher::new();
+        for split in [Some(&train), test.as_ref()].into_iter().flatten() {
+            digest.update(&split.digest());
+        }
+        let prepared = Prepared {
+            shape: train.shape.clone(),
+            classes,
+            mean,
+            inv_std,
+            train_samples: train.samples() as u64,
+            test_samples: test.as_ref().map_or(0, Dataset::samples) as u64,
+            digest: digest.finalize().to_hex().to_string(),
+            columns,
+            missing,
+        };
+        Opened { train: Arc::new(train), test: test.map(Arc::new), prepared }
+    }
+}
+
+/// Mean and inverse deviation of each of `width` interleaved features, summed in f64 in the order of the samples.
+///
+/// Sums are of differences from the first sample, so that a constant feature has a deviation of exactly 0, for which
+/// the inverse is 1.
+fn statistics<T: Copy + Into<f64>>(values: &[T], width: usize) -> (Vec<f32>, Vec<f32>) {
+    let samples = (values.len() / width) as f64;
+    let first: Vec<f64> = values[..width].iter().map(|&x| x.into()).collect();
+    let mut mean = vec![0.0f64; width];
+    for row in values.chunks_exact(width) {
+        for ((sum, &x), first) in mean.iter_mut().zip(row).zip(&first) {
+            *sum += x.into() - first;
+        }
+    }
+    for (mean, first) in mean.iter_mut().zip(&first) {
+        *mean = first + *mean / samples;
+    }
+    let mut square = vec![0.0f64; width];
+    for row in values.chunks_exact(width) {
+        for ((sum, &x), mean) in square.iter_mut().zip(row).zip(&mean) {
+            let d = x.into() - mean;
+            *sum += d * d;
+        }
+    }
+    let inverse = |square: f64| {
+        let inverse = (1.0 / libm::sqrt(square / samples)) as f32;
+        if inverse.is_finite() { inverse } else { 1.0 }
+    };
+    (mean.iter().map(|&m| m as f32).collect(), square.into_iter().map(inverse).collect())
+}
+
+impl Prepared {
+    /// The number of outputs of a model for these targets; whether they fit the loss is the loss's to check.
+    pub fn outputs(&self, loss: &job::Loss) -> usize {
+        match (loss, self.classes.as_ref().map_or(1, Vec::len)) {
+            (job::Loss::CrossEntropy { .. }, classes) => classes,
+            (job::Loss::Hinge, classes) if classes > 2 => classes,
+            (job::Loss::Hinge | job::Loss::BinaryCrossEntropy { .. }, _) => 1,
+            (job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. }, _) => 1,
+        }
+    }
+}
+
+fn gather<T: Copy>(values: &[T], width: usize, rows: &[usize]) -> Vec<T> {
+    let mut out = Vec::with_capacity(rows.len() * width);
+    for &row in rows {
+        out.extend_from_slice(&values[row * width..][..width]);
+    }
+    out
+}
+
+/// Splits `n` bytes off the front.
+fn take<'a>(rest: &mut &'a [u8], n: Option<usize>) -> Result<&'a [u8], DataError> {
+    let (head, tail) = n.and_then(|n| rest.split_at_checked(n)).ok_or(DataError::Encoded("they end too early"))?;
+    *rest = tail;
+    Ok(head)
+}
+
+fn take_size(rest: &mut &[u8]) -> Result<usize, DataError> {
+    let mut size = [0; 8];
+    size.copy_from_slice(take(rest, Some(8))?);
+    usize::try_from(u64::from_le_bytes(size)).map_err(|_| DataError::Encoded("a size is too large"))
+}
+
+fn words<T>(bytes: &[u8], from: impl Fn([u8; 4]) -> T) -> Vec<T> {
+    bytes.as_chunks().0.iter().map(|&word| from(word)).collect()
+}
+
+fn put_words<T: Copy>(values: &[T], to: impl Fn(T) -> [u8; 4], put: &mut impl FnMut(&[u8])) {
+    let mut block = [[0; 4]; 1024];
+    for values in values.chunks(block.len()) {
+        for (word, &value) in block.iter_mut().zip(values) {
+            *word = to(value);
+        }
+        put(block[..values.len()].as_flattened());
+    }
+}
+
+impl Dataset {
+    /// How many samples there are.
+    pub fn samples(&self) -> usize {
+        match &self.targets {
+            Targets::Class(t) => t.len(),
+            Targets::Value(t) => t.len(),
+        }
+    }
+
+    /// Features a sample.
+    pub fn sample_len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// A copy of the given samples, in the given order.
+    pub fn select(&self, rows: &[usize]) -> Dataset {
+        let width = self.sample_len();
+        Dataset {
+            shape: self.shape.clone(),
+            features: match &self.features {
+                Features::U8(v) => Features::U8(gather(v, width, rows)),
+                Features::F32(v) => Features::F32(gather(v, width, rows)),
+            },
+            targets: match &self.targets {
+                Targets::Class(t) => Targets::Class(gather(t, 1, rows)),
+                Targets::Value(t) => Targets::Value(gather(t, 1, rows)),
+            },
+        }
+    }
+
+    /// The encoding, in pieces: kinds of features and targets, dimensions (a byte each), samples and shape (`u64`),
+    /// features, targets; little-endian.
+    fn encode(&self, mut put: impl FnMut(&[u8])) {
+        let features = matches!(self.features, Features::F32(_)) as u8;
+        let targets = matches!(self.targets, Targets::Value(_)) as u8;
+        put(&[features, targets, self.shape.len() as u8]);
+        for size in std::iter::once(self.samples()).chain(self.shape.iter().copied()) {
+            put(&(size as u64).to_le_bytes());
+        }
+        match &self.features {
+            Features::U8(v) => put(v),
+            Features::F32(v) => put_words(v, f32::to_le_bytes, &mut put),
+        }
+        match &self.targets {
+            Targets::Class(t) => put_words(t, u32::to_le_bytes, &mut put),
+            Targets::Value(t) => put_words(t, f32::to_le_bytes, &mut put),
+        }
+    }
+
+    /// The data set as bytes, the same on every machine.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let features = match &self.features {
+            Features::U8(v) => v.len(),
+            Features::F32(v) => 4 * v.len(),
+        };
+        let mut bytes = Vec::with_capacity(3 + 8 * (1 + self.shape.len()) + features + 4 * self.samples());
+        self.encode(|piece| bytes.extend_from_slice(piece));
+        bytes
+    }
+
+    /// Reads what [`Dataset::to_bytes`] wrote; `bytes` may be anything, and memory is taken only for what is there.
+    ///
+    /// Whether shape and classes are those of the job is the caller's to check.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Dataset, DataError> {
+        let mut rest = bytes;
+        let kinds = take(&mut rest, Some(3))?;
+        let samples = take_size(&mut rest)?;
+        let shape = (0..kinds[2]).map(|_| take_size(&mut rest)).collect::<Result<Vec<usize>, DataError>>()?;
+        if shape.is_empty() || shape.contains(&0) {
+            return Err(DataError::Encoded("a sample has no features"));
+        }
+        // The width is checked apart: without samples, nothing else would find it too large.
+        let width = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        let values = width.ok_or(DataError::Encoded("a size is too large"))?.checked_mul(samples);
+        let features = match kinds[0] {
+            0 => Features::U8(take(&mut rest, values)?.to_vec()),
+            1 => Features::F32(words(take(&mut rest, values.and_then(|n| n.checked_mul(4)))?, f32::from_le_bytes)),
+            _ => return Err(DataError::Encoded("the kind of features is unknown")),
+        };
+        let targets = take(&mut rest, samples.checked_mul(4))?;
+        let targets = match kinds[1] {
+            0 => Targets::Class(words(targets, u32::from_le_bytes)),
+            1 => Targets::Value(words(targets, f32::from_le_bytes)),
+            _ => return Err(DataError::Encoded("the kind of targets is unknown")),
+        };
+        if !rest.is_empty() {
+            return Err(DataError::Encoded("they go on after their end"));
+        }
+        Ok(Dataset { shape, features, targets })
+    }
+
+    /// blake3 of [`Dataset::to_bytes`], without the copy.
+    pub fn digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        self.encode(|piece| {
+            hasher.update(piece);
+        });
+        *hasher.finalize().as_bytes()
+    }
+}
+
+impl Targets {
+    /// No targets, of the same kind.
+    fn none_like(&self) -> Targets {
+        match self {
+            Targets::Class(_) => Targets::Class(Vec::new()),
+            Targets::Value(_) => Targets::Value(Vec::new()),
+        }
+    }
+}
+
+fn normalise<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, out: &mut Vec<f32>) {
+    if let (&[mean], &[inv_std]) = (&prepared.mean[..], &prepared.inv_std[..]) {
+        out.extend(raw.iter().map(|&x| (x.into() - mean) * inv_std));
+    } else {
+        assert_eq!(
+            (prepared.mean.len(), prepared.inv_std.len()),
+            (raw.len(), raw.len()),
+            "statistics of other features"
+        );
+        let scales = prepared.mean.iter().zip(&prepared.inv_std);
+        out.extend(raw.iter().zip(scales).map(|(&x, (&mean, &inv_std))| (x.into() - mean) * inv_std));
+    }
+}
+
+impl Batch {
+    /// A batch without samples, to be filled.
+    pub fn empty() -> Batch {
+        Batch { inputs: Vec::new(), targets: Targets::Class(Vec::new()), samples: 0 }
+    }
+
+    /// Removes all samples and keeps the memory.
+    pub fn clear(&mut self) {
+        self.samples = 0;
+        self.inputs.clear();
+        match &mut self.targets {
+            Targets::Class(t) => t.clear(),
+            Targets::Value(t) => t.clear(),
+        }
+    }
+
+    /// Puts the given samples, normalised, behind those that are there (`append`) or in their place.
+    ///
+    /// Allocates only until the batch has had its largest size.
+    ///
+    /// # Panics
+    /// Where targets of another kind are there already, a row does not exist, or `prepared` has other features.
+    pub fn fill(&mut self, data: &Dataset, prepared: &Prepared, rows: impl Iterator<Item = usize>, append: bool) {
+        if !append {
+            self.clear();
+        }
+        if self.samples == 0 && std::mem::discriminant(&self.targets) != std::mem::discriminant(&data.targets) {
+            self.targets = data.targets.none_like();
+        }
+        let width = data.sample_len();
+        for row in rows {
+            match &data.features {
+                Features::U8(v) => normalise(&v[row * width..][..width], prepared, &mut self.inputs),
+                Features::F32(v) => normalise(&v[row * width..][..width], prepared, &mut self.inputs),
+            }
+            match (&mut self.targets, &data.targets) {
+                (Targets::Class(to), Targets::Class(from)) => to.push(from[row]),
+                (Targets::Value(to), Targets::Value(from)) => to.push(from[row]),
+                (Targets::Class(_), Targets::Value(_)) | (Targets::Value(_), Targets::Class(_)) => {
+                    panic!("a batch holds targets of one kind")
+                }
+            }
+            self.samples += 1;
+        }
+    }
+}
+
+/// Where a file of the job is: below `root` (`UNISONO_DATA`), or else below the job file's folder.
+fn find(root: Option<&Path>, base: &str, path: &str) -> Result<PathBuf, DataError> {
+    let there = Path::new(base).join(path);
+    // Joining an absolute path yields that path, from either folder.
+    let first = root.map(|root| root.join(path)).filter(|first| *first != there);
+    if let Some(found) = first.iter().chain([&there]).find(|p| p.is_file()) {
+        return Ok(found.clone());
+    }
+    let tried = match (&first, root) {
+        (Some(first), _) => format!("{} and {}", first.display(), there.display()),
+        (None, None) if Path::new(path).is_relative() => format!("{} (UNISONO_DATA is not set)", there.display()),
+        (None, _) => there.display().to_string(),
+    };
+    Err(DataError::Missing { path: path.into(), tried })
+}
+
+/// Opens a file, and unpacks it on the way where it is gzipped.
+fn reader(path: &Path) -> io::Result<Box<dyn Read>> {
+    let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
+    let gzipped = file.fill_buf()?.starts_with(&[0x1f, 0x8b]);
+    Ok(if gzipped { Box::new(flate2::bufread::MultiGzDecoder::new(file)) } else { Box::new(file) })
+}
+
+/// Class names for labels that are numbers.
+fn numbered(classes: usize) -> Vec<String> {
+    (0..classes).map(|c| c.to_string()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn job(source: job::Source, normalize: bool) -> job::Data {
+        job::Data { source, normalize, ship: None, hashed: false }
+    }
+
+    fn synthetic(task: job::Task) -> job::Source {
+        job::Source::Synthetic { task, shape: vec![5], classes: 3, samples: 400, test_samples: 50 }
+    }
+
+    fn dataset() -> impl Strategy<Value = Dataset> {
+        (prop::collection::vec(1usize..4, 1..4), 0usize..6, any::<[bool; 2]>(), any::<u64>()).prop_map(
+            |(shape, samples, [pixels, classes], seed)| {
+                let key = crate::rng::Key::new(seed, crate::rng::Purpose::Synthetic);
+                let values = 0..(samples * shape.iter().product::<usize>()) as u64;
+                let features = match pixels {
+                    true => Features::U8(values.map(|i| key.u64(i) as u8).collect()),
+                    false => Features::F32(values.map(|i| key.normal(i)).collect()),
+                };
+                let targets = match classes {
+                    true => Targets::Class((0..samples as u64).map(|i| key.u64(i) as u32).collect()),
+                    false => Targets::Value((0..samples as u64).map(|i| key.uniform(i)).collect()),
+                };
+                Dataset { shape, features, targets }
+            },
+        )
+    }
+
+    /// Mean and deviation of each of `width` interleaved values.
+    fn moments(values: &[f32], width: usize) -> Vec<(f64, f64)> {
+        let column = |f: usize| values.iter().skip(f).step_by(width).map(|&x| x as f64);
+        let n = (values.len() / width) as f64;
+        let each = |f: usize| {
+            let mean = column(f).sum::<f64>() / n;
+            (mean, (column(f).map(|x| (x - mean).powi(2)).sum::<f64>() / n).sqrt())
+        };
+        (0..width).map(each).collect()
+    }
+
+    fn inputs(opened: &Opened) -> Vec<f32> {
+        let mut batch = Batch::empty();
+        batch.fill(&opened.train, &opened.prepared, 0..opened.train.samples(), true);
+        assert_eq!(batch.samples, opened.train.samples());
+        batch.inputs
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_and_back_are_the_same_data(set in dataset()) {
+            let bytes = set.to_bytes();
+            prop_assert_eq!(Dataset::from_bytes(&bytes).unwrap(), set.clone());
+            prop_assert_eq!(*blake3::hash(&bytes).as_bytes(), set.digest());
+        }
+
+        #[test]
+        fn every_cut_and_every_addition_is_refused(set in dataset(), at in any::<prop::sample::Index>()) {
+            let mut bytes = set.to_bytes();
+            prop_assert!(Dataset::from_bytes(&bytes[..at.index(bytes.len())]).is_err());
+            bytes.push(0);
+            prop_assert!(Dataset::from_bytes(&bytes).is_err());
+        }
+
+        #[test]
+        fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Dataset::from_bytes(&bytes);
+        }
+
+        #[test]
+        fn a_damaged_header_never_panics_and_takes_no_memory(set in dataset(), at in 0usize..35, value in any::<u8>()) {
+            let mut bytes = set.to_bytes();
+            let at = at.min(bytes.len() - 1);
+            bytes[at] = value;
+            if let Ok(read) = Dataset::from_bytes(&bytes) {
+                prop_assert!(read.samples() <= bytes.len());
+                prop_assert_eq!(read.to_bytes(), bytes);
+            }
+        }
+
+        #[test]
+        fn a_batch_is_its_rows_one_after_another(set in dataset(), rows in prop::collection::vec(any::<prop::sample::Index>(), 0..8), each in any::<bool>()) {
+            prop_assume!(set.samples() > 0);
+            let rows: Vec<usize> = rows.iter().map(|i| i.index(set.samples())).collect();
+            let width = set.sample_len();
+            let (mean, inv_std) = if each { ((0..width).map(|f| f as f32).collect(), vec![0.5; width]) } else { (vec![1.0], vec![0.5]) };
+            let opened = Raw { train: set.clone(), test: None, classes: None, columns: vec![], missing: "".into(),
+                scale: Scale { per_feature: false, unit: 1.0 } }.prepare(false);
+            let prepared = Prepared { mean: mean.clone(), inv_std, ..opened.prepared };
+            let mut batch = Batch::empty();
+            batch.fill(&set, &prepared, 0..1, false);
+            let (first, second) = rows.split_at(rows.len() / 2);
+            batch.fill(&set, &prepared, first.iter().copied(), false);
+            batch.fill(&set, &prepared, second.iter().copied(), true);
+            let chosen = set.select(&rows);
+            let raw = match chosen.features { Features::U8(v) => v.into_iter().map(f32::from).collect(), Features::F32(v) => v };
+            let want: Vec<f32> = raw.iter().enumerate().map(|(i, x)| (x - mean[i % width % mean.len()]) * 0.5).collect();
+            prop_assert_eq!((batch.inputs, batch.samples), (want, rows.len()));
+            // With no rows there is nothing to compare but the kind.
+            prop_assert_eq!(batch.targets, chosen.targets);
+        }
+    }
+
+    #[test]
+    fn a_filled_batch_takes_no_more_memory() {
+        let opened = open_in(None, &job(job::Source::Digits, true), 1).unwrap();
+        let mut batch = Batch::empty();
+        batch.fill(&opened.train, &opened.prepared, 0..32, false);
+        let at = (batch.inputs.as_ptr(), batch.inputs.capacity());
+        for start in 1..100 {
+            batch.fill(&opened.train, &opened.prepared, start..start + 32, false);
+        }
+        assert_eq!((batch.inputs.as_ptr(), batch.inputs.capacity()), at);
+    }
+
+    #[test]
+    fn normalised_training_features_have_mean_0_and_deviation_1() {
+        for (source, width) in
+            [(job::Source::Digits, 1), (synthetic(job::Task::Classification), 5), (synthetic(job::Task::Regression), 5)]
+        {
+            let opened = open_in(None, &job(source, true), 3).unwrap();
+            assert_eq!(opened.prepared.mean.len(), width);
+            for (mean, deviation) in moments(&inputs(&opened), width) {
+                assert!(mean.abs() < 1e-5 && (deviation - 1.0).abs() < 1e-5, "{mean} {deviation}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_constant_feature_becomes_0() {
+        // 0.1 is not a binary fraction: a plain sum of it is not n times it.
+        let rows: Vec<f32> = (0..1000).flat_map(|i| [0.1, i as f32]).collect();
+        let (mean, inv_std) = statistics(&rows, 2);
+        assert_eq!((mean[0], inv_std[0]), (0.1, 1.0));
+        assert!(inv_std[1] < 1.0);
+    }
+
+    #[test]
+    fn without_normalisation_pixels_are_in_0_to_1() {
+        let opened = open_in(None, &job(job::Source::Digits, false), 3).unwrap();
+        assert_eq!(inputs(&opened).into_iter().fold((1f32, 0f32), |(a, b), x| (a.min(x), b.max(x))), (0.0, 1.0));
+        let opened = open_in(None, &job(synthetic(job::Task::Regression), false), 3).unwrap();
+        assert_eq!(Features::F32(inputs(&opened)), opened.train.features);
+    }
+
+    #[test]
+    fn outputs_follow_classes_and_loss() {
+        let classes = |n: usize| Prepared {
+            classes: (n > 0).then(|| numbered(n)),
+            ..open_in(None, &job(job::Source::Digits, false), 0).unwrap().prepared
+        };
+        let cross = job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
+        let binary = job::Loss::BinaryCrossEntropy { positive_weight: 1.0 };
+        for (loss, n, outputs) in [
+            (&cross, 2, 2),
+            (&cross, 7, 7),
+            (&binary, 2, 1),
+            (&binary, 3, 1),
+            (&job::Loss::Hinge, 2, 1),
+            (&job::Loss::Hinge, 3, 3),
+            (&job::Loss::Mse, 0, 1),
+        ] {
+            assert_eq!(classes(n).outputs(loss), outputs, "{loss:?} {n}");
+        }
+    }
+
+    #[test]
+    fn the_digest_tells_data_apart() {
+        let digest = |seed| open_in(None, &job(job::Source::Digits, true), seed).unwrap().prepared.digest;
+        assert_eq!(digest(1), digest(1));
+        assert_ne!(digest(1), digest(2));
+        assert_eq!(digest(1).len(), 64);
+    }
+
+    #[test]
+    fn unisono_data_is_tried_first_and_both_places_are_named() {
+        let (root, base) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let base_name = base.path().to_str().unwrap();
+        let missing = find(Some(root.path()), base_name, "a/b.csv").unwrap_err().to_string();
+        for part in [
+            root.path().join("a/b.csv").to_str().unwrap(),
+            base.path().join("a/b.csv").to_str().unwrap(),
+            "set UNISONO_DATA",
+        ] {
+            assert!(missing.contains(part), "{missing}");
+        }
+        std::fs::write(base.path().join("x"), "").unwrap();
+        assert_eq!(find(Some(root.path()), base_name, "x").unwrap(), base.path().join("x"));
+        std::fs::write(root.path().join("x"), "").unwrap();
+        assert_eq!(find(Some(root.path()), base_name, "x").unwrap(), root.path().join("x"));
+        assert_eq!(find(None, base_name, "x").unwrap(), base.path().join("x"));
+        assert!(find(None, base_name, "y").unwrap_err().to_string().contains("UNISONO_DATA is not set"));
+        assert!(find(None, base_name, ".").is_err(), "a folder is not a file");
+        let absolute = root.path().join("nowhere");
+        let missing = find(Some(root.path()), base_name, absolute.to_str().unwrap()).unwrap_err().to_string();
+        assert!(!missing.contains(" and /"), "{missing}");
+    }
 }

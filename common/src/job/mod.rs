@@ -4,7 +4,8 @@
 //! The same structs travel to the workers as JSON.
 
 mod parse;
-pub use parse::{parse, JobError};
+mod reader;
+pub use parse::{JobError, parse};
 
 use serde::{Deserialize, Serialize};
 
@@ -38,9 +39,18 @@ pub struct Data {
 pub enum Source {
     /// The embedded UCI digits, 8x8 in 0..=16; a fifth, chosen by hash of (seed, index), is the test set.
     Digits,
-    Idx { train: IdxPaths, test: Option<IdxPaths> },
+    Idx {
+        train: IdxPaths,
+        test: Option<IdxPaths>,
+    },
     Csv(Csv),
-    Synthetic { task: Task, shape: Vec<usize>, classes: usize, samples: usize, test_samples: usize },
+    Synthetic {
+        task: Task,
+        shape: Vec<usize>,
+        classes: usize,
+        samples: usize,
+        test_samples: usize,
+    },
 }
 
 /// Paths are as the job file has them; `base` is the job file's folder (absolute).
@@ -101,21 +111,49 @@ pub enum Activation {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "kebab-case")]
 pub enum Layer {
-    Linear { units: usize, bias: bool, init: Option<WeightInit> },
+    Linear {
+        units: usize,
+        bias: bool,
+        init: Option<WeightInit>,
+    },
     #[serde(rename = "conv2d")]
-    Conv2d { filters: usize, kernel: usize, stride: usize, padding: usize, bias: bool, init: Option<WeightInit> },
+    Conv2d {
+        filters: usize,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+        bias: bool,
+        init: Option<WeightInit>,
+    },
     #[serde(rename = "max-pool2d")]
-    MaxPool2d { size: usize, stride: usize },
+    MaxPool2d {
+        size: usize,
+        stride: usize,
+    },
     #[serde(rename = "avg-pool2d")]
-    AvgPool2d { size: usize, stride: usize },
+    AvgPool2d {
+        size: usize,
+        stride: usize,
+    },
     GlobalAvgPool,
     Flatten,
-    Activation { activation: Activation },
-    Dropout { rate: f32 },
-    BatchNorm { momentum: f32, eps: f32 },
-    LayerNorm { eps: f32 },
+    Activation {
+        activation: Activation,
+    },
+    Dropout {
+        rate: f32,
+    },
+    BatchNorm {
+        momentum: f32,
+        eps: f32,
+    },
+    LayerNorm {
+        eps: f32,
+    },
     /// `y = x + body(x)`.
-    Residual { layers: Vec<Layer> },
+    Residual {
+        layers: Vec<Layer>,
+    },
 }
 
 /// `init` of a layer; the default is PyTorch's for that layer.
@@ -166,13 +204,44 @@ pub enum Loss {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Optimizer {
-    Sgd { lr: f32, momentum: f32, dampening: f32, nesterov: bool, weight_decay: f32 },
-    Adam { lr: f32, beta1: f32, beta2: f32, eps: f32, weight_decay: f32 },
+    Sgd {
+        lr: f32,
+        momentum: f32,
+        dampening: f32,
+        nesterov: bool,
+        weight_decay: f32,
+    },
+    Adam {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        eps: f32,
+        weight_decay: f32,
+    },
     #[serde(rename = "adamw")]
-    AdamW { lr: f32, beta1: f32, beta2: f32, eps: f32, weight_decay: f32 },
-    Adagrad { lr: f32, lr_decay: f32, eps: f32, weight_decay: f32, initial_accumulator: f32 },
+    AdamW {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        eps: f32,
+        weight_decay: f32,
+    },
+    Adagrad {
+        lr: f32,
+        lr_decay: f32,
+        eps: f32,
+        weight_decay: f32,
+        initial_accumulator: f32,
+    },
     #[serde(rename = "rmsprop")]
-    RmsProp { lr: f32, alpha: f32, eps: f32, momentum: f32, centered: bool, weight_decay: f32 },
+    RmsProp {
+        lr: f32,
+        alpha: f32,
+        eps: f32,
+        momentum: f32,
+        centered: bool,
+        weight_decay: f32,
+    },
 }
 
 /// The factor on the base learning rate, as a function of the step.
@@ -188,18 +257,42 @@ pub struct Schedule {
 pub enum ScheduleKind {
     Constant,
     /// `gamma^(step / every)`.
-    Step { every: u64, gamma: f64 },
-    MultiStep { milestones: Vec<u64>, gamma: f64 },
-    Exponential { gamma: f64 },
+    Step {
+        every: u64,
+        gamma: f64,
+    },
+    MultiStep {
+        milestones: Vec<u64>,
+        gamma: f64,
+    },
+    Exponential {
+        gamma: f64,
+    },
     /// From 1 to `min_factor` over the run.
-    Cosine { min_factor: f64 },
-    Linear { end_factor: f64 },
-    Polynomial { power: f64, end_factor: f64 },
+    Cosine {
+        min_factor: f64,
+    },
+    Linear {
+        end_factor: f64,
+    },
+    Polynomial {
+        power: f64,
+        end_factor: f64,
+    },
     /// PyTorch's OneCycleLR: the base rate is `max_lr`.
-    OneCycle { start_fraction: f64, div_factor: f64, final_div_factor: f64 },
+    OneCycle {
+        start_fraction: f64,
+        div_factor: f64,
+        final_div_factor: f64,
+    },
     InverseSqrt,
     /// Multiply by `factor` when the evaluation metric has not improved for `patience` evaluations.
-    Plateau { factor: f64, patience: u64, threshold: f64, metric: Metric },
+    Plateau {
+        factor: f64,
+        patience: u64,
+        threshold: f64,
+        metric: Metric,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -216,6 +309,17 @@ impl Metric {
     /// Whether a larger value is better.
     pub fn maximize(self) -> bool {
         matches!(self, Metric::Accuracy | Metric::Auc)
+    }
+
+    /// As the job file has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Metric::Loss => "loss",
+            Metric::Accuracy => "accuracy",
+            Metric::Auc => "auc",
+            Metric::Rmse => "rmse",
+            Metric::Mae => "mae",
+        }
     }
 }
 

@@ -1,1 +1,118 @@
-//! (being written)
+//! Kernels over slices. They know no layers: lengths and strides come in, values go out.
+//!
+//! Every loop is written once, without intrinsics, and compiled for the widest vectors of the machine at run time
+//! ([`vectorized`]). Element-wise loops give the same bits at any width, because Rust never contracts `a * b + c`;
+//! reductions add in [`LANES`] fixed lanes, so neither the width nor the tail nor the threads move a bit.
+
+pub mod conv;
+pub mod gemm;
+pub mod math;
+
+pub use gemm::{Mat, gemm};
+
+/// Lanes of every reduction.
+pub const LANES: usize = 16;
+
+/// Runs `f`, compiled for the widest vectors that this machine has. What `f` calls must be `#[inline(always)]`.
+#[inline]
+pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// Threads that a batch is split over.
+pub fn lanes() -> usize {
+    rayon::current_num_threads().max(1)
+}
+
+/// Adds the lanes in a fixed tree.
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// `sum f(a[i], b[i])` in fixed lanes; both slices have the same length.
+#[inline(always)]
+pub(crate) fn reduce(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    debug_assert_eq!(a.len(), b.len());
+    let mut sums = [0.0f32; LANES];
+    let ((a, at), (b, bt)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            sums[l] += f(a[l], b[l]);
+        }
+    }
+    for (l, (a, b)) in at.iter().zip(bt).enumerate() {
+        sums[l] += f(*a, *b);
+    }
+    fold(sums)
+}
+
+/// Sum of the values.
+#[inline(always)]
+pub fn sum(a: &[f32]) -> f32 {
+    reduce(a, a, |a, _| a)
+}
+
+/// Dot product.
+#[inline(always)]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    reduce(a, b, |a, b| a * b)
+}
+
+/// Sum of squared distances from `center`.
+#[inline(always)]
+pub fn sum_squared_from(a: &[f32], center: f32) -> f32 {
+    reduce(a, a, |a, _| (a - center) * (a - center))
+}
+
+/// `out[i] += a[i]`.
+pub fn add_into(out: &mut [f32], a: &[f32]) {
+    vectorized(|| out.iter_mut().zip(a).for_each(|(o, a)| *o += a));
+}
+
+/// `out[j] = sum over rows of x[row, j]`, rows in order; `x`: `(rows, out.len())`.
+pub fn column_sums(x: &[f32], out: &mut [f32]) {
+    out.fill(0.0);
+    if out.is_empty() {
+        return;
+    }
+    vectorized(|| {
+        for row in x.chunks_exact(out.len()) {
+            out.iter_mut().zip(row).for_each(|(o, v)| *o += v);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every length up to four lanes and a tail, against the sum in f64.
+    #[test]
+    fn reductions_equal_their_oracles() {
+        for n in 0..=67 {
+            let a: Vec<f32> = (0..n).map(|i| ((i * 37 % 19) as f32 - 9.0) * 0.37).collect();
+            let b: Vec<f32> = (0..n).map(|i| ((i * 23 % 17) as f32 - 8.0) * 0.11).collect();
+            let close = |got: f32, want: f64| assert!((got as f64 - want).abs() < 1e-4, "{n}: {got} {want}");
+            close(sum(&a), a.iter().map(|&v| v as f64).sum());
+            close(dot(&a, &b), a.iter().zip(&b).map(|(&a, &b)| a as f64 * b as f64).sum());
+            close(sum_squared_from(&a, 0.5), a.iter().map(|&v| (v as f64 - 0.5).powi(2)).sum());
+            assert_eq!(vectorized(|| dot(&a, &b)).to_bits(), dot(&a, &b).to_bits(), "the width moved a bit");
+            let mut out = b.clone();
+            add_into(&mut out, &a);
+            assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == a + b));
+            if n > 0 {
+                let rows: Vec<f32> = a.iter().chain(&b).chain(&a).copied().collect();
+                column_sums(&rows, &mut out);
+                assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == a + b + a));
+            }
+        }
+    }
+}

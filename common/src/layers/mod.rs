@@ -8,8 +8,28 @@
 //! All memory is planned once: a layer says how many floats it needs to keep between forward and backward (`saved`) and
 //! how many while it runs (`scratch`), and gets slices of exactly that length.
 
+mod activation;
+mod conv2d;
+mod dropout;
+mod linear;
+mod norm;
+mod pool;
+mod sequential;
+
+pub use activation::Activation;
+pub use conv2d::Conv2d;
+pub use dropout::Dropout;
+pub use linear::Linear;
+pub use norm::{BatchNorm, LayerNorm};
+pub use pool::{GlobalAvgPool, Pool2d};
+pub use sequential::{Flatten, Residual, Sequential};
+
+use crate::kernels;
 use crate::layout::Tensor;
 use crate::rng::Key;
+use crate::tree::Node;
+use rayon::prelude::*;
+use std::ops::Range;
 
 /// The partitions of a batch: rows `starts[i]..starts[i+1]` belong to leaf `lo + i` of the tree. Empty ranges are allowed.
 #[derive(Clone, Debug, Default)]
@@ -18,6 +38,29 @@ pub struct Segments {
     pub lo: u32,
     /// `partitions + 1` row numbers, the first 0, the last the batch's rows.
     pub starts: Vec<usize>,
+}
+
+impl Segments {
+    /// One partition of `rows` samples.
+    pub fn one(rows: usize) -> Segments {
+        Segments { lo: 0, starts: vec![0, rows] }
+    }
+
+    /// Number of partitions.
+    #[allow(clippy::len_without_is_empty)] // a batch has at least one partition
+    pub fn len(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// The rows of the `i`-th partition.
+    pub fn rows(&self, i: usize) -> Range<usize> {
+        self.starts[i]..self.starts[i + 1]
+    }
+
+    /// Samples in all partitions.
+    pub fn total(&self) -> usize {
+        self.starts[self.len()]
+    }
 }
 
 /// What a layer may know about the pass it runs in.
@@ -41,8 +84,8 @@ pub trait Layer: Send + Sync {
         Vec::new()
     }
 
-    /// Floats kept from forward to backward, for a batch of `rows`.
-    fn saved(&self, _rows: usize) -> usize {
+    /// Floats kept from forward to backward, for a batch of `rows` in `segments` segments.
+    fn saved(&self, _rows: usize, _segments: usize) -> usize {
         0
     }
 
@@ -52,7 +95,15 @@ pub trait Layer: Send + Sync {
     }
 
     /// `y = f(x)`.
-    fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], saved: &mut [f32], scratch: &mut [f32]);
+    fn forward(
+        &self,
+        pass: &Pass<'_>,
+        params: Params<'_>,
+        x: &[f32],
+        y: &mut [f32],
+        saved: &mut [f32],
+        scratch: &mut [f32],
+    );
 
     /// `dx = f'(x)^T dy` (where wanted), and the **sum** over samples of the parameter gradients into `grads`, overwritten;
     /// running tensors get `segment rows x segment statistic`, summed over the tree.
@@ -81,4 +132,105 @@ pub struct Params<'a> {
 pub struct Grads<'a> {
     pub trainable: &'a mut [f32],
     pub running: &'a mut [f32],
+}
+
+/// `out` = the sum of `leaf(segment)` over the segments `lo..hi`, in the fixed tree. `spare` holds [`tree_spare`] floats.
+fn tree_sum(lo: usize, hi: usize, out: &mut [f32], spare: &mut [f32], leaf: &mut impl FnMut(usize, &mut [f32])) {
+    // The tree's shape below a node depends on its length alone, so numbers may start at 0.
+    match (Node { lo: lo as u32, hi: hi as u32 }).children() {
+        None => leaf(lo, out),
+        Some((left, right)) => {
+            tree_sum(left.lo as usize, left.hi as usize, out, spare, leaf);
+            let (other, spare) = spare.split_at_mut(out.len());
+            tree_sum(right.lo as usize, right.hi as usize, other, spare, leaf);
+            kernels::add_into(out, other);
+        }
+    }
+}
+
+/// Floats that [`tree_sum`] needs beside its result of `len`.
+fn tree_spare(segments: usize, len: usize) -> usize {
+    segments.next_power_of_two().trailing_zeros() as usize * len
+}
+
+/// A parameter gradient `(rows, row_len)` that is summed over the segments block by block, so that the tree's open sums
+/// stay in the cache, and never take more than a few blocks of memory. Blocks are whole rows.
+struct Blocks {
+    rows: usize,
+    row_len: usize,
+    /// Floats in a block, at most (one row at least).
+    limit: usize,
+    /// Floats that a leaf needs for itself.
+    extra: usize,
+}
+
+impl Blocks {
+    fn block_rows(&self) -> usize {
+        (self.limit / self.row_len.max(1)).clamp(1, self.rows.div_ceil(kernels::lanes()).max(1))
+    }
+
+    fn lane_scratch(&self, segments: usize) -> usize {
+        tree_spare(segments, self.block_rows() * self.row_len) + self.extra
+    }
+
+    fn scratch(&self, segments: usize) -> usize {
+        kernels::lanes() * self.lane_scratch(segments)
+    }
+
+    /// `leaf(segment, rows of the block, block, extra)` overwrites the block with its segment's sum.
+    fn sum(
+        &self,
+        segments: usize,
+        out: &mut [f32],
+        scratch: &mut [f32],
+        leaf: impl Fn(usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
+    ) {
+        let (lane, block) = (self.lane_scratch(segments), self.block_rows());
+        let lane_rows = self.rows.div_ceil(kernels::lanes()).max(1);
+        let work = |(i, (out, scratch)): (usize, (&mut [f32], &mut [f32]))| {
+            let (extra, spare) = scratch.split_at_mut(self.extra);
+            for (j, out) in out.chunks_mut(block * self.row_len).enumerate() {
+                let from = i * lane_rows + j * block;
+                let rows = from..from + out.len() / self.row_len;
+                tree_sum(0, segments, out, spare, &mut |segment, out| leaf(segment, rows.clone(), out, extra));
+            }
+        };
+        let outs = out.par_chunks_mut(lane_rows * self.row_len);
+        if lane == 0 {
+            outs.enumerate().for_each(|(i, out)| work((i, (out, &mut []))));
+        } else {
+            outs.zip(scratch.par_chunks_mut(lane)).enumerate().for_each(work);
+        }
+    }
+}
+
+/// Rows of a batch that one thread takes.
+fn rows_each(rows: usize) -> usize {
+    rows.div_ceil(kernels::lanes()).max(1)
+}
+
+/// Runs `f(first row, y, x)` over the rows of `y: (rows, y_len)` and `x: (rows, x_len)`, split over the threads.
+fn over_rows(
+    rows: usize,
+    (y, y_len): (&mut [f32], usize),
+    (x, x_len): (&[f32], usize),
+    f: impl Fn(usize, &mut [f32], &[f32]) + Sync,
+) {
+    let each = rows_each(rows);
+    let split = y.par_chunks_mut((each * y_len).max(1)).zip(x.par_chunks((each * x_len).max(1)));
+    split.enumerate().for_each(|(i, (y, x))| f(i * each, y, x));
+}
+
+/// [`over_rows`], one sample at a time: `f(row, y, x)`.
+fn over_samples(
+    rows: usize,
+    (y, y_len): (&mut [f32], usize),
+    (x, x_len): (&[f32], usize),
+    f: impl Fn(usize, &mut [f32], &[f32]) + Sync,
+) {
+    over_rows(rows, (y, y_len), (x, x_len), |first, y, x| {
+        for (i, (y, x)) in y.chunks_exact_mut(y_len).zip(x.chunks_exact(x_len)).enumerate() {
+            f(first + i, y, x);
+        }
+    });
 }

@@ -1,0 +1,570 @@
+//! Tables of text: numbers as they are, categories one-hot encoded over the training set's values.
+
+use super::{Column, DataError, Dataset, Features, Prepared, Raw, Scale, Targets, find, reader};
+use crate::job::{self, Task};
+use ::csv::{ReaderBuilder, StringRecord, Trim};
+use std::collections::BTreeSet;
+use std::io;
+use std::path::Path;
+
+/// More values than this in a categorical column are a mistake (an identifier, a date), not categories.
+const MOST_VALUES: usize = 10_000;
+
+/// One file: its text and the names of its columns.
+struct Table<'a> {
+    path: String,
+    text: String,
+    names: Vec<String>,
+    spec: &'a job::Csv,
+}
+
+impl<'a> Table<'a> {
+    fn open(root: Option<&Path>, spec: &'a job::Csv, path: &str) -> Result<Table<'a>, DataError> {
+        let found = find(root, &spec.base, path)?;
+        let path = found.display().to_string();
+        if !spec.separator.is_ascii() || ['"', '\n', '\r'].contains(&spec.separator) {
+            return Err(DataError::Separator { separator: spec.separator });
+        }
+        let mut bytes = Vec::new();
+        reader(&found).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(DataError::read(&path))?;
+        let mut text = String::from_utf8(bytes).map_err(|e| {
+            let line = 1 + newlines(&e.as_bytes()[..e.utf8_error().valid_up_to()]);
+            DataError::NotText { path: path.clone(), line }
+        })?;
+        if text.starts_with('\u{feff}') {
+            text.remove(0);
+        }
+        let mut table = Table { path, text, names: Vec::new(), spec };
+        table.names = match (&spec.columns, spec.header) {
+            (Some(names), _) => names.clone(),
+            (None, true) => table.first_line()?,
+            (None, false) => return Err(DataError::NoNames { path: table.path }),
+        };
+        let mut seen = BTreeSet::new();
+        match table.names.iter().find(|name| !seen.insert(*name)).cloned() {
+            Some(column) => Err(DataError::SameName { path: table.path, column }),
+            None => Ok(table),
+        }
+    }
+
+    fn lines(&self) -> ::csv::Reader<&[u8]> {
+        ReaderBuilder::new()
+            .delimiter(self.spec.separator as u8)
+            .has_headers(false)
+            .flexible(true)
+            .trim(Trim::All)
+            .from_reader(self.text.as_bytes())
+    }
+
+    fn unreadable(&self, e: ::csv::Error) -> DataError {
+        DataError::Read { path: self.path.clone(), source: io::Error::other(e) }
+    }
+
+    fn first_line(&self) -> Result<Vec<String>, DataError> {
+        match self.lines().records().next() {
+            Some(record) => Ok(record.map_err(|e| self.unreadable(e))?.iter().map(String::from).collect()),
+            None => Err(DataError::Empty { path: self.path.clone() }),
+        }
+    }
+
+    /// Calls `row` with the number of the line and the trimmed cells, as many as there are columns, for each data line.
+    fn rows(&self, mut row: impl FnMut(usize, &StringRecord) -> Result<(), DataError>) -> Result<(), DataError> {
+        let mut lines = self.lines();
+        let mut record = StringRecord::new();
+        let (mut header, mut any) = (self.spec.header, false);
+        let (mut line, mut counted) = (1, 0);
+        loop {
+            let at = lines.position().byte() as usize;
+            if !lines.read_record(&mut record).map_err(|e| self.unreadable(e))? {
+                break;
+            }
+            // The reader stands before blank lines, and before the second half of a CR LF.
+            let bytes = self.text.as_bytes();
+            let at = at + bytes[at..].iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
+            line += newlines(&bytes[counted..at]);
+            counted = at;
+            let blank = record.len() == 1 && record[0].is_empty() && self.names.len() > 1;
+            if blank || std::mem::take(&mut header) {
+                continue;
+            }
+            if record.len() != self.names.len() {
+                let (got, want) = (record.len(), self.names.len());
+                return Err(DataError::Ragged { path: self.path.clone(), line, got, want });
+            }
+            any = true;
+            row(line, &record)?;
+        }
+        if any { Ok(()) } else { Err(DataError::Empty { path: self.path.clone() }) }
+    }
+
+    /// The index of a column that the job names.
+    fn index(&self, key: &'static str, column: &str) -> Result<usize, DataError> {
+        self.names.iter().position(|name| name == column).ok_or_else(|| {
+            let alike = |name: &&String| strsim::jaro_winkler(name, column);
+            let nearest = self.names.iter().max_by(|a, b| alike(a).total_cmp(&alike(b)));
+            let nearest = nearest.cloned().unwrap_or_default();
+            DataError::NoColumn { key, column: column.into(), path: self.path.clone(), nearest }
+        })
+    }
+
+    fn not_a_number(&self, line: usize, column: usize, cell: &str) -> DataError {
+        DataError::Number { path: self.path.clone(), line, column: self.names[column].clone(), cell: cell.into() }
+    }
+
+    /// The target's cell; a class has no full stop at its end.
+    fn target<'r>(&self, line: usize, record: &'r StringRecord, target: usize) -> Result<&'r str, DataError> {
+        match (&record[target], self.spec.task) {
+            (cell, _) if is_missing(cell, &self.spec.missing) => {
+                Err(DataError::NoTarget { path: self.path.clone(), line, column: self.spec.target.clone() })
+            }
+            (cell, Task::Classification) => Ok(cell.strip_suffix('.').unwrap_or(cell)),
+            (cell, Task::Regression) => Ok(cell),
+        }
+    }
+}
+
+fn newlines(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|b| **b == b'\n').count()
+}
+
+fn is_missing(cell: &str, missing: &str) -> bool {
+    cell.is_empty() || cell == missing.trim()
+}
+
+fn number(cell: &str) -> Option<f32> {
+    cell.parse().ok().filter(|x: &f32| x.is_finite())
+}
+
+/// What the training set teaches: which cells are features, and how they are encoded.
+struct Plan {
+    /// In the order of the file, each with its place in a line.
+    columns: Vec<(usize, Column)>,
+    target: usize,
+    /// Sorted; `None` for regression.
+    classes: Option<Vec<String>>,
+}
+
+/// What is gathered about one column while the training set is read.
+enum Seen {
+    Number { sum: f64, count: u64 },
+    Values(BTreeSet<String>),
+}
+
+impl Plan {
+    fn learn(train: &Table<'_>) -> Result<Plan, DataError> {
+        let spec = train.spec;
+        let target = train.index("target", &spec.target)?;
+        let mut seen: Vec<Option<Seen>> =
+            train.names.iter().map(|_| Some(Seen::Number { sum: 0.0, count: 0 })).collect();
+        for name in &spec.categorical {
+            seen[train.index("categorical", name)?] = Some(Seen::Values(BTreeSet::new()));
+        }
+        for name in &spec.ignore {
+            seen[train.index("ignore", name)?] = None;
+        }
+        if seen[target].take().is_none() {
+            return Err(DataError::TargetIgnored { column: spec.target.clone() });
+        }
+        if seen.iter().all(Option::is_none) {
+            return Err(DataError::NoFeatures { path: train.path.clone() });
+        }
+        let mut classes = BTreeSet::new();
+        train.rows(|line, record| {
+            for (i, (cell, seen)) in record.iter().zip(&mut seen).enumerate() {
+                match seen {
+                    Some(_) if is_missing(cell, &spec.missing) => {}
+                    Some(Seen::Number { sum, count }) => {
+                        *sum += number(cell).ok_or_else(|| train.not_a_number(line, i, cell))? as f64;
+                        *count += 1;
+                    }
+                    Some(Seen::Values(values)) => insert(values, cell),
+                    None => {}
+                }
+            }
+            let label = train.target(line, record, target)?;
+            match spec.task {
+                Task::Classification => insert(&mut classes, label),
+                Task::Regression => {}
+            }
+            Ok(())
+        })?;
+        let mut columns = Vec::new();
+        for (i, (name, seen)) in train.names.iter().zip(seen).enumerate() {
+            let (path, name) = (train.path.clone(), name.clone());
+            columns.push(match seen {
+                None => continue,
+                Some(Seen::Number { count: 0, .. }) => return Err(DataError::NoValues { path, column: name }),
+                Some(Seen::Values(values)) if values.is_empty() => {
+                    return Err(DataError::NoValues { path, column: name });
+                }
+                Some(Seen::Values(values)) if values.len() > MOST_VALUES => {
+                    let (values, most) = (values.len(), MOST_VALUES);
+                    return Err(DataError::TooManyValues { path, column: name, values, most });
+                }
+                Some(Seen::Number { sum, count }) => {
+                    (i, Column { name, values: None, fill: (sum / count as f64) as f32 })
+                }
+                Some(Seen::Values(values)) => {
+                    (i, Column { name, values: Some(values.into_iter().collect()), fill: 0.0 })
+                }
+            });
+        }
+        let classes = match spec.task {
+            Task::Classification => Some(classes.into_iter().collect()),
+            Task::Regression => None,
+        };
+        Ok(Plan { columns, target, classes })
+    }
+
+    fn encode(&self, table: &Table<'_>) -> Result<Dataset, DataError> {
+        let spec = table.spec;
+        let (mut features, mut labels, mut values) = (Vec::new(), Vec::new(), Vec::new());
+        table.rows(|line, record| {
+            for (i, column) in &self.columns {
+                column
+                    .encode(&record[*i], &spec.missing, &mut features)
+                    .ok_or_else(|| table.not_a_number(line, *i, &record[*i]))?;
+            }
+            let cell = table.target(line, record, self.target)?;
+            let (path, column) = (|| table.path.clone(), || spec.target.clone());
+            match &self.classes {
+                Some(classes) => {
+                    labels.push(classes.binary_search_by(|c| c.as_str().cmp(cell)).map_err(|_| {
+                        DataError::UnknownLabel { path: path(), line, column: column(), label: cell.into() }
+                    })? as u32)
+                }
+                None => values.push(number(cell).ok_or_else(|| DataError::TargetNumber {
+                    path: path(),
+                    line,
+                    column: column(),
+                    cell: cell.into(),
+                })?),
+            }
+            Ok(())
+        })?;
+        features.shrink_to_fit();
+        Ok(Dataset {
+            shape: vec![self.columns.iter().map(|(_, column)| column.features()).sum()],
+            features: Features::F32(features),
+            targets: match self.classes {
+                Some(_) => Targets::Class(labels),
+                None => Targets::Value(values),
+            },
+        })
+    }
+}
+
+fn insert(values: &mut BTreeSet<String>, value: &str) {
+    if !values.contains(value) {
+        values.insert(value.into());
+    }
+}
+
+impl Column {
+    /// How many features the column becomes.
+    pub fn features(&self) -> usize {
+        self.values.as_ref().map_or(1, Vec::len)
+    }
+
+    /// Appends a cell's features to `out`; `None` where it should be a finite number and is not.
+    fn encode(&self, cell: &str, missing: &str, out: &mut Vec<f32>) -> Option<()> {
+        match &self.values {
+            None if is_missing(cell, missing) => out.push(self.fill),
+            None => out.push(number(cell)?),
+            Some(values) => {
+                let start = out.len();
+                out.resize(start + values.len(), 0.0);
+                if !is_missing(cell, missing)
+                    && let Ok(i) = values.binary_search_by(|v| v.as_str().cmp(cell))
+                {
+                    out[start + i] = 1.0;
+                }
+            }
+        }
+        Some(())
+    }
+}
+
+/// One new sample's raw features, from its cells by column name, encoded as the training set was.
+///
+/// `cell` yields `None` for a column that is not there; an unknown value is an empty cell.
+pub fn encode<'c>(prepared: &Prepared, cell: impl Fn(&str) -> Option<&'c str>) -> Result<Vec<f32>, DataError> {
+    let mut row = Vec::with_capacity(prepared.shape.iter().product());
+    for column in &prepared.columns {
+        let cell = cell(&column.name).ok_or_else(|| DataError::CellAbsent { column: column.name.clone() })?.trim();
+        column
+            .encode(cell, &prepared.missing, &mut row)
+            .ok_or_else(|| DataError::CellNumber { column: column.name.clone(), cell: cell.into() })?;
+    }
+    Ok(row)
+}
+
+/// Reads both splits; everything that is learnt is learnt from the training set.
+pub(super) fn read(root: Option<&Path>, spec: &job::Csv) -> Result<Raw, DataError> {
+    let train = Table::open(root, spec, &spec.train)?;
+    let plan = Plan::learn(&train)?;
+    let test = match &spec.test {
+        None => None,
+        Some(path) => {
+            let test = Table::open(root, spec, path)?;
+            if test.names != train.names {
+                let (path, list) = (test.path.clone(), |t: &Table<'_>| t.names.join(","));
+                return Err(DataError::TestColumns { path, test: list(&test), train: list(&train) });
+            }
+            Some(plan.encode(&test)?)
+        }
+    };
+    Ok(Raw {
+        train: plan.encode(&train)?,
+        test,
+        classes: plan.classes,
+        columns: plan.columns.into_iter().map(|(_, column)| column).collect(),
+        missing: spec.missing.clone(),
+        scale: Scale { per_feature: true, unit: 1.0 },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Batch, Opened};
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+    use tempfile::TempDir;
+
+    const TABLE: &str =
+        "age, city, height, kind\n10, Rom, 1.5, yes.\n?, Oslo, 2.5, no\n20, ?, 3.5, yes\n30, Oslo,, no.\n";
+
+    fn spec() -> job::Csv {
+        job::Csv {
+            base: String::new(),
+            train: "train.csv".into(),
+            test: None,
+            columns: None,
+            header: true,
+            target: "kind".into(),
+            categorical: vec!["city".into()],
+            ignore: vec![],
+            missing: "?".into(),
+            separator: ',',
+            task: Task::Classification,
+        }
+    }
+
+    /// Reads a table, and a test table where there is one.
+    fn both(spec: job::Csv, train: impl AsRef<[u8]>, test: Option<&str>) -> Result<Raw, DataError> {
+        let dir = TempDir::new().unwrap();
+        std::fs::write(dir.path().join("train.csv"), train).unwrap();
+        if let Some(test) = test {
+            std::fs::write(dir.path().join("test.csv"), test).unwrap();
+        }
+        let base = dir.path().display().to_string();
+        read(None, &job::Csv { base, test: test.map(|_| "test.csv".into()), ..spec })
+    }
+
+    fn one(spec: job::Csv, train: impl AsRef<[u8]>) -> Result<Raw, DataError> {
+        both(spec, train, None)
+    }
+
+    fn features(set: &Dataset) -> &[f32] {
+        let Features::F32(x) = &set.features else { panic!() };
+        x
+    }
+
+    fn says(result: Result<Raw, DataError>, parts: &[&str]) {
+        let message = result.err().expect("an error").to_string();
+        for part in parts {
+            assert!(message.contains(part), "{message:?} does not say {part:?}");
+        }
+    }
+
+    #[test]
+    fn categories_are_one_hot_and_missing_cells_are_filled() {
+        let raw = one(spec(), TABLE).unwrap();
+        // age (mean of 10, 20, 30), Oslo, Rom, height (mean of 1.5, 2.5, 3.5): the order of the file.
+        let want = [10.0, 0.0, 1.0, 1.5, 20.0, 1.0, 0.0, 2.5, 20.0, 0.0, 0.0, 3.5, 30.0, 1.0, 0.0, 2.5];
+        assert_eq!(features(&raw.train), want);
+        assert_eq!(raw.train.shape, [4]);
+        assert_eq!(raw.classes.unwrap(), ["no", "yes"]);
+        assert_eq!(raw.train.targets, Targets::Class(vec![1, 0, 1, 0]));
+        assert_eq!(raw.columns[1].values.as_ref().unwrap(), &["Oslo", "Rom"]);
+    }
+
+    #[test]
+    fn the_test_set_is_encoded_as_the_training_set() {
+        let test = "age,city,height,kind\n,Paris,0,no.\n7,Rom,?,yes\n";
+        let raw = both(spec(), TABLE, Some(test)).unwrap();
+        let test = raw.test.unwrap();
+        assert_eq!(features(&test), [20.0, 0.0, 0.0, 0.0, 7.0, 0.0, 1.0, 2.5]);
+        assert_eq!(test.targets, Targets::Class(vec![0, 1]));
+    }
+
+    #[test]
+    fn names_separators_line_ends_and_packing_do_not_matter() {
+        let want = one(spec(), TABLE).unwrap().train;
+        let columns = Some(["age", "city", "height", "kind"].map(String::from).to_vec());
+        let headless = TABLE.split_once('\n').unwrap().1;
+        assert_eq!(one(job::Csv { columns: columns.clone(), header: false, ..spec() }, headless).unwrap().train, want);
+        let renamed = TABLE.replacen("age", "years", 1);
+        assert_eq!(one(job::Csv { columns, ..spec() }, renamed).unwrap().train, want);
+        let tabs = TABLE.replace(',', "\t");
+        assert_eq!(one(job::Csv { separator: '\t', ..spec() }, tabs).unwrap().train, want);
+        let windows = format!("\u{feff}{}", TABLE.replace('\n', "\r\n\r\n  \r\n"));
+        assert_eq!(one(spec(), windows).unwrap().train, want);
+        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        io::Write::write_all(&mut packed, TABLE.as_bytes()).unwrap();
+        assert_eq!(one(spec(), packed.finish().unwrap()).unwrap().train, want);
+    }
+
+    #[test]
+    fn ignored_columns_may_hold_anything() {
+        let raw = one(job::Csv { ignore: vec!["height".into()], ..spec() }, TABLE.replace("1.5", "tall")).unwrap();
+        assert_eq!(raw.train.shape, [3]);
+    }
+
+    #[test]
+    fn regression_reads_values() {
+        let spec = job::Csv {
+            target: "height".into(),
+            task: Task::Regression,
+            categorical: vec!["city".into(), "kind".into()],
+            ..spec()
+        };
+        let raw = one(spec.clone(), TABLE.replace("Oslo,,", "Oslo,-4e1,")).unwrap();
+        assert_eq!(raw.train.targets, Targets::Value(vec![1.5, 2.5, 3.5, -40.0]));
+        assert!(raw.classes.is_none());
+        says(one(spec.clone(), TABLE), &["train.csv:5", "target `height` is missing"]);
+        says(
+            one(spec, TABLE.replace("Oslo,,", "Oslo,1,").replace("1.5", "tall")),
+            &["train.csv:2", "`height`", "`tall`", "data.task"],
+        );
+    }
+
+    #[test]
+    fn wrong_cells_are_named_with_file_line_and_column() {
+        for cell in ["old", "NaN", "inf", "1e99", "1 0"] {
+            says(
+                one(spec(), TABLE.replace("20,", &format!("{cell},"))),
+                &["train.csv:4:", "`age`", &format!("`{cell}`")],
+            );
+        }
+        says(one(spec(), TABLE.replace("3.5, yes", "3.5")), &["train.csv:4: 3 cells", "4 columns"]);
+        says(one(spec(), TABLE.replace("3.5, yes", "3.5, yes, 1")), &["train.csv:4: 5 cells", "4 columns"]);
+        says(one(spec(), TABLE.replace("3.5, yes", "3.5, ?")), &["train.csv:4: target `kind` is missing"]);
+        says(one(spec(), TABLE.replace("3.5, yes", "3.5,")), &["train.csv:4: target `kind` is missing"]);
+        let test = "age,city,height,kind\n1,Rom,1,maybe\n";
+        says(both(spec(), TABLE, Some(test)), &["test.csv:2", "`kind` is `maybe`", "training set does not have"]);
+        says(both(spec(), TABLE, Some(&test.replace(",1,", ",x,"))), &["test.csv:2", "`height`", "`x`"]);
+    }
+
+    #[test]
+    fn lines_are_counted_past_blank_lines_and_quoted_line_ends() {
+        for end in ["\n", "\r\n", "\n\n", "\r\n\r\n"] {
+            let text = ["age,city,height,kind", "1,\"a\nb\",1,yes", "2,c,2,no", "x,c,2,no"].join(end);
+            let line = 2 + text.split("\nx").next().unwrap().matches('\n').count();
+            says(one(spec(), &text), &[&format!("train.csv:{line}:"), "`x`"]);
+        }
+    }
+
+    #[test]
+    fn wrong_columns_are_named() {
+        says(one(job::Csv { target: "knd".into(), ..spec() }, TABLE), &["data.target", "`knd`", "nearest is `kind`"]);
+        says(
+            one(job::Csv { categorical: vec!["town".into()], ..spec() }, TABLE),
+            &["data.categorical", "`town`", "train.csv"],
+        );
+        says(one(job::Csv { ignore: vec!["hight".into()], ..spec() }, TABLE), &["data.ignore", "nearest is `height`"]);
+        says(
+            one(job::Csv { ignore: vec!["kind".into()], ..spec() }, TABLE),
+            &["`kind` is data.target and in data.ignore"],
+        );
+        let all = ["age", "city", "height"].map(String::from).to_vec();
+        says(one(job::Csv { ignore: all, ..spec() }, TABLE), &["no columns left"]);
+        says(one(job::Csv { header: false, ..spec() }, TABLE), &["data.header", "data.columns"]);
+        says(one(spec(), TABLE.replacen("age", "city", 1)), &["two columns `city`"]);
+        says(
+            both(spec(), TABLE, Some("age,height,city,kind\n1,1,Rom,no\n")),
+            &["test.csv", "age,height,city,kind", "same order"],
+        );
+        says(
+            one(job::Csv { categorical: vec![], ..spec() }, TABLE),
+            &["train.csv:2", "`city`", "`Rom`", "data.categorical"],
+        );
+        says(one(spec(), "age,city,height,kind\n?,Rom,1,no\n"), &["`age`", "missing in every line"]);
+        says(one(spec(), "age,city,height,kind\n1,?,1,no\n"), &["`city`", "missing in every line"]);
+        let many: String = (0..=MOST_VALUES).map(|i| format!("1,c{i},1,no\n")).collect();
+        says(one(spec(), format!("age,city,height,kind\n{many}")), &["`city`", "10001 different values", "10000"]);
+    }
+
+    #[test]
+    fn wrong_files_are_named() {
+        says(one(spec(), ""), &["train.csv", "no samples"]);
+        says(one(spec(), "age,city,height,kind\n"), &["train.csv", "no samples"]);
+        says(one(spec(), b"age,city,height,kind\n1,Troms\xf8,1,no\n"), &["train.csv:2", "UTF-8"]);
+        says(one(job::Csv { separator: '·', ..spec() }, TABLE), &["data.separator", "'·'"]);
+        says(one(job::Csv { train: "other.csv".into(), ..spec() }, TABLE), &["other.csv", "UNISONO_DATA"]);
+    }
+
+    #[test]
+    fn new_rows_are_encoded_as_training_rows() {
+        let Opened { train, prepared, .. } = one(spec(), TABLE).unwrap().prepare(true);
+        // The preparation is kept in checkpoints.
+        let prepared: Prepared = serde_json::from_str(&serde_json::to_string(&prepared).unwrap()).unwrap();
+        let mut cells = HashMap::from([("age", " ?"), ("city", "Oslo "), ("height", "2.5")]);
+        assert_eq!(encode(&prepared, |c| cells.get(c).copied()).unwrap(), features(&train)[4..8]);
+        cells.insert("height", "tall");
+        let wrong = encode(&prepared, |c| cells.get(c).copied()).unwrap_err().to_string();
+        assert!(wrong.contains("`height` is `tall`"), "{wrong}");
+        cells.remove("height");
+        let absent = encode(&prepared, |c| cells.get(c).copied()).unwrap_err().to_string();
+        assert!(absent.contains("`height` is not given"), "{absent}");
+    }
+
+    #[test]
+    fn every_feature_is_normalised() {
+        let Opened { train, prepared, .. } = one(spec(), TABLE).unwrap().prepare(true);
+        let mut batch = Batch::empty();
+        batch.fill(&train, &prepared, 0..4, true);
+        for f in 0..4 {
+            let column = || batch.inputs.iter().skip(f).step_by(4).map(|&x| x as f64);
+            let (mean, square) = (column().sum::<f64>() / 4.0, column().map(|x| x * x).sum::<f64>() / 4.0);
+            assert!(mean.abs() < 1e-6 && (square - 1.0).abs() < 1e-6, "{mean} {square}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_panics(text in "[a-z0-9,\" \n\r?é.-]{0,120}", header in any::<bool>()) {
+            let columns = ["a", "b"].map(String::from).to_vec();
+            let spec = job::Csv { header, columns: Some(columns), target: "b".into(), categorical: vec!["a".into()], ..spec() };
+            if let Ok(raw) = one(spec, text) {
+                prop_assert_eq!(features(&raw.train).len(), raw.train.samples() * raw.train.sample_len());
+            }
+        }
+    }
+
+    #[test]
+    fn adult_has_its_known_shape() {
+        let Some(root) = std::env::var_os("UNISONO_DATA") else {
+            eprintln!("skipped: UNISONO_DATA is not set");
+            return;
+        };
+        let names = "age workclass fnlwgt education education-num marital-status occupation relationship race sex \
+                     capital-gain capital-loss hours-per-week native-country income";
+        let words = |text: &str| text.split_whitespace().map(String::from).collect::<Vec<_>>();
+        let spec = job::Csv {
+            train: "adult/adult-train.csv".into(),
+            test: Some("adult/adult-test.csv".into()),
+            columns: Some(words(names)),
+            header: false,
+            target: "income".into(),
+            categorical: words("workclass education marital-status occupation relationship race sex native-country"),
+            ..spec()
+        };
+        let raw = read(Some(Path::new(&root)), &spec).unwrap();
+        assert_eq!((raw.train.samples(), raw.test.unwrap().samples()), (32_561, 16_281));
+        assert_eq!(raw.classes.unwrap(), ["<=50K", ">50K"]);
+        // Six numbers, and 8 + 16 + 7 + 14 + 6 + 5 + 2 + 41 categories ("?" is none).
+        assert_eq!(raw.train.shape, [105]);
+    }
+}

@@ -1,0 +1,138 @@
+//! Everything that can be wrong with data, with the place and the way out.
+
+use std::io;
+
+/// Why a data set cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    #[error(
+        "there is no file `{path}`: looked for {tried}; set UNISONO_DATA to the folder that holds it, or correct the \
+         path in the job file"
+    )]
+    Missing { path: String, tried: String },
+    #[error("cannot read {path}: {source}; check its permissions, and that it was copied whole")]
+    Read { path: String, source: io::Error },
+    #[error("{path} holds no samples; give a file with at least one")]
+    Empty { path: String },
+
+    #[error(
+        "{path} starts with {found:#010x}, but a file of IDX {what} starts with {want}; are data's `images` and \
+         `labels` swapped?"
+    )]
+    Magic { path: String, found: u32, what: &'static str, want: &'static str },
+    #[error(
+        "{path} ends too early: its header announces {want} bytes of samples, {got} are there; copy the file again"
+    )]
+    Truncated { path: String, want: u128, got: usize },
+    #[error("{path} ends within its header: copy the file again")]
+    TruncatedHeader { path: String },
+    #[error("{path} goes on after the {want} bytes of samples that its header announces; copy the file again")]
+    Trailing { path: String, want: u128 },
+    #[error(
+        "{images} has {image_count} images, but {labels} has {label_count} labels; give files that belong together"
+    )]
+    Counts { images: String, image_count: usize, labels: String, label_count: usize },
+    #[error(
+        "samples in {path} have shape {test:?}, those of the training set {train:?}; give a test set of the same shape"
+    )]
+    TestShape { path: String, test: Vec<usize>, train: Vec<usize> },
+    #[error(
+        "{path}: sample {sample} has label {label}, but the training set's labels end at {last}; correct the label, or \
+         train on samples of that class too"
+    )]
+    TestLabel { path: String, sample: usize, label: u8, last: usize },
+
+    #[error("{path}:{line}: this is not UTF-8 text; convert the file to UTF-8")]
+    NotText { path: String, line: usize },
+    #[error("data.separator is {separator:?}; it must be one ASCII character, not a quote and not a line end")]
+    Separator { separator: char },
+    #[error("{path} has no column names; set data.header = true if its first line holds them, or give data.columns")]
+    NoNames { path: String },
+    #[error("{path} has two columns `{column}`; give each its own name (data.columns can rename them)")]
+    SameName { path: String, column: String },
+    #[error("data.{key} names the column `{column}`, which {path} does not have; the nearest is `{nearest}`")]
+    NoColumn { key: &'static str, column: String, path: String, nearest: String },
+    #[error("column `{column}` is data.target and in data.ignore; take it out of one")]
+    TargetIgnored { column: String },
+    #[error("{path} has no columns left to learn from; take some out of data.ignore")]
+    NoFeatures { path: String },
+    #[error(
+        "the columns of {path} are {test:?}, those of the training set {train:?}; give both files the same, in \
+         the same order"
+    )]
+    TestColumns { path: String, test: String, train: String },
+    #[error(
+        "{path}:{line}: {got} cells, but there are {want} columns; correct the line, data.separator or data.columns"
+    )]
+    Ragged { path: String, line: usize, got: usize, want: usize },
+    #[error(
+        "{path}:{line}: column `{column}` holds `{cell}`, which is not a finite number; correct it, or add the \
+         column to \
+         data.categorical or data.ignore, or set data.missing if that text stands for a missing value"
+    )]
+    Number { path: String, line: usize, column: String, cell: String },
+    #[error(
+        "{path}:{line}: target `{column}` holds `{cell}`, which is not a finite number; correct it, or set \
+         data.task = \"classification\""
+    )]
+    TargetNumber { path: String, line: usize, column: String, cell: String },
+    #[error("{path}:{line}: target `{column}` is missing; fill it in, or remove the line")]
+    NoTarget { path: String, line: usize, column: String },
+    #[error(
+        "{path}:{line}: target `{column}` is `{label}`, a class that the training set does not have; correct it, \
+         or train \
+         on samples of that class too"
+    )]
+    UnknownLabel { path: String, line: usize, column: String, label: String },
+    #[error("column `{column}` of {path} is missing in every line; add it to data.ignore")]
+    NoValues { path: String, column: String },
+    #[error(
+        "column `{column}` of {path} has {values} different values, more than the {most} that are one-hot \
+         encoded; take it \
+         out of data.categorical, or add it to data.ignore"
+    )]
+    TooManyValues { path: String, column: String, values: usize, most: usize },
+
+    #[error(
+        "the column `{column}` is not given; give every column that the model was trained on (an empty cell means \
+         unknown)"
+    )]
+    CellAbsent { column: String },
+    #[error(
+        "column `{column}` is `{cell}`, which is not a finite number; correct it, or leave the cell empty if it \
+         is unknown"
+    )]
+    CellNumber { column: String, cell: String },
+
+    #[error("synthetic data need {what}; correct data.{key}")]
+    Synthetic { what: &'static str, key: &'static str },
+    #[error("{samples} samples of {features} features do not fit in memory; lower data.samples or data.shape")]
+    TooLarge { samples: usize, features: usize },
+
+    #[error("train.partitions is 0; set it to at least 1")]
+    NoPartitions,
+    #[error("{samples} samples are more than a data set may have (4,294,967,295); leave some out")]
+    TooManySamples { samples: usize },
+    #[error(
+        "{samples} samples do not fill {partitions} partitions; lower train.partitions to at most {samples}, or \
+         use more data"
+    )]
+    TooFewSamples { samples: usize, partitions: u32 },
+    #[error(
+        "no sample of {samples} falls into partition {partition} of {partitions} by hash; choose another seed, \
+         contiguous \
+         partitions (leave out data.hashed), or lower train.partitions"
+    )]
+    EmptyPartition { partition: u32, partitions: u32, samples: usize },
+
+    #[error("samples that were sent cannot be decoded: {0}; do both sides run the same version?")]
+    Encoded(&'static str),
+}
+
+impl DataError {
+    /// For `map_err` on input and output.
+    pub(super) fn read(path: &str) -> impl FnOnce(io::Error) -> DataError {
+        let path = path.to_string();
+        move |source| DataError::Read { path, source }
+    }
+}

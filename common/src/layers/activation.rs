@@ -1,0 +1,76 @@
+//! Element-wise non-linearities.
+
+use super::{Grads, Layer, Params, Pass};
+use crate::job;
+use crate::kernels::{math, vectorized};
+use rayon::prelude::*;
+
+/// Values that one thread takes at a time.
+const BLOCK: usize = 1 << 14;
+
+/// `y = f(x)`, value by value.
+pub struct Activation {
+    pub kind: job::Activation,
+    pub shape: Vec<usize>,
+}
+
+#[inline(always)]
+fn map(y: &mut [f32], x: &[f32], f: impl Fn(f32) -> f32 + Sync) {
+    let blocks = y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK));
+    blocks.for_each(|(y, x)| vectorized(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = f(*x))));
+}
+
+#[inline(always)]
+fn map2(out: &mut [f32], a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
+    let blocks = out.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK).zip(b.par_chunks(BLOCK)));
+    blocks.for_each(|(o, (a, b))| {
+        vectorized(|| o.iter_mut().zip(a.iter().zip(b)).for_each(|(o, (a, b))| *o = f(*a, *b)));
+    });
+}
+
+impl Layer for Activation {
+    fn out_shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn forward(&self, _: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
+        match self.kind {
+            job::Activation::Relu => map(y, x, |x| if x > 0.0 || x.is_nan() { x } else { 0.0 }),
+            job::Activation::LeakyRelu { slope } => map(y, x, move |x| if x > 0.0 { x } else { slope * x }),
+            // Hendrycks and Gimpel, 2016, eq. 2: x times the normal distribution function.
+            job::Activation::Gelu => {
+                map(y, x, |x| 0.5 * x * (1.0 + math::erf(x * std::f32::consts::FRAC_1_SQRT_2)));
+            }
+            job::Activation::Tanh => map(y, x, math::tanh),
+            job::Activation::Sigmoid => map(y, x, math::sigmoid),
+        }
+    }
+
+    fn backward(
+        &self,
+        _: &Pass<'_>,
+        _: Params<'_>,
+        x: &[f32],
+        y: &[f32],
+        dy: &[f32],
+        dx: Option<&mut [f32]>,
+        _: Grads<'_>,
+        _: &mut [f32],
+        _: &mut [f32],
+    ) {
+        let Some(dx) = dx else { return };
+        match self.kind {
+            job::Activation::Relu => map2(dx, y, dy, |y, d| if y > 0.0 { d } else { 0.0 }),
+            job::Activation::LeakyRelu { slope } => {
+                map2(dx, x, dy, move |x, d| if x > 0.0 { d } else { slope * d });
+            }
+            job::Activation::Gelu => map2(dx, x, dy, |x, d| {
+                let below = 0.5 * (1.0 + math::erf(x * std::f32::consts::FRAC_1_SQRT_2));
+                let density = 0.398_942_3 * math::exp(-0.5 * x * x);
+                d * (below + x * density)
+            }),
+            job::Activation::Tanh => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
+            job::Activation::Sigmoid => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
+        }
+    }
+}

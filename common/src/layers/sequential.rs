@@ -1,0 +1,248 @@
+//! Layers one after another, and around them.
+
+use super::{Grads, Layer, Params, Pass};
+use crate::layout::{Role, Tensor};
+
+/// `y = layers[n-1](... layers[0](x))`; tensors are named `index.name`, as PyTorch's `nn.Sequential` does.
+///
+/// `saved` holds the activations between the layers, then what each layer keeps.
+pub struct Sequential {
+    layers: Vec<Box<dyn Layer>>,
+    /// Values of a sample that enters.
+    in_len: usize,
+    out_shape: Vec<usize>,
+    /// Trainable and running values of each layer.
+    sizes: Vec<(usize, usize)>,
+}
+
+fn len(shape: &[usize]) -> usize {
+    shape.iter().product()
+}
+
+impl Sequential {
+    /// Chains `layers`, of which the first takes `in_shape`.
+    pub fn new(in_shape: &[usize], layers: Vec<Box<dyn Layer>>) -> Sequential {
+        let out_shape = layers.last().map_or(in_shape, |l| l.out_shape()).to_vec();
+        let size = |l: &dyn Layer, trainable: bool| {
+            l.tensors().iter().filter(|t| (t.role == Role::Trainable) == trainable).map(Tensor::len).sum()
+        };
+        let sizes = layers.iter().map(|l| (size(l.as_ref(), true), size(l.as_ref(), false))).collect();
+        Sequential { layers, in_len: len(in_shape), out_shape, sizes }
+    }
+
+    /// Values between the layers, a sample: the outputs of all but the last.
+    fn between(&self) -> usize {
+        self.layers.iter().rev().skip(1).map(|l| len(l.out_shape())).sum()
+    }
+
+    /// The widest of them.
+    fn widest(&self) -> usize {
+        self.layers.iter().rev().skip(1).map(|l| len(l.out_shape())).max().unwrap_or(0)
+    }
+
+    fn inner_scratch(&self, rows: usize, segments: usize) -> usize {
+        self.layers.iter().map(|l| l.scratch(rows, segments)).max().unwrap_or(0)
+    }
+}
+
+impl Layer for Sequential {
+    fn out_shape(&self) -> &[usize] {
+        &self.out_shape
+    }
+
+    fn tensors(&self) -> Vec<Tensor> {
+        let mut all = Vec::new();
+        for (i, layer) in self.layers.iter().enumerate() {
+            all.extend(layer.tensors().into_iter().map(|t| Tensor { name: format!("{i}.{}", t.name), ..t }));
+        }
+        all
+    }
+
+    fn saved(&self, rows: usize, segments: usize) -> usize {
+        self.between() * rows + self.layers.iter().map(|l| l.saved(rows, segments)).sum::<usize>()
+    }
+
+    /// Two gradients between layers, and what a layer needs.
+    fn scratch(&self, rows: usize, segments: usize) -> usize {
+        2 * self.widest() * rows + self.inner_scratch(rows, segments)
+    }
+
+    fn forward(
+        &self,
+        pass: &Pass<'_>,
+        params: Params<'_>,
+        x: &[f32],
+        y: &mut [f32],
+        saved: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let (rows, segments) = (pass.segments.total(), pass.segments.len());
+        let (mut between, mut kept) = saved.split_at_mut(self.between() * rows);
+        let (mut trainable, mut running) = (params.trainable, params.running);
+        let mut x = x;
+        let mut y = Some(y);
+        for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate() {
+            let mine = Params { trainable: &trainable[..t], running: &running[..r] };
+            (trainable, running) = (&trainable[t..], &running[r..]);
+            let (saved, rest) = kept.split_at_mut(layer.saved(rows, segments));
+            kept = rest;
+            let out: &mut [f32] = if i + 1 == self.layers.len() {
+                y.take().unwrap_or_default()
+            } else {
+                let (out, rest) = between.split_at_mut(len(layer.out_shape()) * rows);
+                between = rest;
+                out
+            };
+            let pass = Pass { key: pass.key.with(i as u64), ..*pass };
+            layer.forward(&pass, mine, x, out, saved, &mut scratch[..layer.scratch(rows, segments)]);
+            x = out;
+        }
+        if let Some(y) = y {
+            y.copy_from_slice(x); // no layers at all
+        }
+    }
+
+    fn backward(
+        &self,
+        pass: &Pass<'_>,
+        params: Params<'_>,
+        x: &[f32],
+        y: &[f32],
+        dy: &[f32],
+        dx: Option<&mut [f32]>,
+        grads: Grads<'_>,
+        saved: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let (rows, segments) = (pass.segments.total(), pass.segments.len());
+        let (between, mut kept) = saved.split_at_mut(self.between() * rows);
+        let (gradients, scratch) = scratch.split_at_mut(2 * self.widest() * rows);
+        let (mut above, mut below) = gradients.split_at_mut(self.widest() * rows);
+        let (mut trainable, mut running) = (params.trainable, params.running);
+        let (mut d_trainable, mut d_running) = (grads.trainable, grads.running);
+        let mut between = &*between;
+        let mut dx = dx;
+        for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate().rev() {
+            let (rest, mine_t) = trainable.split_at(trainable.len() - t);
+            trainable = rest;
+            let (rest, mine_r) = running.split_at(running.len() - r);
+            running = rest;
+            let (rest, grad_t) = d_trainable.split_at_mut(d_trainable.len() - t);
+            d_trainable = rest;
+            let (rest, grad_r) = d_running.split_at_mut(d_running.len() - r);
+            d_running = rest;
+            let (rest, saved) = kept.split_at_mut(kept.len() - layer.saved(rows, segments));
+            kept = rest;
+            let last = i + 1 == self.layers.len();
+            let out_len = len(layer.out_shape()) * rows;
+            // What lies above: the last layer sees the caller's `y` and `dy`.
+            let y = if last { y } else { &between[between.len() - out_len..] };
+            if !last {
+                between = &between[..between.len() - out_len];
+            }
+            let in_len = i.checked_sub(1).map_or(self.in_len, |b| len(self.layers[b].out_shape())) * rows;
+            let x = if i == 0 { x } else { &between[between.len() - in_len..] };
+            let dy = if last { dy } else { &above[..out_len] };
+            let into = if i == 0 { dx.take() } else { Some(&mut below[..in_len]) };
+            let pass = Pass { key: pass.key.with(i as u64), ..*pass };
+            let (mine, into_grads) =
+                (Params { trainable: mine_t, running: mine_r }, Grads { trainable: grad_t, running: grad_r });
+            let scratch = &mut scratch[..layer.scratch(rows, segments)];
+            layer.backward(&pass, mine, x, y, dy, into, into_grads, saved, scratch);
+            std::mem::swap(&mut above, &mut below);
+        }
+        if let Some(dx) = dx {
+            dx.copy_from_slice(dy); // no layers at all
+        }
+    }
+}
+
+/// `y = x + body(x)` (He et al., 2016); tensors keep the body's names.
+pub struct Residual {
+    pub body: Sequential,
+}
+
+impl Layer for Residual {
+    fn out_shape(&self) -> &[usize] {
+        self.body.out_shape()
+    }
+
+    fn tensors(&self) -> Vec<Tensor> {
+        self.body.tensors()
+    }
+
+    /// The body's output, then what the body keeps.
+    fn saved(&self, rows: usize, segments: usize) -> usize {
+        rows * self.body.in_len + self.body.saved(rows, segments)
+    }
+
+    fn scratch(&self, rows: usize, segments: usize) -> usize {
+        self.body.scratch(rows, segments)
+    }
+
+    fn forward(
+        &self,
+        pass: &Pass<'_>,
+        params: Params<'_>,
+        x: &[f32],
+        y: &mut [f32],
+        saved: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let (out, saved) = saved.split_at_mut(x.len());
+        self.body.forward(pass, params, x, out, saved, scratch);
+        y.copy_from_slice(x);
+        crate::kernels::add_into(y, out);
+    }
+
+    fn backward(
+        &self,
+        pass: &Pass<'_>,
+        params: Params<'_>,
+        x: &[f32],
+        _: &[f32],
+        dy: &[f32],
+        mut dx: Option<&mut [f32]>,
+        grads: Grads<'_>,
+        saved: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let (out, saved) = saved.split_at_mut(x.len());
+        self.body.backward(pass, params, x, out, dy, dx.as_deref_mut(), grads, saved, scratch);
+        if let Some(dx) = dx {
+            crate::kernels::add_into(dx, dy);
+        }
+    }
+}
+
+/// `(channels, height, width)` to one row; the values stay where they are.
+pub struct Flatten {
+    pub len: [usize; 1],
+}
+
+impl Layer for Flatten {
+    fn out_shape(&self) -> &[usize] {
+        &self.len
+    }
+
+    fn forward(&self, _: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
+        y.copy_from_slice(x);
+    }
+
+    fn backward(
+        &self,
+        _: &Pass<'_>,
+        _: Params<'_>,
+        _: &[f32],
+        _: &[f32],
+        dy: &[f32],
+        dx: Option<&mut [f32]>,
+        _: Grads<'_>,
+        _: &mut [f32],
+        _: &mut [f32],
+    ) {
+        if let Some(dx) = dx {
+            dx.copy_from_slice(dy);
+        }
+    }
+}

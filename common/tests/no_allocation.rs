@@ -1,0 +1,54 @@
+//! A step in the steady state allocates nothing: all memory is planned when the workspace is made.
+
+use unisono_common::data::{Batch, Targets};
+use unisono_common::job::{Activation, Layer, Loss as LossKind, Model as Spec};
+use unisono_common::layers::Segments;
+use unisono_common::loss::Loss;
+use unisono_common::model::Model;
+use unisono_common::rng::{Key, Purpose};
+use unisono_common::train::{Workspace, gradient};
+
+#[test]
+fn a_gradient_allocates_nothing_after_the_first() {
+    let act = |activation| Layer::Activation { activation };
+    let linear = |units| Layer::Linear { units, bias: true, init: None };
+    let conv = |filters| Layer::Conv2d { filters, kernel: 3, stride: 1, padding: 1, bias: true, init: None };
+    let layers = vec![
+        conv(7),
+        Layer::BatchNorm { momentum: 0.1, eps: 1e-5 },
+        act(Activation::Gelu),
+        Layer::MaxPool2d { size: 2, stride: 2 },
+        Layer::Residual { layers: vec![conv(7), act(Activation::Relu)] },
+        Layer::AvgPool2d { size: 2, stride: 1 },
+        Layer::Flatten,
+        linear(40),
+        Layer::LayerNorm { eps: 1e-5 },
+        act(Activation::Tanh),
+        Layer::Dropout { rate: 0.3 },
+        linear(10),
+    ];
+    let model = Model::build(&Spec::Layers { layers }, &[2, 10, 10], 10).expect("the model fits");
+    let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None }, 10).expect("it fits");
+    let samples = 9;
+    let key = Key::new(1, Purpose::Synthetic);
+    let batch = Batch {
+        inputs: (0..samples * model.input_len()).map(|i| key.normal(i as u64)).collect(),
+        targets: Targets::Class((0..samples as u32).collect()),
+        samples,
+    };
+    // Partitions of several sizes, one of a single sample, one of none.
+    let segments = Segments { lo: 4, starts: vec![0, 5, 6, 6, samples] };
+    let params = model.layout().init(1);
+    let mut grads = vec![0.0; params.len()];
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool");
+    let counts = pool.install(|| {
+        let mut workspace = Workspace::new(&model, samples, 4);
+        [(); 3].map(|()| {
+            let step = || {
+                gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads);
+            };
+            allocation_counter::measure(step).count_total
+        })
+    });
+    assert_eq!(counts[1..], [0, 0], "allocations of three steps: {counts:?}");
+}

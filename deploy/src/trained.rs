@@ -1,0 +1,320 @@
+//! Using what was trained: metrics on a data set, predictions for new inputs, weights for other programs.
+
+use crate::{Wrong, read_job};
+use anyhow::{Context, Result, anyhow, bail};
+use ndarray::ArrayView1;
+use serde_json::{Map, Value, json};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use unisono_common::checkpoint::{Manifest, weights_from_safetensors};
+use unisono_common::data::{self, Batch, Dataset, Features, Opened, Prepared, Targets, csv::encode};
+use unisono_common::job;
+use unisono_common::kernels::math;
+use unisono_common::metrics::predicted;
+use unisono_common::model::Model;
+use unisono_common::train::{self, Workspace};
+use unisono_common::tree::Node;
+use unisono_coordinator::files;
+use unisono_worker::compute::Compute;
+use unisono_worker::samples::Samples;
+
+/// A model as a checkpoint holds it.
+struct Trained {
+    path: PathBuf,
+    manifest: Manifest,
+    model: Model,
+    weights: Vec<f32>,
+}
+
+/// Reads a checkpoint, or the newest whole one of a run's folder.
+fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
+    let loaded = if path.join("manifest.json").exists() || !path.is_dir() {
+        files::read(path)?
+    } else {
+        let (found, passed_over) = files::newest(path);
+        passed_over.iter().for_each(|why| eprintln!("passed over: {why}"));
+        found.with_context(|| format!("there is no whole checkpoint in {}", path.display()))?
+    };
+    let manifest = loaded.manifest.clone();
+    let outputs = manifest.prepared.outputs(&manifest.job.train.loss);
+    let model = Model::build(&manifest.job.model, &manifest.prepared.shape, outputs)?;
+    let weights = weights_from_safetensors(model.layout(), &loaded.weights)
+        .with_context(|| format!("{}", loaded.path.display()))?;
+    let digest = model.layout().weights_digest([weights.as_slice()]);
+    if digest != manifest.weights_digest {
+        bail!("{} holds weights {digest}, its manifest says {}", loaded.path.display(), manifest.weights_digest);
+    }
+    let trained = Trained { path: loaded.path.clone(), manifest, model, weights };
+    Ok((loaded, trained))
+}
+
+/// `unisono eval`: the metrics of a checkpoint on its own test set, or on the data of another job.
+pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bool) -> Result<ExitCode> {
+    let (_, Trained { path, manifest, model, weights }) = load(checkpoint).map_err(Wrong)?;
+    let Manifest { job, prepared, step, weights_digest, .. } = manifest;
+    let source = match other {
+        Some(_) => read_job(other, set)?,
+        None => job.clone(),
+    };
+    let Opened { train, test, prepared: found } = data::open(&source.data, source.seed).map_err(|e| Wrong(e.into()))?;
+    if found.shape != prepared.shape || found.classes != prepared.classes || found.columns != prepared.columns {
+        let kind = |p: &Prepared| match &p.classes {
+            Some(classes) => format!("samples of shape {:?} in {} classes", p.shape, classes.len()),
+            None => format!("samples of shape {:?} with values", p.shape),
+        };
+        let message = format!(
+            "the data does not fit {}: the model was trained on {}, the data has {} (or other columns or class names)",
+            path.display(),
+            kind(&prepared),
+            kind(&found)
+        );
+        return Err(Wrong(anyhow!(message)).into());
+    }
+    if test.is_none() {
+        eprintln!("the data has no test set: evaluating on the training set");
+    }
+    let test = test.unwrap_or_else(|| train.clone());
+    let samples = test.samples();
+    // The training data's statistics, and the sums of training in the same tree: the same bits as in the run's summary.
+    let prepared = Prepared { train_samples: train.samples() as u64, test_samples: samples as u64, ..prepared };
+    let opened = Opened { train, test: Some(test), prepared: prepared.clone() };
+    let root = Node::root(job.train.partitions);
+    let name = job.name.clone();
+    let eval = Compute::new(job, Samples::Read(opened), prepared, Arc::new(model))
+        .map_err(Wrong)?
+        .evaluate(root, &weights)
+        .summary();
+    if json {
+        println!(
+            "{}",
+            json!({ "job": name, "step": step, "samples": samples, "eval": eval, "weights_digest": weights_digest })
+        );
+    } else {
+        println!(
+            "  checkpoint   {}\n  job          {name}, step {step}\n  samples      {samples}\n  test         {eval}",
+            path.display()
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `unisono export`: the weights alone, as safetensors.
+pub fn export(checkpoint: &Path, to: &Path, force: bool) -> Result<ExitCode> {
+    let (loaded, trained) = load(checkpoint).map_err(Wrong)?;
+    if to.exists() && !force {
+        return Err(Wrong(anyhow!("{} exists; add --force to replace it", to.display())).into());
+    }
+    std::fs::write(to, &loaded.weights).with_context(|| format!("cannot write {}", to.display()))?;
+    let layout = trained.model.layout();
+    println!("{}: {} tensors, {} values", to.display(), layout.tensors().count(), layout.len());
+    for (tensor, _) in layout.tensors() {
+        println!("  {:<24} {:?}", tensor.name, tensor.shape);
+    }
+    println!("In PyTorch: model.load_state_dict(safetensors.torch.load_file({:?}))", to.display().to_string());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Rows and predictions in the same format.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    Csv,
+    Json,
+}
+
+/// One input row: its own fields in order, and the raw features.
+struct Row {
+    fields: Vec<(String, Value)>,
+    features: Vec<f32>,
+}
+
+fn features(prepared: &Prepared, fields: &[(String, Value)]) -> Result<Vec<f32>> {
+    let want: usize = prepared.shape.iter().product();
+    if !prepared.columns.is_empty() {
+        let texts: Vec<(&str, String)> = fields
+            .iter()
+            .map(|(name, value)| {
+                let text = match value {
+                    Value::String(s) => s.clone(),
+                    Value::Null => String::new(),
+                    other => other.to_string(),
+                };
+                (name.as_str(), text)
+            })
+            .collect();
+        return Ok(encode(prepared, |name| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str()))?);
+    }
+    let number = |v: &Value| match v {
+        Value::Number(n) => n.as_f64(),
+        Value::String(s) => s.trim().parse().ok(),
+        _ => None,
+    };
+    let values: Vec<&Value> = match fields.iter().find(|(name, _)| name == "features") {
+        Some((_, Value::Array(values))) => values.iter().collect(),
+        _ => fields.iter().map(|(_, v)| v).collect(),
+    };
+    if values.len() != want {
+        bail!("there are {} values, the model takes {want}", values.len());
+    }
+    let one = |(i, v): (usize, &&Value)| {
+        let number = number(v).map(|n| n as f32).filter(|n| n.is_finite());
+        number.with_context(|| format!("value {} is {v}, which is not a finite number", i + 1))
+    };
+    values.iter().enumerate().map(one).collect()
+}
+
+/// `unisono predict`: rows in, the same rows with `prediction` (and `probability`) out.
+pub fn predict(checkpoint: &Path, input: Option<&PathBuf>, format: Option<Format>) -> Result<ExitCode> {
+    let (_, trained) = load(checkpoint).map_err(Wrong)?;
+    let (mut reader, by_name): (Box<dyn Read>, _) = match input {
+        None => (Box::new(std::io::stdin()), None),
+        Some(path) => {
+            let file =
+                std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display())).map_err(Wrong)?;
+            let json = path.extension().is_some_and(|e| e == "json" || e == "jsonl" || e == "ndjson");
+            (Box::new(file), Some(if json { Format::Json } else { Format::Csv }))
+        }
+    };
+    let name = input.map_or("stdin".into(), |p| p.display().to_string());
+    let format =
+        format.or(by_name).ok_or_else(|| Wrong(anyhow!("say --format csv or --format json for rows from stdin")))?;
+    let out = std::io::stdout().lock();
+    let done = match format {
+        Format::Json => predict_json(&trained, &mut reader, &name, out),
+        Format::Csv => predict_csv(&trained, &mut reader, &name, out),
+    };
+    done.map_err(|e| Wrong(e).into()).map(|()| ExitCode::SUCCESS)
+}
+
+/// Rows that are computed together.
+const ROWS: usize = 256;
+
+fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: impl Write) -> Result<()> {
+    let mut predictor = Predictor::new(trained);
+    let mut rows = Vec::new();
+    let mut write = |rows: &mut Vec<Row>| -> Result<()> {
+        for (answers, row) in predictor.answer(rows).into_iter().zip(std::mem::take(rows)) {
+            let object: Map<String, Value> = row.fields.into_iter().chain(answers).collect();
+            writeln!(out, "{}", Value::Object(object))?;
+        }
+        Ok(())
+    };
+    for (i, line) in BufReader::new(input).lines().enumerate() {
+        let at = || format!("{name}:{}", i + 1);
+        let line = line.with_context(at)?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let parsed: Result<Row> = (|| {
+            let object: Map<String, Value> =
+                serde_json::from_str(&line).context("this is not one JSON object a line")?;
+            let fields: Vec<(String, Value)> = object.into_iter().collect();
+            Ok(Row { features: features(&trained.manifest.prepared, &fields)?, fields })
+        })();
+        match parsed {
+            Ok(row) => rows.push(row),
+            Err(e) => {
+                write(&mut rows)?;
+                return Err(e.context(at()));
+            }
+        }
+        if rows.len() == ROWS {
+            write(&mut rows)?;
+        }
+    }
+    write(&mut rows)
+}
+
+fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
+    let mut predictor = Predictor::new(trained);
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(input);
+    let header: Vec<String> = reader.headers().with_context(|| name.to_string())?.iter().map(Into::into).collect();
+    let mut out = csv::Writer::from_writer(out);
+    out.write_record(header.iter().cloned().chain(predictor.columns().map(String::from)))?;
+    let mut rows = Vec::new();
+    let mut write = |rows: &mut Vec<Row>| -> Result<()> {
+        for (answers, row) in predictor.answer(rows).into_iter().zip(std::mem::take(rows)) {
+            let cells = row.fields.into_iter().chain(answers).map(|(_, v)| match v {
+                Value::String(s) => s,
+                other => other.to_string(),
+            });
+            out.write_record(cells)?;
+        }
+        out.flush()?;
+        Ok(())
+    };
+    for record in reader.records() {
+        let parsed: Result<Row> = (|| {
+            let record = record.with_context(|| name.to_string())?;
+            let line = record.position().map_or(0, |p| p.line());
+            let fields: Vec<(String, Value)> =
+                header.iter().cloned().zip(record.iter().map(|c| Value::String(c.into()))).collect();
+            let features = features(&trained.manifest.prepared, &fields).with_context(|| format!("{name}:{line}"))?;
+            Ok(Row { fields, features })
+        })();
+        match parsed {
+            Ok(row) => rows.push(row),
+            Err(e) => {
+                write(&mut rows)?;
+                return Err(e);
+            }
+        }
+        if rows.len() == ROWS {
+            write(&mut rows)?;
+        }
+    }
+    write(&mut rows)
+}
+
+/// A model with the memory to run it.
+struct Predictor<'a> {
+    trained: &'a Trained,
+    workspace: Workspace,
+    batch: Batch,
+}
+
+impl<'a> Predictor<'a> {
+    fn new(trained: &'a Trained) -> Predictor<'a> {
+        Predictor { workspace: Workspace::new(&trained.model, ROWS, 1), batch: Batch::empty(), trained }
+    }
+
+    /// Names of what is added to a row.
+    fn columns(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let manifest = &self.trained.manifest;
+        let classes = manifest.prepared.classes.is_some();
+        let probability = classes && !matches!(manifest.job.train.loss, job::Loss::Hinge);
+        ["prediction"].into_iter().chain(probability.then_some("probability"))
+    }
+
+    /// The values under [`Predictor::columns`] for each row.
+    fn answer(&mut self, rows: &[Row]) -> Vec<Vec<(String, Value)>> {
+        let Trained { manifest, model, weights, .. } = self.trained;
+        let prepared = &manifest.prepared;
+        let data = Dataset {
+            shape: prepared.shape.clone(),
+            features: Features::F32(rows.iter().flat_map(|r| r.features.iter().copied()).collect()),
+            targets: Targets::Value(vec![0.0; rows.len()]),
+        };
+        self.batch.clear();
+        self.batch.fill(&data, prepared, 0..rows.len(), true);
+        let columns: Vec<&str> = self.columns().collect();
+        let logits = train::evaluate(model, weights, &self.batch, &mut self.workspace);
+        let answer = |x: ArrayView1<'_, f32>| {
+            let values = match &prepared.classes {
+                None => vec![json!(x[0])],
+                Some(classes) => {
+                    let best = predicted(x);
+                    let probability = match x.len() {
+                        1 if best == 1 => math::sigmoid(x[0]),
+                        1 => math::sigmoid(-x[0]),
+                        _ => 1.0 / x.iter().map(|v| math::exp(v - x[best])).sum::<f32>(),
+                    };
+                    vec![json!(classes.get(best)), json!(probability)]
+                }
+            };
+            columns.iter().map(|c| c.to_string()).zip(values).collect()
+        };
+        logits.rows().into_iter().map(answer).collect()
+    }
+}

@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""Writes values.json: what PyTorch computes for small models, from the same weights and batches.
+
+    python3 -m venv /tmp/golden && /tmp/golden/bin/pip install torch && /tmp/golden/bin/python tests/golden/make.py
+
+Every case holds a model and a training job in the form that unisono's job has as JSON, the initial weights under the
+names of nn.Sequential, a batch, and then PyTorch's outputs (in evaluation mode, before and after training), first gradient
+and 20 losses. Tests read the file; they need no PyTorch.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+torch.manual_seed(7)
+torch.set_num_threads(1)
+STEPS, ROWS = 20, 6
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def linear(inputs, units):
+    return nn.Linear(inputs, units), {"op": "linear", "units": units, "bias": True, "init": None}
+
+
+def conv(channels, filters, kernel, stride=1, padding=0):
+    spec = {"op": "conv2d", "filters": filters, "kernel": kernel, "stride": stride, "padding": padding, "bias": True}
+    return nn.Conv2d(channels, filters, kernel, stride, padding), {**spec, "init": None}
+
+
+def act(module, spec):
+    return module, {"op": "activation", "activation": spec}
+
+
+def flatten():
+    return nn.Flatten(), {"op": "flatten"}
+
+
+IMAGE = [2, 6, 7]
+LAYERS = {
+    "linear": ([5], [linear(5, 1)]),
+    "conv2d": (IMAGE, [conv(2, 3, 3), flatten(), linear(60, 1)]),
+    "conv2d-stride-padding": (IMAGE, [conv(2, 3, 3, 2, 1), flatten(), linear(36, 1)]),
+    "max-pool2d": (IMAGE, [conv(2, 3, 1), (nn.MaxPool2d(2), {"op": "max-pool2d", "size": 2, "stride": 2}),
+                           flatten(), linear(27, 1)]),
+    "avg-pool2d": (IMAGE, [conv(2, 3, 1), (nn.AvgPool2d(3, 2), {"op": "avg-pool2d", "size": 3, "stride": 2}),
+                           flatten(), linear(18, 1)]),
+    "global-avg-pool": (IMAGE, [conv(2, 3, 3), (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+                                                {"op": "global-avg-pool"}), linear(3, 1)]),
+    "relu": ([5], [linear(5, 8), act(nn.ReLU(), "relu"), linear(8, 1)]),
+    "leaky-relu": ([5], [linear(5, 8), act(nn.LeakyReLU(0.1), {"leaky-relu": {"slope": 0.1}}), linear(8, 1)]),
+    "gelu": ([5], [linear(5, 8), act(nn.GELU(), "gelu"), linear(8, 1)]),
+    "tanh": ([5], [linear(5, 8), act(nn.Tanh(), "tanh"), linear(8, 1)]),
+    "sigmoid": ([5], [linear(5, 8), act(nn.Sigmoid(), "sigmoid"), linear(8, 1)]),
+    "dropout-0": ([5], [linear(5, 8), (nn.Dropout(0.0), {"op": "dropout", "rate": 0.0}), linear(8, 1)]),
+    "batch-norm": (IMAGE, [conv(2, 3, 3), (nn.BatchNorm2d(3), {"op": "batch-norm", "momentum": 0.1, "eps": 1e-5}),
+                           flatten(), linear(60, 1)]),
+    "batch-norm-flat": ([5], [linear(5, 8), (nn.BatchNorm1d(8, momentum=0.3),
+                                             {"op": "batch-norm", "momentum": 0.3, "eps": 1e-5}), linear(8, 1)]),
+    "layer-norm": ([5], [linear(5, 8), (nn.LayerNorm(8), {"op": "layer-norm", "eps": 1e-5}), linear(8, 1)]),
+    "layer-norm-image": (IMAGE, [(nn.LayerNorm(IMAGE), {"op": "layer-norm", "eps": 1e-5}), flatten(), linear(84, 1)]),
+    "residual": ([5], [(Residual(nn.Linear(5, 5), nn.Tanh()),
+                        {"op": "residual", "layers": [linear(5, 5)[1], act(None, "tanh")[1]]}), linear(5, 1)]),
+}
+
+CLASSES = torch.tensor([0, 3, 1, 2, 3, 0])
+BINARY = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+WEIGHTS = [0.5, 1.0, 2.0, 1.5]
+LOSSES = {
+    "cross-entropy": (4, CLASSES, nn.CrossEntropyLoss(),
+                      {"kind": "cross-entropy", "label_smoothing": 0.0, "class_weights": None}),
+    "cross-entropy-smooth-weighted": (4, CLASSES, nn.CrossEntropyLoss(torch.tensor(WEIGHTS), label_smoothing=0.1),
+                                      {"kind": "cross-entropy", "label_smoothing": 0.1, "class_weights": WEIGHTS}),
+    "binary-cross-entropy": (1, BINARY, nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.5)),
+                             {"kind": "binary-cross-entropy", "positive_weight": 2.5}),
+    "mse": (1, None, nn.MSELoss(), {"kind": "mse"}),
+    "mae": (1, None, nn.L1Loss(), {"kind": "mae"}),
+    "huber": (1, None, nn.HuberLoss(delta=0.7), {"kind": "huber", "delta": 0.7}),
+    "hinge": (1, BINARY, lambda x, y: (1 - (2 * y - 1) * x).clamp(min=0).mean(), {"kind": "hinge"}),
+    "hinge-multi": (4, CLASSES, nn.MultiMarginLoss(), {"kind": "hinge"}),
+}
+
+
+def sgd(**options):
+    spec = {"kind": "sgd", "lr": 0.05, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0}
+    return torch.optim.SGD, {**spec, **options}, lambda s: {k: v for k, v in s.items() if k != "kind"}
+
+
+def adam(kind, build, **options):
+    spec = {"kind": kind, "lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, **options}
+    return build, spec, lambda s: {"lr": s["lr"], "betas": (s["beta1"], s["beta2"]), "eps": s["eps"],
+                                   "weight_decay": s["weight_decay"]}
+
+
+def rmsprop(**options):
+    spec = {"kind": "rmsprop", "lr": 0.01, "alpha": 0.95, "eps": 1e-6, "momentum": 0.0, "centered": False,
+            "weight_decay": 0.0, **options}
+    return torch.optim.RMSprop, spec, lambda s: {k: v for k, v in s.items() if k != "kind"}
+
+
+ADAGRAD = {"kind": "adagrad", "lr": 0.1, "lr_decay": 0.01, "eps": 1e-10, "weight_decay": 0.02, "initial_accumulator": 0.1}
+OPTIMIZERS = {
+    "sgd": sgd(),
+    "sgd-momentum-decay": sgd(momentum=0.9, weight_decay=0.1),
+    "sgd-dampening": sgd(momentum=0.8, dampening=0.3),
+    "sgd-nesterov": sgd(momentum=0.9, nesterov=True),
+    "adam": adam("adam", torch.optim.Adam),
+    "adam-decay": adam("adam", torch.optim.Adam, weight_decay=0.1),
+    "adamw": adam("adamw", torch.optim.AdamW, weight_decay=0.1),
+    "adagrad": (torch.optim.Adagrad, ADAGRAD, lambda s: {
+        "lr": s["lr"], "lr_decay": s["lr_decay"], "eps": s["eps"], "weight_decay": s["weight_decay"],
+        "initial_accumulator_value": s["initial_accumulator"]}),
+    "rmsprop": rmsprop(),
+    "rmsprop-centered-momentum": rmsprop(centered=True, momentum=0.5, weight_decay=0.01),
+}
+
+
+def flat(tensor):
+    return [float(f"{v:.9g}") for v in tensor.detach().reshape(-1).tolist()]
+
+
+def state(model):
+    return {k: flat(v) for k, v in model.state_dict().items() if "num_batches" not in k}
+
+
+def case(name, shape, parts, loss, optimizer):
+    model = nn.Sequential(*[module for module, _ in parts])
+    _, targets, criterion, loss_spec = loss
+    build, spec, translate = optimizer
+    x = torch.randn(ROWS, *shape)
+    y = torch.randn(ROWS) if targets is None else targets
+    single = lambda out: out.squeeze(1) if out.shape[1] == 1 else out
+    model.eval()
+    out = {"name": name, "shape": shape, "layers": [s for _, s in parts], "loss": loss_spec, "optimizer": spec,
+           "weights": state(model), "inputs": flat(x), "targets": flat(y.float()), "classes": targets is not None,
+           "outputs": flat(model(x)), "losses": []}
+    model.train()
+    trained = build(model.parameters(), **translate(spec))
+    for step in range(STEPS):
+        trained.zero_grad()
+        value = criterion(single(model(x)), y)
+        value.backward()
+        if step == 0:
+            out["gradients"] = {k: flat(p.grad) for k, p in model.named_parameters()}
+        out["losses"].append(float(f"{value.item():.9g}"))
+        trained.step()
+    model.eval()
+    out["trained_outputs"] = flat(model(x))
+    return out
+
+
+def schedules(total=60):
+    def factors(build):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = build(optimizer)
+        values = []
+        for _ in range(total):
+            values.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return values
+
+    known = [
+        ({"kind": "step", "every": 7, "gamma": 0.5}, lambda o: lr_scheduler.StepLR(o, 7, 0.5)),
+        ({"kind": "multi-step", "milestones": [5, 20, 33], "gamma": 0.3},
+         lambda o: lr_scheduler.MultiStepLR(o, [5, 20, 33], 0.3)),
+        ({"kind": "exponential", "gamma": 0.97}, lambda o: lr_scheduler.ExponentialLR(o, 0.97)),
+        ({"kind": "cosine", "min_factor": 0.1}, lambda o: lr_scheduler.CosineAnnealingLR(o, total, 0.1)),
+        ({"kind": "linear", "end_factor": 0.2}, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.2, total)),
+        ({"kind": "polynomial", "power": 2.0, "end_factor": 0.0}, lambda o: lr_scheduler.PolynomialLR(o, total, 2.0)),
+        ({"kind": "one-cycle", "start_fraction": 0.3, "div_factor": 25.0, "final_div_factor": 1e4},
+         lambda o: lr_scheduler.OneCycleLR(o, 1.0, total, cycle_momentum=False)),
+    ]
+    values = [{"schedule": {"kind": s, "warmup_steps": 0}, "factors": factors(b)} for s, b in known]
+    metrics = [1.0, 0.9, 0.95, 0.91, 0.9, 0.93, 0.8, 0.8, 0.81, 0.82, 0.83, 0.79, 0.9, 0.9, 0.9, 0.9]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, threshold=1e-3)
+    rates = []
+    for metric in metrics:
+        plateau.step(metric)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return {"total": total, "known": values, "plateau": {"factor": 0.5, "patience": 1, "threshold": 1e-3,
+                                                         "metrics": metrics, "rates": rates}}
+
+
+def main():
+    mse, plain = LOSSES["mse"], sgd()
+    cases = [case(f"layer {n}", shape, parts, mse, plain) for n, (shape, parts) in LAYERS.items()]
+    cases += [case(f"loss {n}", [5], [linear(5, l[0])], l, plain) for n, l in LOSSES.items()]
+    mlp = lambda: [linear(5, 8), act(nn.Tanh(), "tanh"), linear(8, 1)]
+    cases += [case(f"optimizer {n}", [5], mlp(), mse, o) for n, o in OPTIMIZERS.items()]
+    values = {"torch": torch.__version__, "rows": ROWS, "cases": cases, "schedules": schedules()}
+    Path(__file__).with_name("values.json").write_text(json.dumps(values, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+//! Whatever is wrong with a job, its data, its shapes or its folder: one clear message, the right exit status, nothing left.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+use unisono_tests::{root, run, summary};
+
+/// A job that trains; each test makes one thing wrong with it.
+const JOB: &str = r#"name = "bad"
+[data]
+format = "digits"
+[model]
+kind = "mlp"
+hidden = [16, 16]
+[train]
+partitions = 4
+steps = 20
+optimizer = { kind = "sgd", lr = 0.05 }
+[checkpoint]
+dir = "kept"
+every_steps = 10
+"#;
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a folder")
+}
+
+fn write(dir: &Path, name: &str, content: impl AsRef<[u8]>) {
+    std::fs::write(dir.join(name), content).expect("written");
+}
+
+/// Every path below `dir`.
+fn below(dir: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
+    entries.flat_map(|p| if p.is_dir() { [vec![p.clone()], below(&p)].concat() } else { vec![p] }).collect()
+}
+
+/// Processes that work in `dir`; none where there is no /proc.
+fn processes(dir: &Path) -> usize {
+    let dir = dir.canonicalize().expect("the folder is there");
+    let all = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    all.filter(|p| std::fs::read_link(p.path().join("cwd")).is_ok_and(|cwd| cwd == dir)).count()
+}
+
+/// No checkpoint is half-written, and no process stays.
+fn nothing_is_left(dir: &Path) {
+    for path in below(dir) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_string();
+        assert!(!name.ends_with(".partial"), "{} was left", path.display());
+        let half = name.starts_with("step-") && !path.join("manifest.json").exists();
+        assert!(!half, "{} has no manifest", path.display());
+    }
+    let start = Instant::now();
+    while processes(dir) > 0 {
+        assert!(start.elapsed() < Duration::from_secs(5), "{} processes are left", processes(dir));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Runs the program, which must end with `code` and one message that holds all `words`; gives stderr.
+fn fails(dir: &Path, args: &[&str], code: i32, words: &[&str]) -> String {
+    let output = run(dir, args);
+    let error = String::from_utf8_lossy(&output.stderr).to_string();
+    let context = format!("{args:?} ended with {}:\n{error}", output.status);
+    assert!(!error.contains("panicked"), "{context}");
+    let said: Vec<&str> = error.lines().filter(|l| l.starts_with("unisono: ")).collect();
+    assert_eq!(said.len(), 1, "not one message: {context}");
+    for word in words {
+        assert!(said[0].contains(word), "no {word:?}: {context}");
+    }
+    assert_eq!(output.status.code(), Some(code), "{context}");
+    assert!(output.stdout.is_empty(), "a failed command printed {}", String::from_utf8_lossy(&output.stdout));
+    nothing_is_left(dir);
+    error
+}
+
+/// `unisono local` on a job that is refused before anything starts.
+fn refused(dir: &Path, job: &str, words: &[&str]) {
+    write(dir, "job.toml", job);
+    fails(dir, &["local", "job.toml", "--quiet", "--json", "--workers", "2"], 2, words);
+    assert!(!dir.join("kept").exists(), "a refused job made its checkpoint folder");
+}
+
+/// [`JOB`] with one text replaced.
+fn with(from: &str, to: &str) -> String {
+    assert_eq!(JOB.matches(from).count(), 1, "{from:?} must be in the job once");
+    JOB.replace(from, to)
+}
+
+#[test]
+fn the_job_that_the_others_spoil_is_good() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    let summary = summary(&run(dir.path(), &["local", "job.toml", "--quiet", "--json", "--workers", "2"]));
+    assert_eq!(summary["steps"], 20);
+    nothing_is_left(dir.path());
+}
+
+#[test]
+fn wrong_keys_in_the_file_are_named_with_their_line() {
+    let dir = folder();
+    let cases: &[(&str, &str, &[&str])] = &[
+        ("partitions = 4", "partitons = 4", &["job.toml:8", "`train.partitons`", "did you mean `partitions`"]),
+        ("name = \"bad\"", "nmae = \"bad\"", &["job.toml:1", "`nmae`", "did you mean `name`"]),
+        ("format = \"digits\"", "", &["job.toml", "`data.format` is missing", "write for example"]),
+        ("hidden = [16, 16]", "", &["`model.hidden` is missing"]),
+        ("steps = 20", "", &["`train.epochs` or `train.steps` is missing"]),
+        ("partitions = 4", "partitions = \"four\"", &["job.toml:8", "`train.partitions` must be a whole number"]),
+        ("partitions = 4", "partitions = 0", &["job.toml:8", "`train.partitions`", "from 1 to"]),
+        ("hidden = [16, 16]", "hidden = 16", &["job.toml:6", "`model.hidden` must be a list"]),
+        ("kind = \"sgd\"", "kind = \"sdg\"", &["job.toml:10", "\"sdg\"", "did you mean \"sgd\""]),
+        ("lr = 0.05", "lr = nan", &["job.toml:10", "`train.optimizer.lr`", "above 0"]),
+        ("[model]", "[model", &["job.toml:4", "this is not TOML"]),
+    ];
+    for (from, to, words) in cases {
+        refused(dir.path(), &with(from, to), words);
+    }
+}
+
+#[test]
+fn wrong_options_are_named() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    let cases: &[(&str, &[&str])] = &[
+        ("train.step=3", &["--set train.step=3", "unknown key `train.step`", "did you mean `steps`"]),
+        ("train.steps=-1", &["`train.steps` must be a whole number", "-1"]),
+        ("train.steps=many", &["`train.steps` must be a whole number", "\"many\""]),
+        ("train.steps", &["no `=`", "KEY=VALUE"]),
+        ("=3", &["--set =3", "empty part"]),
+        ("model.hidden=[1", &["neither TOML nor a bare word"]),
+        ("data.format=xls", &["--set data.format=xls", "no data format", "digits"]),
+        ("name.first=a", &["`name`", "holds no `first`"]),
+    ];
+    for (set, words) in cases {
+        fails(dir.path(), &["local", "job.toml", "--quiet", "--set", set], 2, words);
+    }
+    fails(dir.path(), &["local", "nowhere.toml"], 2, &["cannot read the job file", "nowhere.toml"]);
+    fails(dir.path(), &["local", "job.toml", "--workers", "0"], 2, &["--workers", "at least 1"]);
+    fails(dir.path(), &["local", "job.toml", "--heartbeat-timeout", "nan"], 2, &["--heartbeat-timeout", "positive"]);
+}
+
+/// An IDX file.
+fn idx(magic: u32, sizes: &[u32], bytes: &[u8]) -> Vec<u8> {
+    std::iter::once(&magic).chain(sizes).flat_map(|n| n.to_be_bytes()).chain(bytes.iter().copied()).collect()
+}
+
+#[test]
+fn broken_idx_files_are_named() {
+    let dir = folder();
+    let job = with(
+        "format = \"digits\"",
+        "format = \"idx\"\ntrain = { images = \"i\", labels = \"l\" }\ntest = { images = \"ti\", labels = \"tl\" }",
+    );
+    let images = idx(0x803, &[8, 2, 2], &[7; 32]);
+    let labels = idx(0x801, &[8], &[0, 1, 2, 0, 1, 2, 0, 1]);
+    let good = [("i", &images), ("l", &labels), ("ti", &images), ("tl", &labels)];
+    let missing = ["there is no file", "`l`", "UNISONO_DATA"];
+    type Case<'a> = (&'a str, Option<Vec<u8>>, &'a [&'a str]);
+    let cases: &[Case<'_>] = &[
+        ("l", None, &missing),
+        ("i", Some(images[..40].to_vec()), &["ends too early", "32 bytes", "24 are there"]),
+        ("i", Some(images[..6].to_vec()), &["ends within its header"]),
+        ("i", Some(labels.clone()), &["0x00000801", "swapped"]),
+        ("l", Some(b"what is this, not a file of labels".to_vec()), &["IDX", "starts with"]),
+        ("l", Some(idx(0x801, &[7], &[0; 7])), &["8 images", "7 labels"]),
+        ("l", Some(idx(0x801, &[0], &[])), &["holds no samples"]),
+        ("tl", Some(idx(0x801, &[8], &[0, 0, 0, 9, 0, 0, 0, 0])), &["sample 3 has label 9", "end at 2"]),
+        ("ti", Some(idx(0x803, &[8, 1, 4], &[7; 32])), &["shape [1, 1, 4]", "[1, 2, 2]"]),
+    ];
+    for (name, content, words) in cases {
+        good.iter().for_each(|(name, bytes)| write(dir.path(), name, bytes));
+        match content {
+            Some(bytes) => write(dir.path(), name, bytes),
+            None => std::fs::remove_file(dir.path().join(name)).expect("removed"),
+        }
+        refused(dir.path(), &job, words);
+    }
+}
+
+#[test]
+fn broken_csv_files_are_named_with_line_and_column() {
+    let dir = folder();
+    let job = with("format = \"digits\"", "format = \"csv\"\ntrain = \"t.csv\"\ntarget = \"y\"");
+    let cases: &[(&str, &[&str])] = &[
+        ("a,b,y\n1,2,0\n3,1\n", &["t.csv:3", "2 cells", "3 columns"]),
+        ("a,b,y\n1,2,0\n3,4,1,5\n", &["t.csv:3", "4 cells", "3 columns"]),
+        ("a,b,y\n1,2,0\n3,old,1\n", &["t.csv:3", "column `b`", "`old`", "not a finite number"]),
+        ("a,b,y\n1,2,0\nNaN,4,1\n", &["t.csv:3", "column `a`", "`NaN`", "not a finite number"]),
+        ("a,b,y\n1,2,0\n1e99,4,1\n", &["t.csv:3", "column `a`", "`1e99`", "not a finite number"]),
+        ("a,b,y\n1,2,0\n3,4,\n", &["t.csv:3", "target `y` is missing"]),
+        ("a,b,z\n1,2,0\n", &["data.target", "`y`", "nearest is `z`"]),
+        ("a,a,y\n1,2,0\n", &["two columns `a`"]),
+        ("a,b,y\n", &["holds no samples"]),
+        ("a,b,y\n1,2,0\n3,4,1\n", &["2 samples do not fill 4 partitions", "train.partitions"]),
+    ];
+    for (text, words) in cases {
+        write(dir.path(), "t.csv", text);
+        refused(dir.path(), &job, words);
+    }
+    write(dir.path(), "t.csv", b"a,b,y\n1,\xff,0\n");
+    refused(dir.path(), &job, &["t.csv:2", "not UTF-8"]);
+    write(dir.path(), "t.csv", "a,b,y\n1,2,0\n1,2,1\n1,2,2\n3,4,1\n");
+    let binary = job.replace("steps = 20", "steps = 20\nloss = \"binary-cross-entropy\"");
+    refused(dir.path(), &binary, &["binary"]);
+}
+
+#[test]
+fn shapes_that_do_not_fit_are_named_with_the_layer() {
+    let dir = folder();
+    let image = "{ format = \"synthetic\", shape = [1, 8, 8], classes = 4, samples = 64 }";
+    let cases: &[(&str, &[&str])] = &[
+        (
+            r#"{ op = "flatten" }, { op = "conv2d", filters = 2, kernel = 3 }"#,
+            &["model.layers[1] (conv2d)", "shape [64]", "before \"flatten\""],
+        ),
+        (r#"{ op = "linear", units = 4 }"#, &["model.layers[0] (linear)", "[1, 8, 8]", "flatten"]),
+        (r#"{ op = "flatten" }, { op = "linear", units = 5 }"#, &["gives [5]", "need 4", "units = 4"]),
+        (r#"{ op = "max-pool2d", size = 9 }"#, &["model.layers[0] (max-pool2d)", "at least 9"]),
+        (
+            r#"{ op = "flatten" }, { op = "residual", layers = [{ op = "linear", units = 3 }] }"#,
+            &["model.layers[1] (residual)", "same shape", "[3]"],
+        ),
+    ];
+    for (layers, words) in cases {
+        let text = format!(
+            "data = {image}\nmodel = {{ kind = \"layers\", layers = [{layers}] }}\ntrain = {{ steps = 5 }}\n\
+             checkpoint = {{ dir = \"kept\" }}\n"
+        );
+        refused(dir.path(), &text, words);
+    }
+}
+
+#[test]
+fn a_taken_port_is_named() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("an address").to_string();
+    fails(
+        dir.path(),
+        &["coordinator", "job.toml", "--listen", &address],
+        2,
+        &["cannot listen on", &address, "--listen"],
+    );
+    fails(dir.path(), &["coordinator", "job.toml", "--listen", "nonsense"], 2, &["cannot listen on nonsense"]);
+}
+
+/// Trains [`JOB`] in `dir` up to `steps`, with more options.
+fn train<'a>(dir: &Path, steps: &'a str, more: &[&'a str]) -> std::process::Output {
+    write(dir, "job.toml", JOB);
+    let args = ["local", "job.toml", "--quiet", "--json", "--workers", "2", "--set", steps];
+    run(dir, &[&args[..], more].concat())
+}
+
+#[test]
+fn divergence_names_step_partition_and_tensor_and_keeps_the_last_good_checkpoint() {
+    let dir = folder();
+    let good = summary(&train(dir.path(), "train.steps=20", &[]));
+    let resume = ["local", "job.toml", "--quiet", "--resume", "--set", "train.steps=40"];
+    let error = fails(
+        dir.path(),
+        &[&resume[..], &["--set", "train.optimizer.lr=1e30"]].concat(),
+        1,
+        &["step 2", "diverged", "is not finite in partition ", "`", "learning rate", "kept/step-00000020"],
+    );
+    let step = error.split("step ").nth(1).and_then(|t| t.split(' ').next()?.parse::<u64>().ok());
+    assert!(step.is_some_and(|s| (20..40).contains(&s)), "{error}");
+    let eval = summary(&run(dir.path(), &["eval", "kept", "--json"]));
+    assert_eq!(eval["weights_digest"], good["weights_digest"], "the last good checkpoint changed");
+}
+
+#[test]
+fn divergence_before_any_checkpoint_says_so() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    let args = ["local", "job.toml", "--quiet", "--set", "train.optimizer.lr=1e30"];
+    fails(dir.path(), &args, 1, &["diverged", "is not finite", "no checkpoint yet"]);
+}
+
+#[test]
+fn an_evaluation_that_is_not_finite_ends_the_run() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    let args = ["local", "job.toml", "--quiet", "--set", "train.optimizer.lr=1e25", "--set", "train.eval_every=1"];
+    fails(dir.path(), &args, 1, &["step 1 diverged", "loss of the evaluation", "partition ", "learning rate"]);
+}
+
+#[test]
+fn metrics_that_nobody_measures_are_refused() {
+    let dir = folder();
+    let early = |metric: &str| {
+        with("steps = 20", &format!("steps = 20\nearly_stopping = {{ metric = \"{metric}\", patience = 2 }}"))
+    };
+    refused(dir.path(), &early("auc"), &["train.early_stopping", "\"auc\"", "\"loss\" or \"accuracy\""]);
+    let image = "format = \"synthetic\"\nshape = [8]\nclasses = 4\nsamples = 64\ntest_samples = 0";
+    let blind = early("loss").replace("format = \"digits\"", image);
+    refused(dir.path(), &blind, &["train.early_stopping", "test set", "data.test"]);
+    let mse = with("steps = 20", "steps = 20\nloss = \"mse\"");
+    refused(dir.path(), &mse, &["mse", "values as targets"]);
+}
+
+#[test]
+fn wrong_options_of_a_worker_are_named() {
+    let dir = folder();
+    fails(dir.path(), &["worker", "--coordinator", "not a url"], 2, &["not a url", "http://HOST:PORT"]);
+    let args = ["worker", "--coordinator", "127.0.0.1:1", "--threads", "5000"];
+    fails(dir.path(), &args, 2, &["--threads", "4096", "5000"]);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_and_named() {
+    let calm = folder();
+    let calm = summary(&train(calm.path(), "train.steps=30", &[]));
+    type Damage = fn(&Path);
+    let damages: &[(Damage, &str)] = &[
+        (
+            |newest| {
+                let path = newest.join("weights.safetensors");
+                let mut bytes = std::fs::read(&path).expect("there");
+                let last = bytes.len() - 1;
+                bytes[last] ^= 1;
+                std::fs::write(path, bytes).expect("written");
+            },
+            "weights.safetensors is damaged",
+        ),
+        (|newest| std::fs::remove_file(newest.join("manifest.json")).expect("removed"), "cannot read its manifest"),
+        (|newest| std::fs::write(newest.join("manifest.json"), "{").expect("written"), "manifest.json is damaged"),
+        (|newest| std::fs::write(newest.join("optimizer.safetensors"), "").expect("written"), "optimizer.safetensors"),
+    ];
+    for (damage, words) in damages {
+        let dir = folder();
+        summary(&train(dir.path(), "train.steps=20", &[]));
+        damage(&dir.path().join("kept/step-00000020"));
+        let output = train(dir.path(), "train.steps=30", &["--resume"]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(error.contains("passed over") && error.contains("step-00000020") && error.contains(words), "{error}");
+        assert!(!error.contains("panicked"), "{error}");
+        assert_eq!(summary(&output)["weights_digest"], calm["weights_digest"], "resumed from step 10");
+        nothing_is_left(dir.path());
+    }
+}
+
+#[test]
+fn there_must_be_something_to_resume() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    let resume = ["local", "job.toml", "--quiet", "--resume"];
+    let words = ["no whole checkpoint", "kept", "--resume"];
+    fails(dir.path(), &resume, 2, &words);
+    std::fs::create_dir(dir.path().join("kept")).expect("made");
+    fails(dir.path(), &resume, 2, &words);
+}
+
+#[test]
+fn another_models_checkpoint_is_refused() {
+    let dir = folder();
+    summary(&train(dir.path(), "train.steps=20", &[]));
+    let args = ["local", "job.toml", "--quiet", "--resume", "--set", "train.steps=30", "--set", "model.hidden=[9]"];
+    fails(dir.path(), &args, 2, &["kept/step-00000020", "another model"]);
+}
+
+#[test]
+fn another_optimizers_checkpoint_is_refused() {
+    let dir = folder();
+    summary(&train(dir.path(), "train.steps=20", &[]));
+    let args = ["local", "job.toml", "--quiet", "--resume", "--set", "train.steps=30"];
+    fails(dir.path(), &[&args[..], &["--set", "train.optimizer=adamw"]].concat(), 2, &["optimizer"]);
+}
+
+#[test]
+fn a_file_in_the_place_of_the_checkpoint_folder_is_named() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    write(dir.path(), "kept", "I am a file");
+    fails(dir.path(), &["local", "job.toml", "--quiet"], 2, &["checkpoint folder", "kept", "checkpoint.dir"]);
+    assert_eq!(std::fs::read(dir.path().join("kept")).expect("still there"), b"I am a file");
+}
+
+#[test]
+fn the_examples_are_read() {
+    let dir = folder();
+    for entry in std::fs::read_dir(root().join("examples")).expect("examples").flatten() {
+        let job = entry.path().display().to_string();
+        // The last thing that is checked of a job is one of its options: everything else was accepted.
+        let words = ["--set checkpoint.keep=0"];
+        fails(dir.path(), &["local", &job, "--quiet", "--set", "checkpoint.keep=0"], 2, &words);
+    }
+}

@@ -1,0 +1,117 @@
+//! Using what was trained: eval, predict, export.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use unisono_tests::{finish, free_port, root, run, start, summary};
+
+/// A short run on the digits; its summary and checkpoint.
+fn trained(dir: &Path) -> (Value, PathBuf) {
+    let summary = summary(&run(dir, &["local", "--quiet", "--json", "--workers", "2", "--set", "train.steps=150"]));
+    let checkpoint = dir.join(summary["checkpoint"].as_str().expect("a checkpoint"));
+    (summary, checkpoint)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}
+
+fn refused(output: &Output, words: &[&str]) {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(words.iter().all(|w| error.contains(w)) && !error.contains("panicked"), "{error}");
+}
+
+#[test]
+fn eval_repeats_the_runs_own_numbers_to_the_bit() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (run_summary, checkpoint) = trained(dir.path());
+    let eval = summary(&run(dir.path(), &["eval", text(&checkpoint), "--json"]));
+    assert_eq!(eval["eval"], run_summary["eval"]);
+    assert_eq!(eval["weights_digest"], run_summary["weights_digest"]);
+    let newest = summary(&run(dir.path(), &["eval", "runs/digits-mlp", "--json"]));
+    assert_eq!(newest, eval);
+}
+
+#[test]
+fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_, checkpoint) = trained(dir.path());
+    let pixels: Vec<String> = (0..64).map(|i| (i % 17).to_string()).collect();
+    let header: Vec<String> = (0..64).map(|i| format!("p{i}")).collect();
+    let rows = dir.path().join("rows.csv");
+    std::fs::write(&rows, format!("{}\n{}\n", header.join(","), pixels.join(","))).expect("written");
+    let csv = run(dir.path(), &["predict", text(&checkpoint), text(&rows)]);
+    let csv = String::from_utf8_lossy(&csv.stdout).to_string();
+    let lines: Vec<Vec<&str>> = csv.lines().map(|l| l.split(',').collect()).collect();
+    assert_eq!(&lines[0][64..], ["prediction", "probability"]);
+    let lined = dir.path().join("rows.jsonl");
+    std::fs::write(&lined, format!("{{\"id\":5,\"features\":[{}]}}\n", pixels.join(","))).expect("written");
+    let json: Value = summary(&run(dir.path(), &["predict", text(&checkpoint), text(&lined)]));
+    assert_eq!(json["prediction"].as_str(), Some(lines[1][64]));
+    assert_eq!(json["probability"].to_string(), lines[1][65]);
+    assert_eq!(json["id"], 5);
+
+    std::fs::write(&lined, "{\"features\":[1,2]}\n").expect("written");
+    refused(&run(dir.path(), &["predict", text(&checkpoint), text(&lined)]), &["rows.jsonl:1", "2 values", "takes 64"]);
+    std::fs::write(&rows, format!("{}\n{}\n", header.join(","), pixels.join(",").replace("16", "x"))).expect("written");
+    refused(
+        &run(dir.path(), &["predict", text(&checkpoint), text(&rows)]),
+        &["rows.csv:2", "\"x\"", "not a finite number"],
+    );
+}
+
+#[test]
+fn exports_are_the_checkpoints_tensors_and_damage_is_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_, checkpoint) = trained(dir.path());
+    let to = dir.path().join("model.safetensors");
+    let export = ["export", text(&checkpoint), "--to", text(&to)];
+    assert!(run(dir.path(), &export).status.success());
+    let weights = checkpoint.join("weights.safetensors");
+    assert_eq!(std::fs::read(&to).expect("exported"), std::fs::read(&weights).expect("there"));
+    refused(&run(dir.path(), &export), &["exists", "--force"]);
+
+    let mut bytes = std::fs::read(&weights).expect("there");
+    let at = bytes.len() / 2;
+    bytes[at] ^= 1;
+    std::fs::write(&weights, bytes).expect("written");
+    refused(&run(dir.path(), &["eval", text(&checkpoint)]), &["weights.safetensors is damaged", "digest"]);
+    refused(&run(dir.path(), &["eval", "nowhere"]), &["nowhere is not a whole checkpoint"]);
+}
+
+#[test]
+fn partitions_that_were_sent_are_kept_by_digest_and_damaged_ones_are_fetched_again() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = root().join("examples/digits-mlp.toml").display().to_string();
+    let train = || {
+        let address = format!("127.0.0.1:{}", free_port());
+        let options = ["--json", "--quiet", "--set", "data.ship=true", "--set", "train.steps=30"];
+        let coordinator = start(dir.path(), &[&["coordinator", &job, "--listen", &address], &options[..]].concat());
+        let worker = run(dir.path(), &["worker", "--coordinator", &address, "--cache", "cache"]);
+        assert!(worker.status.success(), "{}", String::from_utf8_lossy(&worker.stderr));
+        finish(coordinator)["weights_digest"].clone()
+    };
+    let files = || -> std::collections::BTreeMap<std::path::PathBuf, (std::time::SystemTime, u64)> {
+        let entries =
+            std::fs::read_dir(dir.path().join("cache")).expect("the cache").map(|e| e.expect("a file").path());
+        entries
+            .map(|path| {
+                let meta = path.metadata().expect("its size");
+                (path, (meta.modified().expect("a time"), meta.len()))
+            })
+            .collect()
+    };
+    let first = train();
+    let kept = files();
+    assert_eq!(kept.len(), 16, "8 partitions for training, 8 of the test set: {kept:?}");
+    let (damaged, (_, whole)) = kept.first_key_value().expect("some");
+    let mut bytes = std::fs::read(damaged).expect("there");
+    bytes[40] ^= 1;
+    bytes.pop();
+    std::fs::write(damaged, bytes).expect("written");
+    assert_eq!(train(), first);
+    let again = files();
+    assert_eq!(again[damaged].1, *whole, "the damaged partition was not fetched again");
+    assert_eq!(again.iter().skip(1).collect::<Vec<_>>(), kept.iter().skip(1).collect::<Vec<_>>(), "fetched twice");
+}

@@ -1,0 +1,443 @@
+//! A running job among strangers: what they send is refused or ignored, and the result is that of an undisturbed run.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Output};
+use std::time::Duration;
+use tonic::codegen::tokio_stream::{self as stream, StreamExt};
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+use unisono_common::job::Job;
+use unisono_common::layout::Layout;
+use unisono_common::model::Model;
+use unisono_proto::{self as wire, v1};
+use unisono_tests::{finish, free_port, root, run, start, summary, wait_until};
+
+/// Several seconds of training.
+const STEPS: &str = "train.steps=6000";
+
+type Client = v1::coordinator_client::CoordinatorClient<Channel>;
+
+/// A coordinator and one honest worker; both end with the test.
+struct Cluster<'a> {
+    dir: &'a Path,
+    address: String,
+    coordinator: Option<Child>,
+    worker: Child,
+}
+
+impl<'a> Cluster<'a> {
+    fn start(dir: &'a Path) -> Cluster<'a> {
+        let job = root().join("examples/digits-mlp.toml").display().to_string();
+        let address = format!("127.0.0.1:{}", free_port());
+        let options = ["--json", "--quiet", "--heartbeat-timeout", "2", "--set", STEPS];
+        let coordinator = [&["coordinator", &job, "--listen", &address], &options[..]].concat();
+        let coordinator = Some(start(dir, &coordinator));
+        let worker = start(dir, &["worker", "--coordinator", &address]);
+        let cluster = Cluster { dir, address, coordinator, worker };
+        wait_until("the run to move on", || cluster.step() >= Some(20));
+        cluster
+    }
+
+    fn ask(&self, command: &[&str]) -> Output {
+        run(self.dir, &[command, &["--coordinator", &self.address]].concat())
+    }
+
+    /// The step that `status` shows; `None` where nobody answers.
+    fn step(&self) -> Option<u64> {
+        let out = self.ask(&["status"]);
+        let text = String::from_utf8_lossy(&out.stdout).to_string();
+        text.split("step ").nth(1)?.split(' ').next()?.parse().ok()
+    }
+
+    fn client(&self, runtime: &tokio::runtime::Runtime) -> Client {
+        let channel = Channel::from_shared(format!("http://{}", self.address)).expect("a URL");
+        let channel = runtime.block_on(channel.connect()).expect("the coordinator answers");
+        Client::new(channel).max_encoding_message_size(usize::MAX)
+    }
+
+    fn end(mut self) -> serde_json::Value {
+        let summary = finish(self.coordinator.take().expect("it runs"));
+        assert!(self.worker.wait().expect("the worker ends").success(), "the honest worker failed");
+        summary
+    }
+}
+
+impl Drop for Cluster<'_> {
+    fn drop(&mut self) {
+        for child in self.coordinator.iter_mut().chain([&mut self.worker]) {
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
+}
+
+/// The job as a worker learns it, and the Join that would be accepted.
+async fn honest_join(client: &mut Client) -> (Job, Layout, v1::Join) {
+    let reply =
+        client.get_job(v1::GetJobRequest { version: wire::VERSION.into() }).await.expect("the job").into_inner();
+    let job: Job = serde_json::from_str(&reply.job).expect("a job");
+    let prepared: unisono_common::data::Prepared = serde_json::from_str(&reply.prepared).expect("prepared");
+    let model = Model::build(&job.model, &prepared.shape, prepared.outputs(&job.train.loss)).expect("a model");
+    let join = v1::Join {
+        version: wire::VERSION.into(),
+        job_digest: job.digest().to_vec().into(),
+        layout_digest: model.layout().digest().to_vec().into(),
+        fingerprint: unisono_common::train::fingerprint().to_vec().into(),
+        threads: 1,
+        name: "stranger\u{7}".into(),
+    };
+    (job, model.layout().clone(), join)
+}
+
+fn from_worker(kind: v1::from_worker::Kind) -> v1::FromWorker {
+    v1::FromWorker { kind: Some(kind) }
+}
+
+/// Opens a session with `join` and `more`; it stays open as long as what this returns.
+async fn session(
+    client: &mut Client,
+    join: v1::Join,
+    more: Vec<v1::FromWorker>,
+) -> Result<Streaming<v1::ToWorker>, Status> {
+    let first = from_worker(v1::from_worker::Kind::Join(join));
+    let messages = stream::iter([first].into_iter().chain(more)).chain(stream::pending());
+    client.session(messages).await.map(|r| r.into_inner())
+}
+
+/// Joins, and gives the worker's id with the open session.
+async fn joined(client: &mut Client, join: v1::Join) -> (u64, Streaming<v1::ToWorker>) {
+    let mut session = session(client, join, Vec::new()).await.expect("joined");
+    match session.message().await.expect("a message").and_then(|m| m.kind) {
+        Some(v1::to_worker::Kind::Joined(joined)) => (joined.worker_id, session),
+        other => panic!("not joined: {other:?}"),
+    }
+}
+
+async fn push(client: &mut Client, parts: Vec<v1::push_part::Kind>) -> Result<(), Status> {
+    let parts = parts.into_iter().map(|kind| v1::PushPart { kind: Some(kind) });
+    client.push(stream::iter(parts.collect::<Vec<_>>())).await.map(|_| ())
+}
+
+fn chunk(index: u32, values: &[f32]) -> v1::GradientChunk {
+    let values = wire::encode_values(values);
+    v1::GradientChunk { index, crc: wire::crc(&values), values }
+}
+
+fn header(step: u64, lo: u32, hi: u32) -> v1::NodeHeader {
+    let node = Some(v1::TreeNode { lo, hi });
+    v1::NodeHeader { step, generation: 0, node, loss: 1.0, weight: 1.0, samples: 1 }
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, words: &[&str]) {
+    let status = result.expect_err("it was accepted");
+    let message = status.message();
+    assert!(status.code() == code && words.iter().all(|w| message.contains(w)), "{words:?}: {status:?}");
+}
+
+/// Joins that must be refused, each with a message that names both sides.
+async fn wrong_joins(client: &mut Client) {
+    let (_, _, good) = honest_join(client).await;
+    let other = || vec![0xab; 32].into();
+    let hex = |d: &[u8]| d[..4].iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let fingerprint = hex(&good.fingerprint);
+    let precondition: &[(v1::Join, &[&str])] = &[
+        (v1::Join { version: "0.0.0-old".into(), ..good.clone() }, &["0.0.0-old", wire::VERSION, "same version"]),
+        (v1::Join { job_digest: other(), ..good.clone() }, &["another job"]),
+        (v1::Join { layout_digest: other(), ..good.clone() }, &["another model"]),
+        (v1::Join { fingerprint: other(), ..good.clone() }, &["abababab", &fingerprint, "other bits"]),
+    ];
+    for (join, words) in precondition {
+        refused(session(client, join.clone(), Vec::new()).await, Code::FailedPrecondition, words);
+    }
+    let invalid: &[(v1::Join, &[&str])] = &[
+        (v1::Join { job_digest: vec![1; 31].into(), ..good.clone() }, &["job_digest", "32 bytes"]),
+        (v1::Join { fingerprint: Vec::new().into(), ..good.clone() }, &["fingerprint", "32 bytes"]),
+        (v1::Join { threads: 0, ..good.clone() }, &["threads", "out of range"]),
+        (v1::Join { threads: u32::MAX, ..good.clone() }, &["threads", "out of range"]),
+    ];
+    for (join, words) in invalid {
+        refused(session(client, join.clone(), Vec::new()).await, Code::InvalidArgument, words);
+    }
+    let beat = from_worker(v1::from_worker::Kind::Heartbeat(v1::Heartbeat {}));
+    assert!(client.session(stream::iter([beat])).await.is_err(), "a session without a join");
+    assert!(client.session(stream::iter([v1::FromWorker { kind: None }])).await.is_err(), "a session of nothing");
+    let old = client.get_job(v1::GetJobRequest { version: "9.9.9".into() }).await;
+    refused(old, Code::FailedPrecondition, &["9.9.9", wire::VERSION]);
+}
+
+/// Pushes that must be refused, or, where they are only late or unknown, change nothing.
+async fn wrong_pushes(client: &mut Client) {
+    use v1::push_part::Kind::{Chunk, Node, WorkerId};
+    let (job, layout, join) = honest_join(client).await;
+    let zeros = vec![0.0; layout.chunk(0).len()];
+    let every = || (0..layout.chunks()).map(|i| Chunk(chunk(i as u32, &vec![7.0; layout.chunk(i).len()])));
+    let p = job.train.partitions;
+    // Well-formed, from nobody, or for steps that are not open: no error is needed, but no effect is allowed.
+    for step in [0, u64::MAX - 1, u64::MAX] {
+        for worker in [0, 999, u64::MAX] {
+            let parts = [WorkerId(worker), Node(header(step, 0, p))].into_iter().chain(every());
+            push(client, parts.collect()).await.ok();
+        }
+    }
+    let (id, session) = joined(client, join).await;
+    let parts = [WorkerId(id), Node(header(1 << 40, 0, p))].into_iter().chain(every());
+    push(client, parts.collect()).await.ok();
+    let mut nan = zeros.clone();
+    nan[zeros.len() / 2] = f32::NAN;
+    let (chunks, bytes) = (layout.chunks() as u32, zeros.len() * 4);
+    let cases: Vec<(Vec<_>, Vec<String>)> = vec![
+        (vec![Chunk(chunk(chunks, &zeros))], vec![format!("chunk {chunks} does not exist")]),
+        (vec![Chunk(chunk(u32::MAX, &zeros))], vec!["does not exist".into(), chunks.to_string()]),
+        (vec![Chunk(chunk(0, &zeros[1..]))], vec![format!("{} bytes", bytes - 4), format!("says {bytes}")]),
+        (vec![Chunk(chunk(0, &[]))], vec!["chunk 0 has 0 bytes".into()]),
+        (vec![Chunk(v1::GradientChunk { crc: 1, ..chunk(0, &zeros) })], vec!["checksum".into(), "damaged".into()]),
+        (vec![Chunk(chunk(0, &nan))], vec!["not finite".into(), "tensor `".into()]),
+        (vec![Node(header(1, 0, p)), Chunk(chunk(0, &zeros)), Chunk(chunk(0, &zeros))], vec!["twice".into()]),
+        (vec![Node(header(1, 3, 3))], vec!["3..3 is not a node".into()]),
+        (vec![Node(header(1, 0, p + 1))], vec!["not a node".into(), format!("{p} partitions")]),
+        (vec![Node(v1::NodeHeader { node: None, ..header(1, 0, 1) })], vec!["`node` is missing".into()]),
+        (vec![Node(v1::NodeHeader { loss: f64::NAN, ..header(1, 0, 1) })], vec!["out of range".into()]),
+        (vec![Node(v1::NodeHeader { weight: -1.0, ..header(1, 0, 1) })], vec!["out of range".into()]),
+        (vec![Node(v1::NodeHeader { samples: u64::MAX, ..header(1, 0, 1) })], vec!["out of range".into()]),
+        (vec![WorkerId(id)], vec!["nodes and chunks".into()]),
+    ];
+    for (parts, words) in cases {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        for worker in [id, 999] {
+            refused(
+                push(client, [vec![WorkerId(worker)], parts.clone()].concat()).await,
+                Code::InvalidArgument,
+                &words,
+            );
+        }
+    }
+    let nameless = push(client, vec![Chunk(chunk(0, &zeros))]).await;
+    refused(nameless, Code::InvalidArgument, &["first message", "worker's id"]);
+    let too_long = push(client, vec![WorkerId(id), Chunk(chunk(0, &vec![0.0; wire::MAX_MESSAGE / 2]))]).await;
+    assert!(too_long.is_err(), "8 MiB in one message");
+    drop(session);
+}
+
+/// Requests for what is not there.
+async fn wrong_requests(client: &mut Client) {
+    let (job, _, join) = honest_join(client).await;
+    let (worker_id, session) = joined(client, join).await;
+    for partition in [job.train.partitions, u32::MAX] {
+        for test in [false, true] {
+            let got = client.fetch_partition(v1::FetchRequest { worker_id, partition, test }).await;
+            refused(got, Code::InvalidArgument, &["partition", &partition.to_string(), "out of range"]);
+        }
+    }
+    let got = client.fetch_partition(v1::FetchRequest { worker_id: 999, partition: 0, test: false }).await;
+    refused(got, Code::NotFound, &["join first"]);
+    refused(client.broadcast(v1::BroadcastRequest { worker_id: 999 }).await, Code::NotFound, &["999", "join first"]);
+    // Takes weights and data as a member may, and leaves in the middle.
+    let mut weights = client.broadcast(v1::BroadcastRequest { worker_id }).await.expect("weights").into_inner();
+    weights.message().await.expect("a chunk");
+    let fetch = client.fetch_partition(v1::FetchRequest { worker_id, partition: 0, test: false }).await;
+    fetch.expect("a partition").into_inner().message().await.expect("a piece");
+    drop(session);
+}
+
+/// Members that take work and misbehave: nonsense for evaluation sums, a second Join, an empty message.
+async fn wrong_members(client: &mut Client) {
+    let (job, _, join) = honest_join(client).await;
+    let node = |lo, hi| Some(v1::TreeNode { lo, hi });
+    let done = |step, node, values: usize| {
+        let (sums, counts) = (vec![f64::NAN; values], vec![u64::MAX; values]);
+        from_worker(v1::from_worker::Kind::EvalDone(v1::EvalDone { step, node, sums, counts }))
+    };
+    let late = v1::Diverged { step: u64::MAX, partition: u32::MAX, tensor: "a\nb".repeat(1000) };
+    let nonsense = [
+        done(0, None, 1),
+        done(0, node(7, 3), 1),
+        done(u64::MAX, node(0, job.train.partitions), 1000),
+        from_worker(v1::from_worker::Kind::Join(join.clone())),
+        from_worker(v1::from_worker::Kind::Diverged(late)),
+        v1::FromWorker { kind: None },
+    ];
+    for message in nonsense {
+        let mut session = session(client, join.clone(), vec![message]).await.expect("joined");
+        session.message().await.expect("Joined");
+    }
+}
+
+/// A member that announces a node of its lease and then breaks off or sends a chunk that is refused.
+async fn half_a_node(client: &mut Client) {
+    use v1::push_part::Kind::{Chunk, Node, WorkerId};
+    let (_, _, join) = honest_join(client).await;
+    let (id, mut session) = joined(client, join).await;
+    let work = loop {
+        match session.message().await.expect("a message").and_then(|m| m.kind) {
+            Some(v1::to_worker::Kind::Work(work)) if !work.evaluate => break work,
+            Some(_) => {}
+            None => panic!("the session ended before there was work"),
+        }
+    };
+    let node = work.nodes[0];
+    let header = v1::NodeHeader { generation: work.generation, ..header(work.step, node.lo, node.hi) };
+    let refusal = push(client, vec![WorkerId(id), Node(header), Chunk(chunk(0, &[1.0]))]).await;
+    refused(refusal, Code::InvalidArgument, &[]);
+}
+
+/// One HTTP/2 frame.
+fn frame(kind: u8, flags: u8, id: u32, payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u32).to_be_bytes();
+    [&length[1..], &[kind, flags], &id.to_be_bytes()[..], payload].concat()
+}
+
+/// A call of `path` whose one message declares 4 GiB.
+fn huge_call(path: &str) -> Vec<u8> {
+    let fields = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":authority", "x"),
+        (":path", path),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+    ];
+    // Literals without indexing, without Huffman: every length is below 127.
+    let literal = |text: &str| [&[text.len() as u8], text.as_bytes()].concat();
+    let head: Vec<u8> = fields.iter().flat_map(|(k, v)| [vec![0], literal(k), literal(v)].concat()).collect();
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    bytes.extend(frame(4, 0, 0, &[]));
+    bytes.extend(frame(1, 4, 1, &head));
+    bytes.extend(frame(0, 0, 1, &[0, 255, 255, 255, 255, 1, 2, 3]));
+    bytes
+}
+
+/// Sends bytes as they are; gives what came back until the other side closes or a second passes.
+fn raw(address: &str, bytes: &[u8]) -> Vec<u8> {
+    let mut socket = TcpStream::connect(address).expect("the port is open");
+    socket.set_read_timeout(Some(Duration::from_millis(300))).expect("a timeout");
+    socket.write_all(bytes).ok();
+    let mut answer = Vec::new();
+    socket.read_to_end(&mut answer).ok();
+    answer
+}
+
+/// The kinds of the frames in an answer, with their streams.
+fn frames(mut bytes: &[u8]) -> Vec<(u8, u32)> {
+    let mut found = Vec::new();
+    while bytes.len() >= 9 {
+        let length = u32::from_be_bytes([0, bytes[0], bytes[1], bytes[2]]) as usize;
+        found.push((bytes[3], u32::from_be_bytes([bytes[5], bytes[6], bytes[7], bytes[8]])));
+        bytes = bytes.get(9 + length..).unwrap_or_default();
+    }
+    found
+}
+
+/// The most memory that a process has held, in MiB; 0 where the system does not say.
+fn peak_mib(child: &Child) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or_default();
+    line.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) / 1024
+}
+
+/// The summary of the same job without strangers.
+fn undisturbed() -> serde_json::Value {
+    let dir = tempfile::tempdir().expect("a folder");
+    summary(&run(dir.path(), &["local", "--json", "--quiet", "--workers", "1", "--set", STEPS]))
+}
+
+fn same_result(got: &serde_json::Value, calm: &serde_json::Value) {
+    assert_eq!(got["weights_digest"], calm["weights_digest"]);
+    assert_eq!(got["train_loss"], calm["train_loss"]);
+    assert_eq!(got["eval"], calm["eval"]);
+}
+
+#[test]
+fn strangers_change_nothing() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(dir.path());
+    // Connections that say nothing stay until the end; so does a session that never joins.
+    let _silent: Vec<TcpStream> = (0..50).map(|_| TcpStream::connect(&cluster.address).expect("open")).collect();
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let mut client = cluster.client(&runtime);
+    let mut mute = client.clone();
+    runtime.spawn(async move { mute.session(stream::pending::<v1::FromWorker>()).await.map(|_| ()) });
+
+    let noise: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    for bytes in
+        [&noise[..], b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nnot frames", b"\0"]
+    {
+        raw(&cluster.address, bytes);
+    }
+    for call in ["Coordinator/Push", "Coordinator/Session", "Coordinator/GetJob", "Operator/Stop", "Nobody/Nothing"] {
+        let answer = frames(&raw(&cluster.address, &huge_call(&format!("/unisono.v1.{call}"))));
+        assert!(answer.contains(&(1, 1)), "{call}: no answer to a message of 4 GiB: {answer:?}");
+    }
+    runtime.block_on(async {
+        wrong_joins(&mut client).await;
+        wrong_pushes(&mut client).await;
+        wrong_requests(&mut client).await;
+        wrong_members(&mut client).await;
+    });
+    let (step, peak) = (cluster.step(), cluster.coordinator.as_ref().map_or(0, peak_mib));
+    assert!(step.is_some_and(|s| s < 6000), "the run ended before the strangers did: make it longer");
+    assert!(peak < 512, "the coordinator took {peak} MiB");
+    same_result(&cluster.end(), &undisturbed());
+}
+
+#[test]
+fn a_member_that_breaks_off_in_the_middle_of_a_node_changes_nothing() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(dir.path());
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let mut client = cluster.client(&runtime);
+    runtime.block_on(half_a_node(&mut client));
+    let summary = cluster.end();
+    assert!(summary["partitions_reissued"].as_u64() >= Some(1), "the stranger had no lease: {summary}");
+    same_result(&summary, &undisturbed());
+}
+
+#[test]
+fn a_worker_without_a_coordinator_gives_up_with_a_clear_message() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let url = format!("http://127.0.0.1:{}", free_port());
+    let out = run(dir.path(), &["worker", "--coordinator", &url, "--patience", "1"]);
+    let error = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{error}");
+    let words = ["unisono: cannot reach a coordinator at", &url, "tried for 1 s"];
+    assert!(words.iter().all(|w| error.contains(w)) && !error.contains("panicked"), "{error}");
+}
+
+#[test]
+fn status_drain_and_stop_reach_a_running_job() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(dir.path());
+    let status = cluster.ask(&["status"]);
+    let text = String::from_utf8_lossy(&status.stdout).to_string();
+    assert!(status.status.success() && text.contains("digits-mlp: step ") && text.contains("of 6000"), "{text}");
+    assert_eq!(text.lines().count(), 3, "one worker under two lines of heading:\n{text}");
+    let drain = cluster.ask(&["drain", "999"]);
+    let error = String::from_utf8_lossy(&drain.stderr);
+    assert_eq!(drain.status.code(), Some(1), "{error}");
+    assert!(error.contains("there is no worker 999") && error.contains("status"), "{error}");
+    assert!(cluster.ask(&["stop"]).status.success());
+    let summary = cluster.end();
+    assert_eq!(summary["status"], "stopped");
+    let checkpoint = dir.path().join(summary["checkpoint"].as_str().expect("a checkpoint"));
+    let eval = unisono_tests::summary(&run(dir.path(), &["eval", checkpoint.to_str().expect("UTF-8"), "--json"]));
+    assert_eq!(eval["weights_digest"], summary["weights_digest"]);
+
+    let gone = run(dir.path(), &["status", "--coordinator", &format!("127.0.0.1:{}", free_port())]);
+    let error = String::from_utf8_lossy(&gone.stderr);
+    assert_eq!(gone.status.code(), Some(1), "{error}");
+    assert!(error.contains("cannot reach a coordinator at"), "{error}");
+}
+
+#[test]
+fn a_drained_worker_leaves_and_the_next_one_goes_on() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(dir.path());
+    let second = start(dir.path(), &["worker", "--coordinator", &cluster.address, "--patience", "5"]);
+    wait_until("the second worker", || String::from_utf8_lossy(&cluster.ask(&["status"]).stdout).lines().count() == 4);
+    assert!(cluster.ask(&["drain", "1"]).status.success());
+    let summary = cluster.end();
+    assert!(second.wait_with_output().expect("it ends").status.success());
+    same_result(&summary, &undisturbed());
+    assert_eq!(summary["workers_joined"], 2);
+}

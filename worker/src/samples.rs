@@ -1,0 +1,140 @@
+//! The samples that a worker computes on: read from the job's paths, or sent by the coordinator.
+
+use crate::cache::Cache;
+use anyhow::{Context, Result, bail};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard};
+use unisono_common::data::partition::Partitions;
+use unisono_common::data::{Batch, Dataset, Opened, Prepared};
+use unisono_common::loss::Loss;
+use unisono_proto::{self as wire, v1};
+
+/// A partition's number, and whether it is one of the test set.
+pub type PartitionOf = (u32, bool);
+
+/// Where samples come from.
+#[derive(Clone)]
+pub enum Samples {
+    /// The worker reads what the coordinator reads.
+    Read(Opened),
+    /// The coordinator sends the partitions of the worker's leases; they are kept for the next time.
+    Sent(Sent),
+}
+
+/// Partitions that came over the wire.
+#[derive(Clone)]
+pub struct Sent {
+    came: Arc<Mutex<BTreeMap<PartitionOf, Arc<Dataset>>>>,
+    cache: Option<Cache>,
+}
+
+impl Sent {
+    /// No partitions yet; they are kept in `cache` as well as in memory.
+    pub fn new(cache: Option<Cache>) -> Sent {
+        Sent { came: Arc::default(), cache }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionOf, Arc<Dataset>>> {
+        self.came.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The partitions that have come.
+    pub fn at_hand(&self) -> BTreeSet<PartitionOf> {
+        self.lock().keys().copied().collect()
+    }
+
+    /// Gets one partition from the cache or the coordinator, checks it against what is known of it, and keeps it.
+    ///
+    /// # Errors
+    /// A broken connection, damaged pieces, and samples that do not fit the job.
+    pub async fn fetch(
+        &self,
+        client: &mut crate::session::Client,
+        worker_id: u64,
+        of: PartitionOf,
+        expected: usize,
+        prepared: &Prepared,
+        loss: &Loss,
+    ) -> Result<()> {
+        let (partition, test) = of;
+        let decode = |bytes: &[u8]| -> Result<Dataset> {
+            let data = Dataset::from_bytes(bytes).with_context(|| format!("partition {partition}"))?;
+            if data.shape != prepared.shape || data.samples() != expected {
+                bail!(
+                    "partition {partition} has {} samples of shape {:?}; the job says {expected} of {:?}",
+                    data.samples(),
+                    data.shape,
+                    prepared.shape
+                );
+            }
+            loss.check_targets(&data.targets)?;
+            Ok(data)
+        };
+        let stored = match &self.cache {
+            Some(cache) => cache.read(partition, test).await.and_then(|bytes| decode(&bytes).ok()),
+            None => None,
+        };
+        let data = match stored {
+            Some(data) => data,
+            None => {
+                let bytes = download(client, v1::FetchRequest { worker_id, partition, test }).await?;
+                let data = decode(&bytes)?;
+                if let Some(cache) = &self.cache {
+                    cache.write(partition, test, &bytes).await;
+                }
+                data
+            }
+        };
+        self.lock().insert(of, Arc::new(data));
+        Ok(())
+    }
+}
+
+/// One partition's bytes, from its pieces.
+async fn download(client: &mut crate::session::Client, request: v1::FetchRequest) -> Result<Vec<u8>> {
+    let partition = request.partition;
+    let mut pieces = client.fetch_partition(request).await?.into_inner();
+    let (mut bytes, mut total) = (Vec::new(), 0);
+    while let Some(piece) = pieces.message().await? {
+        if wire::crc(&piece.bytes) != piece.crc {
+            bail!("a piece of partition {partition} was damaged on the way");
+        }
+        total = piece.total;
+        bytes.extend_from_slice(&piece.bytes);
+        if bytes.len() as u64 > total {
+            bail!("partition {partition} is longer than its {total} bytes");
+        }
+    }
+    if bytes.len() as u64 != total {
+        bail!("partition {partition} ended after {} of {total} bytes", bytes.len());
+    }
+    tracing::debug!("partition {partition} came: {total} bytes");
+    Ok(bytes)
+}
+
+impl Samples {
+    /// Appends samples to `batch`: positions within one partition.
+    ///
+    /// # Panics
+    /// Where the partition was neither read nor sent: the session waits for it before it gives the order.
+    pub fn fill(
+        &self,
+        batch: &mut Batch,
+        prepared: &Prepared,
+        parts: &Partitions,
+        of: PartitionOf,
+        positions: impl Iterator<Item = usize>,
+    ) {
+        match self {
+            Samples::Read(opened) => {
+                let data = if of.1 { opened.test.as_ref() } else { Some(&opened.train) };
+                let data = data.expect("the test set is there when it is evaluated");
+                batch.fill(data, prepared, positions.map(|i| parts.sample(of.0, i)), true);
+            }
+            Samples::Sent(sent) => {
+                let data = sent.lock().get(&of).cloned().expect("the session fetched it");
+                batch.fill(&data, prepared, positions, true);
+            }
+        }
+    }
+}
