@@ -20,16 +20,8 @@ id!(
     Step(u64)
 );
 id!(
-    /// One pass over the training set.
-    Epoch(u64)
-);
-id!(
     /// The membership's version; moves with every join and every loss.
     Generation(u64)
-);
-id!(
-    /// Dense number of a worker, `0..world_size`, within one generation.
-    Rank(u32)
 );
 id!(
     /// Unique per process incarnation; never reused within a run.

@@ -113,6 +113,12 @@ impl Layout {
         i * CHUNK..((i + 1) * CHUNK).min(self.len)
     }
 
+    /// The trainable values of chunk `i`, which are its beginning.
+    pub fn trainable_of(&self, i: usize) -> std::ops::Range<usize> {
+        let chunk = self.chunk(i);
+        chunk.start.min(self.trainable)..chunk.end.min(self.trainable)
+    }
+
     /// The first values of every tensor: a function of (seed, name, index).
     pub fn init(&self, seed: u64) -> Vec<f32> {
         let key = crate::rng::Key::new(seed, crate::rng::Purpose::Init);
@@ -133,31 +139,33 @@ impl Layout {
         *blake3::hash(&serde_json::to_vec(&self.tensors).expect("a layout is plain data")).as_bytes()
     }
 
-    /// `blake3:` digest over names, shapes and little-endian values in layout order; the values come in pieces.
+    /// `blake3:` digest over names, shapes and little-endian values in layout order.
+    pub fn weights_digest(&self, weights: &[f32]) -> String {
+        let digest: Result<String, std::convert::Infallible> = self.digest_of_pieces(|range| Ok(&weights[range]));
+        digest.unwrap_or_else(|never| match never {})
+    }
+
+    /// [`Layout::weights_digest`] of values that come in pieces of up to [`CHUNK`], where `read` gives those of a range.
     ///
-    /// # Panics
-    /// Where the pieces are shorter than the layout.
-    pub fn weights_digest<'a>(&self, pieces: impl IntoIterator<Item = &'a [f32]>) -> String {
+    /// # Errors
+    /// Those of `read`.
+    pub fn digest_of_pieces<V: AsRef<[f32]>, E>(
+        &self,
+        mut read: impl FnMut(std::ops::Range<usize>) -> Result<V, E>,
+    ) -> Result<String, E> {
         let mut h = blake3::Hasher::new();
-        let (mut pieces, mut piece) = (pieces.into_iter(), &[][..]);
-        for t in &self.tensors {
+        for (t, range) in self.tensors() {
             h.update(&(t.name.len() as u64).to_le_bytes());
             h.update(t.name.as_bytes());
             h.update(&(t.shape.len() as u64).to_le_bytes());
             for &d in &t.shape {
                 h.update(&(d as u64).to_le_bytes());
             }
-            let mut missing = t.len();
-            while missing > 0 {
-                if piece.is_empty() {
-                    piece = pieces.next().expect("the pieces hold the whole layout");
-                }
-                let (these, rest) = piece.split_at(missing.min(piece.len()));
-                h.update(le_bytes(these));
-                (missing, piece) = (missing - these.len(), rest);
+            for from in range.clone().step_by(CHUNK) {
+                h.update(le_bytes(read(from..range.end.min(from + CHUNK))?.as_ref()));
             }
         }
-        format!("blake3:{}", h.finalize().to_hex())
+        Ok(format!("blake3:{}", h.finalize().to_hex()))
     }
 }
 
@@ -167,4 +175,9 @@ compile_error!("values go to the wire and to files as little-endian memory");
 /// The values' memory, which is what the wire and the files hold.
 pub fn le_bytes(values: &[f32]) -> &[u8] {
     bytemuck::cast_slice(values)
+}
+
+/// [`le_bytes`] to write into.
+pub fn le_bytes_mut(values: &mut [f32]) -> &mut [u8] {
+    bytemuck::cast_slice_mut(values)
 }

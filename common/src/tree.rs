@@ -135,6 +135,11 @@ impl<T> Open<T> {
         self.parts.keys().any(|k| k.lo < node.hi && node.lo < k.hi)
     }
 
+    /// Whether an offer of `node` would be added to a sum that waits for it.
+    pub fn merges(&self, node: Node) -> bool {
+        node.sibling_and_parent(self.partitions).is_some_and(|(sibling, _)| self.parts.contains_key(&sibling))
+    }
+
     /// Adds `value` as the sum of `node`; `add(left, right)` merges siblings.
     pub fn offer(&mut self, node: Node, value: T, mut add: impl FnMut(T, T) -> T) -> Offer {
         if self.holds(node) {
@@ -192,7 +197,11 @@ mod tests {
             nodes.sort_by_key(|n| (n.lo as u64 + 1).wrapping_mul(order | 1).rotate_left(17));
             let mut open = Open::new(p);
             let mut last = Offer::Taken;
-            for n in &nodes { last = open.offer(*n, whole(*n, &leaf), |a, b| a + b); }
+            for n in &nodes {
+                let (merges, before) = (open.merges(*n), open.parts.len());
+                last = open.offer(*n, whole(*n, &leaf), |a, b| a + b);
+                prop_assert_eq!(merges, open.parts.len() <= before);
+            }
             prop_assert_eq!(last, Offer::Complete);
             prop_assert_eq!(open.offer(nodes[0], 1.0, |a, b| a + b), Offer::Duplicate);
             prop_assert_eq!(open.take_root().unwrap().to_bits(), whole(Node::root(p), &leaf).to_bits());

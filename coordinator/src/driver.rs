@@ -1,9 +1,10 @@
 //! The driver: one task that feeds the protocol's machine and carries out its commands.
 
 use crate::files;
-use crate::store::{Applied, Store};
+use crate::pace::Pace;
+use crate::store::{Applied, Keep, Store};
 use crate::{Member, Progress, Summary};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
-use unisono_common::checkpoint::{self, Manifest};
+use unisono_common::checkpoint::Manifest;
 use unisono_common::data::partition::Partitions;
 use unisono_common::data::{Opened, Prepared};
 use unisono_common::ids::{Step, WorkerId};
@@ -187,11 +188,7 @@ pub(crate) struct Driver {
     pub last_saved: Option<(PathBuf, String)>,
     pub stop: bool,
     pub started: Instant,
-    pub first_step: Option<Instant>,
-    pub last_commit: Instant,
-    pub opened_at: Instant,
-    pub step_ms: Vec<f64>,
-    pub step_samples: Vec<u64>,
+    pub pace: Pace,
     pub joined: u64,
     pub most_workers: usize,
     pub finishing: bool,
@@ -243,7 +240,7 @@ impl Driver {
     /// change the weights waits for a worker: there is no way back from it.
     fn stop_alone(&mut self) -> Result<()> {
         let alone = self.stop && !self.finishing && self.sessions.is_empty();
-        if alone && self.shared.store.snapshot(self.learning.step).is_some() {
+        if alone && self.shared.store.is_at(self.learning.step) {
             self.finishing = true;
             self.save()?;
         }
@@ -295,6 +292,9 @@ impl Driver {
                 to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Goodbye(goodbye)) })).ok();
             }
             Input::Join { worker, threads, name, to_worker } => {
+                if self.sessions.is_empty() {
+                    self.pace.begin(Instant::now());
+                }
                 tracing::info!("worker {worker} ({name}, {threads} threads) joined");
                 lock(&self.shared.names).insert(worker, name);
                 self.sessions.insert(worker, to_worker);
@@ -343,11 +343,8 @@ impl Driver {
                 bail!("step {step} diverged: `{tensor}` is not finite after the update. {}", self.kept());
             }
             Input::Applied(Applied::Done { step, sums }) => {
-                let now = Instant::now();
                 self.machine(Event::RoundApplied);
-                self.step_ms.push((now - self.opened_at).as_secs_f64() * 1e3);
-                self.step_samples.push(sums.samples);
-                self.last_commit = now;
+                self.pace.commit(Instant::now(), sums.samples);
                 self.learning.step = step.next();
                 self.learning.samples += sums.samples;
                 self.learning.train_loss = sums.loss / sums.weight;
@@ -441,24 +438,19 @@ impl Driver {
         let base = Optimizer::lr(&train.optimizer);
         let factor = schedule::factor(&train.schedule, step.0, self.total_steps) * self.learning.plateau.factor;
         self.shared.store.begin((base as f64 * factor) as f32);
-        self.opened_at = Instant::now();
-        if self.first_step.is_none() && !self.sessions.is_empty() {
-            self.first_step = Some(self.opened_at);
-        }
+        self.pace.open(Instant::now());
         self.machine(Event::Open { step, kind: Kind::Train });
         Ok(())
     }
 
     fn report(&mut self) {
-        let n = self.step_ms.len().saturating_sub(50);
-        let (ms, samples): (f64, u64) = (self.step_ms[n..].iter().sum(), self.step_samples[n..].iter().sum());
         let learning = &self.learning;
         self.shared.progress.send_replace(Progress {
             step: learning.step.0,
             total_steps: self.total_steps,
             epoch: learning.step.0 / self.steps_per_epoch,
             loss: learning.train_loss,
-            samples_per_second: samples as f64 / (ms / 1e3),
+            samples_per_second: self.pace.recent(),
             workers: self.shared.members(Instant::now()),
             eval: learning.eval.clone(),
         });
@@ -472,41 +464,38 @@ impl Driver {
             return Ok(());
         }
         self.saving = true;
-        let (shared, learning, dir) = (self.shared.clone(), self.learning.clone(), self.dir.clone());
-        let snapshot = shared.store.snapshot(learning.step).context("a step was open when a checkpoint was due")?;
-        let (step, per_epoch) = (learning.step.0, self.steps_per_epoch);
-        tokio::task::spawn_blocking(move || {
-            let saved = (|| -> Result<(PathBuf, String)> {
-                let job = &shared.job;
-                let layout = shared.store.layout();
-                let digest = layout.weights_digest(snapshot.pieces());
-                let manifest = Manifest {
-                    format_version: files::FORMAT,
-                    name: job.name.clone(),
-                    job: job.clone(),
-                    job_digest: crate::hex(job.digest()),
-                    layout_digest: crate::hex(layout.digest()),
-                    prepared: shared.prepared.clone(),
-                    step,
-                    epoch: step / per_epoch,
-                    samples: learning.samples,
-                    weights_digest: digest.clone(),
-                    plateau: serde_json::to_value(&learning.plateau)?,
-                    early: serde_json::to_value(&learning.early)?,
-                    train_loss: learning.train_loss,
-                    eval: serde_json::to_value(&learning.eval)?,
-                    files: Default::default(),
-                };
-                let names = Optimizer::new(&job.train.optimizer).slot_names();
-                let weights = files::Tensors { header: checkpoint::weights_header(layout), pieces: snapshot.weights };
-                let optimizer = files::Tensors {
-                    header: checkpoint::state_header(layout.trainable(), &names),
-                    pieces: snapshot.slots.into_iter().flatten().collect(),
-                };
-                Ok((files::write(&dir, manifest, weights, optimizer, job.checkpoint.keep)?, digest))
-            })();
-            shared.input(Input::Saved(saved));
-        });
+        let (shared, learning) = (self.shared.clone(), &self.learning);
+        let (job, step, layout) = (&shared.job, learning.step, shared.store.layout().clone());
+        ensure!(shared.store.is_at(step), "a step was open when a checkpoint was due");
+        let manifest = Manifest {
+            format_version: files::FORMAT,
+            name: job.name.clone(),
+            job: job.clone(),
+            job_digest: crate::hex(job.digest()),
+            layout_digest: crate::hex(layout.digest()),
+            prepared: shared.prepared.clone(),
+            step: step.0,
+            epoch: step.0 / self.steps_per_epoch,
+            samples: learning.samples,
+            weights_digest: String::new(),
+            plateau: serde_json::to_value(&learning.plateau)?,
+            early: serde_json::to_value(&learning.early)?,
+            train_loss: learning.train_loss,
+            eval: serde_json::to_value(&learning.eval)?,
+            files: Default::default(),
+        };
+        let slots = Optimizer::new(&job.train.optimizer).slot_names();
+        match files::Writing::begin(&self.dir, step.0, layout, &slots) {
+            Err(e) => shared.input(Input::Saved(Err(e))),
+            Ok(writing) => {
+                let (writing, keep) = (Arc::new(writing), job.checkpoint.keep);
+                shared.store.keep(&(writing.clone() as Arc<dyn Keep>));
+                tokio::task::spawn_blocking(move || {
+                    shared.store.flush();
+                    shared.input(Input::Saved(writing.finish(manifest, keep)));
+                });
+            }
+        }
         Ok(())
     }
 
@@ -518,13 +507,6 @@ impl Driver {
         }
         let shared = &self.shared;
         let layout = shared.store.layout();
-        let train_seconds =
-            self.first_step.map_or(0.0, |t| self.last_commit.saturating_duration_since(t).as_secs_f64());
-        let skip = self.step_ms.len() / 20;
-        let (ms, samples): (f64, u64) = (self.step_ms[skip..].iter().sum(), self.step_samples[skip..].iter().sum());
-        let mut sorted = self.step_ms.clone();
-        sorted.sort_by(f64::total_cmp);
-        let quantile = |q: f64| sorted.get(((sorted.len() as f64 - 1.0) * q).round() as usize).copied().unwrap_or(0.0);
         let (reissued, lost) = lock(&shared.machine).losses();
         let step = self.learning.step.0;
         let (path, digest) = self.last_saved.as_ref().context("the last checkpoint was not written")?;
@@ -539,9 +521,9 @@ impl Driver {
             workers: self.most_workers,
             transport: "grpc".into(),
             wall_seconds: self.started.elapsed().as_secs_f64(),
-            train_seconds,
-            samples_per_second: if ms > 0.0 { samples as f64 / (ms / 1e3) } else { 0.0 },
-            step_ms: crate::StepMs { p50: quantile(0.5), p99: quantile(0.99) },
+            train_seconds: self.pace.train_seconds(),
+            samples_per_second: self.pace.rate(),
+            step_ms: crate::StepMs { p50: self.pace.quantile(0.5), p99: self.pace.quantile(0.99) },
             train_loss: self.learning.train_loss,
             eval: self.learning.eval.clone(),
             weights_digest: digest.clone(),

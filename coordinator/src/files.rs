@@ -1,14 +1,19 @@
 //! Checkpoint files: written aside, fsynced, renamed; the manifest last.
 
+use crate::store::Keep;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::io::Write;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use unisono_common::checkpoint::{FileDigest, Manifest};
-use unisono_common::layout::le_bytes;
+use std::sync::{Arc, Mutex};
+use unisono_common::checkpoint::{self, FileDigest, Manifest};
+use unisono_common::layout::{Layout, le_bytes, le_bytes_mut};
 
 const MANIFEST: &str = "manifest.json";
+const WEIGHTS: &str = "weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
 
 /// The version of a checkpoint's form.
 pub const FORMAT: u32 = 1;
@@ -21,68 +26,131 @@ pub struct Loaded {
     pub optimizer: Vec<u8>,
 }
 
-/// A file of tensors that is written piece by piece; a piece is let go as soon as it is written, so that training, which
-/// must not change it before, need not copy it.
-pub struct Tensors {
-    pub header: Vec<u8>,
-    pub pieces: Vec<Arc<Vec<f32>>>,
+/// A safetensors file whose values come in any order.
+struct TensorFile {
+    path: PathBuf,
+    file: fs::File,
+    /// Bytes before the first value.
+    header: u64,
 }
 
-/// Writes a file and waits until it is on the disk.
-fn write_synced(path: &Path, tensors: Tensors) -> Result<FileDigest> {
-    let write = || -> std::io::Result<FileDigest> {
-        let mut file = fs::File::create(path)?;
-        let (mut hasher, mut bytes) = (blake3::Hasher::new(), 0);
-        let mut add = |part: &[u8]| {
-            hasher.update(part);
-            bytes += part.len() as u64;
-            file.write_all(part)
-        };
-        add(&tensors.header)?;
-        for piece in tensors.pieces {
-            add(le_bytes(&piece))?;
-        }
-        file.sync_all()?;
-        Ok(FileDigest { bytes, blake3: hasher.finalize().to_hex().to_string() })
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// Writes one checkpoint and removes the oldest ones beyond `keep`; gives its path.
-pub fn write(dir: &Path, mut manifest: Manifest, weights: Tensors, optimizer: Tensors, keep: usize) -> Result<PathBuf> {
-    let name = format!("step-{:08}", manifest.step);
-    let aside = dir.join(format!(".{name}.partial"));
-    if aside.exists() {
-        fs::remove_dir_all(&aside).ok();
+impl TensorFile {
+    fn create(path: PathBuf, header: &[u8]) -> Result<TensorFile> {
+        let at = || format!("cannot write {}", path.display());
+        let mut file = fs::File::options().read(true).write(true).create_new(true).open(&path).with_context(at)?;
+        file.write_all(header).with_context(at)?;
+        Ok(TensorFile { header: header.len() as u64, path, file })
     }
-    let written = (|| -> Result<PathBuf> {
-        fs::create_dir_all(&aside).with_context(|| format!("cannot make the folder {}", aside.display()))?;
-        for (file, tensors) in [("weights.safetensors", weights), ("optimizer.safetensors", optimizer)] {
-            manifest.files.insert(file.into(), write_synced(&aside.join(file), tensors)?);
+
+    fn write(&self, from: usize, values: &[f32]) -> Result<()> {
+        let written = self.file.write_all_at(le_bytes(values), self.header + 4 * from as u64);
+        written.with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    fn read(&self, range: Range<usize>) -> Result<Vec<f32>> {
+        let mut values = vec![0f32; range.len()];
+        let read = self.file.read_exact_at(le_bytes_mut(&mut values), self.header + 4 * range.start as u64);
+        read.with_context(|| format!("cannot read {} again", self.path.display()))?;
+        Ok(values)
+    }
+
+    /// Waits until all is on the disk, and reads it once more for its digest.
+    fn sync(&self) -> Result<FileDigest> {
+        let at = || format!("cannot write {}", self.path.display());
+        self.file.sync_all().with_context(at)?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(fs::File::open(&self.path).with_context(at)?).with_context(at)?;
+        Ok(FileDigest { bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
+    }
+}
+
+/// A checkpoint that is being written, in a folder aside until it is whole.
+pub struct Writing {
+    dir: PathBuf,
+    name: String,
+    layout: Arc<Layout>,
+    weights: TensorFile,
+    optimizer: TensorFile,
+    /// The first write that failed.
+    failed: Mutex<Option<anyhow::Error>>,
+}
+
+impl Writing {
+    /// Begins the checkpoint of `step` in `dir`, for a model of `layout` and optimizer state vectors called `slots`.
+    pub fn begin(dir: &Path, step: u64, layout: Arc<Layout>, slots: &[&str]) -> Result<Writing> {
+        let name = format!("step-{step:08}");
+        let aside = aside(dir, &name);
+        fs::remove_dir_all(&aside).ok();
+        let begun = (|| {
+            fs::create_dir_all(&aside).with_context(|| format!("cannot make the folder {}", aside.display()))?;
+            let weights = TensorFile::create(aside.join(WEIGHTS), &checkpoint::weights_header(&layout))?;
+            let header = checkpoint::state_header(layout.trainable(), slots);
+            let optimizer = TensorFile::create(aside.join(OPTIMIZER), &header)?;
+            Ok(Writing { dir: dir.into(), name, layout, weights, optimizer, failed: Mutex::new(None) })
+        })();
+        if begun.is_err() {
+            fs::remove_dir_all(&aside).ok();
         }
-        let text = Tensors { header: serde_json::to_vec_pretty(&manifest)?, pieces: Vec::new() };
-        write_synced(&aside.join(MANIFEST), text)?;
-        let path = dir.join(&name);
+        begun
+    }
+
+    /// Finishes the checkpoint, when all chunks have come, and removes the oldest ones beyond `keep`; gives its path and the
+    /// digest of its weights.
+    pub fn finish(&self, manifest: Manifest, keep: usize) -> Result<(PathBuf, String)> {
+        let finished = self.place(manifest);
+        if finished.is_err() {
+            fs::remove_dir_all(aside(&self.dir, &self.name)).ok();
+        }
+        let (path, digest) = finished?;
+        let others: Vec<PathBuf> = list(&self.dir).into_iter().filter(|other| *other != path).collect();
+        for old in others.iter().take((others.len() + 1).saturating_sub(keep.max(1))) {
+            fs::remove_dir_all(old).ok();
+        }
+        Ok((path, digest))
+    }
+
+    /// The manifest comes last, then the folder gets its name.
+    fn place(&self, mut manifest: Manifest) -> Result<(PathBuf, String)> {
+        if let Some(e) = self.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take() {
+            return Err(e);
+        }
+        let digest = self.layout.digest_of_pieces(|range| self.weights.read(range))?;
+        manifest.weights_digest = digest.clone();
+        for (name, file) in [(WEIGHTS, &self.weights), (OPTIMIZER, &self.optimizer)] {
+            manifest.files.insert(name.into(), file.sync()?);
+        }
+        let aside = aside(&self.dir, &self.name);
+        TensorFile::create(aside.join(MANIFEST), &serde_json::to_vec_pretty(&manifest)?)?.sync()?;
         fs::File::open(&aside)?.sync_all()?;
+        let path = self.dir.join(&self.name);
         // The same step, written before: it is whole until the new one has its place.
-        let old = dir.join(format!(".{name}.old.partial"));
+        let old = self.dir.join(format!(".{}.old.partial", self.name));
         if path.exists() {
             fs::rename(&path, &old)?;
         }
         fs::rename(&aside, &path).with_context(|| format!("cannot rename to {}", path.display()))?;
-        fs::File::open(dir)?.sync_all()?;
+        fs::File::open(&self.dir)?.sync_all()?;
         fs::remove_dir_all(&old).ok();
-        Ok(path)
-    })();
-    if written.is_err() {
-        fs::remove_dir_all(&aside).ok();
+        Ok((path, digest))
     }
-    let path = written?;
-    let others: Vec<PathBuf> = list(dir).into_iter().filter(|other| *other != path).collect();
-    for old in others.iter().take((others.len() + 1).saturating_sub(keep.max(1))) {
-        fs::remove_dir_all(old).ok();
+}
+
+impl Keep for Writing {
+    fn chunk(&self, index: usize, weights: &[f32], slots: &[Vec<f32>]) {
+        let trained = self.layout.trainable_of(index);
+        let write = || {
+            self.weights.write(self.layout.chunk(index).start, weights)?;
+            let vectors = (0..).step_by(self.layout.trainable());
+            vectors.zip(slots).try_for_each(|(vector, slot)| self.optimizer.write(vector + trained.start, slot))
+        };
+        if let Err(e) = write() {
+            self.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(e);
+        }
     }
-    Ok(path)
+}
+
+fn aside(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!(".{name}.partial"))
 }
 
 /// Makes the folder of a run's checkpoints, and finds out now whether it can be written.
@@ -133,7 +201,7 @@ pub fn read(path: &Path) -> Result<Loaded> {
         }
         Ok(bytes)
     };
-    let (weights, optimizer) = (file("weights.safetensors")?, file("optimizer.safetensors")?);
+    let (weights, optimizer) = (file(WEIGHTS)?, file(OPTIMIZER)?);
     Ok(Loaded { path: path.into(), manifest, weights, optimizer })
 }
 

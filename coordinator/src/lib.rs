@@ -4,11 +4,13 @@
 
 mod driver;
 pub mod files;
+mod pace;
 mod service;
 mod store;
 
 use anyhow::{Context, Result, bail};
 use driver::{Driver, Input, Learning, Shared};
+use pace::Pace;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -92,6 +94,8 @@ pub struct Summary {
 /// How a coordinator runs; none of it changes the result.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// When the command began.
+    pub started: Instant,
     /// Threads for reduction and optimizer.
     pub threads: usize,
     pub patience: Patience,
@@ -205,7 +209,6 @@ pub async fn run(
     progress: watch::Sender<Progress>,
     interrupted: watch::Receiver<bool>,
 ) -> Result<Summary> {
-    let started = Instant::now();
     let Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from } = ready;
     let layout = Arc::new(model.layout().clone());
     let steps_per_epoch = train_parts.steps_per_epoch(job.train.micro_batch) as u64;
@@ -230,6 +233,7 @@ pub async fn run(
             (layout.init(job.seed), Vec::new(), Learning::default(), None)
         }
     };
+    let pace = Pace::new(Instant::now(), total_steps.saturating_sub(learning.step.0));
     let (inputs, received) = mpsc::unbounded_channel();
     let applied = inputs.clone();
     let clip = store::Clip { norm: job.train.clip_norm, value: job.train.clip_value };
@@ -300,12 +304,8 @@ pub async fn run(
         save_again: false,
         last_saved,
         stop: false,
-        started,
-        first_step: None,
-        last_commit: started,
-        opened_at: started,
-        step_ms: Vec::new(),
-        step_samples: Vec::new(),
+        started: options.started,
+        pace,
         joined: 0,
         most_workers: 0,
         finishing: false,

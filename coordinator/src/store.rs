@@ -1,14 +1,16 @@
 //! The parameter store: weights and optimizer state in chunks, the open reduction tree of each, and the update.
 //!
-//! Weights are replaced, never changed in place, so a chunk's bytes are shared by every stream that sends it and by a
-//! checkpoint that is being written. Optimizer state is changed in place, unless a checkpoint still holds it.
+//! Weights are replaced, never changed in place, so a chunk's bytes are shared by every stream that sends it. Everything
+//! else is changed in place, in buffers that are used again: a steady step takes no new memory. A checkpoint that is being
+//! written copies nothing either: what it has not yet written of a chunk is written by the update that would replace it.
 
 use bytes::Bytes;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::watch;
 use unisono_common::ids::Step;
-use unisono_common::layout::{Layout, Role, le_bytes};
+use unisono_common::kernels;
+use unisono_common::layout::{CHUNK, Layout, Role, le_bytes};
 use unisono_common::loss::LossSums;
 use unisono_common::optim::{self, Optimizer};
 use unisono_common::tree::{Node, Offer, Open};
@@ -30,36 +32,52 @@ struct Part {
 
 /// As it came, or added up.
 enum Gradient {
-    Raw(Bytes),
+    Came(Bytes),
     Sum(Vec<f32>),
 }
 
-impl Gradient {
-    fn into_sum(self) -> Vec<f32> {
-        match self {
-            Gradient::Raw(bytes) => {
-                let mut out = vec![0.0; bytes.len() / 4];
-                unisono_proto::decode_into(&bytes, &mut out);
-                out
+/// Buffers of a chunk's length that are not in use.
+#[derive(Default)]
+struct Spare(Mutex<Vec<Vec<f32>>>);
+
+impl Spare {
+    /// A buffer of `len` values, which hold anything.
+    fn take(&self, len: usize) -> Vec<f32> {
+        let mut buffer = lock(&self.0).pop().unwrap_or_else(|| Vec::with_capacity(CHUNK));
+        buffer.resize(len, 0.0);
+        buffer
+    }
+
+    fn put(&self, buffer: Vec<f32>) {
+        lock(&self.0).push(buffer);
+    }
+
+    fn sum(&self, gradient: Gradient) -> Vec<f32> {
+        match gradient {
+            Gradient::Came(bytes) => {
+                let mut sum = self.take(bytes.len() / 4);
+                unisono_proto::decode_into(&bytes, &mut sum);
+                sum
             }
             Gradient::Sum(sum) => sum,
         }
     }
-}
 
-fn add(left: Part, right: Part) -> Part {
-    let gradient = match (left.gradient, right.gradient) {
-        (Gradient::Sum(mut sum), Gradient::Raw(bytes)) | (Gradient::Raw(bytes), Gradient::Sum(mut sum)) => {
-            unisono_proto::add_into(&bytes, &mut sum);
-            sum
-        }
-        (left, right) => {
-            let (mut sum, other) = (left.into_sum(), right.into_sum());
-            sum.iter_mut().zip(&other).for_each(|(s, o)| *s += o);
-            sum
-        }
-    };
-    Part { gradient: Gradient::Sum(gradient), sums: left.sums + right.sums }
+    fn add(&self, left: Part, right: Part) -> Part {
+        let gradient = match (left.gradient, right.gradient) {
+            (Gradient::Sum(mut sum), Gradient::Came(bytes)) | (Gradient::Came(bytes), Gradient::Sum(mut sum)) => {
+                unisono_proto::add_into(&bytes, &mut sum);
+                sum
+            }
+            (left, right) => {
+                let (mut sum, other) = (self.sum(left), self.sum(right));
+                kernels::add_into(&mut sum, &other);
+                self.put(other);
+                sum
+            }
+        };
+        Part { gradient: Gradient::Sum(gradient), sums: left.sums + right.sums }
+    }
 }
 
 /// The weights of one step, and their checksum, which is taken once for all workers.
@@ -87,29 +105,31 @@ pub struct Sent {
     pub bytes: Bytes,
 }
 
+/// Takes the chunks of a checkpoint, in any order, from any thread.
+pub trait Keep: Send + Sync {
+    /// A chunk's weights, and its part of each of the optimizer's state vectors.
+    fn chunk(&self, index: usize, weights: &[f32], slots: &[Vec<f32>]);
+}
+
 struct Chunk {
     /// The step whose weights these are.
     version: Step,
     weights: Weights,
     /// The weights of the step before, until that step is committed: whoever joins or is slow still needs them.
     previous: Option<Weights>,
-    slots: Vec<Arc<Vec<f32>>>,
+    slots: Vec<Vec<f32>>,
     open: Open<Part>,
     /// The whole sums, while they wait for the global norm.
     reduced: Option<(Vec<f32>, LossSums)>,
+    /// The checkpoint that has not taken this chunk yet.
+    keep: Option<Arc<dyn Keep>>,
 }
 
-/// Everything that a checkpoint keeps, shared with the store, chunk by chunk.
-pub struct Snapshot {
-    pub weights: Vec<Arc<Vec<f32>>>,
-    /// Slot by slot of the optimizer, in the order of its names.
-    pub slots: Vec<Vec<Arc<Vec<f32>>>>,
-}
-
-impl Snapshot {
-    /// The weights in order.
-    pub fn pieces(&self) -> impl Iterator<Item = &[f32]> {
-        self.weights.iter().map(|c| c.as_slice())
+impl Chunk {
+    fn flush(&mut self, index: usize) {
+        if let Some(keep) = self.keep.take() {
+            keep.chunk(index, &self.weights.values, &self.slots);
+        }
     }
 }
 
@@ -135,6 +155,7 @@ pub struct Store {
     optimizer: Optimizer,
     clip: Clip,
     chunks: Vec<Mutex<Chunk>>,
+    spare: Spare,
     /// Learning rate of the open step.
     lr: Mutex<f32>,
     pending: AtomicUsize,
@@ -165,21 +186,21 @@ impl Store {
     ) -> Store {
         let chunks = (0..layout.chunks())
             .map(|i| {
-                let range = layout.chunk(i);
-                let trained = range.start.min(layout.trainable())..range.end.min(layout.trainable());
+                let trained = layout.trainable_of(i);
                 let slots = (0..optimizer.slots())
                     .map(|s| match slots.get(s) {
-                        Some(values) => Arc::new(values[trained.clone()].to_vec()),
-                        None => Arc::new(vec![optimizer.init_slot(s); trained.len()]),
+                        Some(values) => values[trained.clone()].to_vec(),
+                        None => vec![optimizer.init_slot(s); trained.len()],
                     })
                     .collect();
                 Mutex::new(Chunk {
                     version: step,
-                    weights: Weights::new(weights[range].to_vec()),
+                    weights: Weights::new(weights[layout.chunk(i)].to_vec()),
                     previous: None,
                     slots,
                     open: Open::new(partitions),
                     reduced: None,
+                    keep: None,
                 })
             })
             .collect::<Vec<_>>();
@@ -189,6 +210,7 @@ impl Store {
             layout,
             optimizer,
             clip,
+            spare: Spare::default(),
             lr: Mutex::new(0.0),
             diverged: AtomicBool::new(false),
             changed: watch::Sender::new(0),
@@ -206,7 +228,11 @@ impl Store {
     /// Opens a step, whose updates use `lr`.
     pub fn begin(&self, lr: f32) {
         *lock(&self.lr) = lr;
-        self.chunks.iter().for_each(|chunk| lock(chunk).previous = None);
+        for chunk in &self.chunks {
+            // Its memory takes the next weights, unless a stream is still sending it.
+            let old = lock(chunk).previous.take().and_then(|old| Arc::into_inner(old.values));
+            old.into_iter().for_each(|old| self.spare.put(old));
+        }
         self.pending.store(self.chunks.len(), Ordering::SeqCst);
     }
 
@@ -215,17 +241,19 @@ impl Store {
     pub fn accept(&self, step: Step, node: Node, sums: LossSums, index: usize, bytes: Bytes) {
         self.bytes_pushed.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let mut chunk = lock(&self.chunks[index]);
-        if chunk.version != step || chunk.reduced.is_some() {
-            return; // late: the step has this chunk already
+        if chunk.version != step || chunk.reduced.is_some() || chunk.open.holds(node) {
+            return; // late, or there already
         }
-        let part = Part { gradient: Gradient::Raw(bytes), sums };
-        if chunk.open.offer(node, part, add) != Offer::Complete {
+        let came = Gradient::Came(bytes);
+        // What has to wait is copied: a message's bytes hold on to the receive buffer around them.
+        let gradient = if chunk.open.merges(node) { came } else { Gradient::Sum(self.spare.sum(came)) };
+        if chunk.open.offer(node, Part { gradient, sums }, |l, r| self.spare.add(l, r)) != Offer::Complete {
             return;
         }
         let Some(Part { gradient, sums }) = chunk.open.take_root() else { return };
-        let mut gradient = gradient.into_sum();
+        let mut gradient = self.spare.sum(gradient);
         let inverse = (1.0 / sums.weight) as f32;
-        gradient[..self.trained(index)].iter_mut().for_each(|g| *g *= inverse);
+        kernels::scale(&mut gradient[..self.layout.trainable_of(index).len()], inverse);
         let clipped = self.clip.norm.is_some();
         if clipped {
             chunk.reduced = Some((gradient, sums));
@@ -248,14 +276,14 @@ impl Store {
         let mut squares = 0.0;
         for (i, chunk) in self.chunks.iter().enumerate() {
             if let Some((gradient, _)) = &lock(chunk).reduced {
-                squares += optim::sum_squares(&gradient[..self.trained(i)]);
+                squares += optim::sum_squares(&gradient[..self.layout.trainable_of(i).len()]);
             }
         }
         let factor = optim::clip_factor(squares.sqrt() as f32, self.clip.norm.unwrap_or(f32::INFINITY));
         for (i, chunk) in self.chunks.iter().enumerate() {
             let mut chunk = lock(chunk);
             if let Some((mut gradient, sums)) = chunk.reduced.take() {
-                gradient[..self.trained(i)].iter_mut().for_each(|g| *g *= factor);
+                kernels::scale(&mut gradient[..self.layout.trainable_of(i).len()], factor);
                 self.update(&mut chunk, i, gradient, sums);
             }
             drop(chunk);
@@ -263,23 +291,18 @@ impl Store {
         }
     }
 
-    /// Number of values at the beginning of chunk `i` that are trainable.
-    fn trained(&self, i: usize) -> usize {
-        let range = self.layout.chunk(i);
-        range.end.min(self.layout.trainable()).saturating_sub(range.start)
-    }
-
     /// New weights from the mean gradient (trainable part) and the sums of statistics (running part).
     fn update(&self, chunk: &mut Chunk, index: usize, mut gradient: Vec<f32>, sums: LossSums) {
+        chunk.flush(index);
         let (step, lr) = (chunk.version, *lock(&self.lr));
-        let trained = self.trained(index);
+        let trained = self.layout.trainable_of(index).len();
         if let Some(limit) = self.clip.value {
             optim::clip_value(&mut gradient[..trained], limit);
         }
-        let weights = chunk.weights.values.clone();
-        let mut out = vec![0.0; weights.len()];
+        let weights = &chunk.weights.values;
+        let mut out = self.spare.take(weights.len());
         {
-            let mut state: Vec<&mut [f32]> = chunk.slots.iter_mut().map(|s| Arc::make_mut(s).as_mut_slice()).collect();
+            let mut state: Vec<&mut [f32]> = chunk.slots.iter_mut().map(|s| s.as_mut_slice()).collect();
             self.optimizer.update(
                 step.0 + 1,
                 lr,
@@ -298,7 +321,8 @@ impl Store {
                 out[i] = (1.0 - momentum) * weights[i] + momentum * mean;
             }
         }
-        if !out.iter().all(|v| v.is_finite()) {
+        self.spare.put(gradient);
+        if !kernels::all_finite(&out) {
             self.diverged.store(true, Ordering::SeqCst);
         }
         chunk.previous = Some(std::mem::replace(&mut chunk.weights, Weights::new(out)));
@@ -336,18 +360,20 @@ impl Store {
         than.is_none_or(|than| than < chunk.version).then(|| chunk.weights.share(chunk.version))
     }
 
-    /// The state at the beginning of `step`, shared; `None` where some chunks are of another step.
-    pub fn snapshot(&self, step: Step) -> Option<Snapshot> {
-        let mut snapshot = Snapshot { weights: Vec::new(), slots: vec![Vec::new(); self.optimizer.slots()] };
-        for chunk in &self.chunks {
-            let chunk = lock(chunk);
-            if chunk.version != step {
-                return None;
-            }
-            snapshot.weights.push(chunk.weights.values.clone());
-            snapshot.slots.iter_mut().zip(&chunk.slots).for_each(|(all, slot)| all.push(slot.clone()));
-        }
-        Some(snapshot)
+    /// Whether the store is at the beginning of `step`, and no update of it has run.
+    pub fn is_at(&self, step: Step) -> bool {
+        self.chunks.iter().all(|chunk| lock(chunk).version == step)
+    }
+
+    /// Promises `keep` the state of now. Between two steps only: until [`Store::flush`] is through, an update gives a chunk
+    /// away before it changes it.
+    pub fn keep(&self, keep: &Arc<dyn Keep>) {
+        self.chunks.iter().for_each(|chunk| lock(chunk).keep = Some(keep.clone()));
+    }
+
+    /// Gives away all chunks that were promised and not given yet.
+    pub fn flush(&self) {
+        self.chunks.iter().enumerate().for_each(|(i, chunk)| lock(chunk).flush(i));
     }
 }
 
@@ -356,6 +382,16 @@ mod tests {
     use super::*;
     use unisono_common::job;
     use unisono_common::layout::{CHUNK, Init, Tensor};
+
+    /// The chunks that came, each with its first weight.
+    #[derive(Default)]
+    struct Kept(Mutex<Vec<(usize, f32)>>);
+
+    impl Keep for Kept {
+        fn chunk(&self, index: usize, weights: &[f32], _: &[Vec<f32>]) {
+            lock(&self.0).push((index, weights[0]));
+        }
+    }
 
     #[test]
     fn an_open_steps_weights_stay_until_it_is_committed() {
@@ -386,7 +422,7 @@ mod tests {
         push(Step(7), 0, CHUNK);
         push(Step(7), 0, CHUNK);
         assert_eq!(done.load(Ordering::SeqCst), 0, "one chunk is not a step");
-        assert!(store.snapshot(Step(7)).is_none() && store.snapshot(Step(8)).is_none(), "half a step was kept");
+        assert!(!store.is_at(Step(7)) && !store.is_at(Step(8)), "half a step would be kept");
         // Who joins now still gets the open step's weights of every chunk, and then what is already there of the next.
         assert_eq!(version(0, None), Some((Step(7), value(1.0))));
         assert_eq!(version(0, Some(Step(7))), Some((Step(8), value(-1.0))));
@@ -396,9 +432,16 @@ mod tests {
 
         push(Step(7), 1, 5);
         assert_eq!(done.load(Ordering::SeqCst), 1);
-        let kept = store.snapshot(Step(8)).expect("the step is whole");
-        assert!(kept.pieces().flatten().all(|v| *v == -1.0));
+        assert!(store.is_at(Step(8)));
+        // A checkpoint is promised the state of now: the update of chunk 0 gives it away before it changes it.
+        let kept = Arc::new(Kept::default());
+        store.keep(&(kept.clone() as Arc<dyn Keep>));
         store.begin(1.0);
         assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
+        push(Step(8), 0, CHUNK);
+        assert_eq!(version(0, Some(Step(8))), Some((Step(9), value(-3.0))));
+        store.flush();
+        store.flush();
+        assert_eq!(*lock(&kept.0), [(0, -1.0), (1, -1.0)]);
     }
 }

@@ -6,7 +6,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use unisono_coordinator::Progress;
@@ -107,7 +107,13 @@ async fn draw(progress: watch::Receiver<Progress>) {
 }
 
 /// `unisono local`.
-pub async fn run(job: Option<PathBuf>, workers: Option<usize>, threads: usize, args: JobArgs) -> Result<ExitCode> {
+pub async fn run(
+    job: Option<PathBuf>,
+    workers: Option<usize>,
+    threads: usize,
+    args: JobArgs,
+    started: Instant,
+) -> Result<ExitCode> {
     let terminal = std::io::stderr().is_terminal() && !args.quiet && !args.verbose;
     crate::log(if args.quiet || terminal { tracing::Level::WARN } else { tracing::Level::INFO });
     let job = read_job(job.as_ref(), &args.set)?;
@@ -117,7 +123,7 @@ pub async fn run(job: Option<PathBuf>, workers: Option<usize>, threads: usize, a
     if workers == 0 || threads == 0 {
         return Err(Wrong(anyhow::anyhow!("--workers and --threads must be at least 1")).into());
     }
-    let options = options(&args)?;
+    let options = options(&args, started)?;
     let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);

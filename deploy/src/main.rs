@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use unisono_common::job::{self, Job};
 
@@ -173,12 +173,13 @@ pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
     read().map_err(|e| Wrong(e).into())
 }
 
-pub(crate) fn options(args: &JobArgs) -> Result<unisono_coordinator::Options> {
+pub(crate) fn options(args: &JobArgs, started: Instant) -> Result<unisono_coordinator::Options> {
     if !(args.heartbeat_timeout > 0.0 && args.heartbeat_timeout < 1e6) {
         return Err(Wrong(anyhow::anyhow!("--heartbeat-timeout must be a positive number of seconds")).into());
     }
     let silence = Duration::from_secs_f64(args.heartbeat_timeout);
     Ok(unisono_coordinator::Options {
+        started,
         threads: 1,
         patience: unisono_common::protocol::Patience { silence, ..Default::default() },
     })
@@ -203,12 +204,12 @@ pub(crate) fn interruption() -> watch::Receiver<bool> {
     receive
 }
 
-async fn run(command: Cmd) -> Result<ExitCode> {
+async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
     match command {
-        Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args).await,
+        Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args, started).await,
         Cmd::Coordinator { job, listen, args } => {
             log(if args.quiet { tracing::Level::WARN } else { tracing::Level::INFO });
-            let (job, options) = (read_job(Some(&job), &args.set)?, options(&args)?);
+            let (job, options) = (read_job(Some(&job), &args.set)?, options(&args, started)?);
             let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
             let listener = tokio::net::TcpListener::bind(&listen).await.map_err(|e| {
                 Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; choose another address with --listen"))
@@ -243,6 +244,7 @@ async fn run(command: Cmd) -> Result<ExitCode> {
 }
 
 fn main() -> ExitCode {
+    let started = Instant::now();
     let cli = Cli::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
@@ -251,7 +253,7 @@ fn main() -> ExitCode {
             return ExitCode::from(1);
         }
     };
-    let result = runtime.block_on(run(cli.command));
+    let result = runtime.block_on(run(cli.command, started));
     runtime.shutdown_timeout(Duration::from_millis(200));
     match result {
         Ok(code) => code,

@@ -42,7 +42,7 @@ fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
     let model = Model::build(&manifest.job.model, &manifest.prepared.shape, outputs)?;
     let weights = weights_from_safetensors(model.layout(), &loaded.weights)
         .with_context(|| format!("{}", loaded.path.display()))?;
-    let digest = model.layout().weights_digest([weights.as_slice()]);
+    let digest = model.layout().weights_digest(&weights);
     if digest != manifest.weights_digest {
         bail!("{} holds weights {digest}, its manifest says {}", loaded.path.display(), manifest.weights_digest);
     }

@@ -77,6 +77,17 @@ pub fn add_into(out: &mut [f32], a: &[f32]) {
     vectorized(|| out.iter_mut().zip(a).for_each(|(o, a)| *o += a));
 }
 
+/// `a[i] *= factor`.
+pub fn scale(a: &mut [f32], factor: f32) {
+    vectorized(|| a.iter_mut().for_each(|a| *a *= factor));
+}
+
+/// Whether no value is infinite or NaN.
+pub fn all_finite(a: &[f32]) -> bool {
+    // Without branches: the exponent's bits are all ones where a value is not finite.
+    vectorized(|| a.iter().fold(0u32, |bad, v| bad | u32::from(v.to_bits() & 0x7f80_0000 == 0x7f80_0000))) == 0
+}
+
 /// `out[j] = sum over rows of x[row, j]`, rows in order; `x`: `(rows, out.len())`.
 pub fn column_sums(x: &[f32], out: &mut [f32]) {
     out.fill(0.0);
@@ -108,6 +119,14 @@ mod tests {
             let mut out = b.clone();
             add_into(&mut out, &a);
             assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == a + b));
+            scale(&mut out, 0.3);
+            assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == (a + b) * 0.3));
+            assert!(all_finite(&a));
+            for (at, bad) in (0..n).zip([f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().cycle()) {
+                let mut spoilt = a.clone();
+                spoilt[at] = bad;
+                assert!(!all_finite(&spoilt), "{bad} at {at} of {n}");
+            }
             if n > 0 {
                 let rows: Vec<f32> = a.iter().chain(&b).chain(&a).copied().collect();
                 column_sums(&rows, &mut out);

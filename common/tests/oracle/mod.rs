@@ -1,0 +1,244 @@
+//! Layers and losses once more, naively and in f64: what the kernels are held against.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use unisono_common::data::Targets;
+use unisono_common::job::{Activation, Layer, Loss};
+use unisono_common::layers::Segments;
+use unisono_common::model::Model;
+use unisono_common::rng::Key;
+
+/// Samples, each with its values.
+type Rows = Vec<Vec<f64>>;
+
+/// A model in training mode on one batch.
+pub struct Oracle<'a> {
+    pub layers: &'a [Layer],
+    pub shape: &'a [usize],
+    pub segments: &'a Segments,
+    /// Seed and step, as the layers get them.
+    pub key: Key,
+    /// How near any value came to a kink (of relu, of a maximum): there, a slope means nothing.
+    pub margin: Cell<f64>,
+}
+
+/// A model's tensors by name.
+pub type Tensors = BTreeMap<String, Vec<f64>>;
+
+/// `values` in f64, by name.
+pub fn tensors(model: &Model, values: &[f32]) -> Tensors {
+    let named = model.layout().tensors().map(|(t, range)| (t.name.clone(), range));
+    named.map(|(name, range)| (name, values[range].iter().map(|v| *v as f64).collect())).collect()
+}
+
+impl Oracle<'_> {
+    /// The model's outputs.
+    pub fn forward(&self, tensors: &Tensors, inputs: &[f32]) -> Rows {
+        let len: usize = self.shape.iter().product();
+        let rows = inputs.chunks_exact(len).map(|row| row.iter().map(|v| *v as f64).collect()).collect();
+        self.chain(tensors, self.layers, "", self.shape.to_vec(), rows, self.key)
+    }
+
+    fn near(&self, distance: f64) {
+        self.margin.set(self.margin.get().min(distance.abs()));
+    }
+
+    fn chain(&self, t: &Tensors, layers: &[Layer], prefix: &str, mut shape: Vec<usize>, mut x: Rows, key: Key) -> Rows {
+        for (i, layer) in layers.iter().enumerate() {
+            (shape, x) = self.layer(t, layer, &format!("{prefix}{i}."), shape, x, key.with(i as u64));
+        }
+        x
+    }
+
+    fn layer(
+        &self,
+        t: &Tensors,
+        layer: &Layer,
+        name: &str,
+        shape: Vec<usize>,
+        x: Rows,
+        key: Key,
+    ) -> (Vec<usize>, Rows) {
+        let tensor = |which: &str| t[&format!("{name}{which}")].as_slice();
+        let each = |f: &dyn Fn(&[f64]) -> Vec<f64>| -> Rows { x.iter().map(|x| f(x)).collect() };
+        match layer {
+            Layer::Linear { units, bias, .. } => {
+                let (w, n) = (tensor("weight"), shape[0]);
+                let unit = |x: &[f64], o: usize| -> f64 {
+                    let sum: f64 = (0..n).map(|i| w[o * n + i] * x[i]).sum();
+                    sum + if *bias { tensor("bias")[o] } else { 0.0 }
+                };
+                (vec![*units], each(&|x| (0..*units).map(|o| unit(x, o)).collect()))
+            }
+            Layer::Conv2d { filters, kernel, stride, padding, bias, .. } => {
+                let (w, patch) = (tensor("weight"), shape[0] * kernel * kernel);
+                let (shape, windows) = windows(&shape, *kernel, *stride, *padding);
+                let value = |x: &[f64], f: usize, (y, x0): (usize, usize)| -> f64 {
+                    let terms = windows(y, x0).into_iter().filter_map(|(at, k)| Some(w[f * patch + k] * x[at?]));
+                    terms.sum::<f64>() + if *bias { tensor("bias")[f] } else { 0.0 }
+                };
+                let out = |x: &[f64]| {
+                    (0..*filters)
+                        .flat_map(|f| places(&shape).map(move |p| (f, p)))
+                        .map(|(f, p)| value(x, f, p))
+                        .collect()
+                };
+                (vec![*filters, shape[1], shape[2]], each(&out))
+            }
+            Layer::MaxPool2d { size, stride } | Layer::AvgPool2d { size, stride } => {
+                let max = matches!(layer, Layer::MaxPool2d { .. });
+                let plane: usize = shape[1] * shape[2];
+                let plane_shape = [1, shape[1], shape[2]];
+                let (one, windows) = windows(&plane_shape, *size, *stride, 0);
+                let value = |x: &[f64], (y, x0): (usize, usize)| -> f64 {
+                    let mut under: Vec<f64> = windows(y, x0).into_iter().filter_map(|(at, _)| Some(x[at?])).collect();
+                    if !max {
+                        return under.iter().sum::<f64>() / (size * size) as f64;
+                    }
+                    under.sort_by(|a, b| b.total_cmp(a));
+                    under.windows(2).take(1).for_each(|w| self.near(w[0] - w[1]));
+                    under[0]
+                };
+                let out = |x: &[f64]| x.chunks(plane).flat_map(|x| places(&one).map(|p| value(x, p))).collect();
+                (vec![shape[0], one[1], one[2]], each(&out))
+            }
+            Layer::GlobalAvgPool => {
+                let plane: usize = shape[1..].iter().product();
+                (vec![shape[0]], each(&|x| x.chunks(plane).map(|x| x.iter().sum::<f64>() / plane as f64).collect()))
+            }
+            Layer::Flatten => (vec![shape.iter().product()], x),
+            Layer::Activation { activation } => {
+                let f = |x: f64| match activation {
+                    Activation::Relu => {
+                        self.near(x);
+                        x.max(0.0)
+                    }
+                    Activation::LeakyRelu { slope } => {
+                        self.near(x);
+                        if x > 0.0 { x } else { *slope as f64 * x }
+                    }
+                    Activation::Gelu => 0.5 * x * (1.0 + libm::erf(x / 2f64.sqrt())),
+                    Activation::Tanh => x.tanh(),
+                    Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+                };
+                (shape, each(&|x| x.iter().map(|x| f(*x)).collect()))
+            }
+            Layer::Dropout { rate } => {
+                let keeps = |segment: usize, at: usize| {
+                    let key = key.with(self.segments.lo as u64 + segment as u64);
+                    key.u32_fast(at as u32) >= (*rate as f64 * 4_294_967_296.0) as u32
+                };
+                let mut y = x;
+                for s in 0..self.segments.len() {
+                    for (at, y) in y[self.segments.rows(s)].iter_mut().flatten().enumerate() {
+                        *y = if keeps(s, at) { *y / (1.0 - *rate as f64) } else { 0.0 };
+                    }
+                }
+                (shape, y)
+            }
+            Layer::BatchNorm { eps, .. } => {
+                let plane: usize = shape[1..].iter().product();
+                let mut y = x.clone();
+                for s in 0..self.segments.len() {
+                    let rows = self.segments.rows(s);
+                    for c in 0..shape[0] {
+                        let at = c * plane..(c + 1) * plane;
+                        let all: Vec<f64> = x[rows.clone()].iter().flat_map(|x| x[at.clone()].to_vec()).collect();
+                        let scaled = normal(&all, *eps);
+                        for (i, y) in y[rows.clone()].iter_mut().flat_map(|y| &mut y[at.clone()]).enumerate() {
+                            *y = scaled[i] * tensor("weight")[c] + tensor("bias")[c];
+                        }
+                    }
+                }
+                (shape, y)
+            }
+            Layer::LayerNorm { eps } => {
+                let (w, b) = (tensor("weight"), tensor("bias"));
+                let out =
+                    |x: &[f64]| normal(x, *eps).iter().zip(w.iter().zip(b)).map(|(x, (w, b))| x * w + b).collect();
+                (shape, each(&out))
+            }
+            Layer::Residual { layers } => {
+                let body = self.chain(t, layers, name, shape.clone(), x.clone(), key);
+                (shape, x.iter().zip(body).map(|(x, y)| x.iter().zip(y).map(|(x, y)| x + y).collect()).collect())
+            }
+        }
+    }
+}
+
+/// `(x - mean) / sqrt(variance + eps)`.
+fn normal(x: &[f64], eps: f32) -> Vec<f64> {
+    let mean = x.iter().sum::<f64>() / x.len() as f64;
+    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / x.len() as f64;
+    x.iter().map(|x| (x - mean) / (variance + eps as f64).sqrt()).collect()
+}
+
+fn places(shape: &[usize]) -> impl Iterator<Item = (usize, usize)> {
+    let (height, width) = (shape[1], shape[2]);
+    (0..height).flat_map(move |y| (0..width).map(move |x| (y, x)))
+}
+
+/// The shape of what a window of `kernel x kernel` leaves of `[channels, height, width]`, and what lies under it at a place:
+/// the input's index (`None`: padding) and the kernel's.
+fn windows(
+    shape: &[usize],
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+) -> (Vec<usize>, impl Fn(usize, usize) -> Vec<(Option<usize>, usize)>) {
+    let (channels, height, width) = (shape[0], shape[1], shape[2]);
+    let out = |size: usize| (size + 2 * padding - kernel) / stride + 1;
+    let under = move |y: usize, x: usize| {
+        let mut all = Vec::new();
+        for c in 0..channels {
+            for (ky, kx) in (0..kernel).flat_map(|ky| (0..kernel).map(move |kx| (ky, kx))) {
+                let inside =
+                    |o: usize, k: usize, size: usize| (o * stride + k).checked_sub(padding).filter(|i| *i < size);
+                let at = inside(y, ky, height).zip(inside(x, kx, width)).map(|(y, x)| (c * height + y) * width + x);
+                all.push((at, (c * kernel + ky) * kernel + kx));
+            }
+        }
+        all
+    };
+    (vec![channels, out(height), out(width)], under)
+}
+
+/// The loss of one sample, as PyTorch sums it, and its weight; and how near it is to a kink.
+pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64, f64) {
+    let (class, value) = match targets {
+        Targets::Class(classes) => (classes[row] as usize, classes[row] as f64),
+        Targets::Value(values) => (0, values[row] as f64),
+    };
+    let all = |f: &dyn Fn(f64) -> f64| x.iter().map(|x| f(x - value)).sum::<f64>();
+    let smooth = f64::INFINITY;
+    match kind {
+        Loss::CrossEntropy { label_smoothing, class_weights } => {
+            let total: f64 = x.iter().map(|x| x.exp()).sum();
+            let weight = |c: usize| class_weights.as_ref().map_or(1.0, |w| w[c] as f64);
+            let hit = |c: usize| weight(c) * (total.ln() - x[c]);
+            let (smoothing, n) = (*label_smoothing as f64, x.len());
+            let spread = (0..n).map(hit).sum::<f64>() / n as f64;
+            ((1.0 - smoothing) * hit(class) + smoothing * spread, weight(class), smooth)
+        }
+        Loss::BinaryCrossEntropy { positive_weight } => {
+            let p = 1.0 / (1.0 + (-x[0]).exp());
+            (-(*positive_weight as f64 * value * p.ln() + (1.0 - value) * (1.0 - p).ln()), 1.0, smooth)
+        }
+        Loss::Mse => (all(&|e| e * e), x.len() as f64, smooth),
+        Loss::Mae => (all(&f64::abs), x.len() as f64, x.iter().fold(smooth, |m, x| m.min((x - value).abs()))),
+        Loss::Huber { delta } => {
+            let d = *delta as f64;
+            let f = |e: f64| if e.abs() <= d { 0.5 * e * e } else { d * (e.abs() - 0.5 * d) };
+            (all(&f), x.len() as f64, smooth)
+        }
+        Loss::Hinge if x.len() == 1 => {
+            let gap = 1.0 - (2.0 * value - 1.0) * x[0];
+            (gap.max(0.0), 1.0, gap.abs())
+        }
+        Loss::Hinge => {
+            let gaps: Vec<f64> = (0..x.len()).filter(|c| *c != class).map(|c| 1.0 - x[class] + x[c]).collect();
+            let sum: f64 = gaps.iter().map(|gap| gap.max(0.0)).sum();
+            (sum / x.len() as f64, 1.0, gaps.iter().fold(smooth, |m, gap| m.min(gap.abs())))
+        }
+    }
+}
