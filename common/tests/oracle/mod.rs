@@ -178,14 +178,16 @@ fn places(shape: &[usize]) -> impl Iterator<Item = (usize, usize)> {
     (0..height).flat_map(move |y| (0..width).map(move |x| (y, x)))
 }
 
-/// The shape of what a window of `kernel x kernel` leaves of `[channels, height, width]`, and what lies under it at a place:
-/// the input's index (`None`: padding) and the kernel's.
+/// What lies under a window: the input's index (`None`: padding) and the kernel's.
+type Under = Vec<(Option<usize>, usize)>;
+
+/// The shape of what a window of `kernel x kernel` leaves of `[channels, height, width]`, and what lies under it at a place.
 fn windows(
     shape: &[usize],
     kernel: usize,
     stride: usize,
     padding: usize,
-) -> (Vec<usize>, impl Fn(usize, usize) -> Vec<(Option<usize>, usize)>) {
+) -> (Vec<usize>, impl Fn(usize, usize) -> Under) {
     let (channels, height, width) = (shape[0], shape[1], shape[2]);
     let out = |size: usize| (size + 2 * padding - kernel) / stride + 1;
     let under = move |y: usize, x: usize| {
