@@ -19,6 +19,8 @@ pub struct FileDigest {
 /// Everything but tensors that the next step reads; written last.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
+    /// blake3 (hex) of the manifest as compact JSON with this field empty.
+    pub digest: String,
     pub format_version: u32,
     pub name: String,
     pub job: Job,
@@ -31,11 +33,21 @@ pub struct Manifest {
     /// Samples that entered committed steps.
     pub samples: u64,
     pub weights_digest: String,
+    /// The step of the last evaluation that schedule and early stopping have seen.
+    pub evaluated: Option<u64>,
     pub plateau: serde_json::Value,
     pub early: serde_json::Value,
     pub train_loss: f64,
     pub eval: serde_json::Value,
     pub files: BTreeMap<String, FileDigest>,
+}
+
+impl Manifest {
+    /// What `digest` must be.
+    pub fn own_digest(&self) -> String {
+        let bare = Manifest { digest: String::new(), ..self.clone() };
+        blake3::hash(&serde_json::to_vec(&bare).expect("a manifest is plain data")).to_hex().to_string()
+    }
 }
 
 /// Why a file of a checkpoint cannot be used.

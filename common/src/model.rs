@@ -19,6 +19,8 @@ pub enum ModelError {
     Outputs { got: Vec<usize>, want: usize },
     #[error("the model has {0} parameters; at most 2^31 are possible")]
     TooLarge(u128),
+    #[error("the model has no parameters to train; add for example {{ op = \"linear\", units = {0} }}")]
+    Nothing(usize),
 }
 
 /// A model: its layers and the layout of their parameters.
@@ -143,6 +145,9 @@ impl Model {
         let size: u128 = tensors.iter().map(|t| t.shape.iter().map(|&d| d as u128).product::<u128>()).sum();
         if size > 1 << 31 {
             return Err(ModelError::TooLarge(size));
+        }
+        if size == 0 {
+            return Err(ModelError::Nothing(outputs));
         }
         Ok(Model { layout: Layout::new(tensors), input_len: product(&shape), outputs, net })
     }

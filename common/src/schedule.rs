@@ -31,10 +31,10 @@ pub fn factor(schedule: &Schedule, step: u64, total: u64) -> f64 {
             let (first, last) = (1.0 / div_factor, 1.0 / (div_factor * final_div_factor));
             let up = start_fraction * span - 1.0;
             let t = t as f64;
-            if t <= up {
+            if t < up {
                 cosine(first, 1.0, t / up)
             } else {
-                cosine(1.0, last, ((t - up) / (span - 1.0 - up)).min(1.0))
+                cosine(1.0, last, ((t - up) / (span - 1.0 - up).max(f64::MIN_POSITIVE)).min(1.0))
             }
         }
         ScheduleKind::InverseSqrt => {
@@ -142,6 +142,20 @@ mod tests {
         close(at(one.clone(), 0, 32), 1.0);
         close(at(one, 0, 109), 1.0 / 25e4);
         close(at(ScheduleKind::InverseSqrt, 16, 63), 0.5);
+    }
+
+    #[test]
+    fn no_schedule_gives_a_rate_that_is_none() {
+        for total in 1..20 {
+            for start_fraction in [0.01, 0.1, 0.5, 0.99] {
+                let kind = ScheduleKind::OneCycle { start_fraction, div_factor: 25.0, final_div_factor: 1e4 };
+                for warmup_steps in [0, 3] {
+                    let schedule = Schedule { kind: kind.clone(), warmup_steps };
+                    let factors = (0..total + 2).map(|step| factor(&schedule, step, total));
+                    assert!(factors.into_iter().all(|f| f > 0.0 && f <= 1.0), "{schedule:?} {total}");
+                }
+            }
+        }
     }
 
     #[test]

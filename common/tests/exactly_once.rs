@@ -70,11 +70,14 @@ proptest! {
                     2 if !c.alive.is_empty() => {
                         // One hangs: the others are heard of, time passes, the machine gives it up.
                         let silent = c.alive[which % c.alive.len()];
-                        c.now += Duration::from_secs(6);
-                        for worker in c.alive.clone().into_iter().filter(|w| *w != silent) {
-                            c.handle(Event::Heartbeat { worker });
+                        for _ in 0..6 {
+                            c.now += Duration::from_secs(1);
+                            for worker in c.alive.clone().into_iter().filter(|w| *w != silent) {
+                                c.handle(Event::Heartbeat { worker });
+                            }
+                            c.handle(Event::Tick);
                         }
-                        c.handle(Event::Tick);
+                        prop_assert!(!c.alive.contains(&silent), "nobody noticed");
                     }
                     _ if !c.pending.is_empty() => {
                         // A push arrives, in any order; every third one twice.

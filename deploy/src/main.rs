@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
-use unisono_common::job::{self, Job};
+use unisono_common::job::{self, Job, JobText};
 
 /// The job that `unisono local` runs when none is named.
 const DIGITS: &str = include_str!("../../examples/digits-mlp.toml");
@@ -164,11 +164,14 @@ fn log(level: tracing::Level) {
 
 pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
     let read = || -> Result<Job> {
-        let Some(path) = path else { return Ok(job::parse(DIGITS, "the embedded job", ".", set)?) };
-        let text =
+        let text = |file: String, base, toml| JobText { file, base, toml, overrides: set.to_vec() };
+        let Some(path) = path else {
+            return Ok(job::parse(text("the embedded job".into(), ".".into(), DIGITS.into()))?);
+        };
+        let toml =
             std::fs::read_to_string(path).with_context(|| format!("cannot read the job file {}", path.display()))?;
         let base = std::path::absolute(path)?.parent().map(|p| p.display().to_string()).unwrap_or_default();
-        Ok(job::parse(&text, &path.display().to_string(), &base, set)?)
+        Ok(job::parse(text(path.display().to_string(), base, toml))?)
     };
     read().map_err(|e| Wrong(e).into())
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 
-/// More values than this in a categorical column are a mistake (an identifier, a date), not categories.
+/// More values than this in a categorical column or target are a mistake (an identifier, a measurement), not categories.
 const MOST_VALUES: usize = 10_000;
 
 /// One file: its text and the names of its columns.
@@ -210,6 +210,10 @@ impl Plan {
             });
         }
         let classes = match spec.task {
+            Task::Classification if classes.len() > MOST_VALUES => {
+                let (path, column) = (train.path.clone(), spec.target.clone());
+                return Err(DataError::TooManyClasses { path, column, classes: classes.len(), most: MOST_VALUES });
+            }
             Task::Classification => Some(classes.into_iter().collect()),
             Task::Regression => None,
         };
@@ -492,6 +496,8 @@ mod tests {
         );
         says(one(spec(), "age,city,height,kind\n?,Rom,1,no\n"), &["`age`", "missing in every line"]);
         says(one(spec(), "age,city,height,kind\n1,?,1,no\n"), &["`city`", "missing in every line"]);
+        let many: String = (0..=MOST_VALUES).map(|i| format!("1,c,1,{i}.5\n")).collect();
+        says(one(spec(), format!("age,city,height,kind\n{many}")), &["`kind`", "10001 different values", "regression"]);
         let many: String = (0..=MOST_VALUES).map(|i| format!("1,c{i},1,no\n")).collect();
         says(one(spec(), format!("age,city,height,kind\n{many}")), &["`city`", "10001 different values", "10000"]);
     }

@@ -92,6 +92,11 @@ pub enum DataError {
          out of data.categorical, or add it to data.ignore"
     )]
     TooManyValues { path: String, column: String, values: usize, most: usize },
+    #[error(
+        "target `{column}` of {path} has {classes} different values, more than the {most} classes that are possible; set \
+         data.task = \"regression\" if they are measurements"
+    )]
+    TooManyClasses { path: String, column: String, classes: usize, most: usize },
 
     #[error(
         "the column `{column}` is not given; give every column that the model was trained on (an empty cell means \

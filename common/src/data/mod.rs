@@ -193,6 +193,28 @@ fn statistics<T: Copy + Into<f64>>(values: &[T], width: usize) -> (Vec<f32>, Vec
 }
 
 impl Prepared {
+    /// Whether its parts fit together, as they do where [`open`] made them.
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn check(&self) -> Result<(), DataError> {
+        let wrong = |what| Err(DataError::Encoded(what));
+        let width = self.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).unwrap_or(0);
+        if self.shape.is_empty() || width == 0 {
+            return wrong("a sample has no features");
+        }
+        if self.mean.len() != self.inv_std.len() || ![1, width].contains(&self.mean.len()) {
+            return wrong("their normalisation is of another shape");
+        }
+        if !crate::kernels::all_finite(&self.mean) || !crate::kernels::all_finite(&self.inv_std) {
+            return wrong("their normalisation is not finite");
+        }
+        if !self.columns.is_empty() && self.columns.iter().map(Column::features).sum::<usize>() != width {
+            return wrong("their columns are of another shape");
+        }
+        Ok(())
+    }
+
     /// The number of outputs of a model for these targets; whether they fit the loss is the loss's to check.
     pub fn outputs(&self, loss: &job::Loss) -> usize {
         match (loss, self.classes.as_ref().map_or(1, Vec::len)) {
@@ -326,6 +348,10 @@ impl Dataset {
         };
         if !rest.is_empty() {
             return Err(DataError::Encoded("they go on after their end"));
+        }
+        let finite = |values: &Vec<f32>| crate::kernels::all_finite(values);
+        if matches!(&features, Features::F32(v) if !finite(v)) || matches!(&targets, Targets::Value(v) if !finite(v)) {
+            return Err(DataError::Encoded("a value is not finite"));
         }
         Ok(Dataset { shape, features, targets })
     }

@@ -67,6 +67,14 @@ impl Partitions {
         }
     }
 
+    /// The positions within partition `p`'s order that a step takes, `micro_batch` (at least 1) at a time; `step` counts from
+    /// the epoch's start.
+    pub fn batch(&self, p: u32, step: u64, micro_batch: usize) -> std::ops::Range<usize> {
+        let len = self.len(p);
+        let start = (step as usize).saturating_mul(micro_batch).min(len);
+        start..start.saturating_add(micro_batch).min(len)
+    }
+
     /// Steps until the largest partition has given each of its samples, `micro_batch` (at least 1) a step.
     pub fn steps_per_epoch(&self, micro_batch: usize) -> usize {
         self.largest().div_ceil(micro_batch)
@@ -127,15 +135,14 @@ impl Feeder {
     /// The samples that `partition` gives to `step`, as positions within the partition ([`Partitions::sample`] says where
     /// they are in the data set); allocates where the epoch is another.
     pub fn positions(&mut self, step: u64, partition: u32) -> &[u32] {
-        let (epoch, position) = (step / self.steps_per_epoch, (step % self.steps_per_epoch) as usize);
+        let (epoch, step) = (step / self.steps_per_epoch, step % self.steps_per_epoch);
         let (parts, key) = (&self.parts, self.key);
         let order = &mut self.orders[partition as usize];
         if order.as_ref().is_none_or(|(of, _)| *of != epoch) {
             *order = Some((epoch, key.with(epoch).with(partition as u64).permutation(parts.len(partition))));
         }
         let rows = order.as_ref().map_or(&[][..], |(_, rows)| rows);
-        let start = (position * self.micro_batch).min(rows.len());
-        &rows[start..(start + self.micro_batch).min(rows.len())]
+        &rows[parts.batch(partition, step, self.micro_batch)]
     }
 }
 

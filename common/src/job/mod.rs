@@ -1,7 +1,8 @@
 //! The job: one TOML file, parsed once into values that are always right.
 //!
 //! [`parse`] reads TOML and reports file, line and the nearest known name; everything downstream takes a [`Job`] as it is.
-//! The same structs travel to the workers as JSON.
+//! To workers and into checkpoints goes the text ([`JobText`]), which whoever takes it parses again: there is no second way
+//! in.
 
 mod parse;
 mod reader;
@@ -11,7 +12,10 @@ use serde::{Deserialize, Serialize};
 
 /// A whole job.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "JobText", into = "JobText")]
 pub struct Job {
+    /// What it was read from.
+    pub text: JobText,
     pub name: String,
     pub seed: u64,
     pub data: Data,
@@ -20,21 +24,48 @@ pub struct Job {
     pub checkpoint: Checkpoint,
 }
 
-/// `[data]`
+/// What a job is read from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobText {
+    /// The file's name, for messages.
+    pub file: String,
+    /// The job file's folder (absolute), where relative data paths start.
+    pub base: String,
+    pub toml: String,
+    /// `KEY=VALUE` texts that override keys.
+    pub overrides: Vec<String>,
+}
+
+impl TryFrom<JobText> for Job {
+    type Error = JobError;
+
+    fn try_from(text: JobText) -> Result<Job, JobError> {
+        parse(text)
+    }
+}
+
+impl From<Job> for JobText {
+    fn from(job: Job) -> JobText {
+        job.text
+    }
+}
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Data {
     pub source: Source,
     /// Scale inputs to mean 0 and deviation 1 with statistics of the training set.
     pub normalize: bool,
     /// `Some(true)`: the coordinator sends workers their partitions; `Some(false)`: workers read the paths themselves;
     /// `None`: they read, and are sent what they cannot read.
+    #[serde(skip)]
     pub ship: Option<bool>,
     /// Hash samples to partitions instead of cutting contiguous ranges.
     pub hashed: bool,
 }
 
 /// Where samples come from (`data.format`).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "format", rename_all = "kebab-case")]
 pub enum Source {
     /// The embedded UCI digits, 8x8 in 0..=16; a fifth, chosen by hash of (seed, index), is the test set.
@@ -54,15 +85,17 @@ pub enum Source {
 }
 
 /// Paths are as the job file has them; `base` is the job file's folder (absolute).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct IdxPaths {
+    #[serde(skip)]
     pub base: String,
     pub images: String,
     pub labels: String,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Csv {
+    #[serde(skip)]
     pub base: String,
     pub train: String,
     pub test: Option<String>,
@@ -167,7 +200,7 @@ pub enum WeightInit {
 }
 
 /// `[train]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Train {
     pub partitions: u32,
     pub micro_batch: usize,
@@ -332,7 +365,7 @@ pub struct EarlyStopping {
 }
 
 /// `[checkpoint]`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     /// Relative to the working directory; default `runs/NAME`.
     pub dir: String,
@@ -341,7 +374,8 @@ pub struct Checkpoint {
 }
 
 impl Job {
-    /// Digest of everything that decides the result: seed, data, model and train; not the name, nor where checkpoints go.
+    /// Digest of everything that decides the result: seed, data, model and train; not the name, nor folders, nor how the
+    /// data gets to the workers.
     pub fn digest(&self) -> [u8; 32] {
         let decisive = (self.seed, &self.data, &self.model, &self.train);
         *blake3::hash(&serde_json::to_vec(&decisive).expect("a job is plain data")).as_bytes()

@@ -5,14 +5,14 @@ use super::*;
 
 pub use super::reader::JobError;
 
-/// Reads a job. `file` names it in messages, relative data paths start at `base_dir`, and `overrides` are `KEY=VALUE` texts
-/// from the command line.
+/// Reads a job.
 ///
 /// # Errors
 /// Unknown, missing and ill-typed keys and values out of range, with `FILE:LINE` or the override they came from.
-pub fn parse(text: &str, file: &str, base_dir: &str, overrides: &[String]) -> Result<Job> {
-    let mut root = Node::parse(text, file)?;
-    for option in overrides {
+pub fn parse(text: JobText) -> Result<Job> {
+    let (file, base) = (&text.file, &text.base);
+    let mut root = Node::parse(&text.toml, file)?;
+    for option in &text.overrides {
         root.set(option)?;
     }
     let top = Reader::new(&root, "")?;
@@ -20,11 +20,11 @@ pub fn parse(text: &str, file: &str, base_dir: &str, overrides: &[String]) -> Re
     let name = |k: &Kind| if let Kind::Text(t) = k { Some(t.clone()).filter(|t| names_a_folder(t)) } else { None };
     let name = top.get("name", "a text that can name a folder", name)?.or(default_name(file));
     let seed = top.integer("seed", 0..=u64::MAX)?.or(0);
-    let data = data(top.node("data").needed("[data]` and below it `format = \"digits\"")?, base_dir)?;
+    let data = data(top.node("data").needed("[data]` and below it `format = \"digits\"")?, base)?;
     let model = model(top.node("model").needed("[model]` and below it `kind = \"linear\"")?)?;
     let train = train(top.node("train").needed("[train]` and below it `epochs = 3")?)?;
     let checkpoint = checkpoint(top.node("checkpoint").or(&Node::empty_table("".into())), &name)?;
-    Ok(Job { name, seed, data, model, train, checkpoint })
+    Ok(Job { text, name, seed, data, model, train, checkpoint })
 }
 
 fn names_a_folder(name: &str) -> bool {
@@ -483,7 +483,7 @@ mod tests {
 
     fn read(text: &str, set: &[&str]) -> Result<Job> {
         let set: Vec<String> = set.iter().map(|s| s.to_string()).collect();
-        parse(text, "job.toml", "/base", &set)
+        parse(JobText { file: "job.toml".into(), base: "/base".into(), toml: text.into(), overrides: set })
     }
 
     fn message(text: &str, set: &[&str]) -> String {
@@ -503,7 +503,9 @@ mod tests {
 
     #[test]
     fn defaults_are_filled_in() {
+        let got = job(DIGITS, LINEAR, "");
         let want = Job {
+            text: got.text.clone(),
             name: "job".into(),
             seed: 0,
             data: Data { source: Source::Digits, normalize: true, ship: None, hashed: false },
@@ -522,8 +524,10 @@ mod tests {
             },
             checkpoint: Checkpoint { dir: "runs/job".into(), every_steps: 500, keep: 3 },
         };
-        assert_eq!(job(DIGITS, LINEAR, ""), want);
-        let named = |file| parse(JOB.trim_start_matches("name = \"t\"\n"), file, "/", &[]).unwrap().name;
+        assert_eq!(got, want);
+        let toml = JOB.trim_start_matches("name = \"t\"\n").to_string();
+        let text = |file: &str| JobText { file: file.into(), toml: toml.clone(), ..want.text.clone() };
+        let named = |file| parse(text(file)).unwrap().name;
         assert_eq!([named("a/big run.toml"), named(".toml"), named("..")], ["big-run", "job", "job"]);
     }
 
@@ -979,7 +983,8 @@ mod tests {
             let path = entry.unwrap().path();
             if path.extension().is_some_and(|e| e == "toml") {
                 let text = std::fs::read_to_string(&path).unwrap();
-                let job = parse(&text, &path.display().to_string(), "/", &[]).unwrap();
+                let file = path.display().to_string();
+                let job = parse(JobText { file, base: "/".into(), toml: text.clone(), overrides: vec![] }).unwrap();
                 assert_eq!(Some(job.name.as_ref()), path.file_stem());
                 assert!(text.starts_with("# "), "{} does not say what it is", path.display());
                 seen += 1;
@@ -1032,9 +1037,9 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_panics(text in "\\PC{0,80}", cut in 0usize..120, set in "\\PC{0,20}") {
-            let _ = parse(&text, "job.toml", "/", std::slice::from_ref(&set));
+            let _ = read(&text, &[&set]);
             let cut = JOB.char_indices().map(|(i, _)| i).nth(cut).unwrap_or(JOB.len());
-            let _ = parse(&(JOB[..cut].to_string() + &text), "job.toml", "/", &[set]);
+            let _ = read(&(JOB[..cut].to_string() + &text), &[&set]);
         }
 
         /// A job with some values exchanged is read and survives its JSON form, or refused at a line or at an override.
@@ -1049,7 +1054,7 @@ mod tests {
                 lines[line] = format!("{key}= {raw}");
             }
             let sets: Vec<String> = changes.iter().map(|(key, value)| format!("{key}={value}")).collect();
-            match parse(&lines.join("\n"), "job.toml", "/", &sets) {
+            match read(&lines.join("\n"), &sets.iter().map(String::as_str).collect::<Vec<_>>()) {
                 Ok(job) => {
                     let json = serde_json::to_string(&job).unwrap();
                     prop_assert_eq!(serde_json::from_str::<Job>(&json).unwrap(), job);

@@ -126,6 +126,7 @@ pub struct Machine {
     round: Option<Round>,
     reissued: u64,
     lost: u64,
+    ticked: Option<Instant>,
 }
 
 impl Machine {
@@ -139,6 +140,7 @@ impl Machine {
             round: None,
             reissued: 0,
             lost: 0,
+            ticked: None,
         }
     }
 
@@ -308,6 +310,13 @@ impl Machine {
     }
 
     fn tick(&mut self, now: Instant, out: &mut Vec<Command>) {
+        // Where the coordinator itself stood still, its workers are not to blame for what it has not heard.
+        let still = self.ticked.replace(now).map_or(Duration::ZERO, |last| now.duration_since(last));
+        if still > self.patience.silence / 4 {
+            for m in self.members.values_mut() {
+                (m.heard, m.since) = ((m.heard + still).min(now), (m.since + still).min(now));
+            }
+        }
         let mut gone = Vec::new();
         // Who has no history yet is measured by the slowest of the others.
         let kind = self.round.as_ref().map_or(Kind::Train, |r| r.kind) as usize;
@@ -408,6 +417,18 @@ mod tests {
             }
             for w in cuts.windows(2) { prop_assert_eq!(w[0].1, w[1].0); }
         }
+    }
+
+    #[test]
+    fn a_coordinator_that_stood_still_blames_nobody() {
+        let t0 = Instant::now();
+        let mut m = Machine::new(2, Patience::default());
+        m.handle(t0, Event::Joined { worker: WorkerId(1), threads: 1 });
+        m.handle(t0, Event::Tick);
+        assert_eq!(m.handle(t0 + Duration::from_secs(60), Event::Tick), []);
+        // From then on it counts again.
+        let silent = (1..=60).find(|i| !m.handle(t0 + Duration::from_secs(60 + i), Event::Tick).is_empty());
+        assert_eq!(silent, Some(6));
     }
 
     #[test]
