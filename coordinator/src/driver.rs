@@ -4,7 +4,7 @@ use crate::files;
 use crate::pace::Pace;
 use crate::store::{Applied, Keep, Store};
 use crate::{Member, Progress, Summary};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -18,12 +18,13 @@ use unisono_common::data::partition::Partitions;
 use unisono_common::data::{Opened, Prepared};
 use unisono_common::ids::{Step, WorkerId};
 use unisono_common::job::{Job, ScheduleKind};
+use unisono_common::loss::LossSums;
 use unisono_common::metrics::{EvalKind, EvalSummary, EvalSums};
 use unisono_common::optim::Optimizer;
 use unisono_common::protocol::{Command, Event, Kind, Machine};
 use unisono_common::schedule::{self, EarlyState, PlateauState};
 use unisono_common::tree::{Node, Offer, Open};
-use unisono_proto::v1;
+use unisono_proto::{self as wire, WireError, v1};
 
 /// Sends messages to one worker's session.
 pub type ToWorker = mpsc::UnboundedSender<Result<v1::ToWorker, Status>>;
@@ -39,8 +40,10 @@ pub enum Input {
     Left {
         worker: WorkerId,
     },
-    Heartbeat {
+    /// Its pushes ended, or were refused.
+    Broken {
         worker: WorkerId,
+        why: String,
     },
     NodeDone {
         worker: WorkerId,
@@ -69,6 +72,9 @@ pub enum Input {
     Saved(Result<(PathBuf, String)>),
 }
 
+/// What proves that a stream is a member's.
+pub type Token = [u8; 16];
+
 /// What service and driver share.
 pub struct Shared {
     pub job: Job,
@@ -84,6 +90,9 @@ pub struct Shared {
     pub(crate) inputs: mpsc::UnboundedSender<Input>,
     pub(crate) next_id: AtomicU64,
     pub(crate) names: Mutex<BTreeMap<WorkerId, String>>,
+    pub(crate) tokens: Mutex<BTreeMap<Token, WorkerId>>,
+    /// Turns to encode a partition.
+    pub(crate) encoding: Arc<tokio::sync::Semaphore>,
     pub(crate) progress: watch::Sender<Progress>,
 }
 
@@ -96,16 +105,55 @@ impl Shared {
         self.inputs.send(input).ok();
     }
 
-    pub(crate) fn new_worker_id(&self) -> WorkerId {
-        WorkerId(self.next_id.fetch_add(1, Ordering::Relaxed))
+    /// A new member's id, and what will prove that it is that member.
+    pub(crate) fn enter(&self) -> Result<(WorkerId, Token)> {
+        let mut token = Token::default();
+        getrandom::fill(&mut token).map_err(|e| anyhow!("this machine gives no random numbers: {e}"))?;
+        let worker = WorkerId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        lock(&self.tokens).insert(token, worker);
+        Ok((worker, token))
     }
 
-    pub(crate) fn knows(&self, worker: WorkerId) -> bool {
-        worker.0 > 0 && worker.0 < self.next_id.load(Ordering::Relaxed)
+    /// Forgets a member: its streams are nobody's from now on.
+    pub(crate) fn leave(&self, worker: WorkerId) {
+        lock(&self.tokens).retain(|_, member| *member != worker);
+        lock(&self.names).remove(&worker);
     }
 
-    pub(crate) fn generation(&self) -> u64 {
-        lock(&self.machine).generation().0
+    /// The member whose session this is.
+    pub(crate) fn member(&self, session: &[u8]) -> Result<WorkerId, Status> {
+        let known = Token::try_from(session).ok().and_then(|token| lock(&self.tokens).get(&token).copied());
+        known.ok_or_else(|| Status::not_found("there is no such session: join first"))
+    }
+
+    /// Checks a node's header as far as it can be without knowing whose it is.
+    pub(crate) fn check_header(&self, header: &v1::NodeHeader) -> Result<(Step, Node, LossSums), WireError> {
+        let node = wire::node(header.node, self.job.train.partitions)?;
+        let sums = LossSums { loss: header.loss, weight: header.weight, samples: header.samples };
+        let most = node.len() as u64 * self.job.train.micro_batch as u64;
+        if !(sums.loss.is_finite() && sums.weight.is_finite() && sums.weight >= 0.0) || sums.samples > most {
+            return Err(WireError::Range { field: "loss, weight or samples", value: format!("{sums:?}") });
+        }
+        if header.generation > lock(&self.machine).generation().0 {
+            return Err(WireError::Range { field: "generation", value: header.generation.to_string() });
+        }
+        Ok((Step(header.step), node, sums))
+    }
+
+    /// Checks that a node has just the samples that its partitions give to a step.
+    pub(crate) fn check_samples(&self, step: Step, node: Node, samples: u64) -> Result<(), WireError> {
+        let (parts, micro_batch) = (&self.train_parts, self.job.train.micro_batch);
+        let in_epoch = step.0 % parts.steps_per_epoch(micro_batch) as u64;
+        let want: usize = (node.lo..node.hi).map(|p| parts.batch(p, in_epoch, micro_batch).len()).sum();
+        if samples != want as u64 {
+            return Err(WireError::Range { field: "samples", value: format!("{samples}, not {want}") });
+        }
+        Ok(())
+    }
+
+    /// A sign of life.
+    pub(crate) fn heard(&self, worker: WorkerId, now: Instant) {
+        lock(&self.machine).handle(now, Event::Heartbeat { worker });
     }
 
     pub(crate) fn owes(&self, worker: WorkerId, step: Step, kind: Kind, node: Node) -> bool {
@@ -171,7 +219,12 @@ pub(crate) struct Learning {
     pub plateau: PlateauState,
     pub early: EarlyState,
     pub eval: Option<EvalSummary>,
+    /// The step of the last evaluation that schedule and early stopping have seen.
+    pub evaluated: Option<u64>,
 }
+
+/// How often a log line says where the run stands.
+const SAY_EVERY: Duration = Duration::from_secs(10);
 
 pub(crate) struct Driver {
     pub shared: Arc<Shared>,
@@ -186,9 +239,13 @@ pub(crate) struct Driver {
     pub save_again: bool,
     /// The last whole checkpoint, and the digest of its weights.
     pub last_saved: Option<(PathBuf, String)>,
+    /// The step of the checkpoint that is being written, or was written last.
+    pub saved_at: Option<Step>,
     pub stop: bool,
     pub started: Instant,
     pub pace: Pace,
+    /// When the last log line said where the run stands.
+    pub said: Instant,
     pub joined: u64,
     pub most_workers: usize,
     pub finishing: bool,
@@ -201,12 +258,17 @@ impl Driver {
         mut interrupted: watch::Receiver<bool>,
     ) -> Result<Summary> {
         let mut tick = tokio::time::interval(Duration::from_millis(100));
-        self.next()?;
+        if self.shared.test_parts.is_some() && self.is_evaluation_owed() {
+            self.machine(Event::Open { step: self.learning.step, kind: Kind::Evaluate });
+        } else {
+            self.next()?;
+        }
         loop {
             let input = tokio::select! {
                 input = inputs.recv() => input.context("all inputs are gone")?,
                 _ = tick.tick() => {
                     self.machine(Event::Tick);
+                    self.report();
                     self.stop_alone()?;
                     continue;
                 }
@@ -224,6 +286,7 @@ impl Driver {
                 Ok(None) => {}
                 Ok(Some(summary)) => return Ok(summary),
                 Err(e) => {
+                    self.dismiss(&format!("the run failed: {e:#}"));
                     // A checkpoint that is being written is finished first: nothing half-written stays.
                     while self.saving
                         && let Some(input) = inputs.recv().await
@@ -269,12 +332,17 @@ impl Driver {
                 let rejoin = !matches!(reason, unisono_common::protocol::Reason::Drained);
                 tracing::warn!("worker {worker} is out: {reason}");
                 let goodbye = v1::Goodbye { reason: reason.to_string(), rejoin };
-                self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
-                self.sessions.remove(&worker);
+                self.part(worker, goodbye);
             }
             Command::Reissued { partitions, .. } => tracing::info!("{partitions} partitions are leased anew"),
             Command::WaitingForWorkers { missing } => tracing::info!("waiting for workers: {missing} partitions to do"),
         }
+    }
+
+    fn part(&mut self, worker: WorkerId, goodbye: v1::Goodbye) {
+        self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
+        self.sessions.remove(&worker);
+        self.shared.leave(worker);
     }
 
     fn tell(&self, worker: WorkerId, kind: v1::to_worker::Kind) {
@@ -308,7 +376,13 @@ impl Driver {
                 }
                 self.machine(Event::Disconnected { worker });
             }
-            Input::Heartbeat { worker } => self.machine(Event::Heartbeat { worker }),
+            Input::Broken { worker, why } => {
+                if self.sessions.contains_key(&worker) {
+                    tracing::warn!("worker {worker} is out: {why}");
+                    self.part(worker, v1::Goodbye { reason: why, rejoin: true });
+                }
+                self.machine(Event::Disconnected { worker });
+            }
             Input::NodeDone { worker, step, node } => {
                 self.machine(Event::NodeDone { worker, step, kind: Kind::Train, node });
             }
@@ -316,11 +390,12 @@ impl Driver {
                 if !self.shared.owes(worker, step, Kind::Evaluate, node) {
                     return Ok(None);
                 }
-                let Some(sums) = EvalSums::from_parts(self.eval_kind, &sums, &counts) else {
-                    tracing::warn!("worker {worker} sent evaluation sums of the wrong shape");
-                    self.sessions.remove(&worker);
-                    self.machine(Event::Disconnected { worker });
-                    return Ok(None);
+                let samples = |parts: &Partitions| (node.lo..node.hi).map(|p| parts.len(p) as u64).sum::<u64>();
+                let want = self.shared.test_parts.as_ref().map_or(0, samples);
+                let sums = EvalSums::from_parts(self.eval_kind, &sums, &counts).filter(|sums| sums.samples() == want);
+                let Some(sums) = sums else {
+                    let why = "its evaluation sums are not those of its partitions".into();
+                    return self.take(Input::Broken { worker, why });
                 };
                 self.machine(Event::NodeDone { worker, step, kind: Kind::Evaluate, node });
                 if self.evals.offer(node, sums, EvalSums::merge) == Offer::Complete {
@@ -348,7 +423,6 @@ impl Driver {
                 self.learning.step = step.next();
                 self.learning.samples += sums.samples;
                 self.learning.train_loss = sums.loss / sums.weight;
-                self.report();
                 let step = self.learning.step.0;
                 if self.shared.test_parts.is_some() && (self.is_evaluation_due(step) || self.stop) {
                     self.machine(Event::Open { step: Step(step), kind: Kind::Evaluate });
@@ -363,8 +437,11 @@ impl Driver {
                 let again = std::mem::take(&mut self.save_again);
                 match result {
                     Ok(saved) => self.last_saved = Some(saved),
-                    Err(e) if self.finishing => return Err(e),
-                    Err(e) => tracing::error!("no checkpoint was written: {e:#}; training goes on"),
+                    Err(e) if self.finishing && !again => return Err(e),
+                    Err(e) => {
+                        self.saved_at = None;
+                        tracing::error!("no checkpoint was written: {e:#}; training goes on");
+                    }
                 }
                 if self.finishing && again {
                     self.save()?;
@@ -390,11 +467,20 @@ impl Driver {
         step.is_multiple_of(every) || step >= self.total_steps
     }
 
+    /// Whether the run was stopped after a step, but before the evaluation that was due after it.
+    fn is_evaluation_owed(&self) -> bool {
+        let step = self.learning.step.0;
+        step > 0 && self.is_evaluation_due(step) && self.learning.evaluated != Some(step)
+    }
+
     fn evaluated(&mut self, eval: EvalSummary) -> Result<()> {
         let job = &self.shared.job;
         tracing::info!("step {}: test {}", self.learning.step, eval);
         // An evaluation because of a stop must not change what a resumed run does.
         let due = self.is_evaluation_due(self.learning.step.0);
+        if due {
+            self.learning.evaluated = Some(self.learning.step.0);
+        }
         if due
             && let ScheduleKind::Plateau { metric, .. } = job.train.schedule.kind
             && let Some(value) = eval.get(metric)
@@ -443,6 +529,7 @@ impl Driver {
         Ok(())
     }
 
+    /// Shows where the run stands, and says so now and then.
     fn report(&mut self) {
         let learning = &self.learning;
         self.shared.progress.send_replace(Progress {
@@ -454,6 +541,18 @@ impl Driver {
             workers: self.shared.members(Instant::now()),
             eval: learning.eval.clone(),
         });
+        if self.said.elapsed() > SAY_EVERY && learning.step.0 > 0 {
+            self.said = Instant::now();
+            tracing::info!(
+                "step {} of {}, epoch {}, loss {:.4}, {:.0} samples/s, {} workers",
+                learning.step,
+                self.total_steps,
+                learning.step.0 / self.steps_per_epoch,
+                learning.train_loss,
+                self.pace.recent(),
+                self.sessions.len()
+            );
+        }
     }
 
     /// Writes a checkpoint beside training. Called between steps only; while one is being written, the next one waits for
@@ -464,10 +563,16 @@ impl Driver {
             return Ok(());
         }
         self.saving = true;
+        if let Some(saved) = self.last_saved.clone().filter(|_| self.saved_at == Some(self.learning.step)) {
+            self.shared.input(Input::Saved(Ok(saved)));
+            return Ok(());
+        }
+        self.saved_at = Some(self.learning.step);
         let (shared, learning) = (self.shared.clone(), &self.learning);
         let (job, step, layout) = (&shared.job, learning.step, shared.store.layout().clone());
         ensure!(shared.store.is_at(step), "a step was open when a checkpoint was due");
         let manifest = Manifest {
+            digest: String::new(),
             format_version: files::FORMAT,
             name: job.name.clone(),
             job: job.clone(),
@@ -478,6 +583,7 @@ impl Driver {
             epoch: step.0 / self.steps_per_epoch,
             samples: learning.samples,
             weights_digest: String::new(),
+            evaluated: learning.evaluated,
             plateau: serde_json::to_value(&learning.plateau)?,
             early: serde_json::to_value(&learning.early)?,
             train_loss: learning.train_loss,
@@ -499,12 +605,16 @@ impl Driver {
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<Summary> {
-        let workers: Vec<WorkerId> = self.sessions.keys().copied().collect();
-        for worker in workers {
-            let goodbye = v1::Goodbye { reason: "the run is over".into(), rejoin: false };
+    /// Sends all workers home.
+    fn dismiss(&self, reason: &str) {
+        for &worker in self.sessions.keys() {
+            let goodbye = v1::Goodbye { reason: reason.into(), rejoin: false };
             self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
         }
+    }
+
+    fn finish(&mut self) -> Result<Summary> {
+        self.dismiss("the run is over");
         let shared = &self.shared;
         let layout = shared.store.layout();
         let (reissued, lost) = lock(&shared.machine).losses();

@@ -119,12 +119,13 @@ impl Writing {
         for (name, file) in [(WEIGHTS, &self.weights), (OPTIMIZER, &self.optimizer)] {
             manifest.files.insert(name.into(), file.sync()?);
         }
+        manifest.digest = manifest.own_digest();
         let aside = aside(&self.dir, &self.name);
         TensorFile::create(aside.join(MANIFEST), &serde_json::to_vec_pretty(&manifest)?)?.sync()?;
         fs::File::open(&aside)?.sync_all()?;
         let path = self.dir.join(&self.name);
-        // The same step, written before: it is whole until the new one has its place.
-        let old = self.dir.join(format!(".{}.old.partial", self.name));
+        // The same step, written before: it stays until the new one has its place, and comes back if that never happens.
+        let old = self.dir.join(format!(".{}.old", self.name));
         if path.exists() {
             fs::rename(&path, &old)?;
         }
@@ -153,22 +154,40 @@ fn aside(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!(".{name}.partial"))
 }
 
-/// Makes the folder of a run's checkpoints, and finds out now whether it can be written.
-pub fn check(dir: &Path) -> Result<()> {
+/// The right to write to a run's folder, as long as it is held.
+pub struct Lock {
+    _file: fs::File,
+}
+
+/// Makes the folder of a run's checkpoints, finds out now whether it can be written, and locks it against other runs.
+pub fn check(dir: &Path) -> Result<Lock> {
     fs::create_dir_all(dir)
         .with_context(|| format!("cannot make the checkpoint folder {}; set checkpoint.dir", dir.display()))?;
+    let way_out = "set checkpoint.dir to another folder";
+    let path = dir.join(".lock");
+    let opened = fs::File::options().create(true).truncate(false).write(true).open(&path);
+    let file = opened.with_context(|| format!("cannot write checkpoints to {}; {way_out}", dir.display()))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => {
+            bail!("another run is writing its checkpoints to {}: wait for its end, or {way_out}", dir.display())
+        }
+        Err(fs::TryLockError::Error(e)) => {
+            return Err(e).with_context(|| format!("cannot lock {}; {way_out}", path.display()));
+        }
+    }
     // What a run left that was ended while it wrote.
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().to_string();
-        if name.starts_with(".step-") && name.ends_with(".partial") {
-            fs::remove_dir_all(entry.path()).ok();
+        let Some(hidden) = name.strip_prefix('.').filter(|name| name.starts_with("step-")) else { continue };
+        match hidden.strip_suffix(".old").map(|step| dir.join(step)) {
+            Some(step) if !step.exists() => fs::rename(entry.path(), step)?,
+            Some(_) => fs::remove_dir_all(entry.path())?,
+            None if hidden.ends_with(".partial") => fs::remove_dir_all(entry.path())?,
+            None => {}
         }
     }
-    let probe = dir.join(".probe.partial");
-    let written =
-        fs::write(&probe, "unisono").context("cannot write checkpoints; set checkpoint.dir to another folder");
-    fs::remove_file(&probe).ok();
-    written
+    Ok(Lock { _file: file })
 }
 
 /// The checkpoints in `dir`, oldest first; nothing is checked.
@@ -185,10 +204,16 @@ pub fn read(path: &Path) -> Result<Loaded> {
     let at = path.join(MANIFEST);
     let text = fs::read(&at)
         .with_context(|| format!("{} is not a whole checkpoint: cannot read its manifest", path.display()))?;
-    let manifest: Manifest = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", at.display()))?;
+    let damaged = || format!("{} is damaged", at.display());
+    let manifest: Manifest = serde_json::from_slice(&text).with_context(damaged)?;
     if manifest.format_version != FORMAT {
         bail!("{} has format {}, this program reads {FORMAT}", path.display(), manifest.format_version);
     }
+    let digest = manifest.own_digest();
+    if manifest.digest != digest {
+        bail!("{}: its digest is {digest}, it says {}", damaged(), manifest.digest);
+    }
+    manifest.prepared.check().with_context(damaged)?;
     let file = |name: &str| -> Result<Vec<u8>> {
         let at = path.join(name);
         let bytes = fs::read(&at).with_context(|| format!("cannot read {}", at.display()))?;
@@ -217,21 +242,19 @@ pub fn newest(dir: &Path) -> (Option<Loaded>, Vec<String>) {
     (None, passed_over)
 }
 
-/// Moves the checkpoints of an earlier run into `dir/previous`, replacing what was there.
-pub fn set_aside(dir: &Path) -> Result<usize> {
+/// Moves the checkpoints of an earlier run into a folder of their own, `dir/previous-N`, and gives it.
+pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>> {
     let old = list(dir);
     if old.is_empty() {
-        return Ok(0);
+        return Ok(None);
     }
-    let previous = dir.join("previous");
-    if previous.exists() {
-        fs::remove_dir_all(&previous).with_context(|| format!("cannot clear {}", previous.display()))?;
-    }
+    let mut names = (1..).map(|n| dir.join(format!("previous-{n}")));
+    let previous = names.find(|path| !path.exists()).context("there are too many earlier runs")?;
     fs::create_dir_all(&previous)?;
     for path in &old {
         if let Some(name) = path.file_name() {
             fs::rename(path, previous.join(name))?;
         }
     }
-    Ok(old.len())
+    Ok(Some(previous))
 }

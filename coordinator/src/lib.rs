@@ -19,7 +19,7 @@ use std::time::Instant;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use unisono_common::checkpoint;
-use unisono_common::data::{self, partition::Partitions};
+use unisono_common::data::{self, Prepared, partition::Partitions};
 use unisono_common::ids::Step;
 use unisono_common::job::{Job, Length, ScheduleKind};
 use unisono_common::layout::Layout;
@@ -111,6 +111,7 @@ pub struct Ready {
     optimizer: Optimizer,
     dir: PathBuf,
     from: Option<Resumed>,
+    lock: files::Lock,
 }
 
 /// Where an earlier run left off.
@@ -160,19 +161,24 @@ pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
     }
     let optimizer = Optimizer::new(&job.train.optimizer);
     let dir = PathBuf::from(&job.checkpoint.dir);
-    let from = if resume { Some(find(&job, &dir, model.layout(), &optimizer)?) } else { None };
-    files::check(&dir)?;
-    Ok(Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from })
+    if resume && !dir.exists() {
+        bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display());
+    }
+    let lock = files::check(&dir)?;
+    let from = if resume { Some(find(&job, &opened.prepared, &dir, model.layout(), &optimizer)?) } else { None };
+    Ok(Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from, lock })
 }
 
+const AFRESH: &str = "there is nothing to resume from; leave --resume out to start afresh";
+
 /// The newest whole checkpoint of `dir`, which must be this job's.
-fn find(job: &Job, dir: &Path, layout: &Layout, optimizer: &Optimizer) -> Result<Resumed> {
+fn find(job: &Job, prepared: &Prepared, dir: &Path, layout: &Layout, optimizer: &Optimizer) -> Result<Resumed> {
     let (found, passed_over) = files::newest(dir);
     for why in passed_over {
         tracing::warn!("passed over: {why}");
     }
     let Some(files::Loaded { path, manifest, weights, optimizer: slots }) = found else {
-        bail!("there is no whole checkpoint in {} to resume from; leave --resume out to start afresh", dir.display())
+        bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display())
     };
     if manifest.layout_digest != hex(layout.digest()) {
         bail!(
@@ -181,6 +187,13 @@ fn find(job: &Job, dir: &Path, layout: &Layout, optimizer: &Optimizer) -> Result
         );
     }
     let mine = || format!("{} does not fit this job", path.display());
+    if manifest.prepared != *prepared {
+        bail!(
+            "{} was trained on other data than what the job names now (a file has changed, or data.normalize): bring the \
+             data back, set checkpoint.dir to another folder, or leave --resume out",
+            path.display()
+        );
+    }
     let slots =
         checkpoint::state_from_safetensors(layout.trainable(), &optimizer.slot_names(), &slots).with_context(mine)?;
     let weights = checkpoint::weights_from_safetensors(layout, &weights).with_context(mine)?;
@@ -197,6 +210,7 @@ fn find(job: &Job, dir: &Path, layout: &Layout, optimizer: &Optimizer) -> Result
         plateau: serde_json::from_value(manifest.plateau).with_context(mine)?,
         early: serde_json::from_value(manifest.early).with_context(mine)?,
         eval: serde_json::from_value(manifest.eval).with_context(mine)?,
+        evaluated: manifest.evaluated,
     };
     Ok(Resumed { path, digest: manifest.weights_digest, weights, slots, learning })
 }
@@ -209,7 +223,7 @@ pub async fn run(
     progress: watch::Sender<Progress>,
     interrupted: watch::Receiver<bool>,
 ) -> Result<Summary> {
-    let Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from } = ready;
+    let Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from, lock: _lock } = ready;
     let layout = Arc::new(model.layout().clone());
     let steps_per_epoch = train_parts.steps_per_epoch(job.train.micro_batch) as u64;
     let mut total_steps = match job.train.length {
@@ -226,14 +240,14 @@ pub async fn run(
             (weights, slots, learning, Some((path, digest)))
         }
         None => {
-            let moved = files::set_aside(&dir)?;
-            if moved > 0 {
-                tracing::info!("{moved} checkpoints of an earlier run are now in {}", dir.join("previous").display());
+            if let Some(previous) = files::set_aside(&dir)? {
+                tracing::info!("checkpoints of an earlier run are now in {}", previous.display());
             }
             (layout.init(job.seed), Vec::new(), Learning::default(), None)
         }
     };
-    let pace = Pace::new(Instant::now(), total_steps.saturating_sub(learning.step.0));
+    let first = learning.step;
+    let pace = Pace::new(Instant::now(), total_steps.saturating_sub(first.0));
     let (inputs, received) = mpsc::unbounded_channel();
     let applied = inputs.clone();
     let clip = store::Clip { norm: job.train.clip_norm, value: job.train.clip_value };
@@ -268,6 +282,8 @@ pub async fn run(
         inputs,
         next_id: std::sync::atomic::AtomicU64::new(1),
         names: Mutex::new(BTreeMap::new()),
+        tokens: Mutex::new(BTreeMap::new()),
+        encoding: Arc::new(tokio::sync::Semaphore::new(2)),
         progress,
         job,
     });
@@ -283,6 +299,8 @@ pub async fn run(
         .initial_connection_window_size(unisono_proto::CONNECTION_WINDOW)
         .max_frame_size(unisono_proto::MAX_FRAME)
         .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(unisono_proto::KEEPALIVE))
+        .http2_keepalive_timeout(Some(unisono_proto::KEEPALIVE))
         .add_service(health_service)
         .add_service(reflection)
         .add_service(
@@ -302,10 +320,12 @@ pub async fn run(
         evals: Open::new(p),
         saving: false,
         save_again: false,
+        saved_at: last_saved.as_ref().map(|_| first),
         last_saved,
         stop: false,
         started: options.started,
         pace,
+        said: Instant::now(),
         joined: 0,
         most_workers: 0,
         finishing: false,

@@ -6,11 +6,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use unisono_common::ids::{Step, WorkerId};
-use unisono_common::loss::LossSums;
 use unisono_common::protocol::Kind;
 use unisono_proto::{self as wire, v1};
 
@@ -28,9 +27,13 @@ struct SessionGuard {
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
+        self.shared.leave(self.worker);
         self.shared.input(Input::Left { worker: self.worker });
     }
 }
+
+/// Chunks of one push that are being reduced at once, at most.
+const AT_ONCE: usize = 8;
 
 impl Service {
     fn check_join(&self, join: &v1::Join) -> Result<(), Status> {
@@ -63,6 +66,51 @@ impl Service {
                 short(&fingerprint),
                 short(&s.fingerprint)
             ));
+        }
+        Ok(())
+    }
+
+    /// Takes the nodes and chunks of one worker, until its stream ends or something in it is wrong.
+    async fn take_pushes(&self, worker: WorkerId, mut parts: Streaming<v1::PushPart>) -> Result<(), Status> {
+        let shared = &self.0;
+        let layout = shared.store.layout();
+        // The node that chunks belong to; `None` while it is not owed (late, or of another step).
+        let mut open = None;
+        let mut came = vec![false; layout.chunks()];
+        let turns = Arc::new(Semaphore::new(AT_ONCE));
+        while let Some(part) = parts.message().await? {
+            match part.kind {
+                Some(v1::push_part::Kind::Node(header)) => {
+                    let (step, node, sums) = shared.check_header(&header)?;
+                    came.fill(false);
+                    open = if shared.owes(worker, step, Kind::Train, node) {
+                        shared.check_samples(step, node, sums.samples)?;
+                        Some((step, node, sums, Arc::new(AtomicUsize::new(layout.chunks()))))
+                    } else {
+                        None
+                    };
+                }
+                Some(v1::push_part::Kind::Chunk(chunk)) => {
+                    wire::check_chunk(layout, chunk.index, chunk.crc, &chunk.values)?;
+                    if std::mem::replace(&mut came[chunk.index as usize], true) {
+                        return Err(Status::invalid_argument(format!("chunk {} came twice", chunk.index)));
+                    }
+                    let Some((step, node, sums, left)) = open.clone() else { continue };
+                    let turn =
+                        turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
+                    let shared = shared.clone();
+                    self.0.pool.spawn(move || {
+                        if left.fetch_sub(1, Ordering::SeqCst) == 1 {
+                            shared.input(Input::NodeDone { worker, step, node });
+                        }
+                        shared.store.accept(step, node, sums, chunk.index as usize, chunk.values);
+                        drop(turn);
+                    });
+                }
+                Some(v1::push_part::Kind::Session(_)) | None => {
+                    return Err(Status::invalid_argument("a push holds nodes and chunks after its first message"));
+                }
+            }
         }
         Ok(())
     }
@@ -100,9 +148,10 @@ impl v1::coordinator_server::Coordinator for Service {
         };
         self.check_join(&join)?;
         let shared = self.0.clone();
-        let worker = shared.new_worker_id();
+        let (worker, token) = shared.enter().map_err(|e| Status::internal(e.to_string()))?;
         let (to_worker, outgoing) = mpsc::unbounded_channel();
-        let joined = v1::Joined { worker_id: worker.0, heartbeat_ms: shared.heartbeat_ms };
+        let session = token.to_vec().into();
+        let joined = v1::Joined { worker_id: worker.0, heartbeat_ms: shared.heartbeat_ms, session };
         to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Joined(joined)) })).ok();
         let name: String = join.name.chars().filter(|c| !c.is_control()).take(64).collect();
         shared.input(Input::Join { worker, threads: join.threads, name, to_worker });
@@ -112,17 +161,14 @@ impl v1::coordinator_server::Coordinator for Service {
             let partitions = shared.job.train.partitions;
             while let Some(Ok(message)) = incoming.next().await {
                 match message.kind {
-                    Some(v1::from_worker::Kind::Heartbeat(_)) => shared.input(Input::Heartbeat { worker }),
-                    Some(v1::from_worker::Kind::EvalDone(done)) => match wire::node(done.node, partitions) {
-                        Ok(node) => shared.input(Input::EvalDone {
-                            worker,
-                            step: Step(done.step),
-                            node,
-                            sums: done.sums,
-                            counts: done.counts,
-                        }),
-                        Err(_) => break,
-                    },
+                    Some(v1::from_worker::Kind::Heartbeat(_)) => shared.heard(worker, Instant::now()),
+                    Some(v1::from_worker::Kind::EvalDone(done)) => {
+                        let (step, Ok(node)) = (Step(done.step), wire::node(done.node, partitions)) else { break };
+                        if shared.owes(worker, step, Kind::Evaluate, node) {
+                            let (sums, counts) = (done.sums, done.counts);
+                            shared.input(Input::EvalDone { worker, step, node, sums, counts });
+                        }
+                    }
                     Some(v1::from_worker::Kind::Diverged(d)) => shared.input(Input::Diverged {
                         worker,
                         step: Step(d.step),
@@ -140,57 +186,15 @@ impl v1::coordinator_server::Coordinator for Service {
     async fn push(&self, request: Request<Streaming<v1::PushPart>>) -> Result<Response<v1::PushReply>, Status> {
         let mut parts = request.into_inner();
         let first = parts.message().await?.and_then(|p| p.kind);
-        let Some(v1::push_part::Kind::WorkerId(id)) = first else {
-            return Err(Status::invalid_argument("the first message of a push must be the worker's id"));
+        let Some(v1::push_part::Kind::Session(session)) = first else {
+            return Err(Status::invalid_argument("the first message of a push must be the session"));
         };
-        let (shared, worker) = (self.0.clone(), WorkerId(id));
-        let layout = shared.store.layout().clone();
-        // The node that chunks belong to; `None` while it is not owed (late, or of another step).
-        let mut open = None;
-        let mut came = vec![false; layout.chunks()];
-        while let Some(part) = parts.message().await? {
-            match part.kind {
-                Some(v1::push_part::Kind::Node(header)) => {
-                    let node = wire::node(header.node, shared.job.train.partitions)?;
-                    let sums = LossSums { loss: header.loss, weight: header.weight, samples: header.samples };
-                    let most = node.len() as u64 * shared.job.train.micro_batch as u64;
-                    let sound = sums.loss.is_finite() && sums.weight.is_finite() && sums.weight >= 0.0;
-                    if !sound || sums.samples > most {
-                        return Err(wire::WireError::Range {
-                            field: "loss, weight or samples",
-                            value: format!("{sums:?}"),
-                        }
-                        .into());
-                    }
-                    let step = Step(header.step);
-                    if header.generation > shared.generation() {
-                        let value = header.generation.to_string();
-                        return Err(wire::WireError::Range { field: "generation", value }.into());
-                    }
-                    came.fill(false);
-                    let left = Arc::new(AtomicUsize::new(layout.chunks()));
-                    open = shared.owes(worker, step, Kind::Train, node).then_some((step, node, sums, left));
-                }
-                Some(v1::push_part::Kind::Chunk(chunk)) => {
-                    wire::check_chunk(&layout, chunk.index, chunk.crc, &chunk.values)?;
-                    if std::mem::replace(&mut came[chunk.index as usize], true) {
-                        return Err(Status::invalid_argument(format!("chunk {} came twice", chunk.index)));
-                    }
-                    let Some((step, node, sums, left)) = open.clone() else { continue };
-                    let shared = shared.clone();
-                    self.0.pool.spawn(move || {
-                        if left.fetch_sub(1, Ordering::SeqCst) == 1 {
-                            shared.input(Input::NodeDone { worker, step, node });
-                        }
-                        shared.store.accept(step, node, sums, chunk.index as usize, chunk.values);
-                    });
-                }
-                Some(v1::push_part::Kind::WorkerId(_)) | None => {
-                    return Err(Status::invalid_argument("a push holds nodes and chunks after its first message"));
-                }
-            }
-        }
-        Ok(Response::new(v1::PushReply {}))
+        let worker = self.0.member(&session)?;
+        let taken = self.take_pushes(worker, parts).await;
+        // A worker that cannot push is of no use: it leaves, and what it owes is done by others.
+        let why = taken.as_ref().err().map_or("its pushes ended", |e| e.message()).to_string();
+        self.0.input(Input::Broken { worker, why });
+        taken.map(|()| Response::new(v1::PushReply {}))
     }
 
     type BroadcastStream = Out<v1::WeightChunk>;
@@ -199,11 +203,8 @@ impl v1::coordinator_server::Coordinator for Service {
         &self,
         request: Request<v1::BroadcastRequest>,
     ) -> Result<Response<Self::BroadcastStream>, Status> {
-        let worker = WorkerId(request.into_inner().worker_id);
         let shared = self.0.clone();
-        if !shared.knows(worker) {
-            return Err(Status::not_found(format!("worker {worker} has no session: join first")));
-        }
+        shared.member(&request.into_inner().session)?;
         let (send, receive) = mpsc::channel(4);
         tokio::spawn(async move {
             let mut changes = shared.store.changes();
@@ -237,17 +238,18 @@ impl v1::coordinator_server::Coordinator for Service {
     ) -> Result<Response<Self::FetchPartitionStream>, Status> {
         let request = request.into_inner();
         let shared = self.0.clone();
-        if !shared.knows(WorkerId(request.worker_id)) {
-            return Err(Status::not_found("join first"));
-        }
+        shared.member(&request.session)?;
         if request.partition >= shared.job.train.partitions {
             return Err(wire::WireError::Range { field: "partition", value: request.partition.to_string() }.into());
         }
+        // A partition in memory twice is enough, whoever asks for how many.
+        let turn = shared.encoding.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
         let encode = move || shared.partition_bytes(request.partition, request.test);
         let encoded = tokio::task::spawn_blocking(encode).await;
         let bytes = encoded.map_err(|_| Status::internal("the partition could not be read"))?;
         let (send, receive) = mpsc::channel(2);
         tokio::spawn(async move {
+            let _turn = turn;
             let total = bytes.len() as u64;
             for at in (0..bytes.len()).step_by(1 << 20) {
                 let piece = bytes.slice(at..(at + (1 << 20)).min(bytes.len()));
@@ -269,7 +271,7 @@ impl v1::operator_server::Operator for Service {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
         let worker = WorkerId(request.into_inner().worker_id);
-        if !self.0.knows(worker) {
+        if !self.0.members(Instant::now()).iter().any(|m| m.id == worker.0) {
             return Err(Status::not_found(format!("there is no worker {worker}: `unisono status` lists them")));
         }
         self.0.input(Input::Drain { worker });

@@ -5,7 +5,7 @@
 //! written copies nothing either: what it has not yet written of a chunk is written by the update that would replace it.
 
 use bytes::Bytes;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::watch;
 use unisono_common::ids::Step;
@@ -159,7 +159,8 @@ pub struct Store {
     /// Learning rate of the open step.
     lr: Mutex<f32>,
     pending: AtomicUsize,
-    diverged: AtomicBool,
+    /// Place of the first value that is not finite.
+    diverged: Mutex<Option<usize>>,
     changed: watch::Sender<u64>,
     applied: Box<dyn Fn(Applied) + Send + Sync>,
     /// Bytes of gradients accepted.
@@ -212,7 +213,7 @@ impl Store {
             clip,
             spare: Spare::default(),
             lr: Mutex::new(0.0),
-            diverged: AtomicBool::new(false),
+            diverged: Mutex::new(None),
             changed: watch::Sender::new(0),
             applied,
             bytes_pushed: AtomicU64::new(0),
@@ -252,7 +253,9 @@ impl Store {
         }
         let Some(Part { gradient, sums }) = chunk.open.take_root() else { return };
         let mut gradient = self.spare.sum(gradient);
-        let inverse = (1.0 / sums.weight) as f32;
+        self.check(index, &gradient);
+        // Without any weight (all of class_weights 0) there is no loss, and no gradient.
+        let inverse = if sums.weight > 0.0 { (1.0 / sums.weight) as f32 } else { 0.0 };
         kernels::scale(&mut gradient[..self.layout.trainable_of(index).len()], inverse);
         let clipped = self.clip.norm.is_some();
         if clipped {
@@ -322,24 +325,28 @@ impl Store {
             }
         }
         self.spare.put(gradient);
-        if !kernels::all_finite(&out) {
-            self.diverged.store(true, Ordering::SeqCst);
-        }
+        self.check(index, &out);
         chunk.previous = Some(std::mem::replace(&mut chunk.weights, Weights::new(out)));
         chunk.version = step.next();
     }
 
+    /// Notes the first tensor, by its place in the layout, that is not finite.
+    fn check(&self, index: usize, values: &[f32]) {
+        if !kernels::all_finite(values)
+            && let Some(bad) = values.iter().position(|v| !v.is_finite())
+        {
+            let mut diverged = lock(&self.diverged);
+            let at = self.layout.chunk(index).start + bad;
+            *diverged = Some(diverged.map_or(at, |first| first.min(at)));
+        }
+    }
+
     fn finish(&self, step: Step, sums: LossSums) {
-        let event = if self.diverged.load(Ordering::SeqCst) {
-            let tensor = self.chunks.iter().enumerate().find_map(|(i, chunk)| {
-                let bad = lock(chunk).weights.values.iter().position(|v| !v.is_finite())?;
-                self.layout.tensor_at(self.layout.chunk(i).start + bad).map(|t| t.name.clone())
-            });
-            Applied::Diverged { step, tensor: tensor.unwrap_or_default() }
-        } else {
-            Applied::Done { step, sums }
-        };
-        (self.applied)(event);
+        let diverged = lock(&self.diverged).and_then(|at| self.layout.tensor_at(at));
+        (self.applied)(match diverged {
+            Some(tensor) => Applied::Diverged { step, tensor: tensor.name.clone() },
+            None => Applied::Done { step, sums },
+        });
     }
 
     /// A receiver that wakes when any chunk has a new version.

@@ -1,9 +1,9 @@
 //! A cluster on this machine: the coordinator in this process, workers as children that never outlive it.
 
+use crate::progress::View;
 use crate::{JobArgs, Wrong, interruption, options, read_job, show};
 use anyhow::{Context, Result, bail};
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -11,8 +11,8 @@ use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use unisono_coordinator::Progress;
 
-/// Workers that died and were started again, at most.
-const RESTARTS: usize = 10;
+/// Workers that die within a minute and are replaced, at most.
+const DEATHS: usize = 10;
 
 /// Makes this process end when its parent does, kill -9 included.
 pub fn end_with(parent: u32) -> Result<()> {
@@ -50,7 +50,7 @@ fn spawn(url: &str, threads: usize) -> Result<Child> {
 /// Keeps the workers alive; ends only with an error.
 async fn supervise(url: String, workers: usize, threads: usize) -> Result<std::convert::Infallible> {
     let mut children = (0..workers).map(|_| spawn(&url, threads)).collect::<Result<Vec<_>>>()?;
-    let mut restarts = 0;
+    let mut died = VecDeque::new();
     loop {
         tokio::time::sleep(Duration::from_millis(100)).await;
         for child in &mut children {
@@ -58,52 +58,21 @@ async fn supervise(url: String, workers: usize, threads: usize) -> Result<std::c
             if status.success() {
                 continue;
             }
-            if status.code().is_some() || restarts == RESTARTS {
+            died.retain(|at: &Instant| at.elapsed() < Duration::from_secs(60));
+            died.push_back(Instant::now());
+            if status.code().is_some() {
                 bail!("a worker ended with {status}");
             }
+            if died.len() > DEATHS {
+                bail!(
+                    "workers died {} times within a minute, the last one by {status}: is there enough memory?",
+                    died.len()
+                );
+            }
             tracing::warn!("a worker died ({status}); starting another");
-            restarts += 1;
             *child = spawn(&url, threads)?;
         }
     }
-}
-
-/// A progress line for the run, and one for each worker, ten times a second.
-async fn draw(progress: watch::Receiver<Progress>) {
-    let style = |template| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    let lines = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
-    let run = lines.add(ProgressBar::new(0).with_style(style("{bar:24} {pos}/{len}, {eta} left, {wide_msg}")));
-    let mut workers: Vec<ProgressBar> = Vec::new();
-    let mut tick = tokio::time::interval(Duration::from_millis(100));
-    while progress.has_changed().is_ok() {
-        tick.tick().await;
-        let p = progress.borrow().clone();
-        run.set_length(p.total_steps);
-        run.set_position(p.step);
-        let eval = p.eval.map(|e| format!(", test {e}")).unwrap_or_default();
-        run.set_message(format!("epoch {}, loss {:.4}, {:.0} samples/s{eval}", p.epoch, p.loss, p.samples_per_second));
-        while workers.len() > p.workers.len() {
-            if let Some(line) = workers.pop() {
-                lines.remove(&line);
-            }
-        }
-        while workers.len() < p.workers.len() {
-            workers.push(lines.add(ProgressBar::new(0).with_style(style("  {wide_msg}"))));
-        }
-        for (line, w) in workers.iter().zip(p.workers) {
-            let late = if w.silent > Duration::from_secs(2) {
-                format!(", silent for {} s", w.silent.as_secs())
-            } else {
-                String::new()
-            };
-            let (threads, s) = (w.threads, if w.threads == 1 { "" } else { "s" });
-            line.set_message(format!(
-                "worker {} ({}): {threads} thread{s}, {} partitions{late}",
-                w.id, w.name, w.partitions
-            ));
-        }
-    }
-    lines.clear().ok();
 }
 
 /// `unisono local`.
@@ -114,8 +83,7 @@ pub async fn run(
     args: JobArgs,
     started: Instant,
 ) -> Result<ExitCode> {
-    let terminal = std::io::stderr().is_terminal() && !args.quiet && !args.verbose;
-    crate::log(if args.quiet || terminal { tracing::Level::WARN } else { tracing::Level::INFO });
+    let view = View::new(&args);
     let job = read_job(job.as_ref(), &args.set)?;
     let partitions = job.train.partitions as usize;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -129,13 +97,13 @@ pub async fn run(
     let url = format!("http://{}", listener.local_addr()?);
     let (progress, watching) = watch::channel(Progress::default());
     let interrupted = interruption();
-    if terminal {
-        tokio::spawn(draw(watching));
-    }
+    let shown = view.show(watching);
     let summary = tokio::select! {
-        summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()) => summary?,
-        failed = supervise(url, workers, threads) => match failed? {},
+        summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()) => summary,
+        failed = supervise(url, workers, threads) => failed.map(|never| match never {}),
     };
+    shown.end().await;
+    let summary = summary?;
     show::summary(&summary, args.json)?;
     Ok(show::exit_code(&summary, *interrupted.borrow()))
 }

@@ -2,15 +2,19 @@
 
 mod local;
 mod operate;
+mod progress;
 mod show;
 mod trained;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use progress::View;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tracing::Level;
+use tracing_subscriber::filter::Targets;
 use unisono_common::job::{self, Job, JobText};
 
 /// The job that `unisono local` runs when none is named.
@@ -40,7 +44,7 @@ pub(crate) struct JobArgs {
     /// Prints only warnings and the summary
     #[arg(long)]
     quiet: bool,
-    /// Prints more
+    /// Prints log lines, in detail, instead of progress lines
     #[arg(short, long)]
     verbose: bool,
     /// A worker is lost after this many seconds without a sign of life
@@ -89,6 +93,7 @@ enum Cmd {
         /// Ends when this process, which must be the parent, ends
         #[arg(long, hide = true)]
         parent: Option<u32>,
+        /// Prints more
         #[arg(short, long)]
         verbose: bool,
     },
@@ -131,18 +136,24 @@ enum Cmd {
     },
     /// Shows where a running job stands
     Status {
+        /// The coordinator's URL, as http://HOST:PORT
         #[arg(long)]
         coordinator: String,
+        /// Prints one JSON object
+        #[arg(long)]
+        json: bool,
     },
     /// Takes a worker out of a running job after its current step
     Drain {
         /// The worker's id, as `status` shows it
         worker: u64,
+        /// The coordinator's URL, as http://HOST:PORT
         #[arg(long)]
         coordinator: String,
     },
     /// Ends a running job after its current step, with a checkpoint
     Stop {
+        /// The coordinator's URL, as http://HOST:PORT
         #[arg(long)]
         coordinator: String,
     },
@@ -153,13 +164,16 @@ enum Cmd {
 #[error("{0:#}")]
 pub(crate) struct Wrong(pub anyhow::Error);
 
-fn log(level: tracing::Level) {
-    tracing_subscriber::fmt()
-        .with_max_level(level)
+/// Writes log lines of our own up to `level`, and the warnings of libraries, to stderr.
+pub(crate) fn log(level: Level) {
+    use tracing_subscriber::prelude::*;
+    let ours = ["unisono", "unisono_coordinator", "unisono_worker"].map(|name| (name, level));
+    let lines = tracing_subscriber::fmt::layer()
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr)
-        .init();
+        .with_writer(std::io::stderr);
+    let filter = Targets::new().with_default(level.min(Level::WARN)).with_targets(ours);
+    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
 }
 
 pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
@@ -211,21 +225,28 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
     match command {
         Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args, started).await,
         Cmd::Coordinator { job, listen, args } => {
-            log(if args.quiet { tracing::Level::WARN } else { tracing::Level::INFO });
+            let view = View::new(&args);
             let (job, options) = (read_job(Some(&job), &args.set)?, options(&args, started)?);
             let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
             let listener = tokio::net::TcpListener::bind(&listen).await.map_err(|e| {
                 Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; choose another address with --listen"))
             })?;
             tracing::info!("listening on http://{}", listener.local_addr()?);
-            let (progress, _) = watch::channel(Default::default());
+            let (progress, watching) = watch::channel(Default::default());
+            let shown = view.show(watching);
             let interrupted = interruption();
-            let summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()).await?;
+            let summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()).await;
+            shown.end().await;
+            let summary = summary?;
             show::summary(&summary, args.json)?;
             Ok(show::exit_code(&summary, *interrupted.borrow()))
         }
         Cmd::Worker { coordinator, threads, patience, cache, parent, verbose } => {
-            log(if verbose || parent.is_none() { tracing::Level::INFO } else { tracing::Level::ERROR });
+            log(match (verbose, parent) {
+                (true, _) => Level::DEBUG,
+                (false, None) => Level::INFO,
+                (false, Some(_)) => Level::ERROR,
+            });
             if let Some(parent) = parent {
                 local::end_with(parent)?;
             }
@@ -240,7 +261,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         Cmd::Eval { checkpoint, job, set, json } => trained::eval(&checkpoint, job.as_ref(), &set, json),
         Cmd::Predict { checkpoint, input, format } => trained::predict(&checkpoint, input.as_ref(), format),
         Cmd::Export { checkpoint, to, force } => trained::export(&checkpoint, &to, force),
-        Cmd::Status { coordinator } => operate::status(&coordinator).await,
+        Cmd::Status { coordinator, json } => operate::status(&coordinator, json).await,
         Cmd::Drain { worker, coordinator } => operate::drain(&coordinator, worker).await,
         Cmd::Stop { coordinator } => operate::stop(&coordinator).await,
     }

@@ -1,23 +1,46 @@
 //! Asking and steering a running job.
 
+use crate::Wrong;
 use anyhow::{Context, Result, anyhow};
+use serde_json::json;
 use std::process::ExitCode;
+use std::time::Duration;
 use unisono_proto::v1;
 
 type Client = v1::operator_client::OperatorClient<tonic::transport::Channel>;
 
 async fn client(url: &str) -> Result<Client> {
-    let url = if url.contains("://") { url.to_string() } else { format!("http://{url}") };
-    Client::connect(url.clone()).await.with_context(|| format!("cannot reach a coordinator at {url}"))
+    let limit = Duration::from_secs(5);
+    let endpoint = unisono_worker::endpoint(url).map_err(Wrong)?.timeout(limit);
+    let connected = tokio::time::timeout(limit, endpoint.connect()).await.context("nothing answers");
+    let channel = connected.and_then(|c| Ok(c?)).with_context(|| format!("cannot reach a coordinator at {url}"))?;
+    Ok(Client::new(channel))
 }
 
 fn plain(e: tonic::Status) -> anyhow::Error {
-    anyhow!("{}", e.message())
+    match e.code() {
+        tonic::Code::Cancelled | tonic::Code::DeadlineExceeded => anyhow!("the coordinator does not answer"),
+        tonic::Code::Unimplemented => anyhow!("what answers there is no coordinator of this version"),
+        _ => anyhow!("{}", e.message()),
+    }
 }
 
 /// Prints where the run stands.
-pub async fn status(url: &str) -> Result<ExitCode> {
+pub async fn status(url: &str, json: bool) -> Result<ExitCode> {
     let s = client(url).await?.status(v1::StatusRequest {}).await.map_err(plain)?.into_inner();
+    if json {
+        let worker = |w: &v1::WorkerStatus| {
+            json!({ "worker": w.worker_id, "rank": w.rank, "name": w.name, "threads": w.threads,
+                    "partitions": w.partitions, "silent_ms": w.silent_ms })
+        };
+        let workers: Vec<_> = s.workers.iter().map(worker).collect();
+        println!(
+            "{}",
+            json!({ "job": s.job, "steps": s.step, "total_steps": s.total_steps, "epochs": s.epoch, "train_loss": s.loss,
+                    "samples_per_second": s.samples_per_second, "workers": workers })
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
     println!(
         "{}: step {} of {}, epoch {}, loss {:.5}, {:.0} samples/s",
         s.job, s.step, s.total_steps, s.epoch, s.loss, s.samples_per_second

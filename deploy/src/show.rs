@@ -4,7 +4,7 @@ use anyhow::Result;
 use std::process::ExitCode;
 use unisono_coordinator::Summary;
 
-/// Prints the summary: one JSON line on stdout, or a short table on stderr.
+/// Prints the summary: one JSON line on stdout, or a short table on stdout.
 pub fn summary(s: &Summary, json: bool) -> Result<()> {
     if json {
         println!("{}", serde_json::to_string(s)?);

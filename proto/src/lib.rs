@@ -25,6 +25,9 @@ pub const CONNECTION_WINDOW: u32 = 8 << 20;
 /// Largest HTTP/2 frame that the protocol allows; must be set on both ends.
 pub const MAX_FRAME: u32 = (1 << 24) - 1;
 
+/// Each side asks the other this often whether it is there, and waits this long for the answer.
+pub const KEEPALIVE: std::time::Duration = std::time::Duration::from_secs(15);
+
 /// Compute threads of a worker, at most.
 pub const MAX_THREADS: u32 = 4096;
 

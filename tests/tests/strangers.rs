@@ -106,11 +106,14 @@ async fn session(
     client.session(messages).await.map(|r| r.into_inner())
 }
 
-/// Joins, and gives the worker's id with the open session.
-async fn joined(client: &mut Client, join: v1::Join) -> (u64, Streaming<v1::ToWorker>) {
+/// What proves a membership.
+type Token = Vec<u8>;
+
+/// Joins, and gives the proof with the open session.
+async fn joined(client: &mut Client, join: v1::Join) -> (Token, Streaming<v1::ToWorker>) {
     let mut session = session(client, join, Vec::new()).await.expect("joined");
     match session.message().await.expect("a message").and_then(|m| m.kind) {
-        Some(v1::to_worker::Kind::Joined(joined)) => (joined.worker_id, session),
+        Some(v1::to_worker::Kind::Joined(joined)) => (joined.session.to_vec(), session),
         other => panic!("not joined: {other:?}"),
     }
 }
@@ -118,6 +121,22 @@ async fn joined(client: &mut Client, join: v1::Join) -> (u64, Streaming<v1::ToWo
 async fn push(client: &mut Client, parts: Vec<v1::push_part::Kind>) -> Result<(), Status> {
     let parts = parts.into_iter().map(|kind| v1::PushPart { kind: Some(kind) });
     client.push(stream::iter(parts.collect::<Vec<_>>())).await.map(|_| ())
+}
+
+/// The first message of a push.
+fn of(session: &[u8]) -> v1::push_part::Kind {
+    v1::push_part::Kind::Session(session.to_vec().into())
+}
+
+/// Reads a session to its goodbye.
+async fn goodbye(session: &mut Streaming<v1::ToWorker>) -> v1::Goodbye {
+    loop {
+        match session.message().await.expect("a message").and_then(|m| m.kind) {
+            Some(v1::to_worker::Kind::Goodbye(goodbye)) => return goodbye,
+            Some(_) => {}
+            None => panic!("the session ended without a goodbye"),
+        }
+    }
 }
 
 fn chunk(index: u32, values: &[f32]) -> v1::GradientChunk {
@@ -169,21 +188,23 @@ async fn wrong_joins(client: &mut Client) {
 
 /// Pushes that must be refused, or, where they are only late or unknown, change nothing.
 async fn wrong_pushes(client: &mut Client) {
-    use v1::push_part::Kind::{Chunk, Node, WorkerId};
+    use v1::push_part::Kind::{Chunk, Node};
     let (job, layout, join) = honest_join(client).await;
     let zeros = vec![0.0; layout.chunk(0).len()];
     let every = || (0..layout.chunks()).map(|i| Chunk(chunk(i as u32, &vec![7.0; layout.chunk(i).len()])));
     let p = job.train.partitions;
-    // Well-formed, from nobody, or for steps that are not open: no error is needed, but no effect is allowed.
-    for step in [0, u64::MAX - 1, u64::MAX] {
-        for worker in [0, 999, u64::MAX] {
-            let parts = [WorkerId(worker), Node(header(step, 0, p))].into_iter().chain(every());
-            push(client, parts.collect()).await.ok();
-        }
+    // Well-formed, for steps that are not open: no error is needed, but no effect is allowed.
+    let (mine, session) = joined(client, join.clone()).await;
+    for step in [0, 1 << 40, u64::MAX - 1, u64::MAX] {
+        let parts = [of(&mine), Node(header(step, 0, p))].into_iter().chain(every());
+        push(client, parts.collect()).await.ok();
     }
-    let (id, session) = joined(client, join).await;
-    let parts = [WorkerId(id), Node(header(1 << 40, 0, p))].into_iter().chain(every());
-    push(client, parts.collect()).await.ok();
+    drop(session);
+    // From nobody.
+    for token in [vec![], vec![0; 16], vec![0; 17], 1u64.to_be_bytes().to_vec()] {
+        let parts = [of(&token), Node(header(1, 0, p))].into_iter().chain(every());
+        refused(push(client, parts.collect()).await, Code::NotFound, &["no such session", "join first"]);
+    }
     let mut nan = zeros.clone();
     nan[zeros.len() / 2] = f32::NAN;
     let (chunks, bytes) = (layout.chunks() as u32, zeros.len() * 4);
@@ -194,28 +215,28 @@ async fn wrong_pushes(client: &mut Client) {
         (vec![Chunk(chunk(0, &[]))], vec!["chunk 0 has 0 bytes".into()]),
         (vec![Chunk(v1::GradientChunk { crc: 1, ..chunk(0, &zeros) })], vec!["checksum".into(), "damaged".into()]),
         (vec![Chunk(chunk(0, &nan))], vec!["not finite".into(), "tensor `".into()]),
-        (vec![Node(header(1, 0, p)), Chunk(chunk(0, &zeros)), Chunk(chunk(0, &zeros))], vec!["twice".into()]),
+        (vec![Node(header(0, 0, p)), Chunk(chunk(0, &zeros)), Chunk(chunk(0, &zeros))], vec!["twice".into()]),
         (vec![Node(header(1, 3, 3))], vec!["3..3 is not a node".into()]),
         (vec![Node(header(1, 0, p + 1))], vec!["not a node".into(), format!("{p} partitions")]),
         (vec![Node(v1::NodeHeader { node: None, ..header(1, 0, 1) })], vec!["`node` is missing".into()]),
         (vec![Node(v1::NodeHeader { loss: f64::NAN, ..header(1, 0, 1) })], vec!["out of range".into()]),
         (vec![Node(v1::NodeHeader { weight: -1.0, ..header(1, 0, 1) })], vec!["out of range".into()]),
         (vec![Node(v1::NodeHeader { samples: u64::MAX, ..header(1, 0, 1) })], vec!["out of range".into()]),
-        (vec![WorkerId(id)], vec!["nodes and chunks".into()]),
+        (vec![of(&[1; 16])], vec!["nodes and chunks".into()]),
     ];
     for (parts, words) in cases {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        for worker in [id, 999] {
-            refused(
-                push(client, [vec![WorkerId(worker)], parts.clone()].concat()).await,
-                Code::InvalidArgument,
-                &words,
-            );
-        }
+        // Whoever is refused is sent away, and joins again.
+        let (mine, mut session) = joined(client, join.clone()).await;
+        refused(push(client, [vec![of(&mine)], parts].concat()).await, Code::InvalidArgument, &words);
+        let goodbye = goodbye(&mut session).await;
+        assert!(goodbye.rejoin && words.iter().all(|w| goodbye.reason.contains(w)), "{goodbye:?}");
+        refused(push(client, vec![of(&mine)]).await, Code::NotFound, &["join first"]);
     }
     let nameless = push(client, vec![Chunk(chunk(0, &zeros))]).await;
-    refused(nameless, Code::InvalidArgument, &["first message", "worker's id"]);
-    let too_long = push(client, vec![WorkerId(id), Chunk(chunk(0, &vec![0.0; wire::MAX_MESSAGE / 2]))]).await;
+    refused(nameless, Code::InvalidArgument, &["first message", "session"]);
+    let (mine, session) = joined(client, join.clone()).await;
+    let too_long = push(client, vec![of(&mine), Chunk(chunk(0, &vec![0.0; wire::MAX_MESSAGE / 2]))]).await;
     assert!(too_long.is_err(), "8 MiB in one message");
     drop(session);
 }
@@ -223,20 +244,21 @@ async fn wrong_pushes(client: &mut Client) {
 /// Requests for what is not there.
 async fn wrong_requests(client: &mut Client) {
     let (job, _, join) = honest_join(client).await;
-    let (worker_id, session) = joined(client, join).await;
+    let (mine, session) = joined(client, join).await;
+    let ask = |session: &[u8], partition, test| v1::FetchRequest { session: session.to_vec().into(), partition, test };
+    let weights = |session: &[u8]| v1::BroadcastRequest { session: session.to_vec().into() };
     for partition in [job.train.partitions, u32::MAX] {
         for test in [false, true] {
-            let got = client.fetch_partition(v1::FetchRequest { worker_id, partition, test }).await;
+            let got = client.fetch_partition(ask(&mine, partition, test)).await;
             refused(got, Code::InvalidArgument, &["partition", &partition.to_string(), "out of range"]);
         }
     }
-    let got = client.fetch_partition(v1::FetchRequest { worker_id: 999, partition: 0, test: false }).await;
-    refused(got, Code::NotFound, &["join first"]);
-    refused(client.broadcast(v1::BroadcastRequest { worker_id: 999 }).await, Code::NotFound, &["999", "join first"]);
+    refused(client.fetch_partition(ask(&[1; 16], 0, false)).await, Code::NotFound, &["join first"]);
+    refused(client.broadcast(weights(&[1; 16])).await, Code::NotFound, &["join first"]);
     // Takes weights and data as a member may, and leaves in the middle.
-    let mut weights = client.broadcast(v1::BroadcastRequest { worker_id }).await.expect("weights").into_inner();
-    weights.message().await.expect("a chunk");
-    let fetch = client.fetch_partition(v1::FetchRequest { worker_id, partition: 0, test: false }).await;
+    let mut sent = client.broadcast(weights(&mine)).await.expect("weights").into_inner();
+    sent.message().await.expect("a chunk");
+    let fetch = client.fetch_partition(ask(&mine, 0, false)).await;
     fetch.expect("a partition").into_inner().message().await.expect("a piece");
     drop(session);
 }
@@ -264,22 +286,39 @@ async fn wrong_members(client: &mut Client) {
     }
 }
 
-/// A member that announces a node of its lease and then breaks off or sends a chunk that is refused.
-async fn half_a_node(client: &mut Client) {
-    use v1::push_part::Kind::{Chunk, Node, WorkerId};
-    let (_, _, join) = honest_join(client).await;
-    let (id, mut session) = joined(client, join).await;
-    let work = loop {
-        match session.message().await.expect("a message").and_then(|m| m.kind) {
-            Some(v1::to_worker::Kind::Work(work)) if !work.evaluate => break work,
-            Some(_) => {}
-            None => panic!("the session ended before there was work"),
+/// A member that announces a node of its lease and sends a chunk that is refused, but goes on to be there.
+async fn half_a_node(client: &mut Client) -> Streaming<v1::ToWorker> {
+    use v1::push_part::Kind::{Chunk, Node};
+    let (job, layout, join) = honest_join(client).await;
+    for wrong in 0..3 {
+        let (mine, mut session) = joined(client, join.clone()).await;
+        let work = loop {
+            match session.message().await.expect("a message").and_then(|m| m.kind) {
+                Some(v1::to_worker::Kind::Work(work)) if !work.evaluate => break work,
+                Some(_) => {}
+                None => panic!("the session ended before there was work"),
+            }
+        };
+        let node = work.nodes[0];
+        let samples = u64::from(node.hi - node.lo) * job.train.micro_batch as u64;
+        let header = v1::NodeHeader { generation: work.generation, samples, ..header(work.step, node.lo, node.hi) };
+        let zeros = vec![0.0; layout.chunk(0).len()];
+        let (parts, words): (_, &[&str]) = match wrong {
+            0 => (vec![Node(header), Chunk(chunk(0, &[1.0]))], &["chunk 0 has 4 bytes"]),
+            1 => (vec![Node(header), Chunk(v1::GradientChunk { crc: 1, ..chunk(0, &zeros) })], &["checksum"]),
+            _ => (vec![Node(v1::NodeHeader { samples: 0, ..header })], &["samples", "out of range"]),
+        };
+        let refusal = push(client, [vec![of(&mine)], parts].concat()).await;
+        // Where others were faster, the node is not owed any more, and how many samples it has is not looked at.
+        if wrong < 2 || refusal.is_err() {
+            refused(refusal, Code::InvalidArgument, words);
         }
-    };
-    let node = work.nodes[0];
-    let header = v1::NodeHeader { generation: work.generation, ..header(work.step, node.lo, node.hi) };
-    let refusal = push(client, vec![WorkerId(id), Node(header), Chunk(chunk(0, &[1.0]))]).await;
-    refused(refusal, Code::InvalidArgument, &[]);
+        assert!(goodbye(&mut session).await.rejoin);
+        if wrong == 2 {
+            return session;
+        }
+    }
+    unreachable!("the third case returns")
 }
 
 /// One HTTP/2 frame.
@@ -387,10 +426,54 @@ fn a_member_that_breaks_off_in_the_middle_of_a_node_changes_nothing() {
     let cluster = Cluster::start(dir.path());
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let mut client = cluster.client(&runtime);
-    runtime.block_on(half_a_node(&mut client));
+    let _open = runtime.block_on(half_a_node(&mut client));
     let summary = cluster.end();
     assert!(summary["partitions_reissued"].as_u64() >= Some(1), "the stranger had no lease: {summary}");
     same_result(&summary, &undisturbed());
+}
+
+/// Health by tonic-health, and the services' descriptions by tonic-reflection.
+#[test]
+fn health_and_reflection_are_served() {
+    use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(dir.path());
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    runtime.block_on(async {
+        let channel = Channel::from_shared(format!("http://{}", cluster.address)).expect("a URL");
+        let channel = channel.connect().await.expect("the coordinator answers");
+        for service in ["", "unisono.v1.Coordinator"] {
+            let request = HealthCheckRequest { service: service.into() };
+            let health = HealthClient::new(channel.clone()).check(request).await.expect("an answer").into_inner();
+            assert_eq!(health.status(), ServingStatus::Serving, "{service}");
+        }
+        let request = ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let call = ServerReflectionClient::new(channel).server_reflection_info(stream::iter([request])).await;
+        let answer = call.expect("an answer").into_inner().message().await.expect("a message").expect("one");
+        let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else { panic!("no list") };
+        let names: Vec<&str> = list.service.iter().map(|s| s.name.as_str()).collect();
+        assert!(names.contains(&"unisono.v1.Coordinator") && names.contains(&"unisono.v1.Operator"), "{names:?}");
+    });
+}
+
+/// Something that takes connections and never says a word.
+#[test]
+fn silence_instead_of_a_coordinator_is_an_error() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}", mute.local_addr().expect("an address"));
+    let worker = start(dir.path(), &["worker", "--coordinator", &url, "--patience", "1"]);
+    let status = run(dir.path(), &["status", "--coordinator", &url]);
+    for out in [status, worker.wait_with_output().expect("it ends")] {
+        assert_eq!(out.status.code(), Some(1), "{}", String::from_utf8_lossy(&out.stderr));
+    }
 }
 
 #[test]

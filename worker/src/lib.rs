@@ -6,8 +6,15 @@ pub mod samples;
 pub mod session;
 
 use anyhow::{Result, bail};
+pub use session::endpoint;
 use session::{End, Kept};
 use std::time::Duration;
+
+/// Pauses between attempts to join.
+const SHORTEST: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_secs(2);
+/// A membership that lasted so long was no failed attempt.
+const LONG: Duration = Duration::from_secs(2);
 
 /// How a worker runs; none of it changes the result.
 #[derive(Clone, Debug)]
@@ -38,8 +45,9 @@ pub fn check(options: &Options) -> Result<()> {
 pub async fn run(options: Options) -> Result<()> {
     let mut kept = Kept::default();
     let mut alone_since = tokio::time::Instant::now();
-    let (mut pause, mut said) = (Duration::from_millis(50), false);
+    let (mut pause, mut said) = (SHORTEST, false);
     loop {
+        let began = tokio::time::Instant::now();
         match session::session(&options, &mut kept).await {
             Ok(End::Done(why)) => {
                 tracing::info!("{why}");
@@ -50,7 +58,10 @@ pub async fn run(options: Options) -> Result<()> {
                 tracing::warn!("{why}; joining again");
                 said = false;
                 alone_since = tokio::time::Instant::now();
-                pause = Duration::from_millis(50);
+                // Who is sent away again and again asks less and less often.
+                if began.elapsed() > LONG {
+                    pause = SHORTEST;
+                }
             }
             Err(e) => {
                 if alone_since.elapsed() > options.patience {
@@ -62,6 +73,6 @@ pub async fn run(options: Options) -> Result<()> {
             }
         }
         tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(1));
+        pause = (pause * 2).min(LONGEST);
     }
 }

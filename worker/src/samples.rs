@@ -50,7 +50,7 @@ impl Sent {
     pub async fn fetch(
         &self,
         client: &mut crate::session::Client,
-        worker_id: u64,
+        session: &bytes::Bytes,
         of: PartitionOf,
         expected: usize,
         prepared: &Prepared,
@@ -77,7 +77,10 @@ impl Sent {
         let data = match stored {
             Some(data) => data,
             None => {
-                let bytes = download(client, v1::FetchRequest { worker_id, partition, test }).await?;
+                let request = v1::FetchRequest { session: session.clone(), partition, test };
+                // Kinds and sizes, then at most a word a feature and one a target.
+                let most = 1024 + 4 * expected as u64 * (1 + prepared.shape.iter().product::<usize>() as u64);
+                let bytes = download(client, request, most).await?;
                 let data = decode(&bytes)?;
                 if let Some(cache) = &self.cache {
                     cache.write(partition, test, &bytes).await;
@@ -91,7 +94,7 @@ impl Sent {
 }
 
 /// One partition's bytes, from its pieces.
-async fn download(client: &mut crate::session::Client, request: v1::FetchRequest) -> Result<Vec<u8>> {
+async fn download(client: &mut crate::session::Client, request: v1::FetchRequest, most: u64) -> Result<Vec<u8>> {
     let partition = request.partition;
     let mut pieces = client.fetch_partition(request).await?.into_inner();
     let (mut bytes, mut total) = (Vec::new(), 0);
@@ -100,6 +103,9 @@ async fn download(client: &mut crate::session::Client, request: v1::FetchRequest
             bail!("a piece of partition {partition} was damaged on the way");
         }
         total = piece.total;
+        if total > most {
+            bail!("partition {partition} is said to have {total} bytes, more than its samples can take ({most})");
+        }
         bytes.extend_from_slice(&piece.bytes);
         if bytes.len() as u64 > total {
             bail!("partition {partition} is longer than its {total} bytes");

@@ -4,8 +4,7 @@ use crate::Options;
 use crate::cache::Cache;
 use crate::compute::{Compute, Order};
 use crate::samples::{Samples, Sent};
-use anyhow::{Context, Result, bail};
-use std::path::PathBuf;
+use anyhow::{Context, Result, anyhow, bail};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -48,11 +47,18 @@ struct KeptJob {
     model: Arc<Model>,
 }
 
-pub(crate) fn endpoint(url: &str) -> Result<Endpoint> {
+/// Where a coordinator is, with the transport's settings.
+///
+/// # Errors
+/// A URL that is none.
+pub fn endpoint(url: &str) -> Result<Endpoint> {
     let url = if url.contains("://") { url.to_string() } else { format!("http://{url}") };
     Ok(Endpoint::from_shared(url.clone())
         .with_context(|| format!("`{url}` is not a URL; write it as http://HOST:PORT"))?
         .connect_timeout(Duration::from_secs(5))
+        .http2_keep_alive_interval(wire::KEEPALIVE)
+        .keep_alive_timeout(wire::KEEPALIVE)
+        .keep_alive_while_idle(true)
         .initial_stream_window_size(wire::STREAM_WINDOW)
         .initial_connection_window_size(wire::CONNECTION_WINDOW)
         .max_frame_size(wire::MAX_FRAME)
@@ -61,17 +67,29 @@ pub(crate) fn endpoint(url: &str) -> Result<Endpoint> {
 
 pub(crate) type Client = v1::coordinator_client::CoordinatorClient<Channel>;
 
-async fn prepare(client: &mut Client, kept: &mut Kept, cache: Option<&PathBuf>) -> Result<Result<(), String>> {
-    let reply = match client.get_job(v1::GetJobRequest { version: wire::VERSION.into() }).await {
+/// The answer to a call, or an error where none comes.
+async fn answer<T>(
+    options: &Options,
+    call: impl Future<Output = Result<T, tonic::Status>>,
+) -> Result<T, tonic::Status> {
+    let limit = options.patience.clamp(Duration::from_secs(1), Duration::from_secs(10));
+    let nothing = |_| tonic::Status::deadline_exceeded(format!("{} does not answer", options.url));
+    tokio::time::timeout(limit, call).await.map_err(nothing)?
+}
+
+async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Result<Result<(), String>> {
+    let reply = match answer(options, client.get_job(v1::GetJobRequest { version: wire::VERSION.into() })).await {
         Ok(reply) => reply.into_inner(),
         Err(e) if e.code() == tonic::Code::FailedPrecondition => return Ok(Err(e.message().into())),
-        Err(e) => return Err(e.into()),
+        Err(e) => return Err(anyhow!("{}", e.message())),
     };
     let prepared: Prepared = serde_json::from_str(&reply.prepared).context("the coordinator's data description")?;
+    prepared.check().context("the coordinator's data description")?;
     if kept.job.as_ref().is_some_and(|k| k.text == reply.job && k.prepared == prepared) {
         return Ok(Ok(()));
     }
     let job: Job = serde_json::from_str(&reply.job).context("the coordinator's job cannot be read")?;
+    let cache = options.cache.as_ref();
     let sent = Samples::Sent(Sent::new(cache.map(|folder| Cache::new(folder.clone(), &job, &prepared))));
     let samples = if job.data.ship == Some(true) {
         sent
@@ -105,7 +123,7 @@ async fn prepare(client: &mut Client, kept: &mut Kept, cache: Option<&PathBuf>) 
 #[derive(Clone)]
 struct Fetcher {
     client: Client,
-    worker_id: u64,
+    session: bytes::Bytes,
     sent: Sent,
     prepared: Prepared,
     loss: Loss,
@@ -119,7 +137,7 @@ impl Fetcher {
         for partition in partitions {
             let parts = if test { self.test_parts.as_ref().context("there is no test set")? } else { &self.parts };
             let (of, expected) = ((partition, test), parts.len(partition));
-            self.sent.fetch(&mut self.client, self.worker_id, of, expected, &self.prepared, &self.loss).await?;
+            self.sent.fetch(&mut self.client, &self.session, of, expected, &self.prepared, &self.loss).await?;
         }
         Ok(())
     }
@@ -127,10 +145,10 @@ impl Fetcher {
 
 /// Runs one membership.
 pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
-    let Options { url, threads, name, cache, .. } = options;
+    let Options { url, threads, name, .. } = options;
     let channel = endpoint(url)?.connect().await.with_context(|| format!("cannot reach a coordinator at {url}"))?;
     let mut client = Client::new(channel).max_decoding_message_size(wire::MAX_MESSAGE);
-    if let Err(refused) = prepare(&mut client, kept, cache.as_ref()).await? {
+    if let Err(refused) = prepare(&mut client, kept, options).await? {
         return Ok(End::Refused(refused));
     }
     let Some(KeptJob { job, prepared, samples, model, .. }) = kept.job.clone() else { bail!("no job") };
@@ -146,29 +164,31 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     };
     let (to_coordinator, outgoing) = mpsc::unbounded_channel();
     to_coordinator.send(v1::FromWorker { kind: Some(v1::from_worker::Kind::Join(join)) })?;
-    let mut incoming = match client.session(UnboundedReceiverStream::new(outgoing)).await {
+    let mut incoming = match answer(options, client.session(UnboundedReceiverStream::new(outgoing))).await {
         Ok(reply) => reply.into_inner(),
         Err(e) if matches!(e.code(), tonic::Code::FailedPrecondition | tonic::Code::InvalidArgument) => {
             return Ok(End::Refused(e.message().into()));
         }
-        Err(e) => return Err(e.into()),
+        Err(e) => return Err(anyhow!("{}", e.message())),
     };
-    let Some(v1::to_worker::Kind::Joined(joined)) = incoming.message().await?.and_then(|m| m.kind) else {
-        bail!("the coordinator did not answer the join")
+    let joined = match answer(options, incoming.message()).await?.and_then(|m| m.kind) {
+        Some(v1::to_worker::Kind::Joined(joined)) => joined,
+        Some(v1::to_worker::Kind::Goodbye(bye)) => return Ok(End::Done(bye.reason)),
+        Some(v1::to_worker::Kind::Work(_)) | None => bail!("the coordinator did not answer the join"),
     };
 
     let (push, pushed) = mpsc::channel(4);
-    push.send(v1::PushPart { kind: Some(v1::push_part::Kind::WorkerId(joined.worker_id)) }).await?;
+    push.send(v1::PushPart { kind: Some(v1::push_part::Kind::Session(joined.session.clone())) }).await?;
     let mut push_client = client.clone();
-    let pushing = tokio::spawn(async move { push_client.push(ReceiverStream::new(pushed)).await });
-    let request = v1::BroadcastRequest { worker_id: joined.worker_id };
-    let mut broadcast = client.broadcast(request).await?.into_inner();
+    let mut pushing = tokio::spawn(async move { push_client.push(ReceiverStream::new(pushed)).await });
+    let request = v1::BroadcastRequest { session: joined.session.clone() };
+    let mut broadcast = answer(options, client.broadcast(request)).await?.into_inner();
 
     let fetcher = match &samples {
         Samples::Read(_) => None,
         Samples::Sent(sent) => Some(Fetcher {
             client: client.clone(),
-            worker_id: joined.worker_id,
+            session: joined.session.clone(),
             sent: sent.clone(),
             prepared: prepared.clone(),
             loss: Loss::new(&job.train.loss, model.outputs())?,
@@ -231,6 +251,10 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
                 Ok(()) => Event::Fetched,
                 Err(e) => break End::Again(format!("cannot fetch a partition: {e:#}")),
             },
+            pushed = &mut pushing => break End::Again(match pushed {
+                Ok(Err(refused)) => format!("the coordinator took no more pushes: {}", refused.message()),
+                Ok(Ok(_)) | Err(_) => "the pushes ended".into(),
+            }),
             _ = compute_over.recv() => break End::Again("the compute thread ended".into()),
             _ = heartbeat.tick() => {
                 let beat = v1::FromWorker { kind: Some(v1::from_worker::Kind::Heartbeat(v1::Heartbeat {})) };

@@ -1,0 +1,89 @@
+//! What a person sees while a run goes on: progress lines on a terminal, log lines otherwise.
+
+use crate::JobArgs;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::IsTerminal;
+use std::time::Duration;
+use tokio::sync::watch;
+use tracing::Level;
+use unisono_coordinator::Progress;
+
+/// How a run is shown.
+pub struct View {
+    lines: bool,
+}
+
+/// Progress lines that are being drawn.
+pub struct Shown(Option<tokio::task::JoinHandle<()>>);
+
+impl View {
+    /// By the terminal and the options; starts the log.
+    pub fn new(args: &JobArgs) -> View {
+        let lines = std::io::stderr().is_terminal() && !args.quiet && !args.verbose;
+        crate::log(match (args.quiet || lines, args.verbose) {
+            (_, true) => Level::DEBUG,
+            (true, false) => Level::WARN,
+            (false, false) => Level::INFO,
+        });
+        View { lines }
+    }
+
+    /// Begins to draw.
+    pub fn show(&self, progress: watch::Receiver<Progress>) -> Shown {
+        Shown(self.lines.then(|| tokio::spawn(draw(progress))))
+    }
+}
+
+impl Shown {
+    /// Waits until the lines are gone; the run must be over.
+    pub async fn end(self) {
+        if let Some(task) = self.0 {
+            task.await.ok();
+        }
+    }
+}
+
+/// A progress line for the run, and one for each worker, ten times a second until the run is over.
+async fn draw(progress: watch::Receiver<Progress>) {
+    let style = |template| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let lines = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+    let run = lines.add(ProgressBar::new(0).with_style(style("{bar:20} {pos}/{len}, {eta} left, {wide_msg}")));
+    let mut workers: Vec<ProgressBar> = Vec::new();
+    let mut tick = tokio::time::interval(Duration::from_millis(100));
+    while progress.has_changed().is_ok() {
+        tick.tick().await;
+        let p = progress.borrow().clone();
+        if p.total_steps == 0 {
+            continue; // not begun
+        }
+        run.set_length(p.total_steps);
+        run.set_position(p.step);
+        let eval = p.eval.map(|e| format!(", test {e}")).unwrap_or_default();
+        run.set_message(match (p.workers.is_empty(), p.step) {
+            (true, _) => "waiting for workers".into(),
+            (false, 0) => "first step".into(),
+            _ => format!("epoch {}, loss {:.4}, {:.0} samples/s{eval}", p.epoch, p.loss, p.samples_per_second),
+        });
+        while workers.len() > p.workers.len() {
+            if let Some(line) = workers.pop() {
+                lines.remove(&line);
+            }
+        }
+        while workers.len() < p.workers.len() {
+            workers.push(lines.add(ProgressBar::new(0).with_style(style("  {wide_msg}"))));
+        }
+        for (line, w) in workers.iter().zip(p.workers) {
+            let late = if w.silent > Duration::from_secs(2) {
+                format!(", silent for {} s", w.silent.as_secs())
+            } else {
+                String::new()
+            };
+            let (threads, s) = (w.threads, if w.threads == 1 { "" } else { "s" });
+            line.set_message(format!(
+                "worker {} ({}): {threads} thread{s}, {} partitions{late}",
+                w.id, w.name, w.partitions
+            ));
+        }
+    }
+    lines.clear().ok();
+}
