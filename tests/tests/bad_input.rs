@@ -324,6 +324,14 @@ fn a_damaged_checkpoint_is_passed_over_and_named() {
         ),
         (|newest| std::fs::remove_file(newest.join("manifest.json")).expect("removed"), "cannot read its manifest"),
         (|newest| std::fs::write(newest.join("manifest.json"), "{").expect("written"), "manifest.json is damaged"),
+        (
+            |newest| {
+                let path = newest.join("manifest.json");
+                let text = std::fs::read_to_string(&path).expect("there").replace("\"step\": 20", "\"step\": 15");
+                std::fs::write(path, text).expect("written");
+            },
+            "manifest.json is damaged: its digest is",
+        ),
         (|newest| std::fs::write(newest.join("optimizer.safetensors"), "").expect("written"), "optimizer.safetensors"),
     ];
     for (damage, words) in damages {
@@ -348,6 +356,52 @@ fn there_must_be_something_to_resume() {
     fails(dir.path(), &resume, 2, &words);
     std::fs::create_dir(dir.path().join("kept")).expect("made");
     fails(dir.path(), &resume, 2, &words);
+}
+
+#[test]
+fn other_data_than_the_checkpoints_is_refused() {
+    let dir = folder();
+    let job = with("format = \"digits\"", "format = \"csv\"\ntrain = \"t.csv\"\ntarget = \"y\"");
+    let table = |n: usize| (0..n).map(|i| format!("{i},{},{}\n", i * i % 7, i % 3)).collect::<String>();
+    write(dir.path(), "t.csv", format!("a,b,y\n{}", table(40)));
+    write(dir.path(), "job.toml", &job);
+    summary(&run(dir.path(), &["local", "job.toml", "--quiet", "--json", "--workers", "1"]));
+    write(dir.path(), "t.csv", format!("a,b,y\n{}", table(41)));
+    let args = ["local", "job.toml", "--quiet", "--resume", "--set", "train.steps=30"];
+    fails(dir.path(), &args, 2, &["kept/step-00000020", "other data", "--resume"]);
+}
+
+#[test]
+fn a_folder_that_another_run_writes_to_is_refused() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    let long = ["coordinator", "job.toml", "--quiet", "--json", "--listen", "127.0.0.1:0"];
+    let mut first = unisono_tests::start(dir.path(), &long);
+    unisono_tests::wait_until("the first run's lock", || dir.path().join("kept/.lock").exists());
+    // The lock is taken right after the file is made.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let second = run(dir.path(), &["local", "job.toml", "--quiet"]);
+    first.kill().expect("it runs");
+    first.wait().expect("it is dead");
+    let error = String::from_utf8_lossy(&second.stderr);
+    assert_eq!(second.status.code(), Some(2), "{error}");
+    assert!(error.contains("another run") && error.contains("kept") && error.contains("checkpoint.dir"), "{error}");
+    // A killed run's lock is gone with it.
+    summary(&run(dir.path(), &["local", "job.toml", "--quiet", "--json", "--workers", "1"]));
+}
+
+/// Workers of a run that fails are told so, and end.
+#[test]
+fn workers_end_with_a_run_that_fails() {
+    let dir = folder();
+    write(dir.path(), "job.toml", JOB);
+    let address = format!("127.0.0.1:{}", unisono_tests::free_port());
+    let diverges = ["coordinator", "job.toml", "--quiet", "--listen", &address, "--set", "train.optimizer.lr=1e30"];
+    let coordinator = unisono_tests::start(dir.path(), &diverges);
+    let worker = run(dir.path(), &["worker", "--coordinator", &address, "--patience", "60"]);
+    assert_eq!(coordinator.wait_with_output().expect("it ends").status.code(), Some(1));
+    let error = String::from_utf8_lossy(&worker.stderr);
+    assert!(worker.status.success() && error.contains("the run failed: step"), "{error}");
 }
 
 #[test]

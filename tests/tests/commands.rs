@@ -22,6 +22,17 @@ fn refused(output: &Output, words: &[&str]) {
     assert!(words.iter().all(|w| error.contains(w)) && !error.contains("panicked"), "{error}");
 }
 
+/// The README's first command.
+#[test]
+fn the_digits_are_learnt_within_seconds() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let summary = summary(&run(dir.path(), &["local", "--json", "--quiet"]));
+    assert!(summary["eval"]["accuracy"].as_f64() >= Some(0.97), "{summary}");
+    assert_eq!((&summary["status"], &summary["epochs"]), (&"done".into(), &40.into()));
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    assert_eq!(summary["workers"].as_u64(), Some(cores.min(8) as u64), "{summary}");
+}
+
 #[test]
 fn eval_repeats_the_runs_own_numbers_to_the_bit() {
     let dir = tempfile::tempdir().expect("a folder");
