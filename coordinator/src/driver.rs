@@ -21,7 +21,7 @@ use unisono_common::job::{Job, ScheduleKind};
 use unisono_common::loss::LossSums;
 use unisono_common::metrics::{EvalKind, EvalSummary, EvalSums};
 use unisono_common::optim::Optimizer;
-use unisono_common::protocol::{Command, Event, Kind, Machine};
+use unisono_common::protocol::{Command, Event, Kind, Machine, Reason};
 use unisono_common::schedule::{self, EarlyState, PlateauState};
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::{self as wire, WireError, v1};
@@ -274,7 +274,8 @@ impl Driver {
                 }
                 changed = interrupted.changed(), if !self.stop => {
                     if changed.is_ok() && *interrupted.borrow() {
-                        tracing::info!("stopping after this step; once more to end at once");
+                        let step = if self.sessions.is_empty() { "" } else { " after this step" };
+                        tracing::warn!("stopping{step}; once more to end at once");
                         self.stop = true;
                     }
                     if changed.is_err() { self.stop = true; }
@@ -329,12 +330,16 @@ impl Driver {
                 self.tell(worker, v1::to_worker::Kind::Work(work));
             }
             Command::Evict { worker, reason } => {
-                let rejoin = !matches!(reason, unisono_common::protocol::Reason::Drained);
-                tracing::warn!("worker {worker} is out: {reason}");
+                let rejoin = reason != Reason::Drained;
+                if rejoin {
+                    tracing::warn!("worker {worker} is out: {reason}");
+                } else {
+                    tracing::info!("worker {worker} is drained");
+                }
                 let goodbye = v1::Goodbye { reason: reason.to_string(), rejoin };
                 self.part(worker, goodbye);
             }
-            Command::Reissued { partitions, .. } => tracing::info!("{partitions} partitions are leased anew"),
+            Command::Reissued { partitions, .. } => tracing::debug!("{partitions} partitions are leased anew"),
             Command::WaitingForWorkers { missing } => tracing::info!("waiting for workers: {missing} partitions to do"),
         }
     }
@@ -415,7 +420,11 @@ impl Driver {
                 }
             }
             Input::Applied(Applied::Diverged { step, tensor }) => {
-                bail!("step {step} diverged: `{tensor}` is not finite after the update. {}", self.kept());
+                bail!(
+                    "step {step} diverged: `{tensor}` is not finite after the update; try a smaller learning rate or \
+                     `clip_norm`. {}",
+                    self.kept()
+                );
             }
             Input::Applied(Applied::Done { step, sums }) => {
                 self.machine(Event::RoundApplied);
@@ -633,8 +642,8 @@ impl Driver {
             wall_seconds: self.started.elapsed().as_secs_f64(),
             train_seconds: self.pace.train_seconds(),
             samples_per_second: self.pace.rate(),
-            step_ms: crate::StepMs { p50: self.pace.quantile(0.5), p99: self.pace.quantile(0.99) },
-            train_loss: self.learning.train_loss,
+            step_ms: self.pace.quantile(0.5).zip(self.pace.quantile(0.99)).map(|(p50, p99)| crate::StepMs { p50, p99 }),
+            train_loss: (step > 0).then_some(self.learning.train_loss),
             eval: self.learning.eval.clone(),
             weights_digest: digest.clone(),
             checkpoint: path.display().to_string(),

@@ -34,9 +34,13 @@ struct TensorFile {
     header: u64,
 }
 
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write {} (make room there, or set checkpoint.dir to another folder)", path.display())
+}
+
 impl TensorFile {
     fn create(path: PathBuf, header: &[u8]) -> Result<TensorFile> {
-        let at = || format!("cannot write {}", path.display());
+        let at = || cannot_write(&path);
         let mut file = fs::File::options().read(true).write(true).create_new(true).open(&path).with_context(at)?;
         file.write_all(header).with_context(at)?;
         Ok(TensorFile { header: header.len() as u64, path, file })
@@ -44,7 +48,7 @@ impl TensorFile {
 
     fn write(&self, from: usize, values: &[f32]) -> Result<()> {
         let written = self.file.write_all_at(le_bytes(values), self.header + 4 * from as u64);
-        written.with_context(|| format!("cannot write {}", self.path.display()))
+        written.with_context(|| cannot_write(&self.path))
     }
 
     fn read(&self, range: Range<usize>) -> Result<Vec<f32>> {
@@ -56,7 +60,7 @@ impl TensorFile {
 
     /// Waits until all is on the disk, and reads it once more for its digest.
     fn sync(&self) -> Result<FileDigest> {
-        let at = || format!("cannot write {}", self.path.display());
+        let at = || cannot_write(&self.path);
         self.file.sync_all().with_context(at)?;
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(fs::File::open(&self.path).with_context(at)?).with_context(at)?;

@@ -77,9 +77,13 @@ pub struct Summary {
     pub transport: String,
     pub wall_seconds: f64,
     pub train_seconds: f64,
-    pub samples_per_second: f64,
-    pub step_ms: StepMs,
-    pub train_loss: f64,
+    /// `None` where this run made no step; so are the two below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub samples_per_second: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_ms: Option<StepMs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_loss: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<EvalSummary>,
     pub weights_digest: String,
@@ -237,11 +241,14 @@ pub async fn run(
                 tracing::info!("that run had stopped early");
                 total_steps = learning.step.0;
             }
+            if learning.step.0 >= total_steps {
+                tracing::warn!("there is nothing to train: the run is at step {} of {total_steps}", learning.step);
+            }
             (weights, slots, learning, Some((path, digest)))
         }
         None => {
             if let Some(previous) = files::set_aside(&dir)? {
-                tracing::info!("checkpoints of an earlier run are now in {}", previous.display());
+                tracing::warn!("checkpoints of an earlier run are now in {}", previous.display());
             }
             (layout.init(job.seed), Vec::new(), Learning::default(), None)
         }

@@ -66,11 +66,10 @@ impl Pace {
     }
 
     /// Samples a second from the first step that counts to the last commit, evaluations and checkpoints included.
-    pub fn rate(&self) -> f64 {
+    pub fn rate(&self) -> Option<f64> {
         let counted = self.warm.filter(|(at, _)| *at < self.last).or(self.first.map(|at| (at, 0)));
-        counted.map_or(0.0, |(at, before)| {
-            (self.samples - before) as f64 / (self.last - at).as_secs_f64().max(f64::MIN_POSITIVE)
-        })
+        let (at, before) = counted.filter(|_| !self.step_ms.is_empty())?;
+        Some((self.samples - before) as f64 / (self.last - at).as_secs_f64().max(f64::MIN_POSITIVE))
     }
 
     /// Seconds from the first step's start to the last commit.
@@ -78,12 +77,12 @@ impl Pace {
         self.first.map_or(0.0, |first| self.last.saturating_duration_since(first).as_secs_f64())
     }
 
-    /// The `q`-th quantile of the steps' milliseconds, 0 <= q <= 1.
-    pub fn quantile(&self, q: f64) -> f64 {
+    /// The `q`-th quantile of the steps' milliseconds, 0 <= q <= 1; `None` before the first.
+    pub fn quantile(&self, q: f64) -> Option<f64> {
         let mut sorted = self.step_ms.clone();
         sorted.sort_by(f32::total_cmp);
         let at = (sorted.len().saturating_sub(1) as f64 * q).round() as usize;
-        sorted.get(at).copied().unwrap_or(0.0) as f64
+        sorted.get(at).map(|ms| *ms as f64)
     }
 }
 
@@ -97,19 +96,22 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut pace = Pace::new(start, 40);
-        assert_eq!((pace.rate(), pace.train_seconds(), pace.quantile(0.5)), (0.0, 0.0, 0.0));
+        assert_eq!((pace.rate(), pace.train_seconds(), pace.quantile(0.5)), (None, 0.0, None));
         // Workers come after 500 ms; two slow steps, then 38 of 10 ms, each of them after a pause of 10 ms.
         pace.begin(at(500));
         pace.commit(at(800), 6);
-        assert!((pace.rate() - 20.0).abs() < 1e-3, "nothing counts yet but the first steps: {}", pace.rate());
+        let is = |got: Option<f64>, want: f64| assert!((got.expect("some") - want).abs() < 1e-3, "{got:?} {want}");
+        is(pace.rate(), 20.0); // nothing counts yet but the first steps
         pace.open(at(800));
         pace.commit(at(1000), 6);
         for step in 0..38 {
             pace.open(at(1010 + step * 20));
             pace.commit(at(1020 + step * 20), 6);
         }
-        assert!((pace.rate() - 300.0).abs() < 1e-3 && (pace.train_seconds() - 1.26).abs() < 1e-6);
-        assert!((pace.quantile(0.5) - 10.0).abs() < 1e-3 && (pace.quantile(1.0) - 300.0).abs() < 1e-3);
+        is(pace.rate(), 300.0);
+        is(Some(pace.train_seconds()), 1.26);
+        is(pace.quantile(0.5), 10.0);
+        is(pace.quantile(1.0), 300.0);
         assert!((pace.recent() - 240.0 / 0.88).abs() < 1e-2, "{}", pace.recent());
     }
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use unisono_coordinator::Progress;
 
@@ -22,8 +23,11 @@ pub fn end_with(parent: u32) -> Result<()> {
     if !is_parent() {
         bail!("the parent process is gone");
     }
-    // A terminal's Ctrl-C reaches the whole group; the coordinator decides when workers leave.
-    tokio::spawn(async move { while tokio::signal::ctrl_c().await.is_ok() {} });
+    // A signal may reach the whole group; the coordinator decides when workers leave.
+    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
+        let mut signals = signal(kind)?;
+        tokio::spawn(async move { while signals.recv().await.is_some() {} });
+    }
     tokio::spawn(async move {
         loop {
             tokio::time::sleep(Duration::from_millis(500)).await;
@@ -48,14 +52,19 @@ fn spawn(url: &str, threads: usize) -> Result<Child> {
 }
 
 /// Keeps the workers alive; ends only with an error.
-async fn supervise(url: String, workers: usize, threads: usize) -> Result<std::convert::Infallible> {
+async fn supervise(
+    url: String,
+    workers: usize,
+    threads: usize,
+    stopping: watch::Receiver<bool>,
+) -> Result<std::convert::Infallible> {
     let mut children = (0..workers).map(|_| spawn(&url, threads)).collect::<Result<Vec<_>>>()?;
     let mut died = VecDeque::new();
     loop {
         tokio::time::sleep(Duration::from_millis(100)).await;
         for child in &mut children {
             let Some(status) = child.try_wait()? else { continue };
-            if status.success() {
+            if status.success() || *stopping.borrow() {
                 continue;
             }
             died.retain(|at: &Instant| at.elapsed() < Duration::from_secs(60));
@@ -88,8 +97,12 @@ pub async fn run(
     let partitions = job.train.partitions as usize;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let workers = workers.unwrap_or(cores.min(partitions));
-    if workers == 0 || threads == 0 {
-        return Err(Wrong(anyhow::anyhow!("--workers and --threads must be at least 1")).into());
+    if workers == 0 {
+        return Err(Wrong(anyhow::anyhow!("--workers must be at least 1")).into());
+    }
+    unisono_worker::check_threads(threads).map_err(Wrong)?;
+    if workers > partitions {
+        tracing::warn!("{workers} workers share {partitions} partitions: {} will have none", workers - partitions);
     }
     let options = options(&args, started)?;
     let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
@@ -100,7 +113,7 @@ pub async fn run(
     let shown = view.show(watching);
     let summary = tokio::select! {
         summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()) => summary,
-        failed = supervise(url, workers, threads) => failed.map(|never| match never {}),
+        failed = supervise(url, workers, threads, interrupted.clone()) => failed.map(|never| match never {}),
     };
     shown.end().await;
     let summary = summary?;

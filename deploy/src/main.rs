@@ -6,9 +6,10 @@ mod progress;
 mod show;
 mod trained;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use progress::View;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -69,6 +70,7 @@ enum Cmd {
     },
     /// Runs the coordinator alone; it ends when the job is done
     Coordinator {
+        /// The job file
         job: PathBuf,
         /// Address to listen on
         #[arg(long, default_value = "127.0.0.1:7070")]
@@ -120,6 +122,7 @@ enum Cmd {
         /// {"features": [...]}. Values are raw: they are normalised as the training data was.
         #[arg(verbatim_doc_comment)]
         input: Option<PathBuf>,
+        /// The format of rows from stdin, or of a file whose name does not say it
         #[arg(long)]
         format: Option<trained::Format>,
     },
@@ -164,6 +167,18 @@ enum Cmd {
 #[error("{0:#}")]
 pub(crate) struct Wrong(pub anyhow::Error);
 
+struct LogLine;
+
+impl std::io::Write for LogLine {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        progress::write(line).map(|()| line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Writes log lines of our own up to `level`, and the warnings of libraries, to stderr.
 pub(crate) fn log(level: Level) {
     use tracing_subscriber::prelude::*;
@@ -171,7 +186,7 @@ pub(crate) fn log(level: Level) {
     let lines = tracing_subscriber::fmt::layer()
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr);
+        .with_writer(|| LogLine);
     let filter = Targets::new().with_default(level.min(Level::WARN)).with_targets(ours);
     tracing_subscriber::registry().with(lines.with_filter(filter)).init();
 }
@@ -182,8 +197,16 @@ pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
         let Some(path) = path else {
             return Ok(job::parse(text("the embedded job".into(), ".".into(), DIGITS.into()))?);
         };
-        let toml =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read the job file {}", path.display()))?;
+        if path.is_dir() {
+            bail!(
+                "{} is a folder; give a job file, or use --resume, `eval`, `predict` or `export` for a run",
+                path.display()
+            );
+        }
+        let toml = match std::fs::read_to_string(path) {
+            Err(e) if e.kind() == ErrorKind::InvalidData => bail!("{} is no text, so no job file", path.display()),
+            read => read.with_context(|| format!("cannot read the job file {}", path.display()))?,
+        };
         let base = std::path::absolute(path)?.parent().map(|p| p.display().to_string()).unwrap_or_default();
         Ok(job::parse(text(path.display().to_string(), base, toml))?)
     };
@@ -213,6 +236,7 @@ pub(crate) fn interruption() -> watch::Receiver<bool> {
         for n in 0.. {
             tokio::select! { _ = int.recv() => {}, _ = term.recv() => {} }
             if n > 0 {
+                eprintln!("unisono: ended at once, without another checkpoint");
                 std::process::exit(130);
             }
             send.send_replace(true);

@@ -1,33 +1,27 @@
 //! Asking and steering a running job.
 
 use crate::Wrong;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, bail};
 use serde_json::json;
 use std::process::ExitCode;
 use std::time::Duration;
 use unisono_proto::v1;
+use unisono_worker::plain;
 
 type Client = v1::operator_client::OperatorClient<tonic::transport::Channel>;
 
 async fn client(url: &str) -> Result<Client> {
     let limit = Duration::from_secs(5);
     let endpoint = unisono_worker::endpoint(url).map_err(Wrong)?.timeout(limit);
-    let connected = tokio::time::timeout(limit, endpoint.connect()).await.context("nothing answers");
-    let channel = connected.and_then(|c| Ok(c?)).with_context(|| format!("cannot reach a coordinator at {url}"))?;
-    Ok(Client::new(channel))
-}
-
-fn plain(e: tonic::Status) -> anyhow::Error {
-    match e.code() {
-        tonic::Code::Cancelled | tonic::Code::DeadlineExceeded => anyhow!("the coordinator does not answer"),
-        tonic::Code::Unimplemented => anyhow!("what answers there is no coordinator of this version"),
-        _ => anyhow!("{}", e.message()),
+    match tokio::time::timeout(limit, endpoint.connect()).await {
+        Ok(connected) => Ok(Client::new(connected.map_err(|e| unisono_worker::unreachable(url, &e))?)),
+        Err(_) => bail!("cannot reach a coordinator at {url}: nothing answers"),
     }
 }
 
 /// Prints where the run stands.
 pub async fn status(url: &str, json: bool) -> Result<ExitCode> {
-    let s = client(url).await?.status(v1::StatusRequest {}).await.map_err(plain)?.into_inner();
+    let s = client(url).await?.status(v1::StatusRequest {}).await.map_err(|e| plain(url, &e))?.into_inner();
     if json {
         let worker = |w: &v1::WorkerStatus| {
             json!({ "worker": w.worker_id, "rank": w.rank, "name": w.name, "threads": w.threads,
@@ -57,14 +51,14 @@ pub async fn status(url: &str, json: bool) -> Result<ExitCode> {
 
 /// Takes a worker out.
 pub async fn drain(url: &str, worker: u64) -> Result<ExitCode> {
-    client(url).await?.drain(v1::DrainRequest { worker_id: worker }).await.map_err(plain)?;
+    client(url).await?.drain(v1::DrainRequest { worker_id: worker }).await.map_err(|e| plain(url, &e))?;
     println!("worker {worker} leaves after its current step");
     Ok(ExitCode::SUCCESS)
 }
 
 /// Ends the run.
 pub async fn stop(url: &str) -> Result<ExitCode> {
-    client(url).await?.stop(v1::StopRequest {}).await.map_err(plain)?;
+    client(url).await?.stop(v1::StopRequest {}).await.map_err(|e| plain(url, &e))?;
     println!("the run ends after its current step, with a checkpoint");
     Ok(ExitCode::SUCCESS)
 }

@@ -2,7 +2,8 @@
 
 use crate::JobArgs;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
+use std::sync::OnceLock;
 use std::time::Duration;
 use tokio::sync::watch;
 use tracing::Level;
@@ -11,6 +12,15 @@ use unisono_coordinator::Progress;
 /// How a run is shown.
 pub struct View {
     lines: bool,
+}
+
+/// The progress lines of this process, which log lines must not break.
+static LINES: OnceLock<MultiProgress> = OnceLock::new();
+
+/// Writes to stderr, above progress lines where there are some.
+pub fn write(bytes: &[u8]) -> std::io::Result<()> {
+    let write = || std::io::stderr().lock().write_all(bytes);
+    LINES.get().map_or_else(write, |lines| lines.suspend(write))
 }
 
 /// Progress lines that are being drawn.
@@ -45,9 +55,14 @@ impl Shown {
 
 /// A progress line for the run, and one for each worker, ten times a second until the run is over.
 async fn draw(progress: watch::Receiver<Progress>) {
-    let style = |template| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    let lines = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
-    let run = lines.add(ProgressBar::new(0).with_style(style("{bar:20} {pos}/{len}, {eta} left, {wide_msg}")));
+    let style =
+        |template: &str| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let lines = LINES.get_or_init(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
+    // What matters comes first: the end of a line is cut off where the terminal is narrow.
+    let columns = rustix::termios::tcgetwinsize(std::io::stderr()).map_or(80, |size| size.ws_col);
+    let bar = if columns < 100 { "" } else { "{bar:20} " };
+    let template = format!("{bar}{{pos}}/{{len}}, {{eta}} left, {{wide_msg}}");
+    let run = lines.add(ProgressBar::new(0).with_style(style(&template)));
     let mut workers: Vec<ProgressBar> = Vec::new();
     let mut tick = tokio::time::interval(Duration::from_millis(100));
     while progress.has_changed().is_ok() {
@@ -62,7 +77,7 @@ async fn draw(progress: watch::Receiver<Progress>) {
         run.set_message(match (p.workers.is_empty(), p.step) {
             (true, _) => "waiting for workers".into(),
             (false, 0) => "first step".into(),
-            _ => format!("epoch {}, loss {:.4}, {:.0} samples/s{eval}", p.epoch, p.loss, p.samples_per_second),
+            _ => format!("loss {:.4}, {:.0} samples/s, epoch {}{eval}", p.loss, p.samples_per_second, p.epoch),
         });
         while workers.len() > p.workers.len() {
             if let Some(line) = workers.pop() {
@@ -78,11 +93,9 @@ async fn draw(progress: watch::Receiver<Progress>) {
             } else {
                 String::new()
             };
-            let (threads, s) = (w.threads, if w.threads == 1 { "" } else { "s" });
-            line.set_message(format!(
-                "worker {} ({}): {threads} thread{s}, {} partitions{late}",
-                w.id, w.name, w.partitions
-            ));
+            let count = |n: u32, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+            let (threads, partitions) = (count(w.threads, "thread"), count(w.partitions, "partition"));
+            line.set_message(format!("worker {} ({}): {threads}, {partitions}{late}", w.id, w.name));
         }
     }
     lines.clear().ok();

@@ -15,9 +15,14 @@ pub fn summary(s: &Summary, json: bool) -> Result<()> {
     row("job", format!("{} ({}, {} parameters)", s.job, s.status, s.parameters));
     row("steps", format!("{} ({} epochs, {} samples)", s.steps, s.epochs, s.samples));
     row("workers", format!("{} over {} ({} lost)", s.workers, s.transport, s.workers_lost));
-    row("time", format!("{:.1} s, {:.0} samples/s", s.wall_seconds, s.samples_per_second));
-    row("step", format!("{:.2} ms median, {:.2} ms p99", s.step_ms.p50, s.step_ms.p99));
-    row("train loss", format!("{:.5}", s.train_loss));
+    let rate = s.samples_per_second.map(|rate| format!(", {rate:.0} samples/s")).unwrap_or_default();
+    row("time", format!("{:.1} s{rate}", s.wall_seconds));
+    if let Some(ms) = &s.step_ms {
+        row("step", format!("{:.2} ms median, {:.2} ms p99", ms.p50, ms.p99));
+    }
+    if let Some(loss) = s.train_loss {
+        row("train loss", format!("{loss:.5}"));
+    }
     if let Some(eval) = &s.eval {
         row("test", eval.to_string());
     }

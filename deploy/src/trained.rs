@@ -30,6 +30,9 @@ struct Trained {
 
 /// Reads a checkpoint, or the newest whole one of a run's folder.
 fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
+    if !path.exists() {
+        bail!("there is no {}; give a checkpoint (runs/NAME/step-...) or a run's folder (runs/NAME)", path.display());
+    }
     let loaded = if path.join("manifest.json").exists() || !path.is_dir() {
         files::read(path)?
     } else {
@@ -103,6 +106,12 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
 /// `unisono export`: the weights alone, as safetensors.
 pub fn export(checkpoint: &Path, to: &Path, force: bool) -> Result<ExitCode> {
     let (loaded, trained) = load(checkpoint).map_err(Wrong)?;
+    if to.extension().is_some_and(|e| e != "safetensors") {
+        return Err(Wrong(anyhow!("{}: only safetensors can be written; name it *.safetensors", to.display())).into());
+    }
+    if let Some(folder) = to.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
+        return Err(Wrong(anyhow!("there is no folder {}: make it first", folder.display())).into());
+    }
     if to.exists() && !force {
         return Err(Wrong(anyhow!("{} exists; add --force to replace it", to.display())).into());
     }
@@ -184,7 +193,23 @@ pub fn predict(checkpoint: &Path, input: Option<&PathBuf>, format: Option<Format
         Format::Json => predict_json(&trained, &mut reader, &name, out),
         Format::Csv => predict_csv(&trained, &mut reader, &name, out),
     };
-    done.map_err(|e| Wrong(e).into()).map(|()| ExitCode::SUCCESS)
+    match done {
+        // Who reads the answers has enough of them.
+        Err(e) if is_broken_pipe(&e) => Ok(ExitCode::SUCCESS),
+        done => done.map_err(|e| Wrong(e).into()).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    let kind = |cause: &(dyn std::error::Error + 'static)| {
+        let io = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        let csv = cause.downcast_ref::<csv::Error>().map(csv::Error::kind);
+        io.or(match csv {
+            Some(csv::ErrorKind::Io(e)) => Some(e.kind()),
+            _ => None,
+        })
+    };
+    e.chain().any(|cause| kind(cause) == Some(std::io::ErrorKind::BrokenPipe))
 }
 
 /// Rows that are computed together.
@@ -228,8 +253,11 @@ fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: im
 
 fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
     let mut predictor = Predictor::new(trained);
-    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(input);
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).flexible(true).from_reader(input);
     let header: Vec<String> = reader.headers().with_context(|| name.to_string())?.iter().map(Into::into).collect();
+    if header.iter().all(|name| name.is_empty() || name.parse::<f64>().is_ok()) {
+        bail!("{name}:1: the first line must name the columns");
+    }
     let mut out = csv::Writer::from_writer(out);
     out.write_record(header.iter().cloned().chain(predictor.columns().map(String::from)))?;
     let mut rows = Vec::new();
@@ -248,6 +276,9 @@ fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Wr
         let parsed: Result<Row> = (|| {
             let record = record.with_context(|| name.to_string())?;
             let line = record.position().map_or(0, |p| p.line());
+            if record.len() != header.len() {
+                bail!("{name}:{line}: {} cells, but the first line names {} columns", record.len(), header.len());
+            }
             let fields: Vec<(String, Value)> =
                 header.iter().cloned().zip(record.iter().map(|c| Value::String(c.into()))).collect();
             let features = features(&trained.manifest.prepared, &fields).with_context(|| format!("{name}:{line}"))?;

@@ -129,7 +129,7 @@ def state(model):
     return {k: flat(v) for k, v in model.state_dict().items() if "num_batches" not in k}
 
 
-def case(name, shape, parts, loss, optimizer):
+def case(name, shape, parts, loss, optimizer, clip_norm=None, clip_value=None):
     model = nn.Sequential(*[module for module, _ in parts])
     _, targets, criterion, loss_spec = loss
     build, spec, translate = optimizer
@@ -139,6 +139,7 @@ def case(name, shape, parts, loss, optimizer):
     model.eval()
     out = {"name": name, "shape": shape, "layers": [s for _, s in parts], "loss": loss_spec, "optimizer": spec,
            "weights": state(model), "inputs": flat(x), "targets": flat(y.float()), "classes": targets is not None,
+           "clip_norm": clip_norm, "clip_value": clip_value,
            "outputs": flat(model(x)), "losses": []}
     model.train()
     trained = build(model.parameters(), **translate(spec))
@@ -149,6 +150,10 @@ def case(name, shape, parts, loss, optimizer):
         if step == 0:
             out["gradients"] = {k: flat(p.grad) for k, p in model.named_parameters()}
         out["losses"].append(float(f"{value.item():.9g}"))
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        if clip_value is not None:
+            nn.utils.clip_grad_value_(model.parameters(), clip_value)
         trained.step()
     model.eval()
     out["trained_outputs"] = flat(model(x))
@@ -178,6 +183,25 @@ def schedules(total=60):
          lambda o: lr_scheduler.OneCycleLR(o, 1.0, total, cycle_momentum=False)),
     ]
     values = [{"schedule": {"kind": s, "warmup_steps": 0}, "factors": factors(b)} for s, b in known]
+
+    def after_warmup(steps, build):
+        def both(optimizer):
+            rise = lr_scheduler.LinearLR(optimizer, 1 / steps, 1.0, steps - 1)
+            return lr_scheduler.SequentialLR(optimizer, [rise, build(optimizer)], [steps])
+        return both
+
+    warm = [
+        ({"kind": "constant"}, 5, lambda o: lr_scheduler.ConstantLR(o, 1.0)),
+        ({"kind": "step", "every": 7, "gamma": 0.5}, 9, lambda o: lr_scheduler.StepLR(o, 7, 0.5)),
+        ({"kind": "cosine", "min_factor": 0.1}, 10, lambda o: lr_scheduler.CosineAnnealingLR(o, total - 10, 0.1)),
+        ({"kind": "linear", "end_factor": 0.2}, 6, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.2, total - 6)),
+        ({"kind": "polynomial", "power": 2.0, "end_factor": 0.0}, 4,
+         lambda o: lr_scheduler.PolynomialLR(o, total - 4, 2.0)),
+    ]
+    values += [{"schedule": {"kind": s, "warmup_steps": w}, "factors": factors(after_warmup(w, b))} for s, w, b in warm]
+    # Vaswani et al., 2017, section 5.3, scaled to 1 at its peak.
+    root = lambda o: lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 8, (8 / (s + 1)) ** 0.5))
+    values.append({"schedule": {"kind": {"kind": "inverse-sqrt"}, "warmup_steps": 8}, "factors": factors(root)})
     metrics = [1.0, 0.9, 0.95, 0.91, 0.9, 0.93, 0.8, 0.8, 0.81, 0.82, 0.83, 0.79, 0.9, 0.9, 0.9, 0.9]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     plateau = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1, threshold=1e-3)
@@ -195,6 +219,8 @@ def main():
     cases += [case(f"loss {n}", [5], [linear(5, l[0])], l, plain) for n, l in LOSSES.items()]
     mlp = lambda: [linear(5, 8), act(nn.Tanh(), "tanh"), linear(8, 1)]
     cases += [case(f"optimizer {n}", [5], mlp(), mse, o) for n, o in OPTIMIZERS.items()]
+    cases += [case("clip by norm", [5], mlp(), mse, OPTIMIZERS["sgd-momentum-decay"], clip_norm=0.3),
+              case("clip by value", [5], mlp(), mse, OPTIMIZERS["sgd-momentum-decay"], clip_value=0.05)]
     values = {"torch": torch.__version__, "rows": ROWS, "cases": cases, "schedules": schedules()}
     Path(__file__).with_name("values.json").write_text(json.dumps(values, separators=(",", ":")) + "\n")
 

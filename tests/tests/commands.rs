@@ -88,7 +88,7 @@ fn exports_are_the_checkpoints_tensors_and_damage_is_named() {
     bytes[at] ^= 1;
     std::fs::write(&weights, bytes).expect("written");
     refused(&run(dir.path(), &["eval", text(&checkpoint)]), &["weights.safetensors is damaged", "digest"]);
-    refused(&run(dir.path(), &["eval", "nowhere"]), &["nowhere is not a whole checkpoint"]);
+    refused(&run(dir.path(), &["eval", "nowhere"]), &["there is no nowhere", "runs/NAME"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use unisono_common::layers::Segments;
 use unisono_common::layout::Role;
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
-use unisono_common::optim::Optimizer;
+use unisono_common::optim::{Optimizer, clip_factor, clip_value, sum_squares};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::schedule::{PlateauState, factor};
 use unisono_common::train::{Workspace, evaluate, gradient};
@@ -80,13 +80,22 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
                 }
             }
         }
+        if let Some(norm) = case["clip_norm"].as_f64() {
+            let factor = clip_factor(sum_squares(&grads[..trainable]).sqrt() as f32, norm as f32);
+            grads[..trainable].iter_mut().for_each(|g| *g *= factor);
+        }
+        if let Some(value) = case["clip_value"].as_f64() {
+            clip_value(&mut grads[..trainable], value as f32);
+        }
         let mut out = vec![0.0; trainable];
         let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
         let lr = Optimizer::lr(&optimizer_job);
         optimizer.update(step, lr, &weights[..trainable], &grads[..trainable], &mut state, &mut out);
         weights[..trainable].copy_from_slice(&out);
     }
-    wrong.extend(differs("losses", &losses, &floats(&case["losses"])));
+    for (step, (got, want)) in losses.iter().zip(floats(&case["losses"])).enumerate() {
+        wrong.extend(differs(&format!("loss of step {step}"), &[*got], &[want]));
+    }
     let after = evaluate(&model, &weights, &batch, &mut workspace).iter().copied().collect::<Vec<f32>>();
     wrong.extend(differs("outputs after training", &after, &floats(&case["trained_outputs"])));
     wrong.into_iter().map(|w| format!("{name}, {w}")).collect()

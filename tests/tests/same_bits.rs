@@ -94,10 +94,21 @@ impl<'a> Cluster<'a> {
         self.workers.push(start(self.dir, &["worker", "--coordinator", &self.address]));
     }
 
+    /// What `status` says; null where nobody answers.
+    fn status(&self) -> serde_json::Value {
+        let out = run(self.dir, &["status", "--json", "--coordinator", &self.address]);
+        serde_json::from_slice(&out.stdout).unwrap_or_default()
+    }
+
     fn step(&self) -> u64 {
-        let out = run(self.dir, &["status", "--coordinator", &self.address]);
-        let text = String::from_utf8_lossy(&out.stdout).to_string();
-        text.split("step ").nth(1).and_then(|t| t.split(' ').next()?.parse().ok()).unwrap_or(0)
+        self.status()["steps"].as_u64().unwrap_or(0)
+    }
+
+    /// Whether a worker of this process id is a member.
+    fn has(&self, id: u32) -> bool {
+        let ends = format!(":{id}");
+        let workers = self.status()["workers"].as_array().cloned().unwrap_or_default();
+        workers.iter().any(|w| w["name"].as_str().is_some_and(|name| name.ends_with(&ends)))
     }
 
     fn reach(&self, step: u64) {
@@ -132,11 +143,11 @@ fn a_storm_changes_nothing(job: Run<'_>) {
     cluster.reach(35);
     signal(&cluster.workers[1], Signal::STOP);
     cluster.worker();
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let paused = cluster.workers[1].id();
+    wait_until("the paused worker to be given up", || !cluster.has(paused));
     signal(&cluster.workers[1], Signal::CONT);
-    cluster.reach(45);
-    let status = run(dir.path(), &["status", "--coordinator", &cluster.address]);
-    assert!(status.status.success(), "the run ended before the coordinator could be killed: give it more steps");
+    wait_until("it to come back", || cluster.has(paused));
+    assert!(!cluster.status().is_null(), "the run ended before the coordinator could be killed: give it more steps");
     let mut dead = cluster.coordinator.take().expect("it runs");
     dead.kill().expect("SIGKILL");
     dead.wait().expect("it is dead");

@@ -6,8 +6,8 @@ pub mod samples;
 pub mod session;
 
 use anyhow::{Result, bail};
-pub use session::endpoint;
 use session::{End, Kept};
+pub use session::{endpoint, plain, unreachable};
 use std::time::Duration;
 
 /// Pauses between attempts to join.
@@ -34,9 +34,17 @@ pub struct Options {
 /// A URL that is none, and no threads or too many.
 pub fn check(options: &Options) -> Result<()> {
     session::endpoint(&options.url)?;
+    check_threads(options.threads)
+}
+
+/// Finds out whether a worker may have so many threads.
+///
+/// # Errors
+/// None, or too many.
+pub fn check_threads(threads: usize) -> Result<()> {
     let most = unisono_proto::MAX_THREADS as usize;
-    if options.threads == 0 || options.threads > most {
-        bail!("--threads must be from 1 to {most}, not {}", options.threads);
+    if threads == 0 || threads > most {
+        bail!("--threads must be from 1 to {most}, not {threads}");
     }
     Ok(())
 }

@@ -53,8 +53,15 @@ struct KeptJob {
 /// A URL that is none.
 pub fn endpoint(url: &str) -> Result<Endpoint> {
     let url = if url.contains("://") { url.to_string() } else { format!("http://{url}") };
-    Ok(Endpoint::from_shared(url.clone())
-        .with_context(|| format!("`{url}` is not a URL; write it as http://HOST:PORT"))?
+    if url.starts_with("https://") {
+        bail!("`{url}`: connections are not encrypted yet; write it as http://HOST:PORT");
+    }
+    let endpoint = Endpoint::from_shared(url.clone()).ok();
+    let has_port = |e: &Endpoint| e.uri().scheme_str() == Some("http") && e.uri().port_u16().is_some();
+    let Some(endpoint) = endpoint.filter(has_port) else {
+        bail!("`{url}` is not a coordinator's URL; write it as http://HOST:PORT")
+    };
+    Ok(endpoint
         .connect_timeout(Duration::from_secs(5))
         .http2_keep_alive_interval(wire::KEEPALIVE)
         .keep_alive_timeout(wire::KEEPALIVE)
@@ -63,6 +70,27 @@ pub fn endpoint(url: &str) -> Result<Endpoint> {
         .initial_connection_window_size(wire::CONNECTION_WINDOW)
         .max_frame_size(wire::MAX_FRAME)
         .tcp_nodelay(true))
+}
+
+/// The error of a connection that could not be made: its last cause says all.
+pub fn unreachable(url: &str, e: &tonic::transport::Error) -> anyhow::Error {
+    let mut cause: &dyn std::error::Error = e;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    anyhow!("cannot reach a coordinator at {url}: {cause}")
+}
+
+/// A refused call in plain words: what a server that is no coordinator says is of no use to anybody.
+pub fn plain(url: &str, e: &tonic::Status) -> anyhow::Error {
+    use tonic::Code::{Cancelled, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
+    match e.code() {
+        Cancelled | DeadlineExceeded => anyhow!("{url} does not answer"),
+        Internal | Unavailable | Unimplemented | Unknown => {
+            anyhow!("what listens at {url} is no coordinator of this version, or has just ended")
+        }
+        _ => anyhow!("{}", e.message()),
+    }
 }
 
 pub(crate) type Client = v1::coordinator_client::CoordinatorClient<Channel>;
@@ -81,7 +109,7 @@ async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Res
     let reply = match answer(options, client.get_job(v1::GetJobRequest { version: wire::VERSION.into() })).await {
         Ok(reply) => reply.into_inner(),
         Err(e) if e.code() == tonic::Code::FailedPrecondition => return Ok(Err(e.message().into())),
-        Err(e) => return Err(anyhow!("{}", e.message())),
+        Err(e) => return Err(plain(&options.url, &e)),
     };
     let prepared: Prepared = serde_json::from_str(&reply.prepared).context("the coordinator's data description")?;
     prepared.check().context("the coordinator's data description")?;
@@ -146,7 +174,7 @@ impl Fetcher {
 /// Runs one membership.
 pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     let Options { url, threads, name, .. } = options;
-    let channel = endpoint(url)?.connect().await.with_context(|| format!("cannot reach a coordinator at {url}"))?;
+    let channel = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
     let mut client = Client::new(channel).max_decoding_message_size(wire::MAX_MESSAGE);
     if let Err(refused) = prepare(&mut client, kept, options).await? {
         return Ok(End::Refused(refused));
@@ -169,7 +197,7 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
         Err(e) if matches!(e.code(), tonic::Code::FailedPrecondition | tonic::Code::InvalidArgument) => {
             return Ok(End::Refused(e.message().into()));
         }
-        Err(e) => return Err(anyhow!("{}", e.message())),
+        Err(e) => return Err(plain(&options.url, &e)),
     };
     let joined = match answer(options, incoming.message()).await?.and_then(|m| m.kind) {
         Some(v1::to_worker::Kind::Joined(joined)) => joined,

@@ -41,6 +41,13 @@ pub enum DataError {
          train on samples of that class too"
     )]
     TestLabel { path: String, sample: usize, label: u8, last: usize },
+    #[error("{path}: sample {sample} has label {label}, but labels end at {last}; correct the label, or data.classes")]
+    Label { path: String, sample: usize, label: u8, last: u8 },
+    #[error(
+        "{path}: sample {sample} has label {label}, but there are only {used} different labels; correct the label, or set \
+         data.classes if all is right"
+    )]
+    LoneLabel { path: String, sample: usize, label: u8, used: usize },
 
     #[error("{path}:{line}: this is not UTF-8 text; convert the file to UTF-8")]
     NotText { path: String, line: usize },

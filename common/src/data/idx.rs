@@ -97,10 +97,24 @@ fn shape(images: &Idx) -> Vec<usize> {
     }
 }
 
-/// Reads both splits; the training set's labels say how many classes there are.
-pub(super) fn read(root: Option<&Path>, train: &IdxPaths, test: Option<&IdxPaths>) -> Result<Raw, DataError> {
+/// Reads both splits; where `classes` does not, the training set's labels say how many classes there are.
+pub(super) fn read(
+    root: Option<&Path>,
+    train: &IdxPaths,
+    test: Option<&IdxPaths>,
+    classes: Option<usize>,
+) -> Result<Raw, DataError> {
     let (images, labels) = pair(root, train)?;
-    let last = labels.bytes.iter().copied().max().unwrap_or(0);
+    let (sample, largest) = (0..).zip(&labels.bytes).max_by_key(|(_, label)| **label).map_or((0, 0), |(i, l)| (i, *l));
+    let last = classes.map_or(largest, |classes| (classes - 1) as u8);
+    if largest > last {
+        return Err(DataError::Label { path: labels.path, sample, label: largest, last });
+    }
+    let used: std::collections::BTreeSet<u8> = labels.bytes.iter().copied().collect();
+    // A few classes without a sample are possible; more are a damaged file.
+    if classes.is_none() && 2 * used.len() < last as usize + 1 {
+        return Err(DataError::LoneLabel { path: labels.path, sample, label: last, used: used.len() });
+    }
     let train_shape = shape(&images);
     let test = match test {
         None => None,
@@ -161,7 +175,7 @@ mod tests {
 
     fn train(images: &[u8], labels: &[u8]) -> Result<Raw, DataError> {
         let dir = TempDir::new().unwrap();
-        read(None, &put(&dir, "train", images, labels), None)
+        read(None, &put(&dir, "train", images, labels), None, None)
     }
 
     /// The error says all of `parts`, in one of the ways that `|` parts.
@@ -203,6 +217,17 @@ mod tests {
     }
 
     #[test]
+    fn a_label_out_of_range_is_named() {
+        let odd = idx(0x801, &[3], &[2, 200, 1]);
+        says(train(&images(), &odd), &["train-labels: sample 1 has label 200", "3 different", "data.classes"]);
+        let dir = TempDir::new().unwrap();
+        let read = |labels: &[u8], classes| read(None, &put(&dir, "train", &images(), labels), None, Some(classes));
+        says(read(&odd, 10), &["train-labels: sample 1 has label 200", "end at 9", "data.classes"]);
+        assert_eq!(read(&labels(), 10).unwrap().classes.unwrap().len(), 10);
+        assert_eq!(read(&odd, 201).unwrap().classes.unwrap().len(), 201);
+    }
+
+    #[test]
     fn every_cut_and_every_addition_is_refused() {
         let whole = images();
         for end in 0..whole.len() {
@@ -230,7 +255,7 @@ mod tests {
     fn a_test_set_that_does_not_fit_is_refused() {
         let dir = TempDir::new().unwrap();
         let paths = put(&dir, "train", &images(), &labels());
-        let test = |images: &[u8], labels: &[u8]| read(None, &paths, Some(&put(&dir, "test", images, labels)));
+        let test = |images: &[u8], labels: &[u8]| read(None, &paths, Some(&put(&dir, "test", images, labels)), None);
         assert!(test(&images(), &labels()).unwrap().test.is_some());
         says(test(&idx(0x803, &[3, 2, 1], &[0; 6]), &labels()), &["test-images", "[1, 2, 1]", "[1, 2, 2]"]);
         says(test(&images(), &idx(0x801, &[3], &[0, 3, 1])), &["test-labels: sample 1 has label 3", "end at 2"]);
@@ -247,7 +272,7 @@ mod tests {
             images: format!("mnist/{split}-images-idx3-ubyte.gz"),
             labels: format!("mnist/{split}-labels-idx1-ubyte.gz"),
         };
-        let raw = read(Some(Path::new(&root)), &paths("train"), Some(&paths("t10k"))).unwrap();
+        let raw = read(Some(Path::new(&root)), &paths("train"), Some(&paths("t10k")), Some(10)).unwrap();
         assert_eq!((raw.train.samples(), raw.test.as_ref().unwrap().samples()), (60_000, 10_000));
         let prepared = raw.prepare(true).prepared;
         // The values that every MNIST program has: 0.1307 and 0.3081 of 255.

@@ -121,7 +121,7 @@ pub fn open(data: &job::Data, seed: u64) -> Result<Opened, DataError> {
 fn open_in(root: Option<&Path>, data: &job::Data, seed: u64) -> Result<Opened, DataError> {
     let raw = match &data.source {
         job::Source::Digits => digits::read(seed),
-        job::Source::Idx { train, test } => idx::read(root, train, test.as_ref())?,
+        job::Source::Idx { train, test, classes } => idx::read(root, train, test.as_ref(), *classes)?,
         job::Source::Csv(spec) => csv::read(root, spec)?,
         job::Source::Synthetic { task, shape, classes, samples, test_samples } => {
             synthetic::make(seed, *task, shape, *classes, *samples, *test_samples)?

@@ -73,6 +73,8 @@ pub enum Source {
     Idx {
         train: IdxPaths,
         test: Option<IdxPaths>,
+        /// `None`: as many as the training set's labels say.
+        classes: Option<usize>,
     },
     Csv(Csv),
     Synthetic {

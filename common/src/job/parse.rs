@@ -54,7 +54,7 @@ const COUNT_OR_0: std::ops::RangeInclusive<u64> = 0..=1 << 40;
 
 const FORMATS: &Kinds = &[
     ("digits", &[]),
-    ("idx", &["train", "test"]),
+    ("idx", &["train", "test", "classes"]),
     ("csv", &["train", "test", "header", "columns", "target", "categorical", "ignore", "missing", "separator", "task"]),
     ("synthetic", &["task", "shape", "classes", "samples", "test_samples"]),
 ];
@@ -70,6 +70,7 @@ fn data(node: &Node, base: &str) -> Result<Data> {
                 "data.train",
             )?,
             test: r.node("test").optional().map(|n| idx_paths(n, base, "data.test")).transpose()?,
+            classes: r.integer("classes", 2..=256)?.optional().map(|n| n as usize),
         },
         "csv" => Source::Csv(csv(&r, base)?),
         _ => synthetic(&r)?,
@@ -535,11 +536,13 @@ mod tests {
     fn every_source_has_its_defaults_and_every_key_counts() {
         let idx = |images: &str| IdxPaths { base: "/base".into(), images: images.into(), labels: "l".into() };
         let idx_job = job("format = \"idx\", train = { images = \"a\", labels = \"l\" }", LINEAR, "");
-        assert_eq!(idx_job.data.source, Source::Idx { train: idx("a"), test: None });
+        assert_eq!(idx_job.data.source, Source::Idx { train: idx("a"), test: None, classes: None });
         let both =
             "format = \"idx\", train = { images = \"a\", labels = \"l\" }, test = { images = \"b\", labels = \"l\" }";
-        let full = job(&format!("{both}, normalize = false, ship = true, partition = \"hashed\""), LINEAR, "").data;
-        let source = Source::Idx { train: idx("a"), test: Some(idx("b")) };
+        let full =
+            job(&format!("{both}, classes = 7, normalize = false, ship = true, partition = \"hashed\""), LINEAR, "")
+                .data;
+        let source = Source::Idx { train: idx("a"), test: Some(idx("b")), classes: Some(7) };
         assert_eq!(full, Data { source, normalize: false, ship: Some(true), hashed: true });
 
         let csv = Csv {
