@@ -45,15 +45,17 @@ impl View {
 }
 
 impl Shown {
-    /// Waits until the lines are gone; the run must be over.
+    /// Takes the lines away.
     pub async fn end(self) {
         if let Some(task) = self.0 {
+            task.abort();
             task.await.ok();
+            LINES.get().map(MultiProgress::clear);
         }
     }
 }
 
-/// A progress line for the run, and one for each worker, ten times a second until the run is over.
+/// A progress line for the run, and one for each worker, ten times a second until it is stopped.
 async fn draw(progress: watch::Receiver<Progress>) {
     let style =
         |template: &str| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -65,7 +67,7 @@ async fn draw(progress: watch::Receiver<Progress>) {
     let run = lines.add(ProgressBar::new(0).with_style(style(&template)));
     let mut workers: Vec<ProgressBar> = Vec::new();
     let mut tick = tokio::time::interval(Duration::from_millis(100));
-    while progress.has_changed().is_ok() {
+    loop {
         tick.tick().await;
         let p = progress.borrow().clone();
         if p.total_steps == 0 {
@@ -98,5 +100,4 @@ async fn draw(progress: watch::Receiver<Progress>) {
             line.set_message(format!("worker {} ({}): {threads}, {partitions}{late}", w.id, w.name));
         }
     }
-    lines.clear().ok();
 }

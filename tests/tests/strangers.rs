@@ -291,12 +291,13 @@ async fn half_a_node(client: &mut Client) -> Streaming<v1::ToWorker> {
     use v1::push_part::Kind::{Chunk, Node};
     let (job, layout, join) = honest_join(client).await;
     for wrong in 0..3 {
-        let (mine, mut session) = joined(client, join.clone()).await;
-        let work = loop {
+        let (mine, mut session, work) = loop {
+            let (mine, mut session) = joined(client, join.clone()).await;
             match session.message().await.expect("a message").and_then(|m| m.kind) {
-                Some(v1::to_worker::Kind::Work(work)) if !work.evaluate => break work,
-                Some(_) => {}
-                None => panic!("the session ended before there was work"),
+                Some(v1::to_worker::Kind::Work(work)) if !work.evaluate => break (mine, session, work),
+                // It came in the middle of an evaluation.
+                Some(v1::to_worker::Kind::Work(_)) => {}
+                other => panic!("the run ended before there was work: {other:?}"),
             }
         };
         let node = work.nodes[0];
