@@ -345,9 +345,9 @@ impl Driver {
     }
 
     fn part(&mut self, worker: WorkerId, goodbye: v1::Goodbye) {
+        self.shared.leave(worker);
         self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
         self.sessions.remove(&worker);
-        self.shared.leave(worker);
     }
 
     fn tell(&self, worker: WorkerId, kind: v1::to_worker::Kind) {
