@@ -2,6 +2,7 @@
 //!
 //! [`run`] takes a listener and an interruption signal, so a test binds port 0.
 
+mod broadcast;
 mod driver;
 pub mod files;
 mod pace;
@@ -294,7 +295,7 @@ pub async fn run(
         progress,
         job,
     });
-    let service = service::Service(shared.clone());
+    let (service, weights) = (service::Service(shared.clone()), broadcast::Weights(shared.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<v1::coordinator_server::CoordinatorServer<service::Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -314,6 +315,7 @@ pub async fn run(
             v1::coordinator_server::CoordinatorServer::new(service.clone())
                 .max_decoding_message_size(unisono_proto::MAX_MESSAGE),
         )
+        .add_service(weights)
         .add_service(v1::operator_server::OperatorServer::new(service))
         .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true)));
     let driver = Driver {

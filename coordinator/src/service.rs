@@ -1,7 +1,6 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
 use crate::driver::{Input, Shared};
-use crate::store::Sent;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -195,39 +194,6 @@ impl v1::coordinator_server::Coordinator for Service {
         let why = taken.as_ref().err().map_or("its pushes ended", |e| e.message()).to_string();
         self.0.input(Input::Broken { worker, why });
         taken.map(|()| Response::new(v1::PushReply {}))
-    }
-
-    type BroadcastStream = Out<v1::WeightChunk>;
-
-    async fn broadcast(
-        &self,
-        request: Request<v1::BroadcastRequest>,
-    ) -> Result<Response<Self::BroadcastStream>, Status> {
-        let shared = self.0.clone();
-        shared.member(&request.into_inner().session)?;
-        let (send, receive) = mpsc::channel(4);
-        tokio::spawn(async move {
-            let mut changes = shared.store.changes();
-            let mut sent = vec![None; shared.store.layout().chunks()];
-            loop {
-                changes.borrow_and_update();
-                let mut idle = true;
-                for (index, sent) in sent.iter_mut().enumerate() {
-                    let Some(Sent { step, crc, bytes: values }) = shared.store.next(index, *sent) else { continue };
-                    shared.store.bytes_pulled.fetch_add(values.len() as u64, Ordering::Relaxed);
-                    let chunk = v1::WeightChunk { step: step.0, index: index as u32, crc, values };
-                    if send.send(Ok(chunk)).await.is_err() {
-                        return;
-                    }
-                    *sent = Some(step);
-                    idle = false;
-                }
-                if idle && changes.changed().await.is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }
 
     type FetchPartitionStream = Out<v1::DataPiece>;

@@ -18,6 +18,7 @@ use unisono_tests::{finish, free_port, root, run, start, summary, wait_until};
 const STEPS: &str = "train.steps=6000";
 
 type Client = v1::coordinator_client::CoordinatorClient<Channel>;
+type Weights = v1::weights_client::WeightsClient<Channel>;
 
 /// A coordinator and one honest worker; both end with the test.
 struct Cluster<'a> {
@@ -51,10 +52,13 @@ impl<'a> Cluster<'a> {
         text.split("step ").nth(1)?.split(' ').next()?.parse().ok()
     }
 
-    fn client(&self, runtime: &tokio::runtime::Runtime) -> Client {
+    fn channel(&self, runtime: &tokio::runtime::Runtime) -> Channel {
         let channel = Channel::from_shared(format!("http://{}", self.address)).expect("a URL");
-        let channel = runtime.block_on(channel.connect()).expect("the coordinator answers");
-        Client::new(channel).max_encoding_message_size(usize::MAX)
+        runtime.block_on(channel.connect()).expect("the coordinator answers")
+    }
+
+    fn client(&self, runtime: &tokio::runtime::Runtime) -> Client {
+        Client::new(self.channel(runtime)).max_encoding_message_size(usize::MAX)
     }
 
     fn end(mut self) -> serde_json::Value {
@@ -242,7 +246,7 @@ async fn wrong_pushes(client: &mut Client) {
 }
 
 /// Requests for what is not there.
-async fn wrong_requests(client: &mut Client) {
+async fn wrong_requests(client: &mut Client, from: &mut Weights) {
     let (job, _, join) = honest_join(client).await;
     let (mine, session) = joined(client, join).await;
     let ask = |session: &[u8], partition, test| v1::FetchRequest { session: session.to_vec().into(), partition, test };
@@ -254,9 +258,11 @@ async fn wrong_requests(client: &mut Client) {
         }
     }
     refused(client.fetch_partition(ask(&[1; 16], 0, false)).await, Code::NotFound, &["join first"]);
-    refused(client.broadcast(weights(&[1; 16])).await, Code::NotFound, &["join first"]);
+    refused(from.broadcast(weights(&[1; 16])).await, Code::NotFound, &["join first"]);
+    let long = from.broadcast(weights(&[1; 5000])).await;
+    refused(long, Code::InvalidArgument, &["cannot be read"]);
     // Takes weights and data as a member may, and leaves in the middle.
-    let mut sent = client.broadcast(weights(&mine)).await.expect("weights").into_inner();
+    let mut sent = from.broadcast(weights(&mine)).await.expect("weights").into_inner();
     sent.message().await.expect("a chunk");
     let fetch = client.fetch_partition(ask(&mine, 0, false)).await;
     fetch.expect("a partition").into_inner().message().await.expect("a piece");
@@ -396,6 +402,7 @@ fn strangers_change_nothing() {
     let _silent: Vec<TcpStream> = (0..50).map(|_| TcpStream::connect(&cluster.address).expect("open")).collect();
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let mut client = cluster.client(&runtime);
+    let mut weights = Weights::new(cluster.channel(&runtime));
     let mut mute = client.clone();
     runtime.spawn(async move { mute.session(stream::pending::<v1::FromWorker>()).await.map(|_| ()) });
 
@@ -405,14 +412,22 @@ fn strangers_change_nothing() {
     {
         raw(&cluster.address, bytes);
     }
-    for call in ["Coordinator/Push", "Coordinator/Session", "Coordinator/GetJob", "Operator/Stop", "Nobody/Nothing"] {
+    for call in [
+        "Coordinator/Push",
+        "Coordinator/Session",
+        "Coordinator/GetJob",
+        "Weights/Broadcast",
+        "Weights/Nothing",
+        "Operator/Stop",
+        "Nobody/Nothing",
+    ] {
         let answer = frames(&raw(&cluster.address, &huge_call(&format!("/unisono.v1.{call}"))));
         assert!(answer.contains(&(1, 1)), "{call}: no answer to a message of 4 GiB: {answer:?}");
     }
     runtime.block_on(async {
         wrong_joins(&mut client).await;
         wrong_pushes(&mut client).await;
-        wrong_requests(&mut client).await;
+        wrong_requests(&mut client, &mut weights).await;
         wrong_members(&mut client).await;
     });
     let (step, peak) = (cluster.step(), cluster.coordinator.as_ref().map_or(0, peak_mib));
@@ -444,9 +459,8 @@ fn health_and_reflection_are_served() {
     let dir = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(dir.path());
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let channel = cluster.channel(&runtime);
     runtime.block_on(async {
-        let channel = Channel::from_shared(format!("http://{}", cluster.address)).expect("a URL");
-        let channel = channel.connect().await.expect("the coordinator answers");
         for service in ["", "unisono.v1.Coordinator"] {
             let request = HealthCheckRequest { service: service.into() };
             let health = HealthClient::new(channel.clone()).check(request).await.expect("an answer").into_inner();

@@ -175,6 +175,8 @@ impl Fetcher {
 pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     let Options { url, threads, name, .. } = options;
     let channel = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
+    let weights = v1::weights_client::WeightsClient::new(channel.clone());
+    let mut weights = weights.max_decoding_message_size(wire::MAX_MESSAGE);
     let mut client = Client::new(channel).max_decoding_message_size(wire::MAX_MESSAGE);
     if let Err(refused) = prepare(&mut client, kept, options).await? {
         return Ok(End::Refused(refused));
@@ -210,7 +212,7 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     let mut push_client = client.clone();
     let mut pushing = tokio::spawn(async move { push_client.push(ReceiverStream::new(pushed)).await });
     let request = v1::BroadcastRequest { session: joined.session.clone() };
-    let mut broadcast = answer(options, client.broadcast(request)).await?.into_inner();
+    let mut broadcast = answer(options, weights.broadcast(request)).await?.into_inner();
 
     let fetcher = match &samples {
         Samples::Read(_) => None,
