@@ -1,7 +1,7 @@
 //! The broadcast of weights, as a gRPC service by hand: a generated one would copy each chunk into the buffer of each stream.
 //! Here, the bytes that go to the sockets are the store's own, whatever the number of workers.
 
-use crate::driver::Shared;
+use crate::shared::Shared;
 use crate::store::Sent;
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};

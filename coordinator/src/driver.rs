@@ -1,30 +1,29 @@
 //! The driver: one task that feeds the protocol's machine and carries out its commands.
 
 use crate::files;
+use crate::lock;
 use crate::pace::Pace;
-use crate::store::{Applied, Keep, Store};
-use crate::{Member, Progress, Summary};
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use bytes::Bytes;
+use crate::shared::Shared;
+use crate::store::{Applied, Keep};
+use crate::{Progress, Summary};
+use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 use unisono_common::checkpoint::Manifest;
 use unisono_common::data::partition::Partitions;
-use unisono_common::data::{Opened, Prepared};
 use unisono_common::ids::{Step, WorkerId};
-use unisono_common::job::{Job, ScheduleKind};
-use unisono_common::loss::LossSums;
+use unisono_common::job::ScheduleKind;
 use unisono_common::metrics::{EvalKind, EvalSummary, EvalSums};
 use unisono_common::optim::Optimizer;
-use unisono_common::protocol::{Command, Event, Kind, Machine, Reason};
+use unisono_common::protocol::{Command, Event, Kind, Reason};
 use unisono_common::schedule::{self, EarlyState, PlateauState};
 use unisono_common::tree::{Node, Offer, Open};
-use unisono_proto::{self as wire, WireError, v1};
+use unisono_proto::v1;
 
 /// Sends messages to one worker's session.
 pub type ToWorker = mpsc::UnboundedSender<Result<v1::ToWorker, Status>>;
@@ -70,144 +69,6 @@ pub enum Input {
     Stop,
     /// A checkpoint's path, and the digest of its weights.
     Saved(Result<(PathBuf, String)>),
-}
-
-/// What proves that a stream is a member's.
-pub type Token = [u8; 16];
-
-/// What service and driver share.
-pub struct Shared {
-    pub job: Job,
-    pub prepared: Prepared,
-    pub fingerprint: [u8; 32],
-    pub store: Store,
-    pub pool: rayon::ThreadPool,
-    pub heartbeat_ms: u32,
-    pub(crate) opened: Opened,
-    pub(crate) train_parts: Partitions,
-    pub(crate) test_parts: Option<Partitions>,
-    pub(crate) machine: Mutex<Machine>,
-    pub(crate) inputs: mpsc::UnboundedSender<Input>,
-    pub(crate) next_id: AtomicU64,
-    pub(crate) names: Mutex<BTreeMap<WorkerId, String>>,
-    pub(crate) tokens: Mutex<BTreeMap<Token, WorkerId>>,
-    /// Turns to encode a partition.
-    pub(crate) encoding: Arc<tokio::sync::Semaphore>,
-    pub(crate) progress: watch::Sender<Progress>,
-}
-
-fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-impl Shared {
-    pub(crate) fn input(&self, input: Input) {
-        self.inputs.send(input).ok();
-    }
-
-    /// A new member's id, and what will prove that it is that member.
-    pub(crate) fn enter(&self) -> Result<(WorkerId, Token)> {
-        let mut token = Token::default();
-        getrandom::fill(&mut token).map_err(|e| anyhow!("this machine gives no random numbers: {e}"))?;
-        let worker = WorkerId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        lock(&self.tokens).insert(token, worker);
-        Ok((worker, token))
-    }
-
-    /// Forgets a member: its streams are nobody's from now on.
-    pub(crate) fn leave(&self, worker: WorkerId) {
-        lock(&self.tokens).retain(|_, member| *member != worker);
-        lock(&self.names).remove(&worker);
-    }
-
-    /// The member whose session this is.
-    pub(crate) fn member(&self, session: &[u8]) -> Result<WorkerId, Status> {
-        let known = Token::try_from(session).ok().and_then(|token| lock(&self.tokens).get(&token).copied());
-        known.ok_or_else(|| Status::not_found("there is no such session: join first"))
-    }
-
-    /// Checks a node's header as far as it can be without knowing whose it is.
-    pub(crate) fn check_header(&self, header: &v1::NodeHeader) -> Result<(Step, Node, LossSums), WireError> {
-        let node = wire::node(header.node, self.job.train.partitions)?;
-        let sums = LossSums { loss: header.loss, weight: header.weight, samples: header.samples };
-        let most = node.len() as u64 * self.job.train.micro_batch as u64;
-        if !(sums.loss.is_finite() && sums.weight.is_finite() && sums.weight >= 0.0) || sums.samples > most {
-            return Err(WireError::Range { field: "loss, weight or samples", value: format!("{sums:?}") });
-        }
-        if header.generation > lock(&self.machine).generation().0 {
-            return Err(WireError::Range { field: "generation", value: header.generation.to_string() });
-        }
-        Ok((Step(header.step), node, sums))
-    }
-
-    /// Checks that a node has just the samples that its partitions give to a step.
-    pub(crate) fn check_samples(&self, step: Step, node: Node, samples: u64) -> Result<(), WireError> {
-        let (parts, micro_batch) = (&self.train_parts, self.job.train.micro_batch);
-        let in_epoch = step.0 % parts.steps_per_epoch(micro_batch) as u64;
-        let want: usize = (node.lo..node.hi).map(|p| parts.batch(p, in_epoch, micro_batch).len()).sum();
-        if samples != want as u64 {
-            return Err(WireError::Range { field: "samples", value: format!("{samples}, not {want}") });
-        }
-        Ok(())
-    }
-
-    /// A sign of life.
-    pub(crate) fn heard(&self, worker: WorkerId, now: Instant) {
-        lock(&self.machine).handle(now, Event::Heartbeat { worker });
-    }
-
-    pub(crate) fn owes(&self, worker: WorkerId, step: Step, kind: Kind, node: Node) -> bool {
-        lock(&self.machine).owes(worker, step, kind, node)
-    }
-
-    /// One partition's samples, encoded.
-    pub(crate) fn partition_bytes(&self, partition: u32, test: bool) -> Bytes {
-        let (set, parts) = match (test, &self.opened.test, &self.test_parts) {
-            (true, Some(set), Some(parts)) => (set, parts),
-            (true, _, _) => return Bytes::new(),
-            (false, _, _) => (&self.opened.train, &self.train_parts),
-        };
-        let rows: Vec<usize> = (0..parts.len(partition)).map(|i| parts.sample(partition, i)).collect();
-        set.select(&rows).to_bytes().into()
-    }
-
-    pub(crate) fn members(&self, now: Instant) -> Vec<Member> {
-        let names = lock(&self.names);
-        let member = |(id, threads, partitions, heard): (WorkerId, u32, u32, Instant)| Member {
-            id: id.0,
-            name: names.get(&id).cloned().unwrap_or_default(),
-            threads,
-            partitions,
-            silent: now.saturating_duration_since(heard),
-        };
-        lock(&self.machine).members().map(member).collect()
-    }
-
-    pub(crate) fn status(&self, now: Instant) -> v1::StatusReply {
-        let p = self.progress.borrow().clone();
-        let workers = self
-            .members(now)
-            .into_iter()
-            .enumerate()
-            .map(|(rank, m)| v1::WorkerStatus {
-                worker_id: m.id,
-                rank: rank as u32,
-                name: m.name,
-                threads: m.threads,
-                partitions: m.partitions,
-                silent_ms: m.silent.as_millis() as u64,
-            })
-            .collect();
-        v1::StatusReply {
-            job: self.job.name.clone(),
-            step: p.step,
-            total_steps: p.total_steps,
-            epoch: p.epoch,
-            loss: p.loss,
-            samples_per_second: p.samples_per_second,
-            workers,
-        }
-    }
 }
 
 /// What training remembers besides weights and optimizer state.

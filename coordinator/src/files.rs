@@ -1,5 +1,6 @@
 //! Checkpoint files: written aside, fsynced, renamed; the manifest last.
 
+use crate::lock;
 use crate::store::Keep;
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -115,7 +116,7 @@ impl Writing {
 
     /// The manifest comes last, then the folder gets its name.
     fn place(&self, mut manifest: Manifest) -> Result<(PathBuf, String)> {
-        if let Some(e) = self.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take() {
+        if let Some(e) = lock(&self.failed).take() {
             return Err(e);
         }
         let digest = self.layout.digest_of_pieces(|range| self.weights.read(range))?;
@@ -149,7 +150,7 @@ impl Keep for Writing {
             vectors.zip(slots).try_for_each(|(vector, slot)| self.optimizer.write(vector + trained.start, slot))
         };
         if let Err(e) = write() {
-            self.failed.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(e);
+            lock(&self.failed).get_or_insert(e);
         }
     }
 }

@@ -7,12 +7,14 @@ mod driver;
 pub mod files;
 mod pace;
 mod service;
+mod shared;
 mod store;
 
 use anyhow::{Context, Result, bail};
-use driver::{Driver, Input, Learning, Shared};
+use driver::{Driver, Input, Learning};
 use pace::Pace;
 use serde::Serialize;
+use shared::Shared;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -126,6 +128,11 @@ struct Resumed {
     weights: Vec<f32>,
     slots: Vec<Vec<f32>>,
     learning: Learning,
+}
+
+/// A lock that outlives a panic of another thread: what it guards is changed whole.
+fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 fn hex(digest: [u8; 32]) -> String {

@@ -1,6 +1,7 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
-use crate::driver::{Input, Shared};
+use crate::driver::Input;
+use crate::shared::Shared;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -4,9 +4,10 @@
 //! else is changed in place, in buffers that are used again: a steady step takes no new memory. A checkpoint that is being
 //! written copies nothing either: what it has not yet written of a chunk is written by the update that would replace it.
 
+use crate::lock;
 use bytes::Bytes;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 use unisono_common::ids::Step;
 use unisono_common::kernels;
@@ -167,10 +168,6 @@ pub struct Store {
     pub bytes_pushed: AtomicU64,
     /// Bytes of weights sent.
     pub bytes_pulled: AtomicU64,
-}
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Store {

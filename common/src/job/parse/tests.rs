@@ -1,0 +1,578 @@
+//! What is read, and how mistakes are named.
+
+use super::*;
+use proptest::prelude::*;
+
+const JOB: &str = "name = \"t\"\nseed = 7\n[data]\nformat = \"digits\"\n[model]\nkind = \"mlp\"\nhidden = [8]\n\
+                   [train]\nepochs = 3\noptimizer = \"adamw\"\n";
+
+fn read(text: &str, set: &[&str]) -> Result<Job> {
+    let set: Vec<String> = set.iter().map(|s| s.to_string()).collect();
+    parse(JobText { file: "job.toml".into(), base: "/base".into(), toml: text.into(), overrides: set })
+}
+
+fn message(text: &str, set: &[&str]) -> String {
+    read(text, set).unwrap_err().to_string()
+}
+
+/// A job with these data, model and train parts.
+fn job(data: &str, model: &str, train: &str) -> Job {
+    let text = format!("data = {{ {data} }}\nmodel = {{ {model} }}\ntrain = {{ epochs = 1, {train} }}");
+    let job = read(&text, &[]).unwrap_or_else(|e| panic!("{e}\n{text}"));
+    assert_eq!(serde_json::from_str::<Job>(&serde_json::to_string(&job).unwrap()).unwrap(), job, "JSON form");
+    job
+}
+
+const DIGITS: &str = "format = \"digits\"";
+const LINEAR: &str = "kind = \"linear\"";
+
+#[test]
+fn defaults_are_filled_in() {
+    let got = job(DIGITS, LINEAR, "");
+    let want = Job {
+        text: got.text.clone(),
+        name: "job".into(),
+        seed: 0,
+        data: Data { source: Source::Digits, normalize: true, ship: None, hashed: false },
+        model: Model::Linear,
+        train: Train {
+            partitions: 8,
+            micro_batch: 16,
+            length: Length::Epochs(1),
+            loss: Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None },
+            optimizer: Optimizer::AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 },
+            schedule: Schedule { kind: ScheduleKind::Constant, warmup_steps: 0 },
+            clip_norm: None,
+            clip_value: None,
+            eval_every: None,
+            early_stopping: None,
+        },
+        checkpoint: Checkpoint { dir: "runs/job".into(), every_steps: 500, keep: 3 },
+    };
+    assert_eq!(got, want);
+    let toml = JOB.trim_start_matches("name = \"t\"\n").to_string();
+    let text = |file: &str| JobText { file: file.into(), toml: toml.clone(), ..want.text.clone() };
+    let named = |file| parse(text(file)).unwrap().name;
+    assert_eq!([named("a/big run.toml"), named(".toml"), named("..")], ["big-run", "job", "job"]);
+}
+
+#[test]
+fn every_source_has_its_defaults_and_every_key_counts() {
+    let idx = |images: &str| IdxPaths { base: "/base".into(), images: images.into(), labels: "l".into() };
+    let idx_job = job("format = \"idx\", train = { images = \"a\", labels = \"l\" }", LINEAR, "");
+    assert_eq!(idx_job.data.source, Source::Idx { train: idx("a"), test: None, classes: None });
+    let both =
+        "format = \"idx\", train = { images = \"a\", labels = \"l\" }, test = { images = \"b\", labels = \"l\" }";
+    let full =
+        job(&format!("{both}, classes = 7, normalize = false, ship = true, partition = \"hashed\""), LINEAR, "").data;
+    let source = Source::Idx { train: idx("a"), test: Some(idx("b")), classes: Some(7) };
+    assert_eq!(full, Data { source, normalize: false, ship: Some(true), hashed: true });
+
+    let csv = Csv {
+        base: "/base".into(),
+        train: "a.csv".into(),
+        test: None,
+        columns: None,
+        header: true,
+        target: "y".into(),
+        categorical: vec![],
+        ignore: vec![],
+        missing: "?".into(),
+        separator: ',',
+        task: Task::Classification,
+    };
+    let some_csv = "format = \"csv\", train = \"a.csv\", target = \"y\"";
+    assert_eq!(job(some_csv, LINEAR, "").data.source, Source::Csv(csv.clone()));
+    let columns = Some(vec!["x".into(), "y".into()]);
+    let headless = Csv { columns: columns.clone(), header: false, ..csv.clone() };
+    assert_eq!(job(&format!("{some_csv}, columns = [\"x\", \"y\"]"), LINEAR, "").data.source, Source::Csv(headless));
+    let all = "test = \"b.csv\", columns = [\"x\", \"y\"], header = true, categorical = [\"x\"], ignore = [\"z\"], \
+               missing = \"\", separator = \"\\t\", task = \"regression\"";
+    let full = Csv {
+        test: Some("b.csv".into()),
+        columns,
+        categorical: vec!["x".into()],
+        ignore: vec!["z".into()],
+        missing: "".into(),
+        separator: '\t',
+        task: Task::Regression,
+        ..csv
+    };
+    assert_eq!(job(&format!("{some_csv}, {all}"), LINEAR, "").data.source, Source::Csv(full));
+
+    let made = job("format = \"synthetic\", shape = [1, 2, 3], classes = 4, samples = 5", LINEAR, "").data;
+    let shape = vec![1, 2, 3];
+    let source = Source::Synthetic { task: Task::Classification, shape, classes: 4, samples: 5, test_samples: 1 };
+    assert_eq!(made, Data { source, normalize: false, ship: None, hashed: false });
+    let spec = "format = \"synthetic\", task = \"regression\", shape = [9], samples = 80, normalize = true";
+    let made = job(spec, LINEAR, "").data;
+    let source =
+        Source::Synthetic { task: Task::Regression, shape: vec![9], classes: 0, samples: 80, test_samples: 10 };
+    assert_eq!((made.source, made.normalize), (source, true));
+    let tests = job("format = \"synthetic\", shape = [9], classes = 2, samples = 80, test_samples = 3", LINEAR, "");
+    assert!(matches!(tests.data.source, Source::Synthetic { test_samples: 3, .. }));
+}
+
+#[test]
+fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
+    let mlp = |keys: &str| job(DIGITS, &format!("kind = \"mlp\", hidden = [4, 2]{keys}"), "").model;
+    let want = |activation, dropout| Model::Mlp { hidden: vec![4, 2], activation, dropout };
+    assert_eq!(mlp(""), want(Activation::Relu, 0.0));
+    assert_eq!(mlp(", activation = \"gelu\", dropout = 0.5"), want(Activation::Gelu, 0.5));
+    assert_eq!(mlp(", activation = \"leaky-relu\""), want(Activation::LeakyRelu { slope: 0.01 }, 0.0));
+    let leaky = ", activation = { kind = \"leaky-relu\", slope = 0.25 }";
+    assert_eq!(mlp(leaky), want(Activation::LeakyRelu { slope: 0.25 }, 0.0));
+
+    let act = |activation| Layer::Activation { activation };
+    let conv = |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, bias, init };
+    let cases = [
+        ("op = \"linear\", units = 3", Layer::Linear { units: 3, bias: true, init: None }),
+        (
+            "op = \"linear\", units = 3, bias = false, init = \"xavier-normal\"",
+            Layer::Linear { units: 3, bias: false, init: Some(WeightInit::XavierNormal) },
+        ),
+        ("op = \"conv2d\", filters = 5, kernel = 3", conv(1, 0, true, None)),
+        (
+            "op = \"conv2d\", filters = 5, kernel = 3, stride = 2, padding = 1, bias = false, init = \"kaiming-normal\"",
+            conv(2, 1, false, Some(WeightInit::KaimingNormal)),
+        ),
+        ("op = \"max-pool2d\", size = 2", Layer::MaxPool2d { size: 2, stride: 2 }),
+        ("op = \"max-pool2d\", size = 3, stride = 1", Layer::MaxPool2d { size: 3, stride: 1 }),
+        ("op = \"avg-pool2d\", size = 2", Layer::AvgPool2d { size: 2, stride: 2 }),
+        ("op = \"global-avg-pool\"", Layer::GlobalAvgPool),
+        ("op = \"flatten\"", Layer::Flatten),
+        ("op = \"relu\"", act(Activation::Relu)),
+        ("op = \"leaky-relu\"", act(Activation::LeakyRelu { slope: 0.01 })),
+        ("op = \"leaky-relu\", slope = 1", act(Activation::LeakyRelu { slope: 1.0 })),
+        ("op = \"gelu\"", act(Activation::Gelu)),
+        ("op = \"tanh\"", act(Activation::Tanh)),
+        ("op = \"sigmoid\"", act(Activation::Sigmoid)),
+        ("op = \"dropout\"", Layer::Dropout { rate: 0.5 }),
+        ("op = \"dropout\", rate = 0", Layer::Dropout { rate: 0.0 }),
+        ("op = \"batch-norm\"", Layer::BatchNorm { momentum: 0.1, eps: 1e-5 }),
+        ("op = \"batch-norm\", momentum = 1, eps = 0.5", Layer::BatchNorm { momentum: 1.0, eps: 0.5 }),
+        ("op = \"layer-norm\"", Layer::LayerNorm { eps: 1e-5 }),
+        ("op = \"layer-norm\", eps = 0.5", Layer::LayerNorm { eps: 0.5 }),
+        ("op = \"residual\", layers = [{ op = \"tanh\" }]", Layer::Residual { layers: vec![act(Activation::Tanh)] }),
+    ];
+    for (text, layer) in cases {
+        let got = job(DIGITS, &format!("kind = \"layers\", layers = [{{ {text} }}]"), "").model;
+        assert_eq!(got, Model::Layers { layers: vec![layer] }, "{text}");
+    }
+    let tables = JOB.replace("kind = \"mlp\"\nhidden = [8]", "kind = \"layers\"\n[[model.layers]]\nop = \"flatten\"");
+    assert_eq!(read(&tables, &[]).unwrap().model, Model::Layers { layers: vec![Layer::Flatten] });
+}
+
+#[test]
+fn every_loss_has_its_defaults_and_every_key_counts() {
+    let cases = [
+        ("\"cross-entropy\"", Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None }),
+        (
+            "{ kind = \"cross-entropy\", label_smoothing = 0.5, class_weights = [0, 2.5] }",
+            Loss::CrossEntropy { label_smoothing: 0.5, class_weights: Some(vec![0.0, 2.5]) },
+        ),
+        ("\"binary-cross-entropy\"", Loss::BinaryCrossEntropy { positive_weight: 1.0 }),
+        ("{ kind = \"binary-cross-entropy\", positive_weight = 3 }", Loss::BinaryCrossEntropy { positive_weight: 3.0 }),
+        ("\"mse\"", Loss::Mse),
+        ("\"mae\"", Loss::Mae),
+        ("\"huber\"", Loss::Huber { delta: 1.0 }),
+        ("{ kind = \"huber\", delta = 0.5 }", Loss::Huber { delta: 0.5 }),
+        ("\"hinge\"", Loss::Hinge),
+    ];
+    for (text, loss) in cases {
+        assert_eq!(job(DIGITS, LINEAR, &format!("loss = {text}")).train.loss, loss, "{text}");
+    }
+}
+
+#[test]
+fn every_optimizer_has_pytorchs_defaults_and_every_key_counts() {
+    let sgd = |lr, momentum, dampening, nesterov, weight_decay| Optimizer::Sgd {
+        lr,
+        momentum,
+        dampening,
+        nesterov,
+        weight_decay,
+    };
+    let adagrad = |lr, lr_decay, eps, weight_decay, initial_accumulator| Optimizer::Adagrad {
+        lr,
+        lr_decay,
+        eps,
+        weight_decay,
+        initial_accumulator,
+    };
+    let rms = |lr, alpha, eps, momentum, centered, weight_decay| Optimizer::RmsProp {
+        lr,
+        alpha,
+        eps,
+        momentum,
+        centered,
+        weight_decay,
+    };
+    let adam = |lr, beta1, beta2, eps, weight_decay| Optimizer::Adam { lr, beta1, beta2, eps, weight_decay };
+    let adamw = |lr, beta1, beta2, eps, weight_decay| Optimizer::AdamW { lr, beta1, beta2, eps, weight_decay };
+    let cases = [
+        ("\"sgd\"", sgd(0.01, 0.0, 0.0, false, 0.0)),
+        (
+            "{ kind = \"sgd\", lr = 1, momentum = 0.5, dampening = 0.25, weight_decay = 2 }",
+            sgd(1.0, 0.5, 0.25, false, 2.0),
+        ),
+        ("{ kind = \"sgd\", momentum = 0.9, nesterov = true }", sgd(0.01, 0.9, 0.0, true, 0.0)),
+        ("\"adam\"", adam(1e-3, 0.9, 0.999, 1e-8, 0.0)),
+        (
+            "{ kind = \"adam\", lr = 1, beta1 = 0.5, beta2 = 0, eps = 0.25, weight_decay = 2 }",
+            adam(1.0, 0.5, 0.0, 0.25, 2.0),
+        ),
+        ("\"adamw\"", adamw(1e-3, 0.9, 0.999, 1e-8, 0.01)),
+        (
+            "{ kind = \"adamw\", lr = 1, beta1 = 0.5, beta2 = 0, eps = 0.25, weight_decay = 0 }",
+            adamw(1.0, 0.5, 0.0, 0.25, 0.0),
+        ),
+        ("\"adagrad\"", adagrad(0.01, 0.0, 1e-10, 0.0, 0.0)),
+        (
+            "{ kind = \"adagrad\", lr = 1, lr_decay = 2, eps = 3, weight_decay = 4, initial_accumulator = 5 }",
+            adagrad(1.0, 2.0, 3.0, 4.0, 5.0),
+        ),
+        ("\"rmsprop\"", rms(0.01, 0.99, 1e-8, 0.0, false, 0.0)),
+        (
+            "{ kind = \"rmsprop\", lr = 1, alpha = 0.5, eps = 3, momentum = 4, centered = true, weight_decay = 5 }",
+            rms(1.0, 0.5, 3.0, 4.0, true, 5.0),
+        ),
+    ];
+    for (text, optimizer) in cases {
+        assert_eq!(job(DIGITS, LINEAR, &format!("optimizer = {text}")).train.optimizer, optimizer, "{text}");
+    }
+}
+
+#[test]
+fn every_schedule_has_its_defaults_and_every_key_counts() {
+    use ScheduleKind::*;
+    let plateau = |factor, patience, threshold, metric| Plateau { factor, patience, threshold, metric };
+    let cases = [
+        ("\"constant\"", Constant, 0),
+        ("{ kind = \"step\", every = 9 }", Step { every: 9, gamma: 0.1 }, 0),
+        ("{ kind = \"step\", every = 9, gamma = 0.5, warmup_steps = 4 }", Step { every: 9, gamma: 0.5 }, 4),
+        (
+            "{ kind = \"multi-step\", milestones = [1, 5], gamma = 2 }",
+            MultiStep { milestones: vec![1, 5], gamma: 2.0 },
+            0,
+        ),
+        ("{ kind = \"exponential\", gamma = 0.5 }", Exponential { gamma: 0.5 }, 0),
+        ("\"cosine\"", Cosine { min_factor: 0.0 }, 0),
+        ("{ kind = \"cosine\", min_factor = 0.5 }", Cosine { min_factor: 0.5 }, 0),
+        ("\"linear\"", Linear { end_factor: 0.0 }, 0),
+        ("{ kind = \"linear\", end_factor = 0.5 }", Linear { end_factor: 0.5 }, 0),
+        ("\"polynomial\"", Polynomial { power: 1.0, end_factor: 0.0 }, 0),
+        ("{ kind = \"polynomial\", power = 2, end_factor = 0.5 }", Polynomial { power: 2.0, end_factor: 0.5 }, 0),
+        ("\"one-cycle\"", OneCycle { start_fraction: 0.3, div_factor: 25.0, final_div_factor: 1e4 }, 0),
+        (
+            "{ kind = \"one-cycle\", start_fraction = 0.5, div_factor = 2, final_div_factor = 3 }",
+            OneCycle { start_fraction: 0.5, div_factor: 2.0, final_div_factor: 3.0 },
+            0,
+        ),
+        ("{ kind = \"inverse-sqrt\", warmup_steps = 100 }", InverseSqrt, 100),
+        ("\"plateau\"", plateau(0.1, 10, 1e-4, Metric::Loss), 0),
+        (
+            "{ kind = \"plateau\", factor = 0.5, patience = 0, threshold = 0, metric = \"auc\" }",
+            plateau(0.5, 0, 0.0, Metric::Auc),
+            0,
+        ),
+    ];
+    for (text, kind, warmup_steps) in cases {
+        let got = job(DIGITS, LINEAR, &format!("schedule = {text}")).train.schedule;
+        assert_eq!(got, Schedule { kind, warmup_steps }, "{text}");
+    }
+}
+
+#[test]
+fn every_other_key_counts() {
+    let keys = "partitions = 2, micro_batch = 3, clip_norm = 1, clip_value = 0.5, eval_every = 6, \
+                early_stopping = { metric = \"rmse\", patience = 4, min_delta = 0.25 }";
+    let train = job(DIGITS, LINEAR, keys).train;
+    assert_eq!((train.partitions, train.micro_batch, train.eval_every), (2, 3, Some(6)));
+    assert_eq!((train.clip_norm, train.clip_value), (Some(1.0), Some(0.5)));
+    assert_eq!(train.early_stopping, Some(EarlyStopping { metric: Metric::Rmse, patience: 4, min_delta: 0.25 }));
+    let short = job(DIGITS, LINEAR, "early_stopping = { patience = 2 }").train.early_stopping;
+    assert_eq!(short, Some(EarlyStopping { metric: Metric::Loss, patience: 2, min_delta: 0.0 }));
+    let text = format!("{JOB}[checkpoint]\ndir = \"d\"\nevery_steps = 0\nkeep = 1\n");
+    assert_eq!(read(&text, &[]).unwrap().checkpoint, Checkpoint { dir: "d".into(), every_steps: 0, keep: 1 });
+    assert_eq!(read(JOB, &[]).unwrap().checkpoint.dir, "runs/t");
+}
+
+#[test]
+fn overrides_replace_expand_and_exclude() {
+    let job = read(JOB, &["train.steps=200", "train.optimizer.lr=0.5", "name=other", "model.hidden=[4, 4]"]).unwrap();
+    assert_eq!(job.train.length, Length::Steps(200));
+    assert!(matches!(job.train.optimizer, Optimizer::AdamW { lr: 0.5, .. }));
+    assert_eq!((job.name.as_str(), job.checkpoint.dir.as_str()), ("other", "runs/other"));
+    assert!(matches!(&job.model, Model::Mlp { hidden, .. } if hidden == &[4, 4]));
+    // What a table is by default, it also is for a key inside it.
+    let job = read(JOB, &["train.schedule.warmup_steps=5", "train.loss.label_smoothing=0.5"]).unwrap();
+    assert_eq!(job.train.schedule, Schedule { kind: ScheduleKind::Constant, warmup_steps: 5 });
+    assert!(matches!(job.train.loss, Loss::CrossEntropy { label_smoothing: 0.5, .. }));
+    let job =
+        read(JOB, &["train.optimizer.kind=sgd", "train.steps=2", "train.epochs=9", "checkpoint.keep = 7"]).unwrap();
+    assert!(matches!(job.train.optimizer, Optimizer::Sgd { lr: 0.01, .. }));
+    assert_eq!((job.train.length, job.checkpoint.keep), (Length::Epochs(9), 7));
+}
+
+#[test]
+fn mistakes_are_named_with_their_place_and_the_way_out() {
+    let with = |from: &str, to: &str| {
+        assert!(JOB.contains(from));
+        JOB.replace(from, to)
+    };
+    let idx = with("\"digits\"", "\"idx\"\ntrain = { images = \"a\" }");
+    let cases = [
+        // Unknown.
+        (with("epochs", "epochz"), "job.toml:9: unknown key `train.epochz`; did you mean `epochs`?"),
+        (
+            with("epochs = 3", "epochs = 3\nmico_batch = 4"),
+            "job.toml:10: unknown key `train.mico_batch`; did you mean `micro_batch`?",
+        ),
+        (with("hidden", "hiden"), "job.toml:7: unknown key `model.hiden`; did you mean `hidden`?"),
+        (
+            with("[8]", "[8]\nzzz = 1"),
+            "job.toml:8: unknown key `model.zzz`; the keys here are `kind`, `hidden`, `activation`, `dropout`",
+        ),
+        (with("[model]", "[modle]"), "job.toml:5: unknown key `modle`; did you mean `model`?"),
+        (
+            with("\"adamw\"", "{ knd = \"sgd\" }"),
+            "job.toml:10: unknown key `train.optimizer.knd`; did you mean `kind`?",
+        ),
+        (
+            with("\"adamw\"", "{ kind = \"sgd\", beta1 = 0.5 }"),
+            "job.toml:10: unknown key `train.optimizer.beta1`; the keys here are `kind`, `momentum`, ",
+        ),
+        (
+            with("\"adamw\"", "\"rmspropp\""),
+            "job.toml:10: there is no optimizer \"rmspropp\"; did you mean \"rmsprop\"?",
+        ),
+        (
+            with("\"digits\"", "\"parquet\""),
+            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `csv`, `synthetic`",
+        ),
+        (
+            with(
+                "kind = \"mlp\"\nhidden = [8]",
+                "kind = \"layers\"\nlayers = [\n  { op = \"relu\" },\n  { op = \"linear\", unit = 4 },\n]",
+            ),
+            "job.toml:9: unknown key `model.layers[1].unit`; did you mean `units`?",
+        ),
+        (
+            with(
+                "kind = \"mlp\"\nhidden = [8]",
+                "kind = \"layers\"\nlayers = [{ op = \"residual\", layers = [{ op = \"relo\" }] }]",
+            ),
+            "job.toml:7: there is no layer \"relo\"; did you mean \"relu\"?",
+        ),
+        // Missing, with other keys there that are right.
+        (
+            with("[data]\nformat = \"digits\"\n", ""),
+            "job.toml:1: `data` is missing; write for example `[data]` and below it `format = \"digits\"`",
+        ),
+        (
+            with("hidden = [8]", "activation = \"relu\""),
+            "job.toml:5: `model.hidden` is missing; write for example `hidden = [512, 256]`",
+        ),
+        (
+            with("format = \"digits\"", "normalize = true"),
+            "job.toml:3: `data.format` is missing; write for example `format = \"digits\"`",
+        ),
+        (
+            with("epochs = 3\n", ""),
+            "job.toml:8: `train.epochs` or `train.steps` is missing; write for example `epochs = 3` or `steps = 2000`",
+        ),
+        (
+            with("\"adamw\"", "{ lr = 0.5 }"),
+            "job.toml:10: `train.optimizer.kind` is missing; write for example `kind = \"adamw\"`",
+        ),
+        (idx, "job.toml:5: `data.train.labels` is missing; write for example `labels = "),
+        // Ill-typed.
+        (
+            with("epochs = 3", "epochs = \"x\""),
+            "job.toml:9: `train.epochs` must be a whole number from 1 to 1099511627776, not the text \"x\"",
+        ),
+        (
+            with("[data]\nformat = \"digits\"", "data = 3"),
+            "job.toml:3: `data` must be a table, not 3; write { ... } with its keys",
+        ),
+        (
+            with("[8]", "8"),
+            "job.toml:7: `model.hidden` must be a list, each item a whole number from 1 to 2147483648, not 8",
+        ),
+        (
+            with("\"digits\"", "1979-05-27"),
+            "job.toml:4: `data.format` must be one of `digits`, `idx`, `csv`, `synthetic`, not a date",
+        ),
+        (with("[8]", "[8"), "job.toml:8: this is not TOML: missing comma between array elements"),
+        (with("seed = 7", "seed = 7\nseed = 8"), "job.toml:3: this is not TOML: duplicate key"),
+        // Out of range.
+        (with("seed = 7", "seed = -7"), "job.toml:2: `seed` must be a whole number of at least 0, not -7"),
+        (
+            with("[8]", "[\n  8,\n  0]"),
+            "job.toml:9: each item of `model.hidden` must be a whole number from 1 to 2147483648, not 0",
+        ),
+        (with("[8]", "[]"), "job.toml:7: `model.hidden` is empty; write at least one width, or kind = \"linear\""),
+        (with("\"t\"", "\"a/b\""), "job.toml:1: `name` must be a text that can name a folder, not the text \"a/b\""),
+        (with("\"t\"", "\"..\""), "job.toml:1: `name` must be a text that can name a folder, not the text \"..\""),
+        (
+            with("epochs = 3", "epochs = 3\nsteps = 4"),
+            "job.toml:10: `train.steps` and `train.epochs` are both given; keep one of them",
+        ),
+        (
+            with("\"adamw\"", "{ kind = \"sgd\", nesterov = true }"),
+            "job.toml:10: `train.optimizer.nesterov` needs `momentum` above 0 and no `dampening`",
+        ),
+    ];
+    for (text, want) in cases {
+        let got = message(&text, &[]);
+        assert!(got.starts_with(want), "{got}\n(wanted {want})");
+    }
+}
+
+#[test]
+fn mistakes_in_overrides_are_named_with_the_override() {
+    for (set, want) in [
+        ("train.stps=200", "unknown key `train.stps`; did you mean `steps`?"),
+        ("trian.steps=2", "unknown key `trian`; did you mean `train`?"),
+        ("train", "there is no `=`; write KEY=VALUE, for example train.steps=200"),
+        ("train..steps=1", "the key has an empty part; write for example train.steps=200"),
+        ("train.steps=", "the value is neither TOML nor a bare word; quote the whole option for the shell"),
+        ("train.steps=[1", "the value is neither TOML nor a bare word; quote the whole option for the shell"),
+        ("train.micro_batch=0", "`train.micro_batch` must be a whole number from 1 to 1000000, not 0"),
+        ("train.optimizer.beta=0.5", "unknown key `train.optimizer.beta`; did you mean `beta1`?"),
+        ("data.format.x=1", "`data.format` is the text \"digits\", and holds no `x`; set `data.format` as a whole"),
+        ("model.hidden.0=1", "`model.hidden` is a list, and holds no `0`; set `model.hidden` as a whole"),
+        ("train.optimizer.lr=-1", "`train.optimizer.lr` must be a number above 0, not -1"),
+    ] {
+        let got = message(JOB, &[set]);
+        assert!(got.starts_with(&format!("--set {set}: {want}")), "{got}\n(wanted {want})");
+    }
+    assert!(message(JOB, &[&format!("{}=1", vec!["a"; 200_000].join("."))]).contains("no key is nested that deeply"));
+}
+
+#[test]
+fn numbers_are_in_range_after_rounding_to_32_bits() {
+    for (key, value) in [("lr", "0"), ("lr", "1e-60"), ("lr", "1e300"), ("lr", "inf"), ("lr", "nan"), ("eps", "0.0")]
+        .into_iter()
+        .chain([("beta1", "1"), ("beta1", "-0.1"), ("beta2", "0.9999999999"), ("weight_decay", "-1e-9")])
+    {
+        let got = message(JOB, &[&format!("train.optimizer.{key}={value}")]);
+        assert!(got.contains(&format!("`train.optimizer.{key}` must be a number ")), "{got}");
+    }
+    assert!(message(JOB, &["train.optimizer.lr=1e300"]).contains("a number above 0 (in 32 bits), not 1e300"));
+    for set in
+        ["train.loss={ kind = \"cross-entropy\", class_weights = [0, 0] }", "model.dropout=1", "train.clip_norm=0"]
+            .into_iter()
+            .chain([
+                "train.partitions=65537",
+                "train.eval_every=0",
+                "checkpoint.keep=0",
+                "train.loss.label_smoothing=1.0",
+            ])
+    {
+        read(JOB, &[set]).expect_err(set);
+    }
+    for shape in ["[]", "[0]", "[2, 3]", "[65536, 65536, 65536]", "[2147483649]"] {
+        let text = JOB.replace("\"digits\"", &format!("\"synthetic\"\nshape = {shape}\nclasses = 2\nsamples = 9"));
+        assert!(message(&text, &[]).starts_with("job.toml:5: "), "{shape}");
+    }
+    for separator in ["", ";;", "é", "\\n", "\\\""] {
+        let keys = format!("\"csv\"\ntrain = \"a\"\ntarget = \"y\"\nseparator = \"{separator}\"");
+        let got = message(&JOB.replace("\"digits\"", &keys), &[]);
+        assert!(got.starts_with("job.toml:7: `data.separator` must be one plain character"), "{got}");
+    }
+}
+
+#[test]
+fn the_examples_are_right_and_named_as_their_files() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "toml") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let file = path.display().to_string();
+            let job = parse(JobText { file, base: "/".into(), toml: text.clone(), overrides: vec![] }).unwrap();
+            assert_eq!(Some(job.name.as_ref()), path.file_stem());
+            assert!(text.starts_with("# "), "{} does not say what it is", path.display());
+            seen += 1;
+        }
+    }
+    assert!(seen >= 6);
+}
+
+/// Values of every kind, right and wrong.
+fn value() -> impl Strategy<Value = String> {
+    prop_oneof![
+        any::<i64>().prop_map(|v| v.to_string()),
+        (0i64..4).prop_map(|v| v.to_string()),
+        any::<f64>().prop_map(|v| format!("{v:?}").to_lowercase()),
+        any::<bool>().prop_map(|v| v.to_string()),
+        Just("[]".into()),
+        Just("{}".into()),
+        Just("[{ op = \"residual\", layers = [{ op = \"conv2d\", filters = 1, kernel = 1 }] }]".into()),
+        Just("1979-05-27".into()),
+        "\"[a-z/]{0,5}\"",
+        "\\[(-?[0-9]{1,3}, ?){0,4}\\]",
+    ]
+}
+
+const SOME_KEYS: [&str; 22] = [
+    "name",
+    "seed",
+    "data",
+    "data.format",
+    "data.ship",
+    "data.shape",
+    "model",
+    "model.kind",
+    "model.hidden",
+    "model.layers",
+    "model.activation",
+    "model.dropout",
+    "train",
+    "train.steps",
+    "train.loss",
+    "train.optimizer",
+    "train.optimizer.lr",
+    "train.schedule.kind",
+    "train.schedule.warmup_steps",
+    "train.early_stopping.patience",
+    "checkpoint",
+    "checkpoint.dir",
+];
+
+proptest! {
+    #[test]
+    fn no_text_panics(text in "\\PC{0,80}", cut in 0usize..120, set in "\\PC{0,20}") {
+        let _ = read(&text, &[&set]);
+        let cut = JOB.char_indices().map(|(i, _)| i).nth(cut).unwrap_or(JOB.len());
+        let _ = read(&(JOB[..cut].to_string() + &text), &[&set]);
+    }
+
+    /// A job with some values exchanged is read and survives its JSON form, or refused at a line or at an override.
+    #[test]
+    fn any_job_is_read_or_refused_at_a_place(
+        changes in proptest::collection::vec((proptest::sample::select(&SOME_KEYS[..]), value()), 0..4),
+        line in 0usize..12,
+        raw in value(),
+    ) {
+        let mut lines: Vec<String> = JOB.lines().map(String::from).collect();
+        if let Some((key, _)) = lines.get(line).and_then(|l| l.split_once('=')) {
+            lines[line] = format!("{key}= {raw}");
+        }
+        let sets: Vec<String> = changes.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        match read(&lines.join("\n"), &sets.iter().map(String::as_str).collect::<Vec<_>>()) {
+            Ok(job) => {
+                let json = serde_json::to_string(&job).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Job>(&json).unwrap(), job);
+            }
+            Err(e) => {
+                let in_file = e.place.strip_prefix("job.toml:").is_some_and(|n| n.parse::<usize>().is_ok());
+                let in_set = e.place.strip_prefix("--set ").is_some_and(|s| sets.iter().any(|o| o == s));
+                prop_assert!(in_file || in_set, "{}", e);
+            }
+        }
+    }
+}
