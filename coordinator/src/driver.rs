@@ -3,7 +3,7 @@
 use crate::files;
 use crate::lock;
 use crate::pace::Pace;
-use crate::shared::Shared;
+use crate::shared::{Input, Shared, ToWorker};
 use crate::store::{Applied, Keep};
 use crate::{Progress, Summary};
 use anyhow::{Context, Result, bail, ensure};
@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
-use tonic::Status;
 use unisono_common::checkpoint::Manifest;
 use unisono_common::data::partition::Partitions;
 use unisono_common::ids::{Step, WorkerId};
@@ -22,54 +21,8 @@ use unisono_common::metrics::{EvalKind, EvalSummary, EvalSums};
 use unisono_common::optim::Optimizer;
 use unisono_common::protocol::{Command, Event, Kind, Reason};
 use unisono_common::schedule::{self, EarlyState, PlateauState};
-use unisono_common::tree::{Node, Offer, Open};
+use unisono_common::tree::{Offer, Open};
 use unisono_proto::v1;
-
-/// Sends messages to one worker's session.
-pub type ToWorker = mpsc::UnboundedSender<Result<v1::ToWorker, Status>>;
-
-/// What the driver reacts to.
-pub enum Input {
-    Join {
-        worker: WorkerId,
-        threads: u32,
-        name: String,
-        to_worker: ToWorker,
-    },
-    Left {
-        worker: WorkerId,
-    },
-    /// Its pushes ended, or were refused.
-    Broken {
-        worker: WorkerId,
-        why: String,
-    },
-    NodeDone {
-        worker: WorkerId,
-        step: Step,
-        node: Node,
-    },
-    EvalDone {
-        worker: WorkerId,
-        step: Step,
-        node: Node,
-        sums: Vec<f64>,
-        counts: Vec<u64>,
-    },
-    Diverged {
-        worker: WorkerId,
-        step: Step,
-        partition: u32,
-        tensor: String,
-    },
-    Applied(Applied),
-    Drain {
-        worker: WorkerId,
-    },
-    Stop,
-    /// A checkpoint's path, and the digest of its weights.
-    Saved(Result<(PathBuf, String)>),
-}
 
 /// What training remembers besides weights and optimizer state.
 #[derive(Clone, Default)]

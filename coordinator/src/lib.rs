@@ -11,10 +11,10 @@ mod shared;
 mod store;
 
 use anyhow::{Context, Result, bail};
-use driver::{Driver, Input, Learning};
+use driver::{Driver, Learning};
 use pace::Pace;
 use serde::Serialize;
-use shared::Shared;
+use shared::{Input, Shared};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};

@@ -1,7 +1,6 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
-use crate::driver::Input;
-use crate::shared::Shared;
+use crate::shared::{Input, Shared};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

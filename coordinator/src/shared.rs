@@ -1,12 +1,12 @@
 //! What service, broadcast and driver share: the run's fixed parts, its members, and what their messages are checked against.
 
-use crate::driver::Input;
 use crate::lock;
-use crate::store::Store;
+use crate::store::{Applied, Store};
 use crate::{Member, Progress};
 use anyhow::{Result, anyhow};
 use bytes::Bytes;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -20,6 +20,52 @@ use unisono_common::loss::LossSums;
 use unisono_common::protocol::{Event, Kind, Machine};
 use unisono_common::tree::Node;
 use unisono_proto::{self as wire, WireError, v1};
+
+/// Sends messages to one worker's session.
+pub type ToWorker = mpsc::UnboundedSender<Result<v1::ToWorker, Status>>;
+
+/// What the driver reacts to.
+pub enum Input {
+    Join {
+        worker: WorkerId,
+        threads: u32,
+        name: String,
+        to_worker: ToWorker,
+    },
+    Left {
+        worker: WorkerId,
+    },
+    /// Its pushes ended, or were refused.
+    Broken {
+        worker: WorkerId,
+        why: String,
+    },
+    NodeDone {
+        worker: WorkerId,
+        step: Step,
+        node: Node,
+    },
+    EvalDone {
+        worker: WorkerId,
+        step: Step,
+        node: Node,
+        sums: Vec<f64>,
+        counts: Vec<u64>,
+    },
+    Diverged {
+        worker: WorkerId,
+        step: Step,
+        partition: u32,
+        tensor: String,
+    },
+    Applied(Applied),
+    Drain {
+        worker: WorkerId,
+    },
+    Stop,
+    /// A checkpoint's path, and the digest of its weights.
+    Saved(Result<(PathBuf, String)>),
+}
 
 /// What proves that a stream is a member's.
 pub type Token = [u8; 16];

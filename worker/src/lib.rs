@@ -2,12 +2,13 @@
 
 pub mod cache;
 pub mod compute;
+mod connect;
 pub mod samples;
 pub mod session;
 
 use anyhow::{Result, bail};
+pub use connect::{endpoint, plain, unreachable};
 use session::{End, Kept};
-pub use session::{endpoint, plain, unreachable};
 use std::time::Duration;
 
 /// Pauses between attempts to join.
@@ -33,7 +34,7 @@ pub struct Options {
 /// # Errors
 /// A URL that is none, and no threads or too many.
 pub fn check(options: &Options) -> Result<()> {
-    session::endpoint(&options.url)?;
+    endpoint(&options.url)?;
     check_threads(options.threads)
 }
 

@@ -1,6 +1,7 @@
 //! The samples that a worker computes on: read from the job's paths, or sent by the coordinator.
 
 use crate::cache::Cache;
+use crate::connect::Client;
 use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -49,7 +50,7 @@ impl Sent {
     /// A broken connection, damaged pieces, and samples that do not fit the job.
     pub async fn fetch(
         &self,
-        client: &mut crate::session::Client,
+        client: &mut Client,
         session: &bytes::Bytes,
         of: PartitionOf,
         expected: usize,
@@ -94,7 +95,7 @@ impl Sent {
 }
 
 /// One partition's bytes, from its pieces.
-async fn download(client: &mut crate::session::Client, request: v1::FetchRequest, most: u64) -> Result<Vec<u8>> {
+async fn download(client: &mut Client, request: v1::FetchRequest, most: u64) -> Result<Vec<u8>> {
     let partition = request.partition;
     let mut pieces = client.fetch_partition(request).await?.into_inner();
     let (mut bytes, mut total) = (Vec::new(), 0);

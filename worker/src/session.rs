@@ -3,13 +3,13 @@
 use crate::Options;
 use crate::cache::Cache;
 use crate::compute::{Compute, Order};
+use crate::connect::{Client, answer, endpoint, plain, unreachable};
 use crate::samples::{Samples, Sent};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
-use tonic::transport::{Channel, Endpoint};
 use unisono_common::data::partition::Partitions;
 use unisono_common::data::{self, Prepared};
 use unisono_common::ids::Step;
@@ -45,64 +45,6 @@ struct KeptJob {
     prepared: Prepared,
     samples: Samples,
     model: Arc<Model>,
-}
-
-/// Where a coordinator is, with the transport's settings.
-///
-/// # Errors
-/// A URL that is none.
-pub fn endpoint(url: &str) -> Result<Endpoint> {
-    let url = if url.contains("://") { url.to_string() } else { format!("http://{url}") };
-    if url.starts_with("https://") {
-        bail!("`{url}`: connections are not encrypted yet; write it as http://HOST:PORT");
-    }
-    let endpoint = Endpoint::from_shared(url.clone()).ok();
-    let has_port = |e: &Endpoint| e.uri().scheme_str() == Some("http") && e.uri().port_u16().is_some();
-    let Some(endpoint) = endpoint.filter(has_port) else {
-        bail!("`{url}` is not a coordinator's URL; write it as http://HOST:PORT")
-    };
-    Ok(endpoint
-        .connect_timeout(Duration::from_secs(5))
-        .http2_keep_alive_interval(wire::KEEPALIVE)
-        .keep_alive_timeout(wire::KEEPALIVE)
-        .keep_alive_while_idle(true)
-        .initial_stream_window_size(wire::STREAM_WINDOW)
-        .initial_connection_window_size(wire::CONNECTION_WINDOW)
-        .max_frame_size(wire::MAX_FRAME)
-        .tcp_nodelay(true))
-}
-
-/// The error of a connection that could not be made: its last cause says all.
-pub fn unreachable(url: &str, e: &tonic::transport::Error) -> anyhow::Error {
-    let mut cause: &dyn std::error::Error = e;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    anyhow!("cannot reach a coordinator at {url}: {cause}")
-}
-
-/// A refused call in plain words: what a server that is no coordinator says is of no use to anybody.
-pub fn plain(url: &str, e: &tonic::Status) -> anyhow::Error {
-    use tonic::Code::{Cancelled, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
-    match e.code() {
-        Cancelled | DeadlineExceeded => anyhow!("{url} does not answer"),
-        Internal | Unavailable | Unimplemented | Unknown => {
-            anyhow!("what listens at {url} is no coordinator of this version, or has just ended")
-        }
-        _ => anyhow!("{}", e.message()),
-    }
-}
-
-pub(crate) type Client = v1::coordinator_client::CoordinatorClient<Channel>;
-
-/// The answer to a call, or an error where none comes.
-async fn answer<T>(
-    options: &Options,
-    call: impl Future<Output = Result<T, tonic::Status>>,
-) -> Result<T, tonic::Status> {
-    let limit = options.patience.clamp(Duration::from_secs(1), Duration::from_secs(10));
-    let nothing = |_| tonic::Status::deadline_exceeded(format!("{} does not answer", options.url));
-    tokio::time::timeout(limit, call).await.map_err(nothing)?
 }
 
 async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Result<Result<(), String>> {
