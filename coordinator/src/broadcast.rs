@@ -56,7 +56,7 @@ async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Result<Response<
         asked.await.map_err(|_| Status::deadline_exceeded("no request came for 10 s"))??;
     shared.member(&asked.session)?;
     let (send, receive) = mpsc::channel(4);
-    tokio::spawn(broadcast(shared, send));
+    tokio::spawn(broadcast(shared, asked.session, send));
     let mut response = Response::new(Body::new(StreamBody::new(ReceiverStream::new(receive))));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     Ok(response)
@@ -83,11 +83,11 @@ async fn one_message<M: Message + Default>(mut body: Body) -> Result<M, Status> 
     }
 }
 
-/// Sends every version of every chunk as it is ready, until nobody listens.
-async fn broadcast(shared: Arc<Shared>, send: mpsc::Sender<Result<Frame<Bytes>, Status>>) {
+/// Sends every version of every chunk as it is ready, until nobody listens or the session is over.
+async fn broadcast(shared: Arc<Shared>, session: Bytes, send: mpsc::Sender<Result<Frame<Bytes>, Status>>) {
     let mut changes = shared.store.changes();
     let mut sent = vec![None; shared.store.layout().chunks()];
-    loop {
+    while shared.member(&session).is_ok() {
         changes.borrow_and_update();
         let mut idle = true;
         for (index, sent) in sent.iter_mut().enumerate() {
@@ -101,13 +101,16 @@ async fn broadcast(shared: Arc<Shared>, send: mpsc::Sender<Result<Frame<Bytes>, 
             }
             idle = false;
         }
-        if idle && changes.changed().await.is_err() {
-            let mut status = HeaderMap::new();
-            status.insert(Status::GRPC_STATUS, HeaderValue::from_static("0"));
-            send.send(Ok(Frame::trailers(status))).await.ok();
-            return;
+        if idle {
+            tokio::select! {
+                _ = changes.changed() => {}
+                () = send.closed() => return,
+            }
         }
     }
+    let mut status = HeaderMap::new();
+    status.insert(Status::GRPC_STATUS, HeaderValue::from_static("0"));
+    send.send(Ok(Frame::trailers(status))).await.ok();
 }
 
 /// A message `WeightChunk` in its frame: all before the values, and the values, which are shared.

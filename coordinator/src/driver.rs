@@ -245,7 +245,7 @@ impl Driver {
                 self.pace.commit(Instant::now(), sums.samples);
                 self.learning.step = step.next();
                 self.learning.samples += sums.samples;
-                self.learning.train_loss = sums.loss / sums.weight;
+                self.learning.train_loss = sums.loss / sums.weight.max(f64::MIN_POSITIVE);
                 let step = self.learning.step.0;
                 if self.shared.test_parts.is_some() && (self.is_evaluation_due(step) || self.stop) {
                     self.machine(Event::Open { step: Step(step), kind: Kind::Evaluate });
@@ -303,6 +303,7 @@ impl Driver {
         let due = self.is_evaluation_due(self.learning.step.0);
         if due {
             self.learning.evaluated = Some(self.learning.step.0);
+            self.saved_at = None; // a checkpoint of this step does not know it
         }
         if due
             && let ScheduleKind::Plateau { metric, .. } = job.train.schedule.kind
@@ -385,15 +386,13 @@ impl Driver {
         if self.saving {
             return Ok(());
         }
-        self.saving = true;
         if let Some(saved) = self.last_saved.clone().filter(|_| self.saved_at == Some(self.learning.step)) {
+            self.saving = true;
             self.shared.input(Input::Saved(Ok(saved)));
             return Ok(());
         }
-        self.saved_at = Some(self.learning.step);
         let (shared, learning) = (self.shared.clone(), &self.learning);
         let (job, step, layout) = (&shared.job, learning.step, shared.store.layout().clone());
-        ensure!(shared.store.is_at(step), "a step was open when a checkpoint was due");
         let manifest = Manifest {
             digest: String::new(),
             format_version: files::FORMAT,
@@ -418,13 +417,20 @@ impl Driver {
             Err(e) => shared.input(Input::Saved(Err(e))),
             Ok(writing) => {
                 let (writing, keep) = (Arc::new(writing), job.checkpoint.keep);
-                shared.store.keep(&(writing.clone() as Arc<dyn Keep>));
+                if !shared.store.keep(step, &(writing.clone() as Arc<dyn Keep>)) {
+                    // What a worker had sent before it left is being applied: the step must be finished, by whoever comes.
+                    writing.abandon();
+                    ensure!(self.finishing, "a step was open when a checkpoint was due");
+                    self.finishing = false;
+                    return Ok(());
+                }
                 tokio::task::spawn_blocking(move || {
                     shared.store.flush();
                     shared.input(Input::Saved(writing.finish(manifest, keep)));
                 });
             }
         }
+        (self.saving, self.saved_at) = (true, Some(step));
         Ok(())
     }
 

@@ -99,12 +99,17 @@ impl Writing {
         begun
     }
 
+    /// Gives the checkpoint up, and removes what there is of it.
+    pub fn abandon(&self) {
+        fs::remove_dir_all(aside(&self.dir, &self.name)).ok();
+    }
+
     /// Finishes the checkpoint, when all chunks have come, and removes the oldest ones beyond `keep`; gives its path and the
     /// digest of its weights.
     pub fn finish(&self, manifest: Manifest, keep: usize) -> Result<(PathBuf, String)> {
         let finished = self.place(manifest);
         if finished.is_err() {
-            fs::remove_dir_all(aside(&self.dir, &self.name)).ok();
+            self.abandon();
         }
         let (path, digest) = finished?;
         let others: Vec<PathBuf> = list(&self.dir).into_iter().filter(|other| *other != path).collect();

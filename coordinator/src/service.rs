@@ -4,7 +4,7 @@ use crate::shared::{Input, Shared};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
@@ -220,7 +220,9 @@ impl v1::coordinator_server::Coordinator for Service {
             for at in (0..bytes.len()).step_by(1 << 20) {
                 let piece = bytes.slice(at..(at + (1 << 20)).min(bytes.len()));
                 let crc = wire::crc(&piece);
-                if send.send(Ok(v1::DataPiece { bytes: piece, crc, total })).await.is_err() {
+                // Who does not read what it asked for keeps others from theirs.
+                let sent = send.send_timeout(Ok(v1::DataPiece { bytes: piece, crc, total }), Duration::from_secs(30));
+                if sent.await.is_err() {
                     return;
                 }
             }

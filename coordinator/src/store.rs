@@ -369,10 +369,15 @@ impl Store {
         self.chunks.iter().all(|chunk| lock(chunk).version == step)
     }
 
-    /// Promises `keep` the state of now. Between two steps only: until [`Store::flush`] is through, an update gives a chunk
-    /// away before it changes it.
-    pub fn keep(&self, keep: &Arc<dyn Keep>) {
-        self.chunks.iter().for_each(|chunk| lock(chunk).keep = Some(keep.clone()));
+    /// Promises `keep` the state at the beginning of `step`: until [`Store::flush`] is through, an update gives a chunk away
+    /// before it changes it. False, and no promise, where an update of that step has run.
+    pub fn keep(&self, step: Step, keep: &Arc<dyn Keep>) -> bool {
+        let mut chunks: Vec<_> = self.chunks.iter().map(lock).collect();
+        let whole = chunks.iter().all(|chunk| chunk.version == step);
+        if whole {
+            chunks.iter_mut().for_each(|chunk| chunk.keep = Some(keep.clone()));
+        }
+        whole
     }
 
     /// Gives away all chunks that were promised and not given yet.
@@ -439,11 +444,13 @@ mod tests {
         assert!(store.is_at(Step(8)));
         // A checkpoint is promised the state of now: the update of chunk 0 gives it away before it changes it.
         let kept = Arc::new(Kept::default());
-        store.keep(&(kept.clone() as Arc<dyn Keep>));
+        let keep = kept.clone() as Arc<dyn Keep>;
+        assert!(!store.keep(Step(7), &keep) && store.keep(Step(8), &keep));
         store.begin(1.0);
         assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
         push(Step(8), 0, CHUNK);
         assert_eq!(version(0, Some(Step(8))), Some((Step(9), value(-3.0))));
+        assert!(!store.keep(Step(8), &keep) && !store.keep(Step(9), &keep), "half a step would be kept");
         store.flush();
         store.flush();
         assert_eq!(*lock(&kept.0), [(0, -1.0), (1, -1.0)]);

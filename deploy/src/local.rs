@@ -64,7 +64,7 @@ async fn supervise(
         tokio::time::sleep(Duration::from_millis(100)).await;
         for child in &mut children {
             let Some(status) = child.try_wait()? else { continue };
-            if status.success() || *stopping.borrow() {
+            if status.success() || *stopping.borrow() && status.code().is_some() {
                 continue;
             }
             died.retain(|at: &Instant| at.elapsed() < Duration::from_secs(60));

@@ -255,7 +255,9 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             let listener = tokio::net::TcpListener::bind(&listen).await.map_err(|e| {
                 Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; choose another address with --listen"))
             })?;
-            tracing::info!("listening on http://{}", listener.local_addr()?);
+            if !args.quiet {
+                eprintln!("listening on http://{}", listener.local_addr()?);
+            }
             let (progress, watching) = watch::channel(Default::default());
             let shown = view.show(watching);
             let interrupted = interruption();

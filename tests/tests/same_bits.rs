@@ -161,7 +161,7 @@ fn a_storm_changes_nothing(job: Run<'_>) {
 #[test]
 fn a_storm_changes_nothing_for_digits() {
     let job = root().join("examples/digits-mlp.toml").display().to_string();
-    a_storm_changes_nothing(&[&job, "--set", "train.steps=6000"]);
+    a_storm_changes_nothing(&[&job, "--set", "train.steps=12000"]);
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn mnist_cnn_is_the_same_for_all() {
 #[test]
 fn adult_is_the_same_for_all() {
     let uneven = ["--set", "train.partitions=7", "--set", "train.micro_batch=61"];
-    example_is_the_same_for_all("adult", &uneven, &["--set", "train.steps=4000"]);
+    example_is_the_same_for_all("adult", &uneven, &["--set", "train.steps=10000"]);
 }
 
 #[test]

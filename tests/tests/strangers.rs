@@ -8,14 +8,22 @@ use std::time::Duration;
 use tonic::codegen::tokio_stream::{self as stream, StreamExt};
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
+use unisono_common::data::partition::Partitions;
 use unisono_common::job::Job;
 use unisono_common::layout::Layout;
 use unisono_common::model::Model;
 use unisono_proto::{self as wire, v1};
 use unisono_tests::{finish, free_port, root, run, start, summary, wait_until};
 
-/// Several seconds of training.
-const STEPS: &str = "train.steps=6000";
+/// Steps that take a few seconds.
+const SHORT: u64 = 6000;
+
+/// Steps that take longer than all strangers together.
+const LONG: u64 = 40_000;
+
+fn train(steps: u64) -> String {
+    format!("train.steps={steps}")
+}
 
 type Client = v1::coordinator_client::CoordinatorClient<Channel>;
 type Weights = v1::weights_client::WeightsClient<Channel>;
@@ -29,10 +37,10 @@ struct Cluster<'a> {
 }
 
 impl<'a> Cluster<'a> {
-    fn start(dir: &'a Path) -> Cluster<'a> {
+    fn start(dir: &'a Path, steps: u64) -> Cluster<'a> {
         let job = root().join("examples/digits-mlp.toml").display().to_string();
         let address = format!("127.0.0.1:{}", free_port());
-        let options = ["--json", "--quiet", "--heartbeat-timeout", "2", "--set", STEPS];
+        let options = ["--json", "--quiet", "--heartbeat-timeout", "2", "--set", &train(steps)];
         let coordinator = [&["coordinator", &job, "--listen", &address], &options[..]].concat();
         let coordinator = Some(start(dir, &coordinator));
         let worker = start(dir, &["worker", "--coordinator", &address]);
@@ -296,6 +304,11 @@ async fn wrong_members(client: &mut Client) {
 async fn half_a_node(client: &mut Client) -> Streaming<v1::ToWorker> {
     use v1::push_part::Kind::{Chunk, Node};
     let (job, layout, join) = honest_join(client).await;
+    let reply =
+        client.get_job(v1::GetJobRequest { version: wire::VERSION.into() }).await.expect("the job").into_inner();
+    let prepared: unisono_common::data::Prepared = serde_json::from_str(&reply.prepared).expect("prepared");
+    let parts = Partitions::new(prepared.train_samples as usize, job.train.partitions, None).expect("enough samples");
+    let steps = parts.steps_per_epoch(job.train.micro_batch) as u64;
     for wrong in 0..3 {
         let (mine, mut session, work) = loop {
             let (mine, mut session) = joined(client, join.clone()).await;
@@ -307,15 +320,16 @@ async fn half_a_node(client: &mut Client) -> Streaming<v1::ToWorker> {
             }
         };
         let node = work.nodes[0];
-        let samples = u64::from(node.hi - node.lo) * job.train.micro_batch as u64;
+        let batch = |p| parts.batch(p, work.step % steps, job.train.micro_batch).len() as u64;
+        let samples = (node.lo..node.hi).map(batch).sum();
         let header = v1::NodeHeader { generation: work.generation, samples, ..header(work.step, node.lo, node.hi) };
         let zeros = vec![0.0; layout.chunk(0).len()];
-        let (parts, words): (_, &[&str]) = match wrong {
+        let (pushed, words): (_, &[&str]) = match wrong {
             0 => (vec![Node(header), Chunk(chunk(0, &[1.0]))], &["chunk 0 has 4 bytes"]),
             1 => (vec![Node(header), Chunk(v1::GradientChunk { crc: 1, ..chunk(0, &zeros) })], &["checksum"]),
             _ => (vec![Node(v1::NodeHeader { samples: 0, ..header })], &["samples", "out of range"]),
         };
-        let refusal = push(client, [vec![of(&mine)], parts].concat()).await;
+        let refusal = push(client, [vec![of(&mine)], pushed].concat()).await;
         // Where others were faster, the node is not owed any more, and how many samples it has is not looked at.
         if wrong < 2 || refusal.is_err() {
             refused(refusal, Code::InvalidArgument, words);
@@ -383,9 +397,9 @@ fn peak_mib(child: &Child) -> u64 {
 }
 
 /// The summary of the same job without strangers.
-fn undisturbed() -> serde_json::Value {
+fn undisturbed(steps: u64) -> serde_json::Value {
     let dir = tempfile::tempdir().expect("a folder");
-    summary(&run(dir.path(), &["local", "--json", "--quiet", "--workers", "1", "--set", STEPS]))
+    summary(&run(dir.path(), &["local", "--json", "--quiet", "--workers", "1", "--set", &train(steps)]))
 }
 
 fn same_result(got: &serde_json::Value, calm: &serde_json::Value) {
@@ -397,7 +411,7 @@ fn same_result(got: &serde_json::Value, calm: &serde_json::Value) {
 #[test]
 fn strangers_change_nothing() {
     let dir = tempfile::tempdir().expect("a folder");
-    let cluster = Cluster::start(dir.path());
+    let cluster = Cluster::start(dir.path(), LONG);
     // Connections that say nothing stay until the end; so does a session that never joins.
     let _silent: Vec<TcpStream> = (0..50).map(|_| TcpStream::connect(&cluster.address).expect("open")).collect();
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
@@ -431,21 +445,21 @@ fn strangers_change_nothing() {
         wrong_members(&mut client).await;
     });
     let (step, peak) = (cluster.step(), cluster.coordinator.as_ref().map_or(0, peak_mib));
-    assert!(step.is_some_and(|s| s < 6000), "the run ended before the strangers did: make it longer");
+    assert!(step.is_some_and(|s| s < LONG), "the run ended before the strangers did: make it longer");
     assert!(peak < 512, "the coordinator took {peak} MiB");
-    same_result(&cluster.end(), &undisturbed());
+    same_result(&cluster.end(), &undisturbed(LONG));
 }
 
 #[test]
 fn a_member_that_breaks_off_in_the_middle_of_a_node_changes_nothing() {
     let dir = tempfile::tempdir().expect("a folder");
-    let cluster = Cluster::start(dir.path());
+    let cluster = Cluster::start(dir.path(), SHORT);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let mut client = cluster.client(&runtime);
     let _open = runtime.block_on(half_a_node(&mut client));
     let summary = cluster.end();
     assert!(summary["partitions_reissued"].as_u64() >= Some(1), "the stranger had no lease: {summary}");
-    same_result(&summary, &undisturbed());
+    same_result(&summary, &undisturbed(SHORT));
 }
 
 /// Health by tonic-health, and the services' descriptions by tonic-reflection.
@@ -457,7 +471,7 @@ fn health_and_reflection_are_served() {
         server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
     };
     let dir = tempfile::tempdir().expect("a folder");
-    let cluster = Cluster::start(dir.path());
+    let cluster = Cluster::start(dir.path(), SHORT);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let channel = cluster.channel(&runtime);
     runtime.block_on(async {
@@ -505,7 +519,7 @@ fn a_worker_without_a_coordinator_gives_up_with_a_clear_message() {
 #[test]
 fn status_drain_and_stop_reach_a_running_job() {
     let dir = tempfile::tempdir().expect("a folder");
-    let cluster = Cluster::start(dir.path());
+    let cluster = Cluster::start(dir.path(), SHORT);
     let status = cluster.ask(&["status"]);
     let text = String::from_utf8_lossy(&status.stdout).to_string();
     assert!(status.status.success() && text.contains("digits-mlp: step ") && text.contains("of 6000"), "{text}");
@@ -530,12 +544,12 @@ fn status_drain_and_stop_reach_a_running_job() {
 #[test]
 fn a_drained_worker_leaves_and_the_next_one_goes_on() {
     let dir = tempfile::tempdir().expect("a folder");
-    let cluster = Cluster::start(dir.path());
+    let cluster = Cluster::start(dir.path(), SHORT);
     let second = start(dir.path(), &["worker", "--coordinator", &cluster.address, "--patience", "5"]);
     wait_until("the second worker", || String::from_utf8_lossy(&cluster.ask(&["status"]).stdout).lines().count() == 4);
     assert!(cluster.ask(&["drain", "1"]).status.success());
     let summary = cluster.end();
     assert!(second.wait_with_output().expect("it ends").status.success());
-    same_result(&summary, &undisturbed());
+    same_result(&summary, &undisturbed(SHORT));
     assert_eq!(summary["workers_joined"], 2);
 }
