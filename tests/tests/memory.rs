@@ -49,8 +49,8 @@ fn no_side_holds_more_copies_of_the_parameters_than_it_needs() {
     if cfg!(target_os = "linux") {
         assert!(peaks.iter().all(|p| *p > copy), "nothing was measured: {peaks:?}");
     }
-    // Weights twice, momentum, and at most both workers' sums.
-    assert!(peaks[0] < 5.0 * copy + ELSE, "the coordinator held {:.0} MiB", peaks[0]);
+    // Weights twice, momentum, and the open tree: the sums of one worker that wait for the other's.
+    assert!(peaks[0] < 4.0 * copy + ELSE, "the coordinator held {:.0} MiB", peaks[0]);
     for worker in &peaks[1..] {
         assert!(*worker < 3.0 * copy + ELSE, "a worker held {worker:.0} MiB");
     }
