@@ -193,6 +193,7 @@ impl Driver {
                 if self.sessions.remove(&worker).is_some() {
                     tracing::warn!("worker {worker} left");
                 }
+                self.shared.leave(worker); // it may have left before its join was taken
                 self.machine(Event::Disconnected { worker });
             }
             Input::Broken { worker, why } => {

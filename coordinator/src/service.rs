@@ -34,17 +34,21 @@ impl Drop for SessionGuard {
 /// Chunks of one push that are being reduced at once, at most.
 const AT_ONCE: usize = 8;
 
+fn check_version(version: &str) -> Result<(), Status> {
+    if version == wire::VERSION {
+        return Ok(());
+    }
+    Err(Status::failed_precondition(format!(
+        "this worker is unisono {version}, the coordinator is {}: install the same version on both machines",
+        wire::VERSION
+    )))
+}
+
 impl Service {
     fn check_join(&self, join: &v1::Join) -> Result<(), Status> {
         let s = &self.0;
         let refuse = |message: String| Err(Status::failed_precondition(message));
-        if join.version != wire::VERSION {
-            return refuse(format!(
-                "this worker is unisono {}, the coordinator is {}: install the same version on both machines",
-                join.version,
-                wire::VERSION
-            ));
-        }
+        check_version(&join.version)?;
         if !(1..=wire::MAX_THREADS).contains(&join.threads) {
             return Err(wire::WireError::Range { field: "threads", value: join.threads.to_string() }.into());
         }
@@ -118,13 +122,7 @@ impl Service {
 #[tonic::async_trait]
 impl v1::coordinator_server::Coordinator for Service {
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::GetJobReply>, Status> {
-        let version = request.into_inner().version;
-        if version != wire::VERSION {
-            return Err(Status::failed_precondition(format!(
-                "this worker is unisono {version}, the coordinator is {}: install the same version on both machines",
-                wire::VERSION
-            )));
-        }
+        check_version(&request.into_inner().version)?;
         let json = |e: serde_json::Error| Status::internal(e.to_string());
         Ok(Response::new(v1::GetJobReply {
             job: serde_json::to_string(&self.0.job).map_err(json)?,
@@ -139,7 +137,7 @@ impl v1::coordinator_server::Coordinator for Service {
         request: Request<Streaming<v1::FromWorker>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let mut incoming = request.into_inner();
-        let first = tokio::time::timeout(std::time::Duration::from_secs(10), incoming.message())
+        let first = tokio::time::timeout(Duration::from_secs(10), incoming.message())
             .await
             .map_err(|_| Status::deadline_exceeded("nothing came for 10 s; the first message must be Join"))??;
         let Some(v1::from_worker::Kind::Join(join)) = first.and_then(|m| m.kind) else {
