@@ -91,6 +91,11 @@ pub trait Right {
     /// Its columns.
     fn columns(&self) -> usize;
 
+    /// Its values and the distance of its rows, where it can as well be read as it lies.
+    fn unpacked<S: Simd>(&self) -> Option<(&[f32], usize)> {
+        None
+    }
+
     /// `out`: the panels of `columns` one after another, each `(k.len(), its width)`; zeros behind the last column.
     fn pack<S: Simd>(&self, simd: S, k: Range<usize>, columns: Range<usize>, out: &mut [f32]);
 }
@@ -98,6 +103,14 @@ pub trait Right {
 impl Right for Mat<'_> {
     fn columns(&self) -> usize {
         self.cols
+    }
+
+    /// Rows of whole vectors, all of which stay in the second-level cache.
+    #[inline(always)]
+    fn unpacked<S: Simd>(&self) -> Option<(&[f32], usize)> {
+        let rows = self.rows > 0 && self.strides.1 == 1 && self.strides.0 >= self.cols;
+        let whole_rows = rows && self.cols.is_multiple_of(S::F32_LANES);
+        (whole_rows && self.data.len() <= 2 * PACKED).then_some((self.data, self.strides.0))
     }
 
     #[inline(always)]
@@ -243,7 +256,11 @@ impl WithSimd for Either<'_> {
             let (rows, packed) = (left.rows * left.cols, right.rows * right.cols);
             rows * right.cols.div_ceil(S::F32_LANES)
                 + if left.strides.1 == 1 { 0 } else { rows / 2 }
-                + if right.strides.1 == 1 { packed / 8 } else { packed / 2 }
+                + match (right.unpacked::<S>(), right.strides.1) {
+                    (Some(_), _) => 0,
+                    (None, 1) => packed / 8,
+                    (None, _) => packed / 2,
+                }
         };
         let across = 2 * c.len() * a.cols.div_ceil(depth::<S>(a.rows));
         let c_stride = b.cols;
@@ -328,7 +345,10 @@ impl<R: Right> Product<'_, R> {
         for columns in even(right.columns(), panel_max, block) {
             for k in even(left.cols, 1, depth_max.max(1)) {
                 let (first, last) = (k.start == 0, k.end == left.cols);
-                right.pack(simd, k.clone(), columns.clone(), packed_right);
+                let unpacked = right.unpacked::<S>();
+                if unpacked.is_none() {
+                    right.pack(simd, k.clone(), columns.clone(), packed_right);
+                }
                 for rows in even(left.rows, 1, rows_max) {
                     let (a, a_strides) = if left.strides.1 == 1 {
                         (&left.data[rows.start * left.strides.0 + k.start..], (left.strides.0, 1))
@@ -339,7 +359,10 @@ impl<R: Right> Product<'_, R> {
                         (&*packed_left, (1, rows.len()))
                     };
                     for panel in panels::<S>(columns.len()) {
-                        let b = &packed_right[panel.start * k.len()..][..whole::<S>(panel.len()) * k.len()];
+                        let (b, b_stride) = match unpacked {
+                            Some((b, stride)) => (&b[k.start * stride + columns.start + panel.start..], stride),
+                            None => (&packed_right[panel.start * k.len()..], whole::<S>(panel.len())),
+                        };
                         let panel = columns.start + panel.start..columns.start + panel.end;
                         let at = if across {
                             panel.start * c_stride + rows.start
@@ -352,6 +375,8 @@ impl<R: Right> Product<'_, R> {
                             a_strides,
                             ahead: ahead.then_some(rows.len() * left.strides.0),
                             b,
+                            b_stride,
+                            depth: k.len(),
                             c: &mut c[at..],
                             c_stride,
                             across,

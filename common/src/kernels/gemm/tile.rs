@@ -71,8 +71,12 @@ pub struct Step<'a> {
     pub a_strides: (usize, usize),
     /// Values of `a` between these rows and those of the next tile, to fetch them early.
     pub ahead: Option<usize>,
-    /// `(depth, vectors of columns)`, contiguous.
+    /// `(depth, vectors of columns)`.
     pub b: &'a [f32],
+    /// Values between rows of `b`.
+    pub b_stride: usize,
+    /// Rows of `b`.
+    pub depth: usize,
     pub c: &'a mut [f32],
     /// Values between rows of `c`; between columns, where `across`.
     pub c_stride: usize,
@@ -144,21 +148,21 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> WithSimd for Tile<'_, S, 
             Start::Old => std::array::from_fn(|r| load(simd, &step.c[r * step.c_stride..], step.columns)),
         };
 
-        let (b, _) = S::as_simd_f32s(step.b);
-        let (b, _) = b.as_chunks::<VECTORS>();
-        let a = Strided::<ROWS>::new(step.a, step.a_strides, b.len());
-        if !step.across && b.len() > 2 * LINE {
+        let a = Strided::<ROWS>::new(step.a, step.a_strides, step.depth);
+        if !step.across && step.depth > 2 * LINE {
             for r in 0..ROWS {
                 fetch_all(&step.c[r * step.c_stride..][..step.columns]);
             }
         }
-        for (line, b) in b.chunks(LINE).enumerate() {
+        let mut rows = step.b.chunks(step.b_stride.max(1));
+        for line in (0..step.depth).step_by(LINE) {
             if let Some(ahead) = step.ahead {
-                a.fetch(line * LINE, ahead);
+                a.fetch(line, ahead);
             }
-            for (k, b) in b.iter().enumerate() {
+            for (k, b) in (line..step.depth.min(line + LINE)).zip(&mut rows) {
+                let b: &[S::f32s; VECTORS] = S::as_simd_f32s(&b[..width]).0.first_chunk().expect("whole vectors");
                 for r in 0..ROWS {
-                    let a = simd.splat_f32s(a.at(r, line * LINE + k));
+                    let a = simd.splat_f32s(a.at(r, k));
                     for v in 0..VECTORS {
                         sums[r][v] = simd.mul_add_f32s(a, b[v], sums[r][v]);
                     }
