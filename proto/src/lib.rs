@@ -4,6 +4,8 @@ use bytes::Bytes;
 use unisono_common::layout::Layout;
 use unisono_common::tree::Node;
 
+pub mod shm;
+
 /// Generated from `unisono/v1/unisono.proto`.
 #[allow(missing_docs, clippy::all)]
 pub mod v1 {
