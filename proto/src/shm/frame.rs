@@ -94,12 +94,7 @@ impl Order {
     pub fn from_frame(frame: &[u32; FRAME]) -> Result<Order, WireError> {
         let mut read = Read(frame.iter());
         match read.u32() {
-            1 => Ok(Order {
-                step: read.u64(),
-                generation: read.u64(),
-                node: read.node(),
-                evaluate: read.u32() != 0,
-            }),
+            1 => Ok(Order { step: read.u64(), generation: read.u64(), node: read.node(), evaluate: read.u32() != 0 }),
             tag => Err(unknown(tag)),
         }
     }

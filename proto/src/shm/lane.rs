@@ -138,21 +138,22 @@ impl Lane {
         Some(slot)
     }
 
-    /// Sends a report and rings the coordinator's bell.
-    pub fn tell(&self, report: Report, coordinator: &Bell<'_, AtomicU32>) {
+    /// Sends a report; the coordinator sees it when its bell rings.
+    pub fn tell(&self, report: Report) {
         let frame = report.to_frame();
         while !self.up().push(&frame) && !self.closed.load(Ordering::SeqCst) {
-            // The coordinator is far behind; it empties the ring as soon as it looks.
-            coordinator.ring();
+            // The coordinator is far behind, for hundreds of frames: it looks at least once a tick.
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        coordinator.ring();
     }
 
     /// The gradient in a slot that the worker has taken, to be filled.
     ///
     /// What was reported as ready must not be written any more; it is read by others.
-    #[allow(clippy::mut_from_ref, reason = "the slot is the worker's while it is taken, and a worker has one thread for it")]
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "the slot is the worker's while it is taken, and a worker has one thread for it"
+    )]
     #[allow(unsafe_code, reason = "shared memory")]
     pub fn slot(&self, slot: u32) -> &mut [f32] {
         assert!(slot < SLOTS && self.taken(slot).load(Ordering::Relaxed) != 0, "the slot is taken first");
@@ -233,14 +234,13 @@ mod tests {
     #[test]
     fn orders_go_down_reports_go_up_and_slots_come_back() {
         let lane = Arc::new(Lane::create(10).expect("memory"));
-        let bell = super::super::memory::BellMemory::create().expect("memory");
         for step in 0..1000 {
             assert!(lane.order(order(step)));
             assert_eq!(lane.next_order(), Some(order(step)));
             let slot = lane.take_slot().expect("free");
             assert_eq!(slot, 0);
             lane.slot(slot).fill(step as f32);
-            lane.tell(Report::Ready { slot, from: 0, to: 1 }, &bell.bell());
+            lane.tell(Report::Ready { slot, from: 0, to: 1 });
             assert_eq!(lane.report(), Ok(Some(Report::Ready { slot, from: 0, to: 1 })));
             let hold = Hold::of(&lane, slot).expect("taken");
             let (a, b) = (Part::new(&hold, 0..4), Part::new(&hold, 4..10));

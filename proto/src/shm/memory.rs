@@ -259,6 +259,12 @@ impl Piece {
         unsafe { self.weights.memory.values(self.weights.buffer(step), self.range.clone()) }
     }
 
+    /// The values of the first step of all, to be written.
+    pub fn begin(&mut self, step: u64) -> &mut [f32] {
+        // SAFETY: this piece, which is borrowed, is the only one with this range; and nothing was ordered yet.
+        unsafe { self.weights.memory.values_mut(self.weights.buffer(step), self.range.clone()) }
+    }
+
     /// The values of `step`, and room for those of the next.
     pub fn update(&mut self, step: u64) -> (&[f32], &mut [f32]) {
         let (memory, range) = (&self.weights.memory, &self.range);
