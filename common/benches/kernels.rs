@@ -3,7 +3,7 @@
 //! Products are counted in multiply-adds (items), passes over memory in bytes.
 
 use divan::counter::{BytesCount, ItemsCount};
-use divan::{Bencher<'_, '_>, black_box};
+use divan::{Bencher, black_box};
 use unisono_common::kernels::{Mat, gemm};
 
 fn main() {
