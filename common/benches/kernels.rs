@@ -28,7 +28,7 @@ const SHAPES: [(usize, usize, usize); 8] = [
 
 /// `y = x w^T`: a linear layer's forward.
 #[divan::bench(args = SHAPES)]
-fn gemm_forward(bencher: Bencher, (m, k, n): (usize, usize, usize)) {
+fn gemm_forward(bencher: Bencher<'_, '_>, (m, k, n): (usize, usize, usize)) {
     let (a, b, mut c) = (values(m * k), values(n * k), vec![0.0; m * n]);
     bencher.counter(ItemsCount::new(m * k * n)).bench_local(|| {
         gemm(black_box(&mut c), Mat::new(&a, m, k), Mat::new(&b, n, k).t(), false);
@@ -37,7 +37,7 @@ fn gemm_forward(bencher: Bencher, (m, k, n): (usize, usize, usize)) {
 
 /// `dw = dy^T x`: its weights' gradient.
 #[divan::bench(args = SHAPES)]
-fn gemm_weights(bencher: Bencher, (m, k, n): (usize, usize, usize)) {
+fn gemm_weights(bencher: Bencher<'_, '_>, (m, k, n): (usize, usize, usize)) {
     let (a, b, mut c) = (values(m * n), values(m * k), vec![0.0; n * k]);
     bencher.counter(ItemsCount::new(m * k * n)).bench_local(|| {
         gemm(black_box(&mut c), Mat::new(&a, m, n).t(), Mat::new(&b, m, k), false);
@@ -46,7 +46,7 @@ fn gemm_weights(bencher: Bencher, (m, k, n): (usize, usize, usize)) {
 
 /// `dx = dy w`: its inputs' gradient; `w cols` of a convolution.
 #[divan::bench(args = SHAPES)]
-fn gemm_inputs(bencher: Bencher, (m, k, n): (usize, usize, usize)) {
+fn gemm_inputs(bencher: Bencher<'_, '_>, (m, k, n): (usize, usize, usize)) {
     let (a, b, mut c) = (values(m * n), values(n * k), vec![0.0; m * k]);
     bencher.counter(ItemsCount::new(m * k * n)).bench_local(|| {
         gemm(black_box(&mut c), Mat::new(&a, m, n), Mat::new(&b, n, k), false);
@@ -55,7 +55,7 @@ fn gemm_inputs(bencher: Bencher, (m, k, n): (usize, usize, usize)) {
 
 /// Memory copy, for comparison.
 #[divan::bench(args = [1 << 16, 1 << 20, 64 << 20])]
-fn copy(bencher: Bencher, bytes: usize) {
+fn copy(bencher: Bencher<'_, '_>, bytes: usize) {
     let (a, mut b) = (values(bytes / 4), vec![0.0; bytes / 4]);
     bencher.counter(BytesCount::new(2 * bytes)).bench_local(|| black_box(&mut b).copy_from_slice(black_box(&a)));
 }
