@@ -7,6 +7,7 @@ use crate::model::Model;
 use crate::rng::{Key, Purpose};
 use crate::tree::Node;
 use ndarray::ArrayView2;
+use std::cell::RefCell;
 
 /// All memory that a step needs, planned once for the largest batch.
 pub struct Workspace {
@@ -31,6 +32,11 @@ impl Workspace {
 /// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout), and the loss sums.
 ///
 /// `segments` says which rows belong to which partition; the result is the node's sum in the fixed tree.
+///
+/// `finished(from, values)` is called while the backward pass runs, from the last layer to the first: the trainable
+/// gradient from `from` on is final, and `values` are those that became so, up to where the call before began (the first
+/// call's go up to [`Layout::trainable`](crate::layout::Layout::trainable), the last call's begin at 0). Running
+/// statistics are final when this returns.
 pub fn gradient(
     model: &Model,
     loss: &Loss,
@@ -40,13 +46,21 @@ pub fn gradient(
     key: Key,
     workspace: &mut Workspace,
     grads: &mut [f32],
+    finished: &mut dyn FnMut(usize, &[f32]),
 ) -> LossSums {
     let Workspace { logits, d_logits, saved, scratch } = workspace;
     let (net, outputs, trainable) = (model.net(), model.outputs(), model.layout().trainable());
     let (rows, parts) = (batch.samples, segments.len());
     let (logits, d_logits) = (&mut logits[..rows * outputs], &mut d_logits[..rows * outputs]);
     let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
-    let pass = Pass { segments, train: true, key };
+    let open = RefCell::new((trainable, finished));
+    let announce = |from: usize, values: &[f32]| {
+        let (end, finished) = &mut *open.borrow_mut();
+        assert_eq!(from + values.len(), *end, "gradients are finished from the last layer to the first");
+        *end = from;
+        finished(from, values);
+    };
+    let pass = Pass { segments, train: true, key, first: 0, finished: &announce };
     let (w, running) = params.split_at(trainable);
     let params = Params { trainable: w, running };
     let (dw, d_running) = grads.split_at_mut(trainable);
@@ -57,6 +71,7 @@ pub fn gradient(
     });
     let into = Grads { trainable: dw, running: d_running };
     net.backward(&pass, params, &batch.inputs, logits, d_logits, None, into, saved, scratch);
+    assert_eq!(open.borrow().0, 0, "every layer finishes its gradient");
     sums
 }
 
@@ -78,7 +93,8 @@ pub fn evaluate<'w>(model: &Model, params: &[f32], batch: &Batch, workspace: &'w
     let logits = &mut logits[..rows * model.outputs()];
     let (saved, scratch) = (&mut saved[..net.saved(rows, 1)], &mut scratch[..net.scratch(rows, 1)]);
     let (trainable, running) = params.split_at(model.layout().trainable());
-    let pass = Pass { segments: &segments, train: false, key: Key::new(0, Purpose::Dropout) };
+    let pass =
+        Pass { segments: &segments, train: false, key: Key::new(0, Purpose::Dropout), first: 0, finished: &|_, _| {} };
     net.forward(&pass, Params { trainable, running }, &batch.inputs, logits, saved, scratch);
     ArrayView2::from_shape((rows, model.outputs()), logits).expect("as long as its shape")
 }
@@ -125,7 +141,7 @@ pub fn fingerprint() -> [u8; 32] {
     let params = model.layout().init(1);
     let mut grads = vec![0.0; params.len()];
     let mut workspace = Workspace::new(&model, samples, 3);
-    let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads);
+    let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads, &mut |_, _| {});
     let mut digest = blake3::Hasher::new();
     digest.update(&sums.loss.to_le_bytes());
     grads.iter().for_each(|g| {

@@ -92,7 +92,7 @@ impl Compute {
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
         let key = Key::new(self.job.seed, Purpose::Dropout).with(step);
         let (model, loss, batch) = (&self.model, &self.loss, &self.batch);
-        train::gradient(model, loss, weights, batch, &segments, key, workspace, &mut self.gradient)
+        train::gradient(model, loss, weights, batch, &segments, key, workspace, &mut self.gradient, &mut |_, _| {})
     }
 
     /// The evaluation sums of one node, partition by partition.

@@ -122,6 +122,7 @@ impl Layer for Conv2d {
                 }
             });
         }
+        pass.finish(grads.trainable);
         if let Some(dx) = dx {
             let w_fp = Mat::new(params.trainable, f, patch);
             let each = rows_each(segments.total());

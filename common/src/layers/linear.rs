@@ -83,6 +83,7 @@ impl Layer for Linear {
                 column_sums(&dy[rows.start * o..rows.end * o], out);
             });
         }
+        pass.finish(grads.trainable);
         if let Some(dx) = dx {
             let w_oi = Mat::new(params.trainable, o, i);
             over_rows(segments.total(), (dx, i), (dy, o), |_, dx, dy| {

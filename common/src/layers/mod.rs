@@ -69,6 +69,17 @@ pub struct Pass<'a> {
     pub train: bool,
     /// Seed and step: `key.with(partition)...` for dropout; rows are numbered within their partition.
     pub key: Key,
+    /// Where the layer's trainable values begin in the flat vector.
+    pub first: usize,
+    /// Takes gradients that are final, and where they begin in the flat vector: from the last layer's to the first's.
+    pub finished: &'a dyn Fn(usize, &[f32]),
+}
+
+impl Pass<'_> {
+    /// Announces the layer's trainable gradient, which is not touched any more: it may travel while others are computed.
+    fn finish(&self, grads: &[f32]) {
+        (self.finished)(self.first, grads);
+    }
 }
 
 /// One layer. `x`: `(rows, in)`, `y`: `(rows, out)`, row-major, `in` and `out` the products of the sample shapes.
@@ -107,6 +118,8 @@ pub trait Layer: Send + Sync {
 
     /// `dx = f'(x)^T dy` (where wanted), and the **sum** over samples of the parameter gradients into `grads`, overwritten;
     /// running tensors get `segment rows x segment statistic`, summed over the tree.
+    ///
+    /// A layer with trainable tensors calls [`Pass::finish`] once, as early as it can: before it computes `dx`.
     fn backward(
         &self,
         pass: &Pass<'_>,

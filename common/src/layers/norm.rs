@@ -163,6 +163,7 @@ impl Layer for BatchNorm {
             mean.iter_mut().zip(s).for_each(|(o, m)| *o = rows as f32 * m);
             var.iter_mut().zip(&s[c..]).for_each(|(o, v)| *o = rows as f32 * v * unbiased);
         });
+        pass.finish(grads.trainable);
         let Some(dx) = dx else { return };
         for i in 0..pass.segments.len() {
             let rows = pass.segments.rows(i);
@@ -261,6 +262,7 @@ impl Layer for LayerNorm {
                 });
             }
         });
+        pass.finish(grads.trainable);
         let Some(dx) = dx else { return };
         over_samples(pass.segments.total(), (dx, n), (dy, n), |row, dx, dy| {
             let x = &x[row * n..(row + 1) * n];

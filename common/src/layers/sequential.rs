@@ -144,7 +144,7 @@ impl Layer for Sequential {
             let x = if i == 0 { x } else { &between[between.len() - in_len..] };
             let dy = if last { dy } else { &above[..out_len] };
             let into = if i == 0 { dx.take() } else { Some(&mut below[..in_len]) };
-            let pass = Pass { key: pass.key.with(i as u64), ..*pass };
+            let pass = Pass { key: pass.key.with(i as u64), first: pass.first + d_trainable.len(), ..*pass };
             let (mine, into_grads) =
                 (Params { trainable: mine_t, running: mine_r }, Grads { trainable: grad_t, running: grad_r });
             let scratch = &mut scratch[..layer.scratch(rows, segments)];
