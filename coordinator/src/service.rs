@@ -33,7 +33,7 @@ impl Drop for SessionGuard {
 }
 
 /// Chunks of one push that are being reduced at once, at most.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 4;
 
 fn check_version(version: &str) -> Result<(), Status> {
     if version == wire::VERSION {
