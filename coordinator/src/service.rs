@@ -87,7 +87,9 @@ impl Service {
                 }
                 Some(v1::push_part::Kind::Chunk(chunk)) => {
                     wire::check_chunk(layout, chunk.index, chunk.crc, &chunk.values)?;
-                    let Some(taken) = push.chunk(chunk.index)? else { continue };
+                    let Some(taken) = push.chunk(shared, chunk.index, chunk.spent.as_ref().map(wire::spent))? else {
+                        continue;
+                    };
                     let turn =
                         turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
                     let shared = shared.clone();

@@ -91,6 +91,12 @@ pub fn header(h: &v1::NodeHeader, partitions: u32) -> Result<shm::frame::Header,
     Ok(shm::frame::Header { step: h.step, generation: h.generation, node: node(h.node, partitions)?, sums })
 }
 
+/// What a worker says that it spent, from the wire.
+pub fn spent(s: &v1::Spent) -> shm::frame::Spent {
+    let &v1::Spent { data, forward, backward, encode, encoded } = s;
+    shm::frame::Spent { data, forward, backward, encode, encoded }
+}
+
 /// A tree node for the wire.
 pub fn to_wire(node: Node) -> v1::TreeNode {
     v1::TreeNode { lo: node.lo, hi: node.hi }

@@ -154,7 +154,7 @@ async fn goodbye(session: &mut Streaming<v1::ToWorker>) -> v1::Goodbye {
 
 fn chunk(index: u32, values: &[f32]) -> v1::GradientChunk {
     let values = wire::encode_values(values);
-    v1::GradientChunk { index, crc: wire::crc(&values), values }
+    v1::GradientChunk { index, crc: wire::crc(&values), values, spent: None }
 }
 
 fn header(step: u64, lo: u32, hi: u32) -> v1::NodeHeader {

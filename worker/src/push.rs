@@ -3,13 +3,15 @@
 use crate::connect::Client;
 use crate::link::Piece;
 use bytes::Bytes;
+use std::ops::Range;
+use std::time::Instant;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use unisono_common::kernels;
 use unisono_common::layout::Layout;
-use unisono_proto::shm::frame::Header;
+use unisono_proto::shm::frame::{Header, Spent};
 use unisono_proto::{self as wire, v1};
 
 /// Chunks that wait for the socket, at most.
@@ -46,17 +48,21 @@ async fn encode(
     to_coordinator: mpsc::UnboundedSender<v1::FromWorker>,
 ) {
     let mut of: Option<Header> = None;
+    // When each of the node's chunks was encoded, and its bytes.
+    let mut encoded: Vec<(Range<Instant>, usize)> = Vec::new();
     while let Some(piece) = pieces.recv().await {
         let kind = match piece {
             Piece::Node(header) => {
                 let Header { step, generation, node, sums } = header;
                 of = Some(header);
+                encoded.clear();
                 let node = Some(wire::to_wire(node));
                 let (loss, weight, samples) = (sums.loss, sums.weight, sums.samples);
                 v1::push_part::Kind::Node(v1::NodeHeader { step, generation, node, loss, weight, samples })
             }
-            Piece::Chunk { index, part } => {
+            Piece::Chunk { index, part, spent } => {
                 let Some(header) = of else { continue };
+                let began = Instant::now();
                 if !kernels::all_finite(part.values()) {
                     let bad = part.values().iter().position(|v| !v.is_finite()).unwrap_or(0);
                     let tensor = layout.tensor_at(layout.chunk(index).start + bad).map(|t| t.name.clone());
@@ -68,11 +74,24 @@ async fn encode(
                 }
                 let values = Bytes::from_owner(part);
                 let crc = wire::crc(&values);
-                v1::push_part::Kind::Chunk(v1::GradientChunk { index: index as u32, crc, values })
+                encoded.push((began..Instant::now(), values.len()));
+                let spent = spent.map(|(spent, computed)| with_encoding(spent, computed, &encoded));
+                v1::push_part::Kind::Chunk(v1::GradientChunk { index: index as u32, crc, values, spent })
             }
         };
         if send.send(v1::PushPart { kind: Some(kind) }).await.is_err() {
             return;
         }
     }
+}
+
+/// Adds what was encoded after the gradient was computed: before that, it was done beside.
+fn with_encoding(spent: Spent, computed: Instant, encoded: &[(Range<Instant>, usize)]) -> v1::Spent {
+    let Spent { data, forward, backward, mut encode, encoded: mut bytes } = spent;
+    for (time, len) in encoded {
+        let (whole, after) = (time.end - time.start, time.end.saturating_duration_since(computed.max(time.start)));
+        encode += after.as_nanos() as u64;
+        bytes += (*len as f64 * after.as_secs_f64() / whole.as_secs_f64().max(1e-9)) as u64;
+    }
+    v1::Spent { data, forward, backward, encode, encoded: bytes }
 }

@@ -65,6 +65,10 @@ impl Layer for Conv2d {
         lanes.max(self.blocks().scratch(segments)).max(tree_spare(segments, self.filters()))
     }
 
+    fn multiply_adds(&self) -> u64 {
+        (self.weights() * self.window.positions()) as u64
+    }
+
     fn forward(
         &self,
         pass: &Pass<'_>,
