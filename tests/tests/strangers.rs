@@ -100,8 +100,12 @@ impl Drop for Cluster<'_> {
 
 /// The job as a worker learns it, and the Join that would be accepted.
 async fn honest_join(client: &mut Client) -> (Job, Layout, v1::Join) {
-    let reply =
-        client.coordinator.get_job(v1::GetJobRequest { version: wire::VERSION.into() }).await.expect("the job").into_inner();
+    let reply = client
+        .coordinator
+        .get_job(v1::GetJobRequest { version: wire::VERSION.into() })
+        .await
+        .expect("the job")
+        .into_inner();
     let job: Job = serde_json::from_str(&reply.job).expect("a job");
     let prepared: unisono_common::data::Prepared = serde_json::from_str(&reply.prepared).expect("prepared");
     let model = Model::build(&job.model, &prepared.shape, prepared.outputs(&job.train.loss)).expect("a model");
@@ -207,7 +211,10 @@ async fn wrong_joins(client: &mut Client) {
     }
     let beat = from_worker(v1::from_worker::Kind::Heartbeat(v1::Heartbeat {}));
     assert!(client.coordinator.session(stream::iter([beat])).await.is_err(), "a session without a join");
-    assert!(client.coordinator.session(stream::iter([v1::FromWorker { kind: None }])).await.is_err(), "a session of nothing");
+    assert!(
+        client.coordinator.session(stream::iter([v1::FromWorker { kind: None }])).await.is_err(),
+        "a session of nothing"
+    );
     let old = client.coordinator.get_job(v1::GetJobRequest { version: "9.9.9".into() }).await;
     refused(old, Code::FailedPrecondition, &["9.9.9", wire::VERSION]);
 }
@@ -318,8 +325,12 @@ async fn wrong_members(client: &mut Client) {
 async fn half_a_node(client: &mut Client) -> Streaming<v1::ToWorker> {
     use v1::push_part::Kind::{Chunk, Node};
     let (job, layout, join) = honest_join(client).await;
-    let reply =
-        client.coordinator.get_job(v1::GetJobRequest { version: wire::VERSION.into() }).await.expect("the job").into_inner();
+    let reply = client
+        .coordinator
+        .get_job(v1::GetJobRequest { version: wire::VERSION.into() })
+        .await
+        .expect("the job")
+        .into_inner();
     let prepared: unisono_common::data::Prepared = serde_json::from_str(&reply.prepared).expect("prepared");
     let parts = Partitions::new(prepared.train_samples as usize, job.train.partitions, None).expect("enough samples");
     let steps = parts.steps_per_epoch(job.train.micro_batch) as u64;
@@ -432,7 +443,7 @@ fn strangers_change_nothing() {
     let mut client = cluster.client(&runtime);
     let mut weights = Parameters::new(cluster.channel(&runtime));
     let mut mute = client.clone();
-    runtime.spawn(async move { mute.session(stream::pending::<v1::FromWorker>()).await.map(|_| ()) });
+    runtime.spawn(async move { mute.coordinator.session(stream::pending::<v1::FromWorker>()).await.map(|_| ()) });
 
     let noise: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     for bytes in
