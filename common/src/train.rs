@@ -29,14 +29,21 @@ impl Workspace {
     }
 }
 
+/// A part of a gradient that is not touched any more.
+pub struct Final<'a> {
+    pub values: &'a [f32],
+    /// The loss sums of the whole batch.
+    pub sums: LossSums,
+}
+
 /// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout), and the loss sums.
 ///
 /// `segments` says which rows belong to which partition; the result is the node's sum in the fixed tree.
 ///
-/// `finished(from, values)` is called while the backward pass runs, from the last layer to the first: the trainable
-/// gradient from `from` on is final, and `values` are those that became so, up to where the call before began (the first
-/// call's go up to [`Layout::trainable`](crate::layout::Layout::trainable), the last call's begin at 0). Running
-/// statistics are final when this returns.
+/// `finished(from, became)` is called while the backward pass runs, from the last layer to the first: the trainable
+/// gradient from `from` on is final, up to where the call before began (the first call's values go up to
+/// [`Layout::trainable`](crate::layout::Layout::trainable), the last call's begin at 0). Running statistics are final when
+/// this returns.
 pub fn gradient(
     model: &Model,
     loss: &Loss,
@@ -46,21 +53,14 @@ pub fn gradient(
     key: Key,
     workspace: &mut Workspace,
     grads: &mut [f32],
-    finished: &mut dyn FnMut(usize, &[f32]),
+    finished: &mut dyn FnMut(usize, Final<'_>),
 ) -> LossSums {
     let Workspace { logits, d_logits, saved, scratch } = workspace;
     let (net, outputs, trainable) = (model.net(), model.outputs(), model.layout().trainable());
     let (rows, parts) = (batch.samples, segments.len());
     let (logits, d_logits) = (&mut logits[..rows * outputs], &mut d_logits[..rows * outputs]);
     let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
-    let open = RefCell::new((trainable, finished));
-    let announce = |from: usize, values: &[f32]| {
-        let (end, finished) = &mut *open.borrow_mut();
-        assert_eq!(from + values.len(), *end, "gradients are finished from the last layer to the first");
-        *end = from;
-        finished(from, values);
-    };
-    let pass = Pass { segments, train: true, key, first: 0, finished: &announce };
+    let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
     let (w, running) = params.split_at(trainable);
     let params = Params { trainable: w, running };
     let (dw, d_running) = grads.split_at_mut(trainable);
@@ -69,6 +69,14 @@ pub fn gradient(
     let sums = loss_sums(Node { lo: 0, hi: parts as u32 }, &mut |segment| {
         loss.forward_backward(logits, &batch.targets, segments.rows(segment), d_logits)
     });
+    let open = RefCell::new((trainable, finished));
+    let announce = |from: usize, values: &[f32]| {
+        let (end, finished) = &mut *open.borrow_mut();
+        assert_eq!(from + values.len(), *end, "gradients are finished from the last layer to the first");
+        *end = from;
+        finished(from, Final { values, sums });
+    };
+    let pass = Pass { finished: &announce, ..pass };
     let into = Grads { trainable: dw, running: d_running };
     net.backward(&pass, params, &batch.inputs, logits, d_logits, None, into, saved, scratch);
     assert_eq!(open.borrow().0, 0, "every layer finishes its gradient");

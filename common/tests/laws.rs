@@ -12,7 +12,7 @@ use unisono_common::layout::Role;
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
 use unisono_common::rng::{Key, Purpose};
-use unisono_common::train::{Workspace, gradient};
+use unisono_common::train::{Final, Workspace, gradient};
 use unisono_common::tree::Node;
 
 /// What f32 leaves of a gradient: a share of its tensor's largest value, and of a tenth of the model's (that of a bias before
@@ -167,7 +167,7 @@ proptest! {
         let mut grads = vec![f32::NAN; weights.len()];
         let mut workspace = Workspace::new(&model, rows, 2);
         let (mut starts, mut announced) = (Vec::new(), vec![f32::NAN; model.layout().trainable()]);
-        let mut keep = |from: usize, values: &[f32]| {
+        let mut keep = |from: usize, Final { values, .. }: Final<'_>| {
             starts.push(from);
             announced[from..from + values.len()].copy_from_slice(values);
         };

@@ -3,12 +3,16 @@
 //! [`run`] takes a listener and an interruption signal, so a test binds port 0.
 
 mod broadcast;
+mod door;
 mod driver;
 pub mod files;
+mod lanes;
 mod pace;
+mod push;
 mod service;
 mod shared;
 mod store;
+mod sum;
 
 use anyhow::{Context, Result, bail};
 use driver::{Driver, Learning};
@@ -20,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{oneshot, watch};
 use unisono_common::checkpoint;
 use unisono_common::data::{self, Prepared, partition::Partitions};
 use unisono_common::ids::Step;
@@ -105,6 +109,8 @@ pub struct Options {
     pub started: Instant,
     /// Threads for reduction and optimizer.
     pub threads: usize,
+    /// Whether workers of this host are offered shared memory.
+    pub shared_memory: bool,
     pub patience: Patience,
 }
 
@@ -263,8 +269,8 @@ pub async fn run(
     };
     let first = learning.step;
     let pace = Pace::new(Instant::now(), total_steps.saturating_sub(first.0));
-    let (inputs, received) = mpsc::unbounded_channel();
-    let applied = inputs.clone();
+    let inbox = Arc::new(shared::Inbox::new().context("no memory for the driver's bell")?);
+    let applied = inbox.clone();
     let clip = store::Clip { norm: job.train.clip_norm, value: job.train.clip_value };
     let p = job.train.partitions;
     let store = store::Store::new(
@@ -275,26 +281,22 @@ pub async fn run(
         learning.step,
         &weights,
         &slots,
-        Box::new(move |a| {
-            applied.send(Input::Applied(a)).ok();
-        }),
-    );
+        options.threads,
+        Box::new(move |a| applied.put(Input::Applied(a))),
+    )?;
     drop((weights, slots));
     let eval_kind = EvalKind::of(opened.prepared.classes.as_ref().map(Vec::len));
     let shared = Arc::new(Shared {
         fingerprint: unisono_common::train::fingerprint(),
         prepared: opened.prepared.clone(),
         store,
-        pool: rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads)
-            .thread_name(|i| format!("reduce-{i}"))
-            .build()?,
         heartbeat_ms: (options.patience.silence.as_millis() as u32 / 5).clamp(50, 1000),
         opened,
         train_parts,
         test_parts,
         machine: Mutex::new(Machine::new(p, options.patience)),
-        inputs,
+        inbox,
+        door: if options.shared_memory { door::Door::open() } else { None },
         next_id: std::sync::atomic::AtomicU64::new(1),
         names: Mutex::new(BTreeMap::new()),
         tokens: Mutex::new(BTreeMap::new()),
@@ -326,13 +328,15 @@ pub async fn run(
         .add_service(v1::operator_server::OperatorServer::new(service))
         .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true)));
     let driver = Driver {
-        shared,
+        shared: shared.clone(),
         learning,
         total_steps,
         steps_per_epoch,
         eval_kind,
         dir,
         sessions: BTreeMap::new(),
+        lanes: BTreeMap::new(),
+        transports: [false; 2],
         evals: Open::new(p),
         saving: false,
         save_again: false,
@@ -346,15 +350,40 @@ pub async fn run(
         most_workers: 0,
         finishing: false,
     };
+    let abandoned = Abandon(shared.clone());
+    let (ended, mut end) = oneshot::channel();
+    std::thread::Builder::new().name("driver".into()).spawn(move || ended.send(driver.run()).ok())?;
     tokio::select! {
-        summary = driver.run(received, interrupted) => {
+        summary = &mut end => {
             // Goodbyes leave before the server does.
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-            summary
+            drop(abandoned);
+            summary.context("the driver ended")?
         }
         served = server => {
             served.context("the gRPC server ended")?;
             bail!("the gRPC server ended")
         }
+        opened = door::Door::serve(shared.clone()) => {
+            opened.context("shared memory ended")?;
+            bail!("shared memory ended")
+        }
+        never = interruptions(&shared, interrupted) => match never {},
     }
+}
+
+/// Ends the driver when nobody waits for it.
+struct Abandon(Arc<Shared>);
+
+impl Drop for Abandon {
+    fn drop(&mut self) {
+        self.0.input(Input::Abandoned);
+    }
+}
+
+/// Passes an interruption on.
+async fn interruptions(shared: &Shared, mut interrupted: watch::Receiver<bool>) -> std::convert::Infallible {
+    let _ = interrupted.wait_for(|now| *now).await; // who can interrupt no more has done so for good
+    shared.input(Input::Interrupted);
+    std::future::pending().await
 }

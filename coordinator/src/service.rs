@@ -1,9 +1,10 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
+use crate::push::Push;
 use crate::shared::{Input, Shared};
+use crate::sum::Gradient;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::UnboundedReceiverStream};
@@ -32,7 +33,7 @@ impl Drop for SessionGuard {
 }
 
 /// Chunks of one push that are being reduced at once, at most.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 4;
 
 fn check_version(version: &str) -> Result<(), Status> {
     if version == wire::VERSION {
@@ -77,36 +78,21 @@ impl Service {
     async fn take_pushes(&self, worker: WorkerId, mut parts: Streaming<v1::PushPart>) -> Result<(), Status> {
         let shared = &self.0;
         let layout = shared.store.layout();
-        // The node that chunks belong to; `None` while it is not owed (late, or of another step).
-        let mut open = None;
-        let mut came = vec![false; layout.chunks()];
+        let mut push = Push::of(worker, layout.chunks());
         let turns = Arc::new(Semaphore::new(AT_ONCE));
         while let Some(part) = parts.message().await? {
             match part.kind {
                 Some(v1::push_part::Kind::Node(header)) => {
-                    let (step, node, sums) = shared.check_header(&header)?;
-                    came.fill(false);
-                    open = if shared.owes(worker, step, Kind::Train, node) {
-                        shared.check_samples(step, node, sums.samples)?;
-                        Some((step, node, sums, Arc::new(AtomicUsize::new(layout.chunks()))))
-                    } else {
-                        None
-                    };
+                    push.begin(shared, &wire::header(&header, shared.job.train.partitions)?)?;
                 }
                 Some(v1::push_part::Kind::Chunk(chunk)) => {
                     wire::check_chunk(layout, chunk.index, chunk.crc, &chunk.values)?;
-                    if std::mem::replace(&mut came[chunk.index as usize], true) {
-                        return Err(Status::invalid_argument(format!("chunk {} came twice", chunk.index)));
-                    }
-                    let Some((step, node, sums, left)) = open.clone() else { continue };
+                    let Some(taken) = push.chunk(chunk.index)? else { continue };
                     let turn =
                         turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
                     let shared = shared.clone();
-                    self.0.pool.spawn(move || {
-                        if left.fetch_sub(1, Ordering::SeqCst) == 1 {
-                            shared.input(Input::NodeDone { worker, step, node });
-                        }
-                        shared.store.accept(step, node, sums, chunk.index as usize, chunk.values);
+                    self.0.store.pool.spawn(move || {
+                        taken.accept(&shared, Gradient::Came(chunk.values));
                         drop(turn);
                     });
                 }
@@ -147,14 +133,29 @@ impl v1::coordinator_server::Coordinator for Service {
         let shared = self.0.clone();
         let (worker, token) = shared.enter().map_err(|e| Status::internal(e.to_string()))?;
         let (to_worker, outgoing) = mpsc::unbounded_channel();
+        let guard = SessionGuard { shared: shared.clone(), worker };
         let session = token.to_vec().into();
-        let joined = v1::Joined { worker_id: worker.0, heartbeat_ms: shared.heartbeat_ms, session };
+        let door = shared.door.as_ref().filter(|_| join.shared_memory).map(|door| door.name().to_string());
+        let offered = door.is_some();
+        let door = door.unwrap_or_default();
+        let joined = v1::Joined { worker_id: worker.0, heartbeat_ms: shared.heartbeat_ms, session, door };
         to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Joined(joined)) })).ok();
         let name: String = join.name.chars().filter(|c| !c.is_control()).take(64).collect();
-        shared.input(Input::Join { worker, threads: join.threads, name, to_worker });
-        let guard = SessionGuard { shared: shared.clone(), worker };
         tokio::spawn(async move {
             let guard = guard;
+            // A worker that was offered shared memory says first whether it has got it.
+            let lane = if offered {
+                let answer = tokio::time::timeout(Duration::from_secs(10), incoming.message()).await;
+                let Ok(Ok(Some(v1::FromWorker { kind: Some(v1::from_worker::Kind::SharedMemory(answer)) }))) = answer
+                else {
+                    return;
+                };
+                let lane = shared.door.as_ref().and_then(|door| door.lane(&token));
+                lane.filter(|_| answer.used)
+            } else {
+                None
+            };
+            shared.input(Input::Join { worker, threads: join.threads, name, to_worker, lane });
             let partitions = shared.job.train.partitions;
             while let Some(Ok(message)) = incoming.next().await {
                 match message.kind {
@@ -166,13 +167,12 @@ impl v1::coordinator_server::Coordinator for Service {
                             shared.input(Input::EvalDone { worker, step, node, sums, counts });
                         }
                     }
-                    Some(v1::from_worker::Kind::Diverged(d)) => shared.input(Input::Diverged {
-                        worker,
-                        step: Step(d.step),
-                        partition: d.partition,
-                        tensor: d.tensor.chars().filter(|c| !c.is_control()).take(128).collect(),
-                    }),
-                    Some(v1::from_worker::Kind::Join(_)) | None => break,
+                    Some(v1::from_worker::Kind::Diverged(d)) => {
+                        let Ok(node) = wire::node(d.node, partitions) else { break };
+                        let tensor = d.tensor.chars().filter(|c| !c.is_control()).take(128).collect();
+                        shared.input(Input::Diverged { worker, step: Step(d.step), node, tensor });
+                    }
+                    Some(v1::from_worker::Kind::Join(_) | v1::from_worker::Kind::SharedMemory(_)) | None => break,
                 }
             }
             drop(guard);

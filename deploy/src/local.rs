@@ -1,7 +1,7 @@
 //! A cluster on this machine: the coordinator in this process, workers as children that never outlive it.
 
 use crate::progress::View;
-use crate::{JobArgs, Wrong, interruption, options, read_job, show};
+use crate::{JobArgs, Transport, Wrong, interruption, options, read_job, show};
 use anyhow::{Context, Result, bail};
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -39,10 +39,11 @@ pub fn end_with(parent: u32) -> Result<()> {
     Ok(())
 }
 
-fn spawn(url: &str, threads: usize) -> Result<Child> {
+fn spawn(url: &str, threads: usize, transport: Transport) -> Result<Child> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     Command::new(program)
         .args(["worker", "--coordinator", url])
+        .args(["--transport", transport.name()])
         .args(["--threads", &threads.to_string(), "--parent", &std::process::id().to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -56,9 +57,10 @@ async fn supervise(
     url: String,
     workers: usize,
     threads: usize,
+    transport: Transport,
     stopping: watch::Receiver<bool>,
 ) -> Result<std::convert::Infallible> {
-    let mut children = (0..workers).map(|_| spawn(&url, threads)).collect::<Result<Vec<_>>>()?;
+    let mut children = (0..workers).map(|_| spawn(&url, threads, transport)).collect::<Result<Vec<_>>>()?;
     let mut died = VecDeque::new();
     loop {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -79,7 +81,7 @@ async fn supervise(
                 );
             }
             tracing::warn!("a worker died ({status}); starting another");
-            *child = spawn(&url, threads)?;
+            *child = spawn(&url, threads, transport)?;
         }
     }
 }
@@ -113,7 +115,7 @@ pub async fn run(
     let shown = view.show(watching);
     let summary = tokio::select! {
         summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()) => summary,
-        failed = supervise(url, workers, threads, interrupted.clone()) => failed.map(|never| match never {}),
+        failed = supervise(url, workers, threads, args.transport, interrupted.clone()) => failed.map(|never| match never {}),
     };
     shown.end().await;
     let summary = summary?;

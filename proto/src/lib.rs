@@ -2,7 +2,10 @@
 
 use bytes::Bytes;
 use unisono_common::layout::Layout;
+use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
+
+pub mod shm;
 
 /// Generated from `unisono/v1/unisono.proto`.
 #[allow(missing_docs, clippy::all)]
@@ -44,6 +47,10 @@ pub enum WireError {
     NotFinite { index: u32, tensor: String },
     #[error("{lo}..{hi} is not a node of the tree over {partitions} partitions")]
     NoSuchNode { lo: u32, hi: u32, partitions: u32 },
+    #[error("chunk {index} came twice")]
+    Twice { index: u32 },
+    #[error("slot {slot} holds no gradient")]
+    Slot { slot: u32 },
     #[error("the field `{0}` is missing")]
     Missing(&'static str),
     #[error("the field `{0}` must be 32 bytes")]
@@ -66,8 +73,22 @@ pub fn digest(field: &'static str, bytes: &[u8]) -> Result<[u8; 32], WireError> 
 /// A tree node from the wire.
 pub fn node(n: Option<v1::TreeNode>, partitions: u32) -> Result<Node, WireError> {
     let n = n.ok_or(WireError::Missing("node"))?;
-    let node = Node { lo: n.lo, hi: n.hi };
-    if node.is_in_tree(partitions) { Ok(node) } else { Err(WireError::NoSuchNode { lo: n.lo, hi: n.hi, partitions }) }
+    checked(Node { lo: n.lo, hi: n.hi }, partitions)
+}
+
+/// A node that is one of the tree over `partitions` leaves.
+pub fn checked(node: Node, partitions: u32) -> Result<Node, WireError> {
+    if node.is_in_tree(partitions) {
+        Ok(node)
+    } else {
+        Err(WireError::NoSuchNode { lo: node.lo, hi: node.hi, partitions })
+    }
+}
+
+/// A push's header from the wire.
+pub fn header(h: &v1::NodeHeader, partitions: u32) -> Result<shm::frame::Header, WireError> {
+    let sums = LossSums { loss: h.loss, weight: h.weight, samples: h.samples };
+    Ok(shm::frame::Header { step: h.step, generation: h.generation, node: node(h.node, partitions)?, sums })
 }
 
 /// A tree node for the wire.

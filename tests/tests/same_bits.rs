@@ -16,8 +16,11 @@ fn local(options: &[&str]) -> String {
 #[test]
 fn any_number_of_workers_and_threads_gives_the_same_weights() {
     let calm = local(&["--workers", "1"]);
-    for (workers, threads) in [("2", "1"), ("3", "2"), ("5", "1"), ("8", "1"), ("1", "4")] {
-        assert_eq!(local(&["--workers", workers, "--threads", threads]), calm, "{workers} workers, {threads} threads");
+    for (workers, threads) in [("1", "1"), ("2", "1"), ("3", "2"), ("5", "1"), ("8", "1"), ("1", "4")] {
+        for transport in ["shm", "grpc"] {
+            let got = local(&["--workers", workers, "--threads", threads, "--transport", transport]);
+            assert_eq!(got, calm, "{workers} workers, {threads} threads, {transport}");
+        }
     }
 }
 
@@ -35,11 +38,15 @@ fn partitions_that_workers_do_not_divide_and_uneven_ends_give_the_same_weights()
     let calm = with("1");
     assert_eq!(with("2"), calm);
     assert_eq!(with("5"), calm);
+    assert_eq!(local(&[&odd[..], &["--workers", "5", "--transport", "grpc"]].concat()), calm);
 }
 
 #[test]
 fn data_that_is_sent_gives_the_weights_of_data_that_is_read() {
-    assert_eq!(local(&["--workers", "3", "--set", "data.ship=true"]), local(&["--workers", "1"]));
+    for transport in ["shm", "grpc"] {
+        let sent = local(&["--workers", "3", "--set", "data.ship=true", "--transport", transport]);
+        assert_eq!(sent, local(&["--workers", "1"]), "{transport}");
+    }
 }
 
 /// A small convolutional network with batch-norm and dropout, whose partitions and last batches are uneven.
@@ -72,12 +79,14 @@ struct Cluster<'a> {
     address: String,
     coordinator: Option<Child>,
     workers: Vec<Child>,
+    /// Workers started so far; every second one uses gRPC, the others shared memory.
+    started: usize,
 }
 
 impl<'a> Cluster<'a> {
     fn start(dir: &'a Path, job: Run<'a>, workers: usize) -> Cluster<'a> {
         let address = format!("127.0.0.1:{}", free_port());
-        let mut cluster = Cluster { dir, job, address, coordinator: None, workers: Vec::new() };
+        let mut cluster = Cluster { dir, job, address, coordinator: None, workers: Vec::new(), started: 0 };
         cluster.coordinate(&[]);
         (0..workers).for_each(|_| cluster.worker());
         cluster
@@ -91,7 +100,10 @@ impl<'a> Cluster<'a> {
     }
 
     fn worker(&mut self) {
-        self.workers.push(start(self.dir, &["worker", "--coordinator", &self.address]));
+        let transport = if self.started.is_multiple_of(2) { "grpc" } else { "shm" };
+        self.started += 1;
+        let args = ["worker", "--coordinator", &self.address, "--transport", transport];
+        self.workers.push(start(self.dir, &args));
     }
 
     /// What `status` says; null where nobody answers.
@@ -156,6 +168,7 @@ fn a_storm_changes_nothing(job: Run<'_>) {
     for key in ["weights_digest", "train_loss", "eval", "samples", "steps"] {
         assert_eq!(storm[key], calm[key], "{key}");
     }
+    assert_eq!(storm["transport"], "shm+grpc");
 }
 
 #[test]
@@ -176,7 +189,10 @@ fn images_with_batch_norm_and_dropout_are_the_same_for_all() {
     };
     let calm = with(&["--workers", "1"]);
     for (workers, threads) in [("2", "1"), ("3", "2"), ("5", "1"), ("7", "1"), ("1", "2"), ("1", "4")] {
-        assert_eq!(with(&["--workers", workers, "--threads", threads]), calm, "{workers} workers, {threads} threads");
+        for transport in ["shm", "grpc"] {
+            let got = with(&["--workers", workers, "--threads", threads, "--transport", transport]);
+            assert_eq!(got, calm, "{workers} workers, {threads} threads, {transport}");
+        }
     }
     assert_eq!(with(&["--workers", "2", "--set", "data.ship=true"]), calm);
     assert_ne!(with(&["--workers", "2", "--set", "seed=9"]), calm);
@@ -240,7 +256,10 @@ fn example_is_the_same_for_all(name: &str, more: &[&str], storm: &[&str]) {
         let got = with(&["--workers", workers, "--threads", threads]);
         assert_eq!(got, Some(calm.clone()), "{name}, {workers} workers of {threads} threads");
     }
-    assert_eq!(with(&["--workers", "2", "--set", "data.ship=true"]), Some(calm.clone()), "{name}, data sent");
+    for transport in ["shm", "grpc"] {
+        let got = with(&["--workers", "2", "--set", "data.ship=true", "--transport", transport]);
+        assert_eq!(got, Some(calm.clone()), "{name}, data sent, {transport}");
+    }
     assert_ne!(with(&["--workers", "2", "--set", "seed=8"]), Some(calm), "{name}, another seed");
     let job = root().join(format!("examples/{name}.toml")).display().to_string();
     a_storm_changes_nothing(&[&[job.as_str()], more, storm].concat());
@@ -269,5 +288,8 @@ fn adult_is_the_same_for_all() {
 #[test]
 fn sixty_four_workers_give_the_same_weights() {
     let odd = ["--set", "train.partitions=64", "--set", "train.micro_batch=1", "--set", "train.steps=40"];
-    assert_eq!(local(&[&odd[..], &["--workers", "64"]].concat()), local(&[&odd[..], &["--workers", "1"]].concat()));
+    let calm = local(&[&odd[..], &["--workers", "1"]].concat());
+    for transport in ["shm", "grpc"] {
+        assert_eq!(local(&[&odd[..], &["--workers", "64", "--transport", transport]].concat()), calm, "{transport}");
+    }
 }

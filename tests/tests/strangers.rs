@@ -99,6 +99,7 @@ async fn honest_join(client: &mut Client) -> (Job, Layout, v1::Join) {
         fingerprint: unisono_common::train::fingerprint().to_vec().into(),
         threads: 1,
         name: "stranger\u{7}".into(),
+        shared_memory: false,
     };
     (job, model.layout().clone(), join)
 }
@@ -285,7 +286,7 @@ async fn wrong_members(client: &mut Client) {
         let (sums, counts) = (vec![f64::NAN; values], vec![u64::MAX; values]);
         from_worker(v1::from_worker::Kind::EvalDone(v1::EvalDone { step, node, sums, counts }))
     };
-    let late = v1::Diverged { step: u64::MAX, partition: u32::MAX, tensor: "a\nb".repeat(1000) };
+    let late = v1::Diverged { step: u64::MAX, node: node(7, u32::MAX), tensor: "a\nb".repeat(1000) };
     let nonsense = [
         done(0, None, 1),
         done(0, node(7, 3), 1),
