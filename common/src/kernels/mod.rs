@@ -13,9 +13,13 @@ pub use gemm::{Mat, gemm};
 /// Lanes of every reduction.
 pub const LANES: usize = 16;
 
+/// What [`vectorized`] runs: a short closure, or, as the compiler leaves a long one where it is and compiles it for no vectors
+/// at all, a type whose `call` is `#[inline(always)]`.
+pub use pulp::NullaryFnOnce as Kernel;
+
 /// Runs `f`, compiled for the widest vectors that this machine has. What `f` calls must be `#[inline(always)]`.
 #[inline]
-pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+pub fn vectorized<F: Kernel>(f: F) -> F::Output {
     pulp::Arch::new().dispatch(f)
 }
 
