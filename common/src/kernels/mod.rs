@@ -6,9 +6,11 @@
 
 pub mod conv;
 pub mod gemm;
+pub mod isa;
 pub mod math;
 
-pub use gemm::{Mat, gemm};
+pub use gemm::{Finish, Mat, Start, gemm, product};
+pub use isa::{Isa, isa, with_isa};
 
 /// Lanes of every reduction.
 pub const LANES: usize = 16;
@@ -17,10 +19,10 @@ pub const LANES: usize = 16;
 /// at all, a type whose `call` is `#[inline(always)]`.
 pub use pulp::NullaryFnOnce as Kernel;
 
-/// Runs `f`, compiled for the widest vectors that this machine has. What `f` calls must be `#[inline(always)]`.
+/// Runs `f`, compiled for the vectors of [`isa()`]. What `f` calls must be `#[inline(always)]`.
 #[inline]
 pub fn vectorized<F: Kernel>(f: F) -> F::Output {
-    pulp::Arch::new().dispatch(f)
+    isa::arch().dispatch(f)
 }
 
 /// Threads that a batch is split over.
