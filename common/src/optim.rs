@@ -4,6 +4,7 @@
 //! element looks at another, so chunks may be updated in any order, on any thread.
 
 use crate::job;
+use crate::kernels::{Kernel, vectorized};
 
 /// An optimizer, built from its part of the job.
 #[derive(Clone, Debug)]
@@ -65,14 +66,30 @@ impl Optimizer {
         state: &mut [&mut [f32]],
         out: &mut [f32],
     ) {
-        crate::kernels::vectorized(|| self.loops(step, lr, weights, grads, state, out));
+        vectorized(Update { optimizer: self, step, lr, w: weights, g: grads, state, out });
     }
+}
+
+/// One call of [`Optimizer::update`].
+struct Update<'a, 's> {
+    optimizer: &'a Optimizer,
+    step: u64,
+    lr: f32,
+    w: &'a [f32],
+    g: &'a [f32],
+    state: &'a mut [&'s mut [f32]],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Update<'_, '_> {
+    type Output = ();
 
     #[inline(always)]
-    fn loops(&self, step: u64, lr: f32, w: &[f32], g: &[f32], state: &mut [&mut [f32]], out: &mut [f32]) {
+    fn call(self) {
+        let Update { optimizer, step, lr, w, g, state, out } = self;
         let n = out.len();
         let (w, g) = (&w[..n], &g[..n]);
-        match self.0 {
+        match optimizer.0 {
             job::Optimizer::Sgd { momentum, dampening, nesterov, weight_decay, .. } => match state {
                 [buffer] => {
                     // The first step's buffer is the gradient itself (dampening starts with the second).
@@ -93,10 +110,12 @@ impl Optimizer {
                 }
             },
             job::Optimizer::Adam { beta1, beta2, eps, weight_decay, .. } => {
-                adam(step, lr, [beta1, beta2, eps], weight_decay, 1.0, w, g, state, out);
+                let [first, second] = state else { return };
+                adam(step, lr, [beta1, beta2, eps], weight_decay, 1.0, w, g, first, second, out);
             }
             job::Optimizer::AdamW { beta1, beta2, eps, weight_decay, .. } => {
-                adam(step, lr, [beta1, beta2, eps], 0.0, 1.0 - lr * weight_decay, w, g, state, out);
+                let [first, second] = state else { return };
+                adam(step, lr, [beta1, beta2, eps], 0.0, 1.0 - lr * weight_decay, w, g, first, second, out);
             }
             job::Optimizer::Adagrad { lr_decay, eps, weight_decay, .. } => {
                 let rate = lr / (1.0 + (step - 1) as f32 * lr_decay);
@@ -109,28 +128,53 @@ impl Optimizer {
                 }
             }
             job::Optimizer::RmsProp { alpha, eps, momentum, centered, weight_decay, .. } => {
-                for i in 0..n {
-                    let grad = g[i] + weight_decay * w[i];
-                    let mut slots = state.iter_mut();
-                    let Some(square) = slots.next() else { return };
-                    square[i] = alpha * square[i] + (1.0 - alpha) * grad * grad;
-                    let mut spread = square[i];
-                    if centered && let Some(average) = slots.next() {
-                        average[i] += (1.0 - alpha) * (grad - average[i]);
-                        spread -= average[i] * average[i];
-                    }
-                    let direction = grad / (spread.sqrt() + eps);
-                    out[i] = w[i]
-                        - lr * match slots.next() {
-                            Some(buffer) if momentum > 0.0 => {
-                                buffer[i] = momentum * buffer[i] + direction;
-                                buffer[i]
-                            }
-                            _ => direction,
-                        };
-                }
+                let [square, others @ ..] = state else { return };
+                let (average, buffer): (&mut [f32], &mut [f32]) = match others {
+                    [average, buffer] => (average, buffer),
+                    [average] if centered => (average, &mut []),
+                    [buffer] => (&mut [], buffer),
+                    _ => (&mut [], &mut []),
+                };
+                rms_prop(lr, [alpha, eps, momentum], weight_decay, w, g, square, average, buffer, out);
             }
         }
+    }
+}
+
+/// RMSprop (Hinton's lecture 6e, 2012) in PyTorch's order of operations; `average` is empty where it is not centered, and
+/// `buffer` without momentum.
+#[inline(always)]
+fn rms_prop(
+    lr: f32,
+    [alpha, eps, momentum]: [f32; 3],
+    weight_decay: f32,
+    w: &[f32],
+    g: &[f32],
+    square: &mut [f32],
+    average: &mut [f32],
+    buffer: &mut [f32],
+    out: &mut [f32],
+) {
+    let n = out.len();
+    let square = &mut square[..n];
+    let grad = |i: usize| g[i] + weight_decay * w[i];
+    for i in 0..n {
+        square[i] = alpha * square[i] + (1.0 - alpha) * grad(i) * grad(i);
+        out[i] = square[i];
+    }
+    for (i, (average, spread)) in average.iter_mut().zip(out.iter_mut()).enumerate() {
+        *average += (1.0 - alpha) * (grad(i) - *average);
+        *spread -= *average * *average;
+    }
+    for i in 0..n {
+        out[i] = grad(i) / (out[i].sqrt() + eps);
+    }
+    for (buffer, direction) in buffer.iter_mut().zip(out.iter_mut()) {
+        *buffer = momentum * *buffer + *direction;
+        *direction = *buffer;
+    }
+    for i in 0..n {
+        out[i] = w[i] - lr * out[i];
     }
 }
 
@@ -145,10 +189,10 @@ fn adam(
     shrink: f32,
     w: &[f32],
     g: &[f32],
-    state: &mut [&mut [f32]],
+    first: &mut [f32],
+    second: &mut [f32],
     out: &mut [f32],
 ) {
-    let [first, second] = state else { return };
     let n = out.len();
     let (first, second) = (&mut first[..n], &mut second[..n]);
     let correction = |beta: f32| 1.0 - libm::pow(beta as f64, step as f64);

@@ -2,13 +2,13 @@
 //!
 //! [`run`] takes a listener and an interruption signal, so a test binds port 0.
 
-mod broadcast;
 mod door;
 mod driver;
 pub mod files;
 mod lanes;
 mod measure;
 mod pace;
+mod parameters;
 mod push;
 mod service;
 mod shared;
@@ -349,7 +349,7 @@ pub async fn run(
         progress,
         job,
     });
-    let (service, weights) = (service::Service(shared.clone()), broadcast::Weights(shared.clone()));
+    let (service, parameters) = (service::Service(shared.clone()), parameters::Parameters(shared.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<v1::coordinator_server::CoordinatorServer<service::Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -363,7 +363,7 @@ pub async fn run(
             v1::coordinator_server::CoordinatorServer::new(service.clone())
                 .max_decoding_message_size(unisono_proto::MAX_MESSAGE),
         )
-        .add_service(weights)
+        .add_service(parameters)
         .add_service(v1::operator_server::OperatorServer::new(service))
         .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true)));
     let driver = Driver {

@@ -152,7 +152,8 @@ pub struct Store {
     partitions: u32,
     weights: Arc<Weights>,
     chunks: Vec<Mutex<Chunk>>,
-    spare: Arc<Spare>,
+    /// Buffers of a chunk's length.
+    pub spare: Arc<Spare>,
     /// Learning rate of the open step.
     lr: Mutex<f32>,
     pending: AtomicUsize,
@@ -475,8 +476,7 @@ mod tests {
             .expect("memory");
         let sums = LossSums { loss: 1.0, weight: 2.0, samples: 2 };
         let push = |step, index: usize, len: usize| {
-            let gradient = unisono_proto::encode_values(&vec![4.0; len]);
-            store.accept(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Came(gradient));
+            store.accept(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Sum(vec![4.0; len]));
         };
         let version = |index, than| store.next(index, than).map(|sent| (sent.step, sent.bytes[..4].to_vec()));
         let value = |v: f32| v.to_le_bytes().to_vec();

@@ -6,17 +6,23 @@
 
 pub mod conv;
 pub mod gemm;
+pub mod isa;
 pub mod math;
 
-pub use gemm::{Mat, gemm};
+pub use gemm::{Finish, Mat, Start, gemm, product};
+pub use isa::{Isa, isa, with_isa};
 
 /// Lanes of every reduction.
 pub const LANES: usize = 16;
 
-/// Runs `f`, compiled for the widest vectors that this machine has. What `f` calls must be `#[inline(always)]`.
+/// What [`vectorized`] runs: a short closure, or, as the compiler leaves a long one where it is and compiles it for no vectors
+/// at all, a type whose `call` is `#[inline(always)]`.
+pub use pulp::NullaryFnOnce as Kernel;
+
+/// Runs `f`, compiled for the vectors of [`isa()`]. What `f` calls must be `#[inline(always)]`.
 #[inline]
-pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+pub fn vectorized<F: Kernel>(f: F) -> F::Output {
+    isa::arch().dispatch(f)
 }
 
 /// Threads that a batch is split over.

@@ -100,24 +100,14 @@ fn loopback() -> Result<f64> {
     failed.map_or(Ok(rate), |e| Err(e).context("cannot measure TCP"))
 }
 
-/// Takes pushes, and sends pieces as long as somebody takes them.
+/// Takes pushes, and sends chunks as long as somebody takes them.
 struct Peer {
     came: Arc<AtomicU64>,
-    chunk: Bytes,
+    values: Bytes,
 }
 
 #[tonic::async_trait]
-impl v1::coordinator_server::Coordinator for Peer {
-    async fn get_job(&self, _: Request<v1::GetJobRequest>) -> Result<Response<v1::GetJobReply>, Status> {
-        Err(Status::unimplemented("there is no job"))
-    }
-
-    type SessionStream = ReceiverStream<Result<v1::ToWorker, Status>>;
-
-    async fn session(&self, _: Request<Streaming<v1::FromWorker>>) -> Result<Response<Self::SessionStream>, Status> {
-        Err(Status::unimplemented("there are no sessions"))
-    }
-
+impl v1::parameters_server::Parameters for Peer {
     async fn push(&self, request: Request<Streaming<v1::PushPart>>) -> Result<Response<v1::PushReply>, Status> {
         let mut parts = request.into_inner();
         while let Some(part) = parts.message().await? {
@@ -128,42 +118,39 @@ impl v1::coordinator_server::Coordinator for Peer {
         Ok(Response::new(v1::PushReply {}))
     }
 
-    type FetchPartitionStream = ReceiverStream<Result<v1::DataPiece, Status>>;
+    type BroadcastStream = ReceiverStream<Result<v1::WeightChunk, Status>>;
 
-    async fn fetch_partition(
-        &self,
-        _: Request<v1::FetchRequest>,
-    ) -> Result<Response<Self::FetchPartitionStream>, Status> {
-        let (send, pieces) = mpsc::channel(4);
-        let piece = v1::DataPiece { bytes: self.chunk.clone(), crc: 0, total: 0 };
-        tokio::spawn(async move { while send.send(Ok(piece.clone())).await.is_ok() {} });
-        Ok(Response::new(ReceiverStream::new(pieces)))
+    async fn broadcast(&self, _: Request<v1::BroadcastRequest>) -> Result<Response<Self::BroadcastStream>, Status> {
+        let (send, chunks) = mpsc::channel(4);
+        let chunk = v1::WeightChunk { values: self.values.clone(), ..Default::default() };
+        tokio::spawn(async move { while send.send(Ok(chunk.clone())).await.is_ok() {} });
+        Ok(Response::new(ReceiverStream::new(chunks)))
     }
 }
 
 /// Chunks up and down at once, through one connection with the wire's settings: bytes a second each way.
 async fn streams() -> Result<f64> {
-    let chunk = Bytes::from(vec![1; 4 * CHUNK]);
+    let values = Bytes::from(vec![1; 4 * CHUNK]);
     let came = Arc::new(AtomicU64::new(0));
-    let peer = v1::coordinator_server::CoordinatorServer::new(Peer { came: came.clone(), chunk: chunk.clone() });
+    let peer = v1::parameters_server::ParametersServer::new(Peer { came: came.clone(), values: values.clone() });
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let url = format!("http://{}", listener.local_addr()?);
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tokio::spawn(unisono_coordinator::server().add_service(peer).serve_with_incoming(incoming));
     let channel = unisono_worker::endpoint(&url)?.connect().await?;
-    let mut client = v1::coordinator_client::CoordinatorClient::new(channel);
+    let mut client = v1::parameters_client::ParametersClient::new(channel);
 
     let (send, parts) = mpsc::channel(4);
-    let kind = v1::push_part::Kind::Chunk(v1::GradientChunk { index: 0, crc: 0, values: chunk, spent: None });
+    let kind = v1::push_part::Kind::Chunk(v1::GradientChunk { index: 0, crc: 0, values });
     let part = v1::PushPart { kind: Some(kind) };
     let mut pushing = client.clone();
     let up = tokio::spawn(async move { pushing.push(ReceiverStream::new(parts)).await.map(|_| ()) });
     let feed = tokio::spawn(async move { while send.send(part.clone()).await.is_ok() {} });
-    let mut pieces = client.fetch_partition(v1::FetchRequest::default()).await?.into_inner();
+    let mut chunks = client.broadcast(v1::BroadcastRequest::default()).await?.into_inner();
     let counted = came.clone();
     let down = tokio::spawn(async move {
-        while let Ok(Some(piece)) = pieces.message().await {
-            counted.fetch_add(piece.bytes.len() as u64, Ordering::Relaxed);
+        while let Ok(Some(chunk)) = chunks.message().await {
+            counted.fetch_add(chunk.values.len() as u64, Ordering::Relaxed);
         }
     });
     let mut best: f64 = 0.0;

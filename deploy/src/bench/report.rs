@@ -98,7 +98,13 @@ fn machine() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name =
         info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()));
-    format!("{}, {}", name.unwrap_or(std::env::consts::ARCH), count(cores, "logical core"))
+    let isa = isa().map(|isa| format!(", {isa}")).unwrap_or_default();
+    format!("{}, {}{isa}", name.unwrap_or(std::env::consts::ARCH), count(cores, "logical core"))
+}
+
+/// The instruction set that the kernels use.
+fn isa() -> Option<&'static str> {
+    unisono_common::kernels::isa().ok().map(|isa| isa.name())
 }
 
 fn line(name: &str, value: String) {
@@ -236,6 +242,9 @@ impl<'a> Report<'a> {
             "partitions_reissued": s.partitions_reissued,
             "phases": self.rows().into_iter().map(phase).collect::<Map<String, Value>>(),
         });
+        if let Some(isa) = isa() {
+            all["isa"] = isa.into();
+        }
         if let Some(mib) = self.peak_memory_mib {
             all["peak_memory_mib"] = mib.into();
         }
