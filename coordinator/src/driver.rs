@@ -13,7 +13,7 @@ use crate::store::{Applied, Keep};
 use crate::sum::Gradient;
 use crate::{Progress, Summary};
 use anyhow::{Context, Result, bail, ensure};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -61,6 +61,8 @@ pub(crate) struct Driver {
     pub lanes: BTreeMap<WorkerId, LaneEnd>,
     /// Whether any worker used shared memory, and gRPC.
     pub transports: [bool; 2],
+    /// The instruction sets of all workers.
+    pub isas: BTreeSet<String>,
     pub evals: Open<EvalSums>,
     pub saving: bool,
     pub save_again: bool,
@@ -236,12 +238,13 @@ impl Driver {
                 let goodbye = v1::Goodbye { reason: "the run is over".into(), rejoin: false };
                 to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Goodbye(goodbye)) })).ok();
             }
-            Input::Join { worker, threads, name, to_worker, lane } => {
+            Input::Join { worker, threads, name, isa, to_worker, lane } => {
                 if self.sessions.is_empty() {
                     self.pace.begin(Instant::now());
                 }
                 let by = if lane.is_some() { "shared memory" } else { "gRPC" };
-                tracing::info!("worker {worker} ({name}, {threads} threads) joined by {by}");
+                tracing::info!("worker {worker} ({name}, {threads} threads, {isa}) joined by {by}");
+                self.isas.insert(isa);
                 if let Some(lane) = lane {
                     self.lanes.insert(worker, LaneEnd::new(worker, lane, &self.shared));
                     self.transports[0] = true;
@@ -556,6 +559,7 @@ impl Driver {
                 [false, _] => "grpc",
             }
             .into(),
+            isa: self.isas.iter().map(String::as_str).collect::<Vec<_>>().join("+"),
             wall_seconds: self.started.elapsed().as_secs_f64(),
             train_seconds: self.pace.train_seconds(),
             samples_per_second: self.pace.rate(),

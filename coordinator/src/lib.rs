@@ -22,7 +22,7 @@ pub use measure::{Measured, Phases, Window};
 use pace::Pace;
 use serde::Serialize;
 use shared::{Input, Shared};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -86,7 +86,10 @@ pub struct Summary {
     pub parameters: usize,
     pub partitions: u32,
     pub workers: usize,
+    /// "shm", "grpc", or "shm+grpc".
     pub transport: String,
+    /// The instruction sets that workers computed with, joined by "+"; the result does not depend on them.
+    pub isa: String,
     pub wall_seconds: f64,
     pub train_seconds: f64,
     /// `None` where this run made no step; so are the two below.
@@ -376,6 +379,7 @@ pub async fn run(
         sessions: BTreeMap::new(),
         lanes: BTreeMap::new(),
         transports: [false; 2],
+        isas: BTreeSet::new(),
         evals: Open::new(p),
         saving: false,
         save_again: false,

@@ -105,7 +105,8 @@ impl v1::coordinator_server::Coordinator for Service {
         let door = door.unwrap_or_default();
         let joined = v1::Joined { worker_id: worker.0, heartbeat_ms: shared.heartbeat_ms, session, door };
         to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Joined(joined)) })).ok();
-        let name: String = join.name.chars().filter(|c| !c.is_control()).take(64).collect();
+        let plain = |text: &str| text.chars().filter(|c| !c.is_control()).take(64).collect::<String>();
+        let (name, isa) = (plain(&join.name), plain(&join.isa));
         tokio::spawn(async move {
             let guard = guard;
             // A worker that was offered shared memory says first whether it has got it.
@@ -120,7 +121,7 @@ impl v1::coordinator_server::Coordinator for Service {
             } else {
                 None
             };
-            shared.input(Input::Join { worker, threads: join.threads, name, to_worker, lane });
+            shared.input(Input::Join { worker, threads: join.threads, name, isa, to_worker, lane });
             let partitions = shared.job.train.partitions;
             while let Some(Ok(message)) = incoming.next().await {
                 match message.kind {

@@ -33,6 +33,8 @@ pub enum Input {
         worker: WorkerId,
         threads: u32,
         name: String,
+        /// The instruction set that it computes with.
+        isa: String,
         to_worker: ToWorker,
         /// Where it pushes by shared memory.
         lane: Option<Arc<Lane>>,

@@ -289,6 +289,7 @@ pub(crate) fn interruption() -> watch::Receiver<bool> {
 }
 
 async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
+    unisono_common::kernels::isa().map_err(|e| Wrong(anyhow::anyhow!(e)))?;
     match command {
         Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args, started).await,
         Cmd::Coordinator { job, listen, args } => {

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 use std::process::Child;
-use unisono_tests::{Signal, finish, free_port, root, run, signal, start, summary, wait_until};
+use unisono_common::kernels::Isa;
+use unisono_tests::{Signal, finish, free_port, root, run, run_on, signal, start, start_on, summary, wait_until};
 
 const STEPS: &str = "train.steps=120";
 
@@ -47,6 +48,33 @@ fn data_that_is_sent_gives_the_weights_of_data_that_is_read() {
         let sent = local(&["--workers", "3", "--set", "data.ship=true", "--transport", transport]);
         assert_eq!(sent, local(&["--workers", "1"]), "{transport}");
     }
+}
+
+/// One by one, and in one run: workers of unlike machines train together.
+#[test]
+fn every_instruction_set_gives_the_same_weights() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = dir.path().join("images.toml").display().to_string();
+    std::fs::write(&job, IMAGES).expect("written");
+    let job = [&job, "--set", "train.steps=20"];
+    let calm = calm(&job);
+    for isa in Isa::available() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let args = [&["local", "--json", "--quiet", "--workers", "2"], &job[..]].concat();
+        let got = summary(&run_on(isa.name(), dir.path(), &args));
+        assert_eq!((&got["weights_digest"], &got["isa"]), (&calm["weights_digest"], &isa.name().into()));
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut cluster = Cluster::start(dir.path(), &job, 0);
+    for isa in Isa::available() {
+        let worker = ["worker", "--coordinator", &cluster.address];
+        cluster.workers.push(start_on(isa.name(), dir.path(), &worker));
+    }
+    let mixed = cluster.end();
+    assert_eq!(mixed["weights_digest"], calm["weights_digest"], "{mixed}");
+    let wrong = run_on("mmx", dir.path(), &["local"]);
+    let said = String::from_utf8_lossy(&wrong.stderr).to_string();
+    assert!(wrong.status.code() == Some(2) && said.contains("UNISONO_ISA") && said.contains("portable"), "{said}");
 }
 
 /// A small convolutional network with batch-norm and dropout, whose partitions and last batches are uneven.

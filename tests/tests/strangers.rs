@@ -117,6 +117,7 @@ async fn honest_join(client: &mut Client) -> (Job, Layout, v1::Join) {
         threads: 1,
         name: "stranger\u{7}".into(),
         shared_memory: false,
+        isa: "none\u{7}".into(),
     };
     (job, model.layout().clone(), join)
 }

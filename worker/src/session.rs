@@ -19,6 +19,7 @@ use unisono_common::data::partition::Partitions;
 use unisono_common::data::{self, Prepared};
 use unisono_common::ids::Step;
 use unisono_common::job::{Job, Source};
+use unisono_common::kernels;
 use unisono_common::layout::{Layout, le_bytes_mut};
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
@@ -206,6 +207,7 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
         threads: *threads as u32,
         name: name.clone(),
         shared_memory: *transport != Transport::Grpc,
+        isa: kernels::isa().map(|isa| isa.name().into()).unwrap_or_default(),
     };
     let (to_coordinator, outgoing) = mpsc::unbounded_channel();
     to_coordinator.send(v1::FromWorker { kind: Some(v1::from_worker::Kind::Join(join)) })?;
