@@ -2,7 +2,7 @@
 
 use crate::data::Targets;
 use crate::job;
-use crate::kernels::{Kernel, LANES, math, vectorized};
+use crate::kernels::{LANES, math, vectorized};
 use ndarray::ArrayView2;
 use std::ops::Range;
 
@@ -233,43 +233,34 @@ impl CrossEntropy<'_> {
         let n = self.classes;
         let rows = (VALUES / n).clamp(1, ROWS);
         for (labels, (x, d)) in labels.chunks(rows).zip(x.chunks(rows * n).zip(d.chunks_mut(rows * n))) {
-            vectorized(Block { of: self, x, labels, d, sums });
+            vectorized(
+                #[inline(always)]
+                || self.block(x, labels, d, sums),
+            );
         }
     }
-}
-
-/// Some rows of [`CrossEntropy::rows`].
-struct Block<'a> {
-    of: &'a CrossEntropy<'a>,
-    x: &'a [f32],
-    labels: &'a [u32],
-    d: &'a mut [f32],
-    sums: &'a mut LossSums,
-}
-
-impl Kernel for Block<'_> {
-    type Output = ();
 
     #[inline(always)]
-    fn call(self) {
-        let Block { of, x, labels, d, sums } = self;
-        let n = of.classes;
+    fn block(&self, x: &[f32], labels: &[u32], d: &mut [f32], sums: &mut LossSums) {
+        let n = self.classes;
         let (mut tops, mut totals, mut logs) = ([0.0f32; ROWS], [1.0f64; ROWS], [0.0f64; ROWS]);
         for ((x, d), top) in x.chunks_exact(n).zip(d.chunks_exact_mut(n)).zip(&mut tops) {
             *top = largest(x);
             d.iter_mut().zip(x).for_each(|(d, x)| *d = x - *top);
         }
         d.iter_mut().for_each(|d| *d = math::exp(*d));
-        d.chunks_exact(n).zip(&mut totals).for_each(|(d, total)| *total = sum(d, |_, e| e as f64));
+        for (d, total) in d.chunks_exact(n).zip(&mut totals) {
+            *total = sum(d, |_, e| e as f64);
+        }
         logs.iter_mut().zip(&totals).for_each(|(log, total)| *log = math::ln(*total));
         let rows = x.chunks_exact(n).zip(d.chunks_exact_mut(n)).zip(labels);
         for (row, ((x, d), &label)) in rows.enumerate() {
             let (label, log) = (label as usize, logs[row] + tops[row] as f64);
-            let weight = of.weight(label);
-            let hit = (1.0 - of.smoothing) * weight;
-            let share = |c: usize| of.smoothing / n as f64 * of.weight(c);
+            let weight = self.weight(label);
+            let hit = (1.0 - self.smoothing) * weight;
+            let share = |c: usize| self.smoothing / n as f64 * self.weight(c);
             let (mut loss, mut mass) = (hit * (log - x[label] as f64), hit);
-            if of.smoothing > 0.0 {
+            if self.smoothing > 0.0 {
                 loss += sum(x, |c, x| share(c) * (log - x as f64));
                 mass += sum(x, |c, _| share(c));
             }
@@ -302,9 +293,8 @@ fn sum(x: &[f32], f: impl Fn(usize, f32) -> f64) -> f64 {
     let mut lanes = [0.0; LANES];
     let (blocks, tail) = x.as_chunks::<LANES>();
     for (b, block) in blocks.iter().enumerate() {
-        for l in 0..LANES {
-            lanes[l] += f(b * LANES + l, block[l]);
-        }
+        let values: [f64; LANES] = std::array::from_fn(|l| f(b * LANES + l, block[l]));
+        lanes.iter_mut().zip(values).for_each(|(lane, v)| *lane += v);
     }
     let whole = if blocks.is_empty() { 0.0 } else { lanes.into_iter().sum() };
     let first = blocks.len() * LANES;

@@ -4,7 +4,7 @@
 //! element looks at another, so chunks may be updated in any order, on any thread.
 
 use crate::job;
-use crate::kernels::{Kernel, vectorized};
+use crate::kernels::vectorized;
 
 /// An optimizer, built from its part of the job.
 #[derive(Clone, Debug)]
@@ -66,30 +66,17 @@ impl Optimizer {
         state: &mut [&mut [f32]],
         out: &mut [f32],
     ) {
-        vectorized(Update { optimizer: self, step, lr, w: weights, g: grads, state, out });
+        vectorized(
+            #[inline(always)]
+            || self.loops(step, lr, weights, grads, state, out),
+        );
     }
-}
-
-/// One call of [`Optimizer::update`].
-struct Update<'a, 's> {
-    optimizer: &'a Optimizer,
-    step: u64,
-    lr: f32,
-    w: &'a [f32],
-    g: &'a [f32],
-    state: &'a mut [&'s mut [f32]],
-    out: &'a mut [f32],
-}
-
-impl Kernel for Update<'_, '_> {
-    type Output = ();
 
     #[inline(always)]
-    fn call(self) {
-        let Update { optimizer, step, lr, w, g, state, out } = self;
+    fn loops(&self, step: u64, lr: f32, w: &[f32], g: &[f32], state: &mut [&mut [f32]], out: &mut [f32]) {
         let n = out.len();
         let (w, g) = (&w[..n], &g[..n]);
-        match optimizer.0 {
+        match self.0 {
             job::Optimizer::Sgd { momentum, dampening, nesterov, weight_decay, .. } => match state {
                 [buffer] => {
                     // The first step's buffer is the gradient itself (dampening starts with the second).

@@ -15,7 +15,8 @@ pub fn exp(x: f32) -> f32 {
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = p * r + c;
     }
-    let power = f32::from_bits((((k as i32) + 127) << 23) as u32);
+    // The low bits of `shifted` are k; a conversion would saturate, which does not vectorise.
+    let power = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
     let y = p * power;
     let y = if x > 88.7 { f32::INFINITY } else { y };
     let y = if x < -87.3 { 0.0 } else { y };

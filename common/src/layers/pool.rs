@@ -1,7 +1,7 @@
 //! Pooling over planes.
 
 use super::{Grads, Layer, Params, Pass, over_samples};
-use crate::kernels::{self, Kernel, conv::Window, vectorized};
+use crate::kernels::{self, conv::Window, vectorized};
 use rayon::prelude::*;
 
 /// Largest or mean value of each window.
@@ -20,60 +20,36 @@ impl Pool2d {
 }
 
 /// [`Window::max_pool`] where [`Pool2d::quarters`].
-struct MaxOfQuarters<'a> {
-    window: &'a Window,
-    x: &'a [f32],
-    y: &'a mut [f32],
-}
-
-impl Kernel for MaxOfQuarters<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call(self) {
-        let (width, out_width) = (self.window.width, self.window.out_width());
-        let pick = |top: f32, v: f32| if v > top || v.is_nan() { v } else { top };
-        let planes =
-            self.x.chunks_exact(self.window.height * width).zip(self.y.chunks_exact_mut(self.window.positions()));
-        for (x, y) in planes {
-            for (x, y) in x.chunks_exact(2 * width).zip(y.chunks_exact_mut(out_width)) {
-                let (above, below) = x.split_at(width);
-                let pairs = above.as_chunks::<2>().0.iter().zip(below.as_chunks::<2>().0);
-                for (y, ([a, b], [c, d])) in y.iter_mut().zip(pairs) {
-                    *y = [*a, *b, *c, *d].into_iter().fold(f32::NEG_INFINITY, pick);
-                }
+#[inline(always)]
+fn max_of_quarters(window: &Window, x: &[f32], y: &mut [f32]) {
+    let (width, out_width) = (window.width, window.out_width());
+    let pick = |top: f32, v: f32| if v > top || v.is_nan() { v } else { top };
+    let planes = x.chunks_exact(window.height * width).zip(y.chunks_exact_mut(window.positions()));
+    for (x, y) in planes {
+        for (x, y) in x.chunks_exact(2 * width).zip(y.chunks_exact_mut(out_width)) {
+            let (above, below) = x.split_at(width);
+            let pairs = above.as_chunks::<2>().0.iter().zip(below.as_chunks::<2>().0);
+            for (y, ([a, b], [c, d])) in y.iter_mut().zip(pairs) {
+                *y = [*a, *b, *c, *d].into_iter().fold(f32::NEG_INFINITY, pick);
             }
         }
     }
 }
 
 /// [`Window::max_pool_backward`] where [`Pool2d::quarters`].
-struct MaxOfQuartersBackward<'a> {
-    window: &'a Window,
-    x: &'a [f32],
-    y: &'a [f32],
-    dy: &'a [f32],
-    dx: &'a mut [f32],
-}
-
-impl Kernel for MaxOfQuartersBackward<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call(self) {
-        let MaxOfQuartersBackward { window, x, y, dy, dx } = self;
-        let (width, out_width) = (window.width, window.out_width());
-        let (plane, positions) = (window.height * width, window.positions());
-        if plane != 4 * positions {
-            dx.fill(0.0); // an odd row or column is under no window
-        }
-        let outs = y.chunks_exact(positions).zip(dy.chunks_exact(positions));
-        for ((x, dx), (y, dy)) in x.chunks_exact(plane).zip(dx.chunks_exact_mut(plane)).zip(outs) {
-            let outs = y.chunks_exact(out_width).zip(dy.chunks_exact(out_width));
-            for ((x, dx), (y, dy)) in x.chunks_exact(2 * width).zip(dx.chunks_exact_mut(2 * width)).zip(outs) {
-                let ((x0, x1), (dx0, dx1)) = (x.split_at(width), dx.split_at_mut(width));
-                give_to_first(x0, x1, y, dy, dx0, dx1);
-            }
+#[inline(always)]
+fn max_of_quarters_backward(window: &Window, x: &[f32], y: &[f32], dy: &[f32], dx: &mut [f32]) {
+    let (width, out_width) = (window.width, window.out_width());
+    let (plane, positions) = (window.height * width, window.positions());
+    if plane != 4 * positions {
+        dx.fill(0.0); // an odd row or column is under no window
+    }
+    let outs = y.chunks_exact(positions).zip(dy.chunks_exact(positions));
+    for ((x, dx), (y, dy)) in x.chunks_exact(plane).zip(dx.chunks_exact_mut(plane)).zip(outs) {
+        let outs = y.chunks_exact(out_width).zip(dy.chunks_exact(out_width));
+        for ((x, dx), (y, dy)) in x.chunks_exact(2 * width).zip(dx.chunks_exact_mut(2 * width)).zip(outs) {
+            let ((x0, x1), (dx0, dx1)) = (x.split_at(width), dx.split_at_mut(width));
+            give_to_first(x0, x1, y, dy, dx0, dx1);
         }
     }
 }
@@ -103,7 +79,10 @@ impl Layer for Pool2d {
         let w = &self.window;
         let (y_len, x_len) = (self.out_shape.iter().product(), w.channels * w.height * w.width);
         over_samples(pass.segments.total(), (y, y_len), (x, x_len), |_, y, x| match (self.max, self.quarters()) {
-            (true, true) => vectorized(MaxOfQuarters { window: w, x, y }),
+            (true, true) => vectorized(
+                #[inline(always)]
+                || max_of_quarters(w, x, y),
+            ),
             (true, false) => w.max_pool(x, y),
             (false, _) => w.avg_pool(x, y),
         });
@@ -127,7 +106,10 @@ impl Layer for Pool2d {
         over_samples(pass.segments.total(), (dx, x_len), (dy, y_len), |row, dx, dy| {
             let (x, y) = (&x[row * x_len..][..x_len], &y[row * y_len..][..y_len]);
             match (self.max, self.quarters()) {
-                (true, true) => vectorized(MaxOfQuartersBackward { window: w, x, y, dy, dx }),
+                (true, true) => vectorized(
+                    #[inline(always)]
+                    || max_of_quarters_backward(w, x, y, dy, dx),
+                ),
                 (true, false) => w.max_pool_backward(x, y, dy, dx),
                 (false, _) => w.avg_pool_backward(dy, dx),
             }
@@ -148,7 +130,12 @@ impl Layer for GlobalAvgPool {
 
     fn forward(&self, _: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
         let planes = y.par_iter_mut().zip(x.par_chunks_exact(self.plane));
-        planes.with_min_len(64).for_each(|(y, x)| *y = vectorized(|| kernels::sum(x)) / self.plane as f32);
+        planes.with_min_len(64).for_each(|(y, x)| {
+            *y = vectorized(
+                #[inline(always)]
+                || kernels::sum(x),
+            ) / self.plane as f32
+        });
     }
 
     fn backward(
@@ -185,11 +172,11 @@ mod tests {
             let dy: Vec<f32> = (0..2 * window.positions() as u64).map(|i| key.normal(i)).collect();
             let (mut want, mut got) = (vec![7.0; dy.len()], vec![7.0; dy.len()]);
             window.max_pool(&x, &mut want);
-            vectorized(MaxOfQuarters { window: &window, x: &x, y: &mut got });
+            max_of_quarters(&window, &x, &mut got);
             assert!(got.iter().zip(&want).all(|(got, want)| got.to_bits() == want.to_bits()), "{height} x {width}");
             let (mut want_dx, mut got_dx) = (vec![7.0; x.len()], vec![7.0; x.len()]);
             window.max_pool_backward(&x, &want, &dy, &mut want_dx);
-            vectorized(MaxOfQuartersBackward { window: &window, x: &x, y: &want, dy: &dy, dx: &mut got_dx });
+            max_of_quarters_backward(&window, &x, &want, &dy, &mut got_dx);
             assert_eq!(got_dx, want_dx, "{height} x {width}");
         }
     }
