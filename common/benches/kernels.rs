@@ -4,7 +4,9 @@
 
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
-use unisono_common::kernels::{Mat, gemm};
+use unisono_common::kernels::conv::{Patches, PatchesT, Window};
+use unisono_common::kernels::gemm::product_with;
+use unisono_common::kernels::{Finish, Mat, Start, gemm};
 
 fn main() {
     divan::main();
@@ -50,6 +52,67 @@ fn gemm_inputs(bencher: Bencher<'_, '_>, (m, k, n): (usize, usize, usize)) {
     let (a, b, mut c) = (values(m * n), values(n * k), vec![0.0; m * k]);
     bencher.counter(ItemsCount::new(m * k * n)).bench_local(|| {
         gemm(black_box(&mut c), Mat::new(&a, m, n), Mat::new(&b, n, k), false);
+    });
+}
+
+/// Images that a convolution is measured with.
+const IMAGES: usize = 8;
+
+/// `(channels, filters, side)` of convolutions with 3x3 windows.
+const CONVOLUTIONS: [(usize, usize, usize); 2] = [(1, 32, 28), (32, 64, 26)];
+
+/// A convolution's window, with its images, weights and outputs, and the multiply-adds of all images.
+fn convolution(channels: usize, filters: usize, side: usize) -> (Window, Vec<f32>, Vec<f32>, Vec<f32>, ItemsCount) {
+    let window = Window { channels, height: side, width: side, kernel: 3, stride: 1, padding: 0 };
+    let (inputs, outputs) = (IMAGES * channels * side * side, IMAGES * filters * window.positions());
+    let count = ItemsCount::new(outputs * window.patch());
+    (window, values(inputs), values(filters * window.patch()), values(outputs), count)
+}
+
+/// `y = relu(w patches(x) + b)`.
+#[divan::bench(args = CONVOLUTIONS)]
+fn conv_forward(bencher: Bencher<'_, '_>, (channels, filters, side): (usize, usize, usize)) {
+    let (window, x, w, mut y, count) = convolution(channels, filters, side);
+    let (mut shifted, bias) = (vec![0.0; window.shifted()], values(filters));
+    bencher.counter(count).bench_local(|| {
+        let images =
+            x.chunks_exact(x.len() / IMAGES).zip(black_box(&mut y).chunks_exact_mut(filters * window.positions()));
+        for (x, y) in images {
+            window.shift(x, &mut shifted);
+            let patches = Patches { window, shifted: &shifted };
+            product_with(y, Mat::new(&w, filters, window.patch()), patches, Start::Rows(&bias), Finish::Relu);
+        }
+    });
+}
+
+/// `dw = sum over images of dy patches(x)^T`.
+#[divan::bench(args = CONVOLUTIONS)]
+fn conv_weights(bencher: Bencher<'_, '_>, (channels, filters, side): (usize, usize, usize)) {
+    let (window, x, mut dw, dy, count) = convolution(channels, filters, side);
+    let mut shifted = vec![0.0; window.shifted()];
+    bencher.counter(count).bench_local(|| {
+        let n = window.positions();
+        black_box(&mut dw).fill(0.0);
+        for (x, dy) in x.chunks_exact(x.len() / IMAGES).zip(dy.chunks_exact(filters * n)) {
+            window.shift(x, &mut shifted);
+            let patches = PatchesT(Patches { window, shifted: &shifted });
+            product_with(&mut dw, Mat::new(dy, filters, n), patches, Start::Old, Finish::Keep);
+        }
+    });
+}
+
+/// `dx = unpatch(w^T dy)`.
+#[divan::bench(args = CONVOLUTIONS)]
+fn conv_inputs(bencher: Bencher<'_, '_>, (channels, filters, side): (usize, usize, usize)) {
+    let (window, mut dx, w, dy, count) = convolution(channels, filters, side);
+    let (patch, n) = (window.patch(), window.positions());
+    let (mut shifted, mut cols) = (vec![0.0; window.shifted()], vec![0.0; patch * n]);
+    bencher.counter(count).bench_local(|| {
+        let images = black_box(&mut dx).chunks_exact_mut(channels * side * side).zip(dy.chunks_exact(filters * n));
+        for (dx, dy) in images {
+            gemm(&mut cols, Mat::new(&w, filters, patch).t(), Mat::new(dy, filters, n), false);
+            window.unpatch(&cols, &mut shifted, dx);
+        }
     });
 }
 

@@ -1,10 +1,10 @@
 //! Models: layers built from the job, with every shape checked before anything runs.
 
 use crate::job::{self, Activation as Act, WeightInit};
-use crate::kernels::conv::Window;
+use crate::kernels::{Finish, conv::Window};
 use crate::layers::{
     Activation, BatchNorm, Conv2d, Dropout, Flatten, GlobalAvgPool, Layer, LayerNorm, Linear, Pool2d, Residual,
-    Sequential,
+    Sequential, finish,
 };
 use crate::layout::{Init, Layout};
 
@@ -66,7 +66,8 @@ fn window(
     Ok(Window { channels, height, width, kernel, stride, padding })
 }
 
-fn layer(spec: &job::Layer, at: &str, shape: &[usize]) -> Result<Box<dyn Layer>, ModelError> {
+/// The layer of `spec`, and of the activation behind it where `finish` says that it computes it.
+fn layer(spec: &job::Layer, finish: Finish, at: &str, shape: &[usize]) -> Result<Box<dyn Layer>, ModelError> {
     let whole = || shape.to_vec();
     Ok(match spec {
         job::Layer::Linear { units, bias, init: kind } => {
@@ -74,13 +75,14 @@ fn layer(spec: &job::Layer, at: &str, shape: &[usize]) -> Result<Box<dyn Layer>,
                 let need = "one row of values: put { op = \"flatten\" } before it".into();
                 return Err(ModelError::Shape { at: at.into(), op: "linear", got: whole(), need });
             };
-            Box::new(Linear { inputs, outputs: [*units], bias: *bias, init: init(*kind, inputs, *units) })
+            let init = init(*kind, inputs, *units);
+            Box::new(Linear { inputs, outputs: [*units], bias: *bias, init, finish })
         }
         job::Layer::Conv2d { filters, kernel, stride, padding, bias, init: kind } => {
             let window = window("conv2d", at, shape, *kernel, *stride, *padding)?;
             let out_shape = [*filters, window.out_height(), window.out_width()];
             let init = init(*kind, window.patch(), filters * kernel * kernel);
-            Box::new(Conv2d { window, out_shape, bias: *bias, init })
+            Box::new(Conv2d { window, out_shape, bias: *bias, init, finish })
         }
         job::Layer::MaxPool2d { size, stride } | job::Layer::AvgPool2d { size, stride } => {
             let max = matches!(spec, job::Layer::MaxPool2d { .. });
@@ -112,9 +114,17 @@ fn layer(spec: &job::Layer, at: &str, shape: &[usize]) -> Result<Box<dyn Layer>,
 
 fn chain(specs: &[job::Layer], path: &str, in_shape: &[usize]) -> Result<Sequential, ModelError> {
     let mut layers: Vec<Box<dyn Layer>> = Vec::new();
-    for (i, spec) in specs.iter().enumerate() {
+    let mut i = 0;
+    while let Some(spec) = specs.get(i) {
         let shape = layers.last().map_or(in_shape, |l| l.out_shape());
-        let next = layer(spec, &format!("{path}{i}"), shape)?;
+        let finish = match (spec, specs.get(i + 1)) {
+            (job::Layer::Linear { .. } | job::Layer::Conv2d { .. }, Some(job::Layer::Activation { activation })) => {
+                finish(*activation).unwrap_or(Finish::Keep)
+            }
+            _ => Finish::Keep,
+        };
+        let next = layer(spec, finish, &format!("{path}{i}"), shape)?;
+        i += next.span();
         layers.push(next);
     }
     Ok(Sequential::new(in_shape, layers))

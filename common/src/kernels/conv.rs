@@ -1,4 +1,13 @@
 //! One image at a time: patches for convolution by GEMM, and pooling.
+//!
+//! The matrix of patches (im2col: Chellapilla, Puri and Simard, "High Performance Convolutional Neural Networks for Document
+//! Processing", 2006, section 3) is never written out: its rows are lines of a shifted image ([`Window::shift`]), from which
+//! the product packs its panels.
+
+use super::gemm::{Right, pack_columns, pack_rows};
+use super::vectorized;
+use pulp::Simd;
+use std::ops::Range;
 
 /// A window that slides over planes of `height x width`.
 #[derive(Clone, Copy, Debug)]
@@ -32,65 +41,102 @@ impl Window {
         self.channels * self.kernel * self.kernel
     }
 
-    /// The output columns whose window covers a real column at kernel offset `kx`, and the first one's input column.
-    fn inside(&self, kx: usize) -> (usize, usize) {
+    /// The output columns whose window covers a real column at kernel offset `kx`.
+    fn inside(&self, kx: usize) -> Range<usize> {
         let first = self.padding.saturating_sub(kx).div_ceil(self.stride);
         // ox * stride + kx - padding < width
         let last = (self.width + self.padding).saturating_sub(kx).div_ceil(self.stride).min(self.out_width());
-        (first.min(last), last)
+        first.min(last)..last
     }
 
-    /// Calls `f(row of cols, range of its columns, input index of the first, input step)` for all that is not padding,
-    /// and `f` of an empty input for what is: `(row, range, None)`.
+    /// Rows of one shifted plane, and the planes a channel and kernel column: one for each kernel row up to the stride.
+    fn shifts(&self) -> (usize, usize) {
+        (self.out_height() + (self.kernel - 1) / self.stride, self.stride.min(self.kernel))
+    }
+
+    /// Values of a shifted image ([`Window::shift`]).
+    pub fn shifted(&self) -> usize {
+        let (rows, phases) = self.shifts();
+        self.channels * self.kernel * phases * rows * self.out_width()
+    }
+
+    /// Where row `p` of the patches begins in a shifted image, all of its positions one after another.
+    fn line(&self, p: usize) -> usize {
+        let (rows, phases) = self.shifts();
+        let (ky, kx) = (p / self.kernel % self.kernel, p % self.kernel);
+        let plane = (p / (self.kernel * self.kernel) * self.kernel + kx) * phases + ky % self.stride;
+        (plane * rows + ky / self.stride) * self.out_width()
+    }
+
+    /// Calls `f(range of a shifted image, index of its first value in the image)`, values `stride` apart there, and `None`
+    /// for padding.
     #[inline(always)]
-    fn walk(&self, mut f: impl FnMut(std::ops::Range<usize>, Option<usize>)) {
-        let (oh, ow, n) = (self.out_height(), self.out_width(), self.positions());
+    fn walk(&self, mut f: impl FnMut(Range<usize>, Option<usize>)) {
+        let ((rows, phases), width) = (self.shifts(), self.out_width());
+        let mut at = 0;
         for c in 0..self.channels {
-            for ky in 0..self.kernel {
-                for kx in 0..self.kernel {
-                    let row = ((c * self.kernel + ky) * self.kernel + kx) * n;
-                    let (first, last) = self.inside(kx);
-                    for oy in 0..oh {
-                        let at = row + oy * ow;
-                        let iy = (oy * self.stride + ky).wrapping_sub(self.padding);
-                        if iy >= self.height || first == last {
-                            f(at..at + ow, None);
-                            continue;
+            for kx in 0..self.kernel {
+                let inside = self.inside(kx);
+                for phase in 0..phases {
+                    for row in 0..rows {
+                        let y = (row * self.stride + phase).wrapping_sub(self.padding);
+                        if y >= self.height || inside.is_empty() {
+                            f(at..at + width, None);
+                        } else {
+                            let x = inside.start * self.stride + kx - self.padding;
+                            f(at..at + inside.start, None);
+                            f(at + inside.start..at + inside.end, Some((c * self.height + y) * self.width + x));
+                            f(at + inside.end..at + width, None);
                         }
-                        f(at..at + first, None);
-                        let ix = first * self.stride + kx - self.padding;
-                        f(at + first..at + last, Some((c * self.height + iy) * self.width + ix));
-                        f(at + last..at + ow, None);
+                        at += width;
                     }
                 }
             }
         }
     }
 
-    /// `cols`: `(patch, positions)`, the values under each position of the window; padding is 0.
-    pub fn im2col(&self, image: &[f32], cols: &mut [f32]) {
-        self.walk(|to, from| match from {
-            None => cols[to].fill(0.0),
-            Some(from) if self.stride == 1 => {
-                let n = to.len();
-                cols[to].copy_from_slice(&image[from..from + n]);
-            }
-            Some(from) => cols[to].iter_mut().zip(image[from..].iter().step_by(self.stride)).for_each(|(c, x)| *c = *x),
+    /// `shifted`: for each channel and kernel column, the image's values under that column, output column by output column.
+    ///
+    /// A patch's rows are contiguous in it: kernel rows differ by whole lines, so it holds every value `kernel` times, where
+    /// the patches hold it `kernel^2` times.
+    pub fn shift(&self, image: &[f32], shifted: &mut [f32]) {
+        vectorized(|| {
+            self.walk(|to, from| match from {
+                None => shifted[to].iter_mut().for_each(|s| *s = 0.0),
+                Some(from) if self.stride == 1 => {
+                    shifted[to].iter_mut().zip(&image[from..]).for_each(|(s, x)| *s = *x);
+                }
+                Some(from) => {
+                    shifted[to].iter_mut().zip(image[from..].iter().step_by(self.stride)).for_each(|(s, x)| *s = *x);
+                }
+            });
         });
     }
 
-    /// `image += ` every value of `cols` where [`Window::im2col`] took it from.
-    pub fn col2im_add(&self, cols: &[f32], image: &mut [f32]) {
-        self.walk(|from, to| {
-            if let Some(to) = to {
-                image[to..].iter_mut().step_by(self.stride).zip(&cols[from]).for_each(|(x, c)| *x += c);
+    /// `image` = the sum of all values of `cols`, `(patch, positions)`, that patches take from it; `shifted` is scratch.
+    pub fn unpatch(&self, cols: &[f32], shifted: &mut [f32], image: &mut [f32]) {
+        let n = self.positions();
+        vectorized(|| {
+            shifted.iter_mut().for_each(|s| *s = 0.0);
+            for (p, cols) in cols.chunks_exact(n).enumerate() {
+                shifted[self.line(p)..][..n].iter_mut().zip(cols).for_each(|(s, c)| *s += c);
             }
+            image.iter_mut().for_each(|x| *x = 0.0);
+            self.walk(|from, to| match to {
+                None => {}
+                Some(to) if self.stride == 1 => {
+                    image[to..].iter_mut().zip(&shifted[from]).for_each(|(x, s)| *x += s);
+                }
+                Some(to) => {
+                    image[to..].iter_mut().step_by(self.stride).zip(&shifted[from]).for_each(|(x, s)| *x += s);
+                }
+            });
         });
     }
 
     /// The real input rows and columns under the window at `(oy, ox)`.
     #[inline(always)]
-    fn under(&self, oy: usize, ox: usize) -> (std::ops::Range<usize>, std::ops::Range<usize>) {
+    fn under(&self, oy: usize, ox: usize) -> (Range<usize>, Range<usize>) {
         let span = |o: usize, size: usize| {
             let from = o * self.stride;
             from.saturating_sub(self.padding)..(from + self.kernel).saturating_sub(self.padding).min(size)
@@ -127,12 +173,7 @@ impl Window {
     }
 
     #[inline(always)]
-    fn pool(
-        &self,
-        x: &[f32],
-        y: &mut [f32],
-        f: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>, &[f32]) -> f32,
-    ) {
+    fn pool(&self, x: &[f32], y: &mut [f32], f: impl Fn(Range<usize>, Range<usize>, &[f32]) -> f32) {
         let planes = x.chunks_exact(self.height * self.width).zip(y.chunks_exact_mut(self.positions()));
         for (plane, out) in planes {
             for oy in 0..self.out_height() {
@@ -185,9 +226,44 @@ impl Window {
     }
 }
 
+/// The patches of a shifted image, `(patch, positions)`: the right matrix of a convolution.
+pub struct Patches<'a> {
+    pub window: Window,
+    pub shifted: &'a [f32],
+}
+
+impl Right for Patches<'_> {
+    fn columns(&self) -> usize {
+        self.window.positions()
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd>(&self, simd: S, k: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        pack_rows(simd, k.len(), columns.len(), out, |i| {
+            &self.shifted[self.window.line(k.start + i)..][columns.clone()]
+        });
+    }
+}
+
+/// Their transpose, `(positions, patch)`: the right matrix of a convolution's weights' gradient.
+pub struct PatchesT<'a>(pub Patches<'a>);
+
+impl Right for PatchesT<'_> {
+    fn columns(&self) -> usize {
+        self.0.window.patch()
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd>(&self, simd: S, k: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let Patches { window, shifted } = &self.0;
+        pack_columns(simd, k.len(), columns.len(), out, |j| &shifted[window.line(columns.start + j)..][k.clone()]);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::{Finish, Isa, Mat, Start, gemm::product_with, with_isa};
     use proptest::prelude::*;
 
     fn windows() -> impl Strategy<Value = Window> {
@@ -207,21 +283,33 @@ mod tests {
         #[test]
         fn patches_equal_their_oracle_and_scatter_is_the_transpose(w in windows()) {
             let image: Vec<f32> = (0..w.channels * w.height * w.width).map(|i| i as f32 + 1.0).collect();
-            let mut cols = vec![f32::NAN; w.patch() * w.positions()];
-            w.im2col(&image, &mut cols);
-            let mut count = vec![0.0; image.len()];
+            let mut shifted = vec![f32::NAN; w.shifted()];
+            w.shift(&image, &mut shifted);
+            let (mut cols, mut count) = (vec![f32::NAN; w.patch() * w.positions()], vec![0.0; image.len()]);
             for c in 0..w.channels { for ky in 0..w.kernel { for kx in 0..w.kernel {
                 for oy in 0..w.out_height() { for ox in 0..w.out_width() {
                     let (y, x) = ((oy * w.stride + ky) as isize - w.padding as isize, (ox * w.stride + kx) as isize - w.padding as isize);
                     let real = y >= 0 && x >= 0 && (y as usize) < w.height && (x as usize) < w.width;
                     let at = if real { (c * w.height + y as usize) * w.width + x as usize } else { 0 };
                     let want = if real { count[at] += 1.0; image[at] } else { 0.0 };
-                    let row = (c * w.kernel + ky) * w.kernel + kx;
-                    prop_assert_eq!(cols[row * w.positions() + oy * w.out_width() + ox], want);
+                    let (row, position) = ((c * w.kernel + ky) * w.kernel + kx, oy * w.out_width() + ox);
+                    prop_assert_eq!(shifted[w.line(row) + position], want);
+                    cols[row * w.positions() + position] = want;
                 }}
             }}}
-            let mut back = vec![0.0; image.len()];
-            w.col2im_add(&cols, &mut back);
+            // Both are right matrices: the product with the unit matrix is the matrix.
+            let patches = || Patches { window: w, shifted: &shifted };
+            let unit = |n: usize| (0..n * n).map(|i| f32::from(u8::from(i % (n + 1) == 0))).collect::<Vec<_>>();
+            let (n, p) = (w.positions(), w.patch());
+            for isa in Isa::available() {
+                let mut got = vec![f32::NAN; p * n];
+                with_isa(isa, || product_with(&mut got, Mat::new(&unit(p), p, p), patches(), Start::Zero, Finish::Keep));
+                prop_assert_eq!(&got, &cols);
+                with_isa(isa, || product_with(&mut got, Mat::new(&unit(n), n, n), PatchesT(patches()), Start::Zero, Finish::Keep));
+                prop_assert!((0..p * n).all(|i| got[i] == cols[i % p * n + i / p]));
+            }
+            let mut back = vec![f32::NAN; image.len()];
+            w.unpatch(&cols, &mut shifted, &mut back);
             for i in 0..image.len() { prop_assert_eq!(back[i], image[i] * count[i]); }
         }
     }

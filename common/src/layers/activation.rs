@@ -2,7 +2,7 @@
 
 use super::{Grads, Layer, Params, Pass};
 use crate::job;
-use crate::kernels::{math, vectorized};
+use crate::kernels::{Finish, math, vectorized};
 use rayon::prelude::*;
 
 /// Values that one thread takes at a time.
@@ -28,6 +28,35 @@ fn map2(out: &mut [f32], a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Syn
     });
 }
 
+/// How a product computes the activation at its end, if it can: if the output tells where the gradient goes.
+pub(crate) fn finish(kind: job::Activation) -> Option<Finish> {
+    match kind {
+        job::Activation::Relu => Some(Finish::Relu),
+        job::Activation::LeakyRelu { slope } if slope > 0.0 => Some(Finish::LeakyRelu { slope }),
+        job::Activation::LeakyRelu { .. } => None,
+        job::Activation::Gelu | job::Activation::Tanh | job::Activation::Sigmoid => None,
+    }
+}
+
+/// The gradient of what `finish` took, of `y = finish(x)`, and the scratch that is left beside it.
+pub(super) fn masked<'a>(
+    finish: Finish,
+    y: &[f32],
+    dy: &'a [f32],
+    scratch: &'a mut [f32],
+) -> (&'a [f32], &'a mut [f32]) {
+    if finish == Finish::Keep {
+        return (dy, scratch);
+    }
+    let (dx, scratch) = scratch.split_at_mut(dy.len());
+    match finish {
+        Finish::Keep => {}
+        Finish::Relu => map2(dx, y, dy, |y, d| if y > 0.0 { d } else { 0.0 }),
+        Finish::LeakyRelu { slope } => map2(dx, y, dy, move |y, d| if y > 0.0 { d } else { slope * d }),
+    }
+    (dx, scratch)
+}
+
 impl Layer for Activation {
     fn out_shape(&self) -> &[usize] {
         &self.shape
@@ -35,8 +64,8 @@ impl Layer for Activation {
 
     fn forward(&self, _: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
         match self.kind {
-            job::Activation::Relu => map(y, x, |x| if x > 0.0 || x.is_nan() { x } else { 0.0 }),
-            job::Activation::LeakyRelu { slope } => map(y, x, move |x| if x > 0.0 { x } else { slope * x }),
+            job::Activation::Relu => map(y, x, |x| Finish::Relu.of(x)),
+            job::Activation::LeakyRelu { slope } => map(y, x, move |x| Finish::LeakyRelu { slope }.of(x)),
             // Hendrycks and Gimpel, 2016, eq. 2: x times the normal distribution function.
             job::Activation::Gelu => {
                 map(y, x, |x| 0.5 * x * (1.0 + math::erf(x * std::f32::consts::FRAC_1_SQRT_2)));

@@ -1,16 +1,21 @@
 //! Two-dimensional convolution (cross-correlation, as every framework has it).
 
+use super::activation::masked;
 use super::{Blocks, Grads, Layer, Params, Pass, rows_each, tree_spare, tree_sum};
-use crate::kernels::{self, Mat, conv::Window, gemm};
+use crate::kernels::conv::{Patches, PatchesT, Window};
+use crate::kernels::gemm::product_with;
+use crate::kernels::{self, Finish, Mat, Start, gemm};
 use crate::layout::{Init, Role, Tensor};
 use rayon::prelude::*;
 
-/// `y[f] = b[f] + sum over c of w[f, c] * x[c]`; `w`: `(filters, channels, kernel, kernel)`, planes row-major.
+/// `y[f] = finish(b[f] + sum over c of w[f, c] * x[c])`; `w`: `(filters, channels, kernel, kernel)`, planes row-major.
 pub struct Conv2d {
     pub window: Window,
     pub out_shape: [usize; 3],
     pub bias: bool,
     pub init: Init,
+    /// The activation behind it, if it is one that is computed with the product.
+    pub finish: Finish,
 }
 
 impl Conv2d {
@@ -26,8 +31,9 @@ impl Conv2d {
         self.filters() * self.window.positions()
     }
 
-    fn cols(&self) -> usize {
-        self.window.patch() * self.window.positions()
+    /// A shifted image and its patches: what a sample's inputs' gradient needs.
+    fn sample_scratch(&self) -> usize {
+        self.window.shifted() + self.window.patch() * self.window.positions()
     }
 
     fn weights(&self) -> usize {
@@ -35,7 +41,7 @@ impl Conv2d {
     }
 
     fn blocks(&self) -> Blocks {
-        Blocks { rows: self.filters(), row_len: self.window.patch(), limit: 1 << 18, extra: self.cols() }
+        Blocks { rows: self.filters(), row_len: self.window.patch(), limit: 1 << 18, extra: self.window.shifted() }
     }
 }
 
@@ -60,9 +66,16 @@ impl Layer for Conv2d {
         all
     }
 
-    fn scratch(&self, _: usize, segments: usize) -> usize {
-        let lanes = kernels::lanes() * self.cols();
-        lanes.max(self.blocks().scratch(segments)).max(tree_spare(segments, self.filters()))
+    /// The job's layers that it stands for: its activation is one, too.
+    fn span(&self) -> usize {
+        if self.finish == Finish::Keep { 1 } else { 2 }
+    }
+
+    /// The sums' gradient, where it is not the output's, then what each of the gradients needs.
+    fn scratch(&self, rows: usize, segments: usize) -> usize {
+        let masked = if self.finish == Finish::Keep { 0 } else { rows * self.out_len() };
+        let lanes = kernels::lanes() * self.sample_scratch();
+        masked + lanes.max(self.blocks().scratch(segments)).max(tree_spare(segments, self.filters()))
     }
 
     fn multiply_adds(&self) -> u64 {
@@ -78,17 +91,16 @@ impl Layer for Conv2d {
         _: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (patch, n, f) = (self.window.patch(), self.window.positions(), self.filters());
+        let (window, f) = (self.window, self.filters());
         let (w_fp, b_f) = params.trainable.split_at(self.weights());
         let each = rows_each(pass.segments.total());
         let lanes = y.par_chunks_mut(each * self.out_len()).zip(x.par_chunks(each * self.in_len()));
-        lanes.zip(scratch.par_chunks_mut(self.cols())).for_each(|((y, x), cols)| {
+        lanes.zip(scratch.par_chunks_mut(window.shifted())).for_each(|((y, x), shifted)| {
             for (y, x) in y.chunks_exact_mut(self.out_len()).zip(x.chunks_exact(self.in_len())) {
-                self.window.im2col(x, cols);
-                if self.bias {
-                    y.chunks_exact_mut(n).zip(b_f).for_each(|(y, b)| y.fill(*b));
-                }
-                gemm(y, Mat::new(w_fp, f, patch), Mat::new(cols, patch, n), self.bias);
+                window.shift(x, shifted);
+                let start = if self.bias { Start::Rows(b_f) } else { Start::Zero };
+                let w_fp = Mat::new(w_fp, f, window.patch());
+                product_with(y, w_fp, Patches { window, shifted }, start, self.finish);
             }
         });
     }
@@ -98,23 +110,26 @@ impl Layer for Conv2d {
         pass: &Pass<'_>,
         params: Params<'_>,
         x: &[f32],
-        _: &[f32],
+        y: &[f32],
         dy: &[f32],
         dx: Option<&mut [f32]>,
         grads: Grads<'_>,
         _: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (patch, n, f) = (self.window.patch(), self.window.positions(), self.filters());
+        let window = self.window;
+        let (patch, n, f) = (window.patch(), window.positions(), self.filters());
         let (in_len, out_len) = (self.in_len(), self.out_len());
         let segments = pass.segments;
+        let (dy, scratch) = masked(self.finish, y, dy, scratch);
         let (dw_fp, db_f) = grads.trainable.split_at_mut(self.weights());
-        self.blocks().sum(segments.len(), dw_fp, scratch, |segment, block, out, cols| {
+        self.blocks().sum(segments.len(), dw_fp, scratch, |segment, block, out, shifted| {
             out.fill(0.0);
             for row in segments.rows(segment) {
-                self.window.im2col(&x[row * in_len..(row + 1) * in_len], cols);
+                window.shift(&x[row * in_len..(row + 1) * in_len], shifted);
                 let dy_fn = &dy[row * out_len..][block.start * n..block.end * n];
-                gemm(out, Mat::new(dy_fn, block.len(), n), Mat::new(cols, patch, n).t(), true);
+                let patches = PatchesT(Patches { window, shifted });
+                product_with(out, Mat::new(dy_fn, block.len(), n), patches, Start::Old, Finish::Keep);
             }
         });
         if self.bias {
@@ -131,11 +146,11 @@ impl Layer for Conv2d {
             let w_fp = Mat::new(params.trainable, f, patch);
             let each = rows_each(segments.total());
             let lanes = dx.par_chunks_mut(each * in_len).zip(dy.par_chunks(each * out_len));
-            lanes.zip(scratch.par_chunks_mut(self.cols())).for_each(|((dx, dy), cols)| {
+            lanes.zip(scratch.par_chunks_mut(self.sample_scratch())).for_each(|((dx, dy), scratch)| {
+                let (shifted, cols) = scratch.split_at_mut(window.shifted());
                 for (dx, dy) in dx.chunks_exact_mut(in_len).zip(dy.chunks_exact(out_len)) {
                     gemm(cols, w_fp.t(), Mat::new(dy, f, n), false);
-                    dx.fill(0.0);
-                    self.window.col2im_add(cols, dx);
+                    window.unpatch(cols, shifted, dx);
                 }
             });
         }

@@ -1,15 +1,18 @@
 //! The fully connected layer.
 
+use super::activation::masked;
 use super::{Blocks, Grads, Layer, Params, Pass, over_rows, tree_spare, tree_sum};
-use crate::kernels::{Mat, column_sums, gemm};
+use crate::kernels::{Finish, Mat, Start, column_sums, gemm, product};
 use crate::layout::{Init, Role, Tensor};
 
-/// `y = x w^T + b`; `w`: `(outputs, inputs)`, `b`: `(outputs)`.
+/// `y = finish(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`.
 pub struct Linear {
     pub inputs: usize,
     pub outputs: [usize; 1],
     pub bias: bool,
     pub init: Init,
+    /// The activation behind it, if it is one that is computed with the product.
+    pub finish: Finish,
 }
 
 impl Linear {
@@ -42,8 +45,15 @@ impl Layer for Linear {
         all
     }
 
-    fn scratch(&self, _: usize, segments: usize) -> usize {
-        self.blocks().scratch(segments).max(tree_spare(segments, self.outputs[0]))
+    /// The job's layers that it stands for: its activation is one, too.
+    fn span(&self) -> usize {
+        if self.finish == Finish::Keep { 1 } else { 2 }
+    }
+
+    /// The sums' gradient, where it is not the output's, then what the parameters' gradients need.
+    fn scratch(&self, rows: usize, segments: usize) -> usize {
+        let masked = if self.finish == Finish::Keep { 0 } else { rows * self.outputs[0] };
+        masked + self.blocks().scratch(segments).max(tree_spare(segments, self.outputs[0]))
     }
 
     fn multiply_adds(&self) -> u64 {
@@ -54,10 +64,8 @@ impl Layer for Linear {
         let (i, o) = (self.inputs, self.outputs[0]);
         let (w_oi, b_o) = params.trainable.split_at(self.weights());
         over_rows(pass.segments.total(), (y, o), (x, i), |_, y, x| {
-            if self.bias {
-                y.chunks_exact_mut(o).for_each(|y| y.copy_from_slice(b_o));
-            }
-            gemm(y, Mat::new(x, x.len() / i, i), Mat::new(w_oi, o, i).t(), self.bias);
+            let start = if self.bias { Start::Columns(b_o) } else { Start::Zero };
+            product(y, Mat::new(x, x.len() / i, i), Mat::new(w_oi, o, i).t(), start, self.finish);
         });
     }
 
@@ -66,7 +74,7 @@ impl Layer for Linear {
         pass: &Pass<'_>,
         params: Params<'_>,
         x: &[f32],
-        _: &[f32],
+        y: &[f32],
         dy: &[f32],
         dx: Option<&mut [f32]>,
         grads: Grads<'_>,
@@ -76,6 +84,7 @@ impl Layer for Linear {
         let (i, o) = (self.inputs, self.outputs[0]);
         let (dw_oi, db_o) = grads.trainable.split_at_mut(self.weights());
         let segments = pass.segments;
+        let (dy, scratch) = masked(self.finish, y, dy, scratch);
         self.blocks().sum(segments.len(), dw_oi, scratch, |segment, block, out, _| {
             let rows = segments.rows(segment);
             let (n, dy, x) = (rows.len(), &dy[rows.start * o..rows.end * o], &x[rows.start * i..rows.end * i]);

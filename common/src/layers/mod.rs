@@ -17,6 +17,7 @@ mod pool;
 mod sequential;
 
 pub use activation::Activation;
+pub(crate) use activation::finish;
 pub use conv2d::Conv2d;
 pub use dropout::Dropout;
 pub use linear::Linear;
@@ -93,6 +94,11 @@ pub trait Layer: Send + Sync {
     /// The layer's tensors; names without prefix ("weight").
     fn tensors(&self) -> Vec<Tensor> {
         Vec::new()
+    }
+
+    /// How many of the job's layers it stands for.
+    fn span(&self) -> usize {
+        1
     }
 
     /// Floats kept from forward to backward, for a batch of `rows` in `segments` segments.

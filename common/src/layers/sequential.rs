@@ -3,7 +3,8 @@
 use super::{Grads, Layer, Params, Pass};
 use crate::layout::{Role, Tensor};
 
-/// `y = layers[n-1](... layers[0](x))`; tensors are named `index.name`, as PyTorch's `nn.Sequential` does.
+/// `y = layers[n-1](... layers[0](x))`; tensors are named `index.name`, as PyTorch's `nn.Sequential` does
+/// with the job's layers.
 ///
 /// `saved` holds the activations between the layers, then what each layer keeps.
 pub struct Sequential {
@@ -13,6 +14,8 @@ pub struct Sequential {
     out_shape: Vec<usize>,
     /// Trainable and running values of each layer.
     sizes: Vec<(usize, usize)>,
+    /// The place of each layer in the job.
+    places: Vec<usize>,
 }
 
 fn len(shape: &[usize]) -> usize {
@@ -27,7 +30,12 @@ impl Sequential {
             l.tensors().iter().filter(|t| (t.role == Role::Trainable) == trainable).map(Tensor::len).sum()
         };
         let sizes = layers.iter().map(|l| (size(l.as_ref(), true), size(l.as_ref(), false))).collect();
-        Sequential { layers, in_len: len(in_shape), out_shape, sizes }
+        let ends = layers.iter().scan(0, |end, l| {
+            *end += l.span();
+            Some(*end)
+        });
+        let places = ends.zip(&layers).map(|(end, l)| end - l.span()).collect();
+        Sequential { layers, in_len: len(in_shape), out_shape, sizes, places }
     }
 
     /// Values between the layers, a sample: the outputs of all but the last.
@@ -52,7 +60,7 @@ impl Layer for Sequential {
 
     fn tensors(&self) -> Vec<Tensor> {
         let mut all = Vec::new();
-        for (i, layer) in self.layers.iter().enumerate() {
+        for (i, layer) in self.places.iter().zip(&self.layers) {
             all.extend(layer.tensors().into_iter().map(|t| Tensor { name: format!("{i}.{}", t.name), ..t }));
         }
         all
@@ -102,7 +110,7 @@ impl Layer for Sequential {
                 between = rest;
                 out
             };
-            let pass = Pass { key: pass.key.with(i as u64), ..*pass };
+            let pass = Pass { key: pass.key.with(self.places[i] as u64), ..*pass };
             layer.forward(&pass, mine, x, out, saved, &mut scratch[..layer.scratch(rows, segments)]);
             x = out;
         }
@@ -153,7 +161,8 @@ impl Layer for Sequential {
             let x = if i == 0 { x } else { &between[between.len() - in_len..] };
             let dy = if last { dy } else { &above[..out_len] };
             let into = if i == 0 { dx.take() } else { Some(&mut below[..in_len]) };
-            let pass = Pass { key: pass.key.with(i as u64), first: pass.first + d_trainable.len(), ..*pass };
+            let key = pass.key.with(self.places[i] as u64);
+            let pass = Pass { key, first: pass.first + d_trainable.len(), ..*pass };
             let (mine, into_grads) =
                 (Params { trainable: mine_t, running: mine_r }, Grads { trainable: grad_t, running: grad_r });
             let scratch = &mut scratch[..layer.scratch(rows, segments)];

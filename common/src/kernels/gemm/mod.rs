@@ -74,6 +74,18 @@ pub fn product(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, start: Start<'_>, finish: 
     }
 }
 
+/// [`product`] with any right matrix.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn product_with<R: Right>(c: &mut [f32], a: Mat<'_>, right: R, start: Start<'_>, finish: Finish) {
+    let c_stride = right.columns();
+    let c = &mut c[..a.rows * c_stride];
+    if !c.is_empty() {
+        super::isa::arch().dispatch(Product { c, c_stride, across: false, left: a, right, start, finish });
+    }
+}
+
 /// The right matrix of a product, `(k, n)`, wherever it is.
 pub trait Right {
     /// Its columns.
@@ -90,26 +102,50 @@ impl Right for Mat<'_> {
 
     #[inline(always)]
     fn pack<S: Simd>(&self, simd: S, k: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
-        let depth = k.len();
         if self.strides.1 == 1 {
-            let line = |k: usize| &self.data[k * self.strides.0..][columns.clone()];
-            for (i, k) in k.clone().enumerate() {
-                if k + SOON < self.rows {
-                    fetch_all(line(k + SOON));
-                }
-                let from = line(k);
-                for panel in panels::<S>(columns.len()) {
-                    let width = whole::<S>(panel.len());
-                    copy(simd, &from[panel.clone()], &mut out[panel.start * depth + i * width..][..width]);
-                }
-            }
+            pack_rows(simd, k.len(), columns.len(), out, |i| {
+                &self.data[(k.start + i) * self.strides.0..][columns.clone()]
+            });
         } else {
-            for panel in panels::<S>(columns.len()) {
-                let width = whole::<S>(panel.len());
-                let line = |j: usize| &self.data[(columns.start + j) * self.strides.1..][k.clone()];
-                transpose(simd, panel.clone().map(line), width, &mut out[panel.start * depth..][..width * depth]);
-            }
+            let column = |j| &self.data[(columns.start + j) * self.strides.1..][k.clone()];
+            pack_columns(simd, k.len(), columns.len(), out, column);
         }
+    }
+}
+
+/// [`Right::pack`] from `depth` rows of `columns` values.
+#[inline(always)]
+pub fn pack_rows<'a, S: Simd>(
+    simd: S,
+    depth: usize,
+    columns: usize,
+    out: &mut [f32],
+    row: impl Fn(usize) -> &'a [f32],
+) {
+    for i in 0..depth {
+        if i + SOON < depth {
+            fetch_all(row(i + SOON));
+        }
+        let from = row(i);
+        for panel in panels::<S>(columns) {
+            let width = whole::<S>(panel.len());
+            copy(simd, &from[panel.clone()], &mut out[panel.start * depth + i * width..][..width]);
+        }
+    }
+}
+
+/// [`Right::pack`] from `columns` lines of `depth` values, each a column.
+#[inline(always)]
+pub fn pack_columns<'a, S: Simd>(
+    simd: S,
+    depth: usize,
+    columns: usize,
+    out: &mut [f32],
+    column: impl Fn(usize) -> &'a [f32],
+) {
+    for panel in panels::<S>(columns) {
+        let width = whole::<S>(panel.len());
+        transpose(simd, panel.clone().map(&column), width, &mut out[panel.start * depth..][..width * depth]);
     }
 }
 
