@@ -195,12 +195,14 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn block_rows(&self) -> usize {
-        (self.limit / self.row_len.max(1)).clamp(1, self.rows.div_ceil(kernels::lanes()).max(1))
+    /// A single segment has no open sums: its block is all that a thread computes.
+    fn block_rows(&self, segments: usize) -> usize {
+        let most = self.rows.div_ceil(kernels::lanes()).max(1);
+        if segments == 1 { most } else { (self.limit / self.row_len.max(1)).clamp(1, most) }
     }
 
     fn lane_scratch(&self, segments: usize) -> usize {
-        tree_spare(segments, self.block_rows() * self.row_len) + self.extra
+        tree_spare(segments, self.block_rows(segments) * self.row_len) + self.extra
     }
 
     fn scratch(&self, segments: usize) -> usize {
@@ -215,7 +217,7 @@ impl Blocks {
         scratch: &mut [f32],
         leaf: impl Fn(usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
     ) {
-        let (lane, block) = (self.lane_scratch(segments), self.block_rows());
+        let (lane, block) = (self.lane_scratch(segments), self.block_rows(segments));
         let lane_rows = self.rows.div_ceil(kernels::lanes()).max(1);
         let work = |(i, (out, scratch)): (usize, (&mut [f32], &mut [f32]))| {
             let (extra, spare) = scratch.split_at_mut(self.extra);

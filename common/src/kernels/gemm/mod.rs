@@ -240,6 +240,7 @@ impl WithSimd for Either<'_> {
             let packed = right.rows * right.cols;
             left.rows * left.cols * right.cols.div_ceil(S::F32_LANES)
                 + if right.strides.1 == 1 { packed / 8 } else { packed / 2 }
+                + if left.strides.1 == 1 { 0 } else { left.rows * left.cols / 2 }
         };
         let across = 2 * c.len() * a.cols.div_ceil(depth::<S>(a.rows));
         let c_stride = b.cols;
