@@ -25,10 +25,10 @@ use unisono_proto::stream::{self, ChunkHead, Part, Reader};
 use unisono_proto::{self as wire, v1};
 
 /// Chunks of one push that are being added up at once, at most.
-const AT_ONCE: usize = 4;
+const AT_ONCE: usize = 8;
 
-/// Frames that wait for one broadcast's socket, at most: a chunk and a half.
-const AHEAD: usize = 6;
+/// Frames that wait for one broadcast's socket, at most: four chunks.
+const AHEAD: usize = 8;
 
 /// The service `Parameters` of the proto file, over the shared state of one run.
 #[derive(Clone)]

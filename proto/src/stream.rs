@@ -17,9 +17,6 @@ const PREFIX: usize = 5;
 const SHORT: usize = 1024;
 /// All of a chunk's message before its values, at most.
 const HEAD: usize = 48;
-/// Values of one HTTP/2 frame: large enough to cost little, small enough to stay in the cache from copy to copy.
-const PIECE: usize = 256 << 10;
-
 /// A chunk before its values: of a gradient, or of the weights of `step`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChunkHead {
@@ -43,9 +40,8 @@ fn framed(head: &[u8], values: &Bytes) -> impl Iterator<Item = Bytes> + use<> {
     first.put_u8(0);
     first.put_u32((head.len() + values.len()) as u32);
     first.extend_from_slice(head);
-    let values = values.clone();
-    let pieces = (0..values.len()).step_by(PIECE).map(move |at| values.slice(at..(at + PIECE).min(values.len())));
-    std::iter::once(first.freeze()).chain(pieces)
+    let values = Some(values.clone()).filter(|values| !values.is_empty());
+    std::iter::once(first.freeze()).chain(values)
 }
 
 fn values_field(number: u32, len: usize) -> BytesMut {

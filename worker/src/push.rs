@@ -20,8 +20,8 @@ use unisono_proto::shm::frame::{Header, Spent};
 use unisono_proto::stream::{self, ChunkHead};
 use unisono_proto::{self as wire, v1};
 
-/// Frames that wait for the socket, at most: a chunk and a half.
-const AHEAD: usize = 6;
+/// Frames that wait for the socket, at most: four chunks.
+const AHEAD: usize = 8;
 
 type Data = Result<Frame<Bytes>, Infallible>;
 
