@@ -136,7 +136,7 @@ pub trait Layer: Send + Sync {
     /// `dx = f'(x)^T dy` (where wanted), and the **sum** over samples of the parameter gradients into `grads`, overwritten;
     /// running tensors get `segment rows x segment statistic`, summed over the tree.
     ///
-    /// A layer with trainable tensors calls [`Pass::finish`] once, as early as it can: before it computes `dx`.
+    /// A layer with trainable tensors calls `Pass::finish` once, as early as it can: before it computes `dx`.
     fn backward(
         &self,
         pass: &Pass<'_>,
