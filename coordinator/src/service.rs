@@ -1,6 +1,6 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
-use crate::shared::{Input, Shared};
+use crate::shared::{Input, Shared, Token};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,11 +21,14 @@ pub struct Service(pub Arc<Shared>);
 struct SessionGuard {
     shared: Arc<Shared>,
     worker: WorkerId,
+    token: Token,
 }
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
         self.shared.leave(self.worker);
+        // It may have gone through the door and not said so.
+        self.shared.door.as_ref().map(|door| door.lane(&self.token));
         self.shared.input(Input::Left { worker: self.worker });
     }
 }
@@ -98,7 +101,7 @@ impl v1::coordinator_server::Coordinator for Service {
         let shared = self.0.clone();
         let (worker, token) = shared.enter().map_err(|e| Status::internal(e.to_string()))?;
         let (to_worker, outgoing) = mpsc::unbounded_channel();
-        let guard = SessionGuard { shared: shared.clone(), worker };
+        let guard = SessionGuard { shared: shared.clone(), worker, token };
         let session = token.to_vec().into();
         let door = shared.door.as_ref().filter(|_| join.shared_memory).map(|door| door.name().to_string());
         let offered = door.is_some();

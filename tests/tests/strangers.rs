@@ -322,6 +322,37 @@ async fn wrong_members(client: &mut Client) {
     }
 }
 
+/// Shared memory is for who joined and was told so, and for nobody twice over; who says nonsense through it is sent away.
+#[cfg(target_os = "linux")]
+async fn wrong_knocks(client: &mut Client) {
+    use v1::from_worker::Kind;
+    use wire::shm::{door::knock, frame::Report};
+    let (_, layout, join) = honest_join(client).await;
+    let join = v1::Join { shared_memory: true, ..join };
+    for used in [false, true] {
+        let (says, hears) = tokio::sync::mpsc::unbounded_channel();
+        says.send(from_worker(Kind::Join(join.clone()))).expect("it is read");
+        let messages = stream::wrappers::UnboundedReceiverStream::new(hears);
+        let mut session = client.coordinator.session(messages).await.expect("joined").into_inner();
+        let Some(v1::to_worker::Kind::Joined(joined)) =
+            session.message().await.expect("a message").and_then(|m| m.kind)
+        else {
+            panic!("not joined")
+        };
+        assert!(knock(&joined.door, &[7; 16], layout.len()).is_err(), "let in without the secret");
+        assert!(knock(&joined.door, &joined.session, layout.len() + 5000).is_err(), "let in with another layout");
+        let (weights, lane, bell) = knock(&joined.door, &joined.session, layout.len()).expect("let in");
+        assert!(weights.of_step(0).len() == layout.len());
+        says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used }))).expect("it is read");
+        if used {
+            lane.tell(Report::Ready { slot: 9, from: 0, to: u32::MAX });
+            bell.bell().ring();
+            let goodbye = goodbye(&mut session).await;
+            assert!(goodbye.rejoin && goodbye.reason.contains("does not exist"), "{goodbye:?}");
+        }
+    }
+}
+
 /// A member that announces a node of its lease and sends a chunk that is refused, but goes on to be there.
 async fn half_a_node(client: &mut Client) -> Streaming<v1::ToWorker> {
     use v1::push_part::Kind::{Chunk, Node};
@@ -469,6 +500,8 @@ fn strangers_change_nothing() {
         wrong_pushes(&mut client).await;
         wrong_requests(&mut client, &mut weights).await;
         wrong_members(&mut client).await;
+        #[cfg(target_os = "linux")]
+        wrong_knocks(&mut client).await;
     });
     let (step, peak) = (cluster.step(), cluster.coordinator.as_ref().map_or(0, peak_mib));
     assert!(step.is_some_and(|s| s < LONG), "the run ended before the strangers did: make it longer");
