@@ -24,7 +24,7 @@ pub use tile::{Finish, Start};
 use pulp::{Simd, WithSimd};
 use std::cell::Cell;
 use std::ops::Range;
-use tile::{Step, fetch_all};
+use tile::Step;
 
 /// A matrix in a slice: row-major with a row stride, or the transpose of one.
 #[derive(Clone, Copy)]
@@ -122,14 +122,13 @@ pub fn pack_rows<'a, S: Simd>(
     out: &mut [f32],
     row: impl Fn(usize) -> &'a [f32],
 ) {
-    for i in 0..depth {
-        if i + SOON < depth {
-            fetch_all(row(i + SOON));
-        }
-        let from = row(i);
+    for some in even(depth, 1, TOGETHER) {
         for panel in panels::<S>(columns) {
             let width = whole::<S>(panel.len());
-            copy(simd, &from[panel.clone()], &mut out[panel.start * depth + i * width..][..width]);
+            let to = &mut out[panel.start * depth + some.start * width..][..some.len() * width];
+            for (i, to) in some.clone().zip(to.chunks_exact_mut(width)) {
+                copy(simd, &row(i)[panel.clone()], to);
+            }
         }
     }
 }
@@ -149,8 +148,8 @@ pub fn pack_columns<'a, S: Simd>(
     }
 }
 
-/// Lines between one that is copied and one that is asked for.
-const SOON: usize = 4;
+/// Rows that are packed at once: few, as each may be on a memory page of its own.
+const TOGETHER: usize = 16;
 
 /// Rows of a tile, at most.
 const ROWS: usize = 8;
@@ -176,12 +175,16 @@ fn whole<S: Simd>(columns: usize) -> usize {
 /// `to` = `from`, then zeros.
 #[inline(always)]
 fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
-    let ((from, tail), (to, _)) = (S::as_simd_f32s(from), S::as_mut_simd_f32s(to));
-    let (whole, rest) = to.split_at_mut(from.len());
-    whole.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-    rest.iter_mut().for_each(|to| *to = simd.splat_f32s(0.0));
-    if let (Some(to), false) = (rest.first_mut(), tail.is_empty()) {
-        *to = simd.partial_load_f32s(tail);
+    let (vectors, tail) = S::as_simd_f32s(from);
+    let (to, _) = S::as_mut_simd_f32s(to);
+    if let (Ok(to), Ok(from)) = (<&mut [S::f32s; 3]>::try_from(&mut *to), <&[S::f32s; 3]>::try_from(vectors)) {
+        *to = *from; // the usual panel
+        return;
+    }
+    let (whole, rest) = to.split_at_mut(vectors.len());
+    whole.iter_mut().zip(vectors).for_each(|(to, from)| *to = *from);
+    if let [last] = rest {
+        *last = simd.partial_load_f32s(tail);
     }
 }
 
@@ -237,8 +240,9 @@ impl WithSimd for Either<'_> {
         let Either { c, a, b, start, finish } = self;
         // About the cycles: a multiply-add a vector, and moving what is packed or stored across.
         let cost = |left: Mat<'_>, right: Mat<'_>| {
-            let packed = right.rows * right.cols;
-            left.rows * left.cols * right.cols.div_ceil(S::F32_LANES)
+            let (rows, packed) = (left.rows * left.cols, right.rows * right.cols);
+            rows * right.cols.div_ceil(S::F32_LANES)
+                + if left.strides.1 == 1 { 0 } else { rows / 2 }
                 + if right.strides.1 == 1 { packed / 8 } else { packed / 2 }
                 + if left.strides.1 == 1 { 0 } else { left.rows * left.cols / 2 }
         };

@@ -263,7 +263,7 @@ fn fetch(data: &[f32], at: usize) {
 
 /// Asks for the cache lines of `data`.
 #[inline(always)]
-pub fn fetch_all(data: &[f32]) {
+fn fetch_all(data: &[f32]) {
     for at in (0..data.len()).step_by(LINE) {
         fetch(data, at);
     }
