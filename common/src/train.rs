@@ -36,7 +36,35 @@ pub struct Final<'a> {
     pub sums: LossSums,
 }
 
-/// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout), and the loss sums.
+/// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout), and the loss sums: [`forward`], then
+/// [`backward`].
+pub fn gradient(
+    model: &Model,
+    loss: &Loss,
+    params: &[f32],
+    batch: &Batch,
+    segments: &Segments,
+    key: Key,
+    workspace: &mut Workspace,
+    grads: &mut [f32],
+    finished: &mut dyn FnMut(usize, Final<'_>),
+) -> LossSums {
+    forward(model, params, batch, segments, key, workspace);
+    backward(model, loss, params, batch, segments, key, workspace, grads, finished)
+}
+
+/// The outputs of a training step, and what [`backward`] needs of the way to them, into `workspace`.
+pub fn forward(model: &Model, params: &[f32], batch: &Batch, segments: &Segments, key: Key, workspace: &mut Workspace) {
+    let Workspace { logits, saved, scratch, .. } = workspace;
+    let (net, rows, parts) = (model.net(), batch.samples, segments.len());
+    let logits = &mut logits[..rows * model.outputs()];
+    let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
+    let (trainable, running) = params.split_at(model.layout().trainable());
+    let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
+    net.forward(&pass, Params { trainable, running }, &batch.inputs, logits, saved, scratch);
+}
+
+/// Loss and gradients of what [`forward`] computed from the same arguments.
 ///
 /// `segments` says which rows belong to which partition; the result is the node's sum in the fixed tree.
 ///
@@ -44,7 +72,7 @@ pub struct Final<'a> {
 /// gradient from `from` on is final, up to where the call before began (the first call's values go up to
 /// [`Layout::trainable`](crate::layout::Layout::trainable), the last call's begin at 0). Running statistics are final when
 /// this returns.
-pub fn gradient(
+pub fn backward(
     model: &Model,
     loss: &Loss,
     params: &[f32],
@@ -60,12 +88,9 @@ pub fn gradient(
     let (rows, parts) = (batch.samples, segments.len());
     let (logits, d_logits) = (&mut logits[..rows * outputs], &mut d_logits[..rows * outputs]);
     let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
-    let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
     let (w, running) = params.split_at(trainable);
-    let params = Params { trainable: w, running };
     let (dw, d_running) = grads.split_at_mut(trainable);
 
-    net.forward(&pass, params, &batch.inputs, logits, saved, scratch);
     let sums = loss_sums(Node { lo: 0, hi: parts as u32 }, &mut |segment| {
         loss.forward_backward(logits, &batch.targets, segments.rows(segment), d_logits)
     });
@@ -76,8 +101,8 @@ pub fn gradient(
         *end = from;
         finished(from, Final { values, sums });
     };
-    let pass = Pass { finished: &announce, ..pass };
-    let into = Grads { trainable: dw, running: d_running };
+    let pass = Pass { segments, train: true, key, first: 0, finished: &announce };
+    let (params, into) = (Params { trainable: w, running }, Grads { trainable: dw, running: d_running });
     net.backward(&pass, params, &batch.inputs, logits, d_logits, None, into, saved, scratch);
     assert_eq!(open.borrow().0, 0, "every layer finishes its gradient");
     sums

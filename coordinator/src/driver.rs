@@ -6,6 +6,7 @@
 use crate::files;
 use crate::lanes::LaneEnd;
 use crate::lock;
+use crate::measure::Measure;
 use crate::pace::Pace;
 use crate::shared::{Input, Shared, ToWorker};
 use crate::store::{Applied, Keep};
@@ -53,7 +54,8 @@ pub(crate) struct Driver {
     pub total_steps: u64,
     pub steps_per_epoch: u64,
     pub eval_kind: EvalKind,
-    pub dir: PathBuf,
+    /// Where checkpoints are written; `None` where nothing is kept.
+    pub dir: Option<PathBuf>,
     pub sessions: BTreeMap<WorkerId, ToWorker>,
     /// Of the sessions, those that share memory with this process.
     pub lanes: BTreeMap<WorkerId, LaneEnd>,
@@ -176,6 +178,9 @@ impl Driver {
     fn command(&mut self, command: Command) {
         match command {
             Command::Work { worker, step, generation, kind, nodes } => {
+                if let Some(measure) = &self.shared.measure {
+                    measure.ordered(worker, Instant::now());
+                }
                 if let Some(lane) = self.lanes.get_mut(&worker) {
                     if !lane.order(&self.shared, step, generation, kind, &nodes) {
                         self.shared.input(Input::Broken { worker, why: "it does not take its orders".into() });
@@ -306,10 +311,19 @@ impl Driver {
             }
             Input::Applied(Applied::Done { step, sums }) => {
                 self.machine(Event::RoundApplied);
-                self.pace.commit(Instant::now(), sums.samples);
+                let now = Instant::now();
+                self.pace.commit(now, sums.samples);
+                let measure = self.shared.measure.as_ref();
+                let turned = measure.is_some_and(|measure| measure.commit(now, sums.samples, &self.shared.store));
+                if measure.is_some_and(|measure| measure.is_over(now)) {
+                    self.total_steps = step.next().0;
+                }
                 self.learning.step = step.next();
                 self.learning.samples += sums.samples;
                 self.learning.train_loss = sums.loss / sums.weight.max(f64::MIN_POSITIVE);
+                if turned {
+                    self.report();
+                }
                 let step = self.learning.step.0;
                 if self.shared.test_parts.is_some() && (self.is_evaluation_due(step) || self.stop) {
                     self.machine(Event::Open { step: Step(step), kind: Kind::Evaluate });
@@ -434,6 +448,7 @@ impl Driver {
             epoch: learning.step.0 / self.steps_per_epoch,
             loss: learning.train_loss,
             samples_per_second: self.pace.recent(),
+            measuring: self.shared.measure.as_ref().is_some_and(Measure::is_open),
             workers: self.shared.members(Instant::now()),
             eval: learning.eval.clone(),
         });
@@ -458,6 +473,11 @@ impl Driver {
         if self.saving {
             return Ok(());
         }
+        let Some(dir) = self.dir.clone() else {
+            self.saving = true;
+            self.shared.input(Input::Saved(Ok(Default::default())));
+            return Ok(());
+        };
         if let Some(saved) = self.last_saved.clone().filter(|_| self.saved_at == Some(self.learning.step)) {
             self.saving = true;
             self.shared.input(Input::Saved(Ok(saved)));
@@ -485,7 +505,7 @@ impl Driver {
             files: Default::default(),
         };
         let slots = Optimizer::new(&job.train.optimizer).slot_names();
-        match files::Writing::begin(&self.dir, step.0, layout, &slots) {
+        match files::Writing::begin(&dir, step.0, layout, &slots) {
             Err(e) => shared.input(Input::Saved(Err(e))),
             Ok(writing) => {
                 let (writing, keep) = (Arc::new(writing), job.checkpoint.keep);
@@ -549,6 +569,7 @@ impl Driver {
             workers_joined: self.joined,
             workers_lost: lost,
             partitions_reissued: reissued,
+            measured: shared.measure.as_ref().and_then(Measure::measured),
         })
     }
 }

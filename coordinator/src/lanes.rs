@@ -54,9 +54,9 @@ impl LaneEnd {
                     // Nobody waits for what is not owed, and the slot is free at once.
                     self.hold = self.push.begin(shared, &header)?.then_some((slot, taken));
                 }
-                Report::Ready { slot, from, to } => {
+                Report::Ready { slot, from, to, spent } => {
                     for index in (from..to).rev() {
-                        let chunk = self.push.chunk(index)?;
+                        let chunk = self.push.chunk(shared, index, spent)?;
                         let Some((chunk, (held, hold))) = chunk.zip(self.hold.as_ref()) else { continue };
                         if *held != slot {
                             return Err(WireError::Slot { slot });

@@ -4,12 +4,13 @@ use crate::shared::{Input, Shared};
 use crate::sum::Gradient;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 use unisono_common::ids::{Step, WorkerId};
 use unisono_common::loss::LossSums;
 use unisono_common::protocol::Kind;
 use unisono_common::tree::Node;
 use unisono_proto::WireError;
-use unisono_proto::shm::frame::Header;
+use unisono_proto::shm::frame::{Header, Spent};
 
 /// One worker's pushes.
 pub struct Push {
@@ -62,15 +63,18 @@ impl Push {
         self.came.iter().all(|came| *came)
     }
 
-    /// Chunk `index` of the node came; `None` where nobody waits for it.
+    /// Chunk `index` of the node came, the last one with what the node took; `None` where nobody waits for it.
     ///
     /// # Errors
     /// A chunk that does not exist, and one that has come before.
-    pub fn chunk(&mut self, index: u32) -> Result<Option<Chunk>, WireError> {
+    pub fn chunk(&mut self, shared: &Shared, index: u32, spent: Option<Spent>) -> Result<Option<Chunk>, WireError> {
         let chunks = self.came.len();
         let came = self.came.get_mut(index as usize).ok_or(WireError::NoSuchChunk { index, chunks })?;
         if std::mem::replace(came, true) {
             return Err(WireError::Twice { index });
+        }
+        if let (Some(measure), Some(_), true) = (&shared.measure, &self.open, self.is_whole()) {
+            measure.arrived(self.worker, Instant::now(), spent.unwrap_or_default());
         }
         Ok(self.open.clone().map(|of| Chunk { worker: self.worker, of, index: index as usize }))
     }

@@ -1,12 +1,10 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
-use crate::push::Push;
 use crate::shared::{Input, Shared};
-use crate::sum::Gradient;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use unisono_common::ids::{Step, WorkerId};
@@ -31,9 +29,6 @@ impl Drop for SessionGuard {
         self.shared.input(Input::Left { worker: self.worker });
     }
 }
-
-/// Chunks of one push that are being reduced at once, at most.
-const AT_ONCE: usize = 4;
 
 fn check_version(version: &str) -> Result<(), Status> {
     if version == wire::VERSION {
@@ -70,36 +65,6 @@ impl Service {
                 short(&fingerprint),
                 short(&s.fingerprint)
             ));
-        }
-        Ok(())
-    }
-
-    /// Takes the nodes and chunks of one worker, until its stream ends or something in it is wrong.
-    async fn take_pushes(&self, worker: WorkerId, mut parts: Streaming<v1::PushPart>) -> Result<(), Status> {
-        let shared = &self.0;
-        let layout = shared.store.layout();
-        let mut push = Push::of(worker, layout.chunks());
-        let turns = Arc::new(Semaphore::new(AT_ONCE));
-        while let Some(part) = parts.message().await? {
-            match part.kind {
-                Some(v1::push_part::Kind::Node(header)) => {
-                    push.begin(shared, &wire::header(&header, shared.job.train.partitions)?)?;
-                }
-                Some(v1::push_part::Kind::Chunk(chunk)) => {
-                    wire::check_chunk(layout, chunk.index, chunk.crc, &chunk.values)?;
-                    let Some(taken) = push.chunk(chunk.index)? else { continue };
-                    let turn =
-                        turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
-                    let shared = shared.clone();
-                    self.0.store.pool.spawn(move || {
-                        taken.accept(&shared, Gradient::Came(chunk.values));
-                        drop(turn);
-                    });
-                }
-                Some(v1::push_part::Kind::Session(_)) | None => {
-                    return Err(Status::invalid_argument("a push holds nodes and chunks after its first message"));
-                }
-            }
         }
         Ok(())
     }
@@ -178,20 +143,6 @@ impl v1::coordinator_server::Coordinator for Service {
             drop(guard);
         });
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(outgoing))))
-    }
-
-    async fn push(&self, request: Request<Streaming<v1::PushPart>>) -> Result<Response<v1::PushReply>, Status> {
-        let mut parts = request.into_inner();
-        let first = parts.message().await?.and_then(|p| p.kind);
-        let Some(v1::push_part::Kind::Session(session)) = first else {
-            return Err(Status::invalid_argument("the first message of a push must be the session"));
-        };
-        let worker = self.0.member(&session)?;
-        let taken = self.take_pushes(worker, parts).await;
-        // A worker that cannot push is of no use: it leaves, and what it owes is done by others.
-        let why = taken.as_ref().err().map_or("its pushes ended", |e| e.message()).to_string();
-        self.0.input(Input::Broken { worker, why });
-        taken.map(|()| Response::new(v1::PushReply {}))
     }
 
     type FetchPartitionStream = Out<v1::DataPiece>;

@@ -2,6 +2,7 @@
 
 use crate::door::Door;
 use crate::lock;
+use crate::measure::Measure;
 use crate::store::{Applied, Store};
 use crate::{Member, Progress};
 use anyhow::{Result, anyhow};
@@ -117,6 +118,8 @@ pub struct Shared {
     pub(crate) test_parts: Option<Partitions>,
     pub(crate) machine: Mutex<Machine>,
     pub(crate) inbox: Arc<Inbox>,
+    /// Where a part of the run is measured.
+    pub(crate) measure: Option<Measure>,
     /// What this coordinator offers to workers of its host.
     pub(crate) door: Option<Door>,
     pub(crate) next_id: AtomicU64,

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use unisono_common::ids::Step;
 use unisono_common::kernels;
@@ -114,6 +115,28 @@ fn inverse(sums: LossSums) -> f32 {
 /// State vectors of an optimizer, at most.
 const MAX_SLOTS: usize = 3;
 
+/// How long all threads together have added gradients up, and have updated weights.
+#[derive(Default)]
+pub struct Timers {
+    reduce: AtomicU64,
+    optimizer: AtomicU64,
+}
+
+/// One block of so many is timed: looking at the clock takes a part of a block's own time.
+const TIMED: usize = 16;
+
+impl Timers {
+    fn add(&self, reduce: Duration, optimizer: Duration) {
+        self.reduce.fetch_add(reduce.as_nanos() as u64, Ordering::Relaxed);
+        self.optimizer.fetch_add(optimizer.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// For adding up, and for updating.
+    pub fn totals(&self) -> [Duration; 2] {
+        [&self.reduce, &self.optimizer].map(|sum| Duration::from_nanos(sum.load(Ordering::Relaxed)))
+    }
+}
+
 /// Limits on gradients.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Clip {
@@ -129,7 +152,8 @@ pub struct Store {
     partitions: u32,
     weights: Arc<Weights>,
     chunks: Vec<Mutex<Chunk>>,
-    spare: Arc<Spare>,
+    /// Buffers of a chunk's length.
+    pub spare: Arc<Spare>,
     /// Learning rate of the open step.
     lr: Mutex<f32>,
     pending: AtomicUsize,
@@ -139,6 +163,8 @@ pub struct Store {
     applied: Box<dyn Fn(Applied) + Send + Sync>,
     /// Threads that reduce and update.
     pub pool: rayon::ThreadPool,
+    /// Where somebody wants to know.
+    pub timers: Option<Timers>,
     /// Bytes of gradients accepted.
     pub bytes_pushed: AtomicU64,
     /// Bytes of weights sent, or read in place.
@@ -204,6 +230,7 @@ impl Store {
             changed: watch::Sender::new(0),
             applied,
             pool,
+            timers: None,
             bytes_pushed: AtomicU64::new(0),
             bytes_pulled: AtomicU64::new(0),
         })
@@ -234,11 +261,16 @@ impl Store {
         if chunk.version != step || chunk.reduced.is_some() || chunk.open.holds(node) {
             return; // late, or there already
         }
+        let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
         let gradient = if chunk.open.merges(node) { gradient } else { self.spare.keep(gradient) };
         let part = Part { gradient, sums, partitions: node.len() };
         // The last addition of all is a part of the update's pass.
         let add = |l, r| self.spare.add(l, r, self.partitions);
-        if chunk.open.offer(node, part, add) != Offer::Complete {
+        let offered = chunk.open.offer(node, part, add);
+        if let Some((timers, began)) = began {
+            timers.add(began.elapsed(), Duration::ZERO);
+        }
+        if offered != Offer::Complete {
             return;
         }
         let Some(Part { gradient, sums, .. }) = chunk.open.take_root() else { return };
@@ -300,10 +332,14 @@ impl Store {
         let vectors = slots.len();
         let (old, new) = piece.update(step.0);
         let mut block = [0.0; BLOCK];
-        for from in (0..range.len()).step_by(BLOCK) {
+        let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
+        let (mut reading, mut timed) = (Duration::ZERO, Duration::ZERO);
+        for (n, from) in (0..range.len()).step_by(BLOCK).enumerate() {
+            let block_began = began.filter(|_| n % TIMED == 0).map(|_| Instant::now());
             let at = from..(from + BLOCK).min(range.len());
             let (g, new, old) = (&mut block[..at.len()], &mut new[at.clone()], &old[at.clone()]);
             gradient.read(at.clone(), g);
+            reading += block_began.map_or(Duration::ZERO, |began| began.elapsed());
             self.check_at(range.start + from, g);
             let trained = trained.clamp(at.start, at.end) - at.start;
             kernels::scale(&mut g[..trained], factor);
@@ -321,6 +357,12 @@ impl Store {
                 self.blend_running(range.start + from, sums, g, old, new);
             }
             self.check_at(range.start + from, new);
+            timed += block_began.map_or(Duration::ZERO, |began| began.elapsed());
+        }
+        if let Some((timers, began)) = began {
+            let whole = began.elapsed();
+            let read = whole.mul_f64(reading.as_secs_f64() / timed.as_secs_f64().max(1e-9)).min(whole);
+            timers.add(read, whole - read);
         }
         chunk.previous = true;
         chunk.version = step.next();
@@ -434,8 +476,7 @@ mod tests {
             .expect("memory");
         let sums = LossSums { loss: 1.0, weight: 2.0, samples: 2 };
         let push = |step, index: usize, len: usize| {
-            let gradient = unisono_proto::encode_values(&vec![4.0; len]);
-            store.accept(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Came(gradient));
+            store.accept(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Sum(vec![4.0; len]));
         };
         let version = |index, than| store.next(index, than).map(|sent| (sent.step, sent.bytes[..4].to_vec()));
         let value = |v: f32| v.to_le_bytes().to_vec();

@@ -1,7 +1,6 @@
 //! Gradient sums on their way through the reduction tree, chunk by chunk.
 
 use crate::lock;
-use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Mutex;
 use unisono_common::kernels;
@@ -20,11 +19,9 @@ pub struct Part {
 
 /// A chunk of a gradient sum.
 pub enum Gradient {
-    /// As it came over the wire.
-    Came(Bytes),
     /// Where its worker computed it.
     Slot(shm::Part),
-    /// Added up.
+    /// Come over the wire, or added up.
     Sum(Vec<f32>),
     /// Two that are still to be added.
     Both(Box<[Gradient; 2]>),
@@ -34,7 +31,6 @@ impl Gradient {
     /// Copies the values at `range` into `out`.
     pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
         match self {
-            Gradient::Came(bytes) => unisono_proto::decode_into(&bytes[range.start * 4..range.end * 4], out),
             Gradient::Slot(part) => out.copy_from_slice(&part.values()[range]),
             Gradient::Sum(sum) => out.copy_from_slice(&sum[range]),
             Gradient::Both(both) => {
@@ -47,7 +43,6 @@ impl Gradient {
     /// Adds the values at `range` to `out`.
     fn add_to(&self, range: Range<usize>, out: &mut [f32]) {
         match self {
-            Gradient::Came(bytes) => unisono_proto::add_into(&bytes[range.start * 4..range.end * 4], out),
             Gradient::Slot(part) => kernels::add_into(out, &part.values()[range]),
             Gradient::Sum(sum) => kernels::add_into(out, &sum[range]),
             Gradient::Both(_) => unreachable!("only the root's two halves wait to be added"),
@@ -56,7 +51,6 @@ impl Gradient {
 
     fn len(&self) -> usize {
         match self {
-            Gradient::Came(bytes) => bytes.len() / 4,
             Gradient::Slot(part) => part.values().len(),
             Gradient::Sum(sum) => sum.len(),
             Gradient::Both(both) => both[0].len(),
@@ -86,7 +80,7 @@ impl Spare {
         match gradient {
             Gradient::Sum(sum) => self.put(sum),
             Gradient::Both(both) => both.into_iter().for_each(|half| self.free(half)),
-            Gradient::Came(_) | Gradient::Slot(_) => {}
+            Gradient::Slot(_) => {}
         }
     }
 
@@ -103,8 +97,7 @@ impl Spare {
         }
     }
 
-    /// What has to wait for another, so that it keeps nothing from its worker: a message's bytes hold on to the receive
-    /// buffer around them, and a slot may be needed for the next node.
+    /// What has to wait for another, so that it keeps nothing from its worker: a slot may be needed for the next node.
     pub fn keep(&self, gradient: Gradient) -> Gradient {
         match gradient {
             Gradient::Slot(part) if part.may_wait() => Gradient::Slot(part),

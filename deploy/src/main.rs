@@ -1,5 +1,6 @@
 //! `unisono`: a distributed data-parallel trainer for CPUs, in one program.
 
+mod bench;
 mod local;
 mod operate;
 mod progress;
@@ -137,6 +138,8 @@ enum Cmd {
         #[arg(short, long)]
         verbose: bool,
     },
+    /// Measures how fast this machine trains, and where the time of a step goes
+    Bench(bench::Args),
     /// Evaluates a checkpoint on its test set, or on the data of another job
     Eval {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
@@ -261,6 +264,7 @@ pub(crate) fn options(args: &JobArgs, started: Instant) -> Result<unisono_coordi
         threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         shared_memory: args.transport != Transport::Grpc,
         patience: unisono_common::protocol::Patience { silence, ..Default::default() },
+        window: None,
     })
 }
 
@@ -324,6 +328,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             unisono_worker::run(options).await?;
             Ok(ExitCode::SUCCESS)
         }
+        Cmd::Bench(args) => bench::run(args, started).await,
         Cmd::Eval { checkpoint, job, set, json } => trained::eval(&checkpoint, job.as_ref(), &set, json),
         Cmd::Predict { checkpoint, input, format } => trained::predict(&checkpoint, input.as_ref(), format),
         Cmd::Export { checkpoint, to, force } => trained::export(&checkpoint, &to, force),

@@ -4,6 +4,7 @@ use crate::link::Link;
 use crate::samples::Samples;
 use anyhow::{Context, Result};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use unisono_common::data::partition::{Feeder, Partitions};
 use unisono_common::data::{Batch, Prepared};
@@ -15,6 +16,7 @@ use unisono_common::model::Model;
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::train::{self, Final, Workspace};
 use unisono_common::tree::Node;
+use unisono_proto::shm::frame::Spent;
 use unisono_proto::{self as wire, v1};
 
 /// Rows of the test set that are evaluated at once.
@@ -68,7 +70,8 @@ impl Compute {
         &mut self.workspace.as_mut().expect("just made").1
     }
 
-    /// The gradient sums of one node, into `out`; `ready` hears which trainable values are final, from the last to the first.
+    /// The gradient sums of one node, into `out`, and what that took; `ready` hears which trainable values are final, from the
+    /// last to the first.
     fn gradient(
         &mut self,
         step: u64,
@@ -76,7 +79,8 @@ impl Compute {
         weights: &[f32],
         out: &mut [f32],
         ready: &mut dyn FnMut(usize, Final<'_>),
-    ) -> LossSums {
+    ) -> (LossSums, Spent) {
+        let began = Instant::now();
         let mut segments = Segments { lo: node.lo, starts: vec![0] };
         self.batch.clear();
         for partition in node.lo..node.hi {
@@ -89,7 +93,18 @@ impl Compute {
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
         let key = Key::new(self.job.seed, Purpose::Dropout).with(step);
         let (model, loss, batch) = (&self.model, &self.loss, &self.batch);
-        train::gradient(model, loss, weights, batch, &segments, key, workspace, out, ready)
+        let filled = Instant::now();
+        train::forward(model, weights, batch, &segments, key, workspace);
+        let forwarded = Instant::now();
+        let sums = train::backward(model, loss, weights, batch, &segments, key, workspace, out, ready);
+        let nanos = |time: Duration| time.as_nanos() as u64;
+        let spent = Spent {
+            data: nanos(filled - began),
+            forward: nanos(forwarded - filled),
+            backward: nanos(forwarded.elapsed()),
+            ..Default::default()
+        };
+        (sums, spent)
     }
 
     /// The evaluation sums of one node, partition by partition.
@@ -118,7 +133,7 @@ impl Compute {
         // Rare, and the slot may be read by others: it gets memory of its own.
         let mut gradient = vec![0.0; self.model.layout().len()];
         for leaf in (node.lo..node.hi).map(Node::leaf) {
-            let sums = self.gradient(step, leaf, weights, &mut gradient, &mut |_, _| {});
+            let (sums, _) = self.gradient(step, leaf, weights, &mut gradient, &mut |_, _| {});
             if !sums.loss.is_finite() {
                 return diverged(leaf, "loss");
             }
@@ -158,12 +173,19 @@ impl Compute {
             let Some(slot) = link.slot() else { break };
             let model = self.model.clone();
             let announcement = link.announce(model.layout(), slot, &order);
-            let mut ready = |from, part: Final<'_>| announcement.ready(from, part.sums);
-            let sums = self.gradient(step, node, link.weights(&order), link.gradient(slot), &mut ready);
+            let mut telling = Duration::ZERO;
+            let mut ready = |from, part: Final<'_>| {
+                let began = Instant::now();
+                announcement.ready(from, part.sums);
+                telling += began.elapsed();
+            };
+            let (sums, mut spent) = self.gradient(step, node, link.weights(&order), link.gradient(slot), &mut ready);
             if sums.loss.is_finite() {
                 // Before the last announcement: the next step's weights come into this memory.
                 drop(order);
-                announcement.finish(sums);
+                let telling = telling.as_nanos() as u64;
+                (spent.backward, spent.encode) = (spent.backward.saturating_sub(telling), telling);
+                announcement.finish(sums, spent);
             } else {
                 link.drop_slot(slot);
                 tell(v1::from_worker::Kind::Diverged(self.blame(step, node, link.weights(&order))))?;

@@ -8,11 +8,12 @@ use anyhow::{Context, Result};
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::mpsc;
 use unisono_common::layout::{CHUNK, Layout};
 use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
-use unisono_proto::shm::frame::{self, Header, Report};
+use unisono_proto::shm::frame::{self, Header, Report, Spent};
 use unisono_proto::shm::memory::BellMemory;
 use unisono_proto::shm::{Hold, Lane, Part, Weights};
 
@@ -31,8 +32,8 @@ pub struct Order {
 pub enum Piece {
     /// The chunks that follow are this node's.
     Node(Header),
-    /// A chunk of it.
-    Chunk { index: usize, part: Part },
+    /// A chunk of it; with the last one comes what it took to compute, and when that was over.
+    Chunk { index: usize, part: Part, spent: Option<(Spent, Instant)> },
 }
 
 /// The compute thread's end of a session.
@@ -151,17 +152,18 @@ impl Announcement<'_> {
     pub fn ready(&self, from: usize, sums: LossSums) {
         let first = from.div_ceil(CHUNK).max(1);
         if first < self.said.get() && sums.loss.is_finite() {
-            self.say(first..self.said.replace(first), sums);
+            self.say(first..self.said.replace(first), sums, None);
         }
     }
 
     /// All is final.
-    pub fn finish(self, sums: LossSums) {
-        self.say(self.trained..self.layout.chunks(), sums);
-        self.say(0..self.said.get(), sums);
+    pub fn finish(self, sums: LossSums, spent: Spent) {
+        self.say(self.trained..self.layout.chunks(), sums, None);
+        self.say(0..self.said.get(), sums, Some(spent));
     }
 
-    fn say(&self, chunks: Range<usize>, sums: LossSums) {
+    /// Announces chunks, with what was spent where the first of all, which comes last, is one of them.
+    fn say(&self, chunks: Range<usize>, sums: LossSums, spent: Option<Spent>) {
         let (step, generation, node) = self.order;
         let begin = (!self.begun.replace(true)).then_some(Header { step, generation, node, sums });
         match &self.link.way {
@@ -171,16 +173,18 @@ impl Announcement<'_> {
                     lane.tell(Report::Begin { slot, header });
                 }
                 if !chunks.is_empty() {
-                    lane.tell(Report::Ready { slot, from: chunks.start as u32, to: chunks.end as u32 });
+                    lane.tell(Report::Ready { slot, from: chunks.start as u32, to: chunks.end as u32, spent });
                     bell.ring();
                 }
             }
             Way::Streams { push, .. } => {
                 // Where the stream has ended, the session hears of it.
                 begin.map(|header| push.send(Piece::Node(header)));
+                let spent = spent.map(|spent| (spent, Instant::now()));
                 for index in chunks.rev() {
                     let Some(hold) = &self.hold else { return };
-                    push.send(Piece::Chunk { index, part: Part::new(hold, self.layout.chunk(index)) }).ok();
+                    let spent = spent.filter(|_| index == 0);
+                    push.send(Piece::Chunk { index, part: Part::new(hold, self.layout.chunk(index)), spent }).ok();
                 }
             }
         }

@@ -2,28 +2,31 @@
 
 use crate::cache::Cache;
 use crate::compute::Compute;
-use crate::connect::{Client, answer, endpoint, plain, unreachable};
+use crate::connect::{Client, answer, call, endpoint, plain, unreachable};
 use crate::link::{Link, Order};
 use crate::push;
 use crate::samples::{Samples, Sent};
 use crate::{Options, Transport};
 use anyhow::{Context, Result, bail};
+use http_body_util::Full;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::body::Body;
 use unisono_common::data::partition::Partitions;
 use unisono_common::data::{self, Prepared};
 use unisono_common::ids::Step;
 use unisono_common::job::{Job, Source};
-use unisono_common::layout::Layout;
+use unisono_common::layout::{Layout, le_bytes_mut};
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
 use unisono_common::protocol::Kind;
 use unisono_common::protocol::worker::{Command, Event, Machine, Work};
 use unisono_common::tree::Node;
 use unisono_proto::shm::Lane;
+use unisono_proto::stream::{ChunkHead, Reader};
 use unisono_proto::{self as wire, v1};
 
 /// How a session ended.
@@ -131,7 +134,9 @@ pub struct FetchOrder {
 
 /// Weights in and gradients out where there is no shared memory.
 struct Streams {
-    broadcast: tonic::Streaming<v1::WeightChunk>,
+    broadcast: Reader<Body>,
+    /// The chunk that is coming.
+    head: Option<(ChunkHead, usize)>,
     pushing: JoinHandle<Result<(), tonic::Status>>,
     machine: Machine,
     /// The weights that are coming, and those that are computed with.
@@ -145,14 +150,7 @@ impl Streams {
     async fn next(streams: &mut Option<Streams>, layout: &Layout) -> Result<Event, String> {
         let Some(streams) = streams else { return std::future::pending().await };
         tokio::select! {
-            chunk = streams.broadcast.message() => {
-                let chunk = chunk.map_err(|e| format!("the broadcast broke: {}", e.message()))?;
-                let chunk = chunk.ok_or("the broadcast ended")?;
-                wire::check_chunk(layout, chunk.index, chunk.crc, &chunk.values).map_err(|e| e.to_string())?;
-                let index = chunk.index as usize;
-                wire::decode_into(&chunk.values, &mut streams.coming[layout.chunk(index)]);
-                Ok(Event::Chunk { index, step: Step(chunk.step) })
-            }
+            chunk = weights(&mut streams.broadcast, &mut streams.head, &mut streams.coming, layout) => chunk,
             pushed = &mut streams.pushing => Err(match pushed {
                 Ok(Err(refused)) => format!("the coordinator took no more pushes: {}", refused.message()),
                 Ok(Ok(())) | Err(_) => "the pushes ended".into(),
@@ -169,13 +167,31 @@ impl Streams {
     }
 }
 
+/// The next chunk of weights, into its place. What is broken off goes on with the next call.
+async fn weights(
+    broadcast: &mut Reader<Body>,
+    head: &mut Option<(ChunkHead, usize)>,
+    coming: &mut [f32],
+    layout: &Layout,
+) -> Result<Event, String> {
+    let broke = |e: tonic::Status| format!("the broadcast broke: {}", e.message());
+    if head.is_none() {
+        *head = broadcast.weights().await.map_err(broke)?;
+    }
+    let (chunk, len) = head.ok_or("the broadcast ended")?;
+    let index = wire::check_head(layout, chunk.index, len).map_err(|e| e.to_string())?;
+    let values = le_bytes_mut(&mut coming[layout.chunk(index)]);
+    broadcast.values(values).await.map_err(broke)?;
+    *head = None;
+    wire::check_chunk(layout, chunk.index, chunk.crc, values).map_err(|e| e.to_string())?;
+    Ok(Event::Chunk { index, step: Step(chunk.step) })
+}
+
 /// Runs one membership.
 pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     let Options { url, threads, transport, name, .. } = options;
     let channel = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
-    let weights = v1::weights_client::WeightsClient::new(channel.clone());
-    let mut weights = weights.max_decoding_message_size(wire::MAX_MESSAGE);
-    let mut client = Client::new(channel).max_decoding_message_size(wire::MAX_MESSAGE);
+    let mut client = Client::new(channel.clone()).max_decoding_message_size(wire::MAX_MESSAGE);
     if let Err(refused) = prepare(&mut client, kept, options).await? {
         return Ok(End::Refused(refused));
     }
@@ -245,10 +261,14 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
             let lane = Arc::new(Lane::private(layout.len()).context("no memory for the gradients")?);
             let (orders, taken) = std::sync::mpsc::channel();
             let (push, pieces) = mpsc::unbounded_channel();
-            let request = v1::BroadcastRequest { session: joined.session.clone() };
+            // Weights have a connection of their own: each is served by one thread at a time.
+            let other = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
+            let request = wire::stream::short(&v1::BroadcastRequest { session: joined.session.clone() });
+            let broadcast = call(other, "Broadcast", Body::new(Full::new(request)));
             let streams = Streams {
-                broadcast: answer(options, weights.broadcast(request)).await?.into_inner(),
-                pushing: push::start(client.clone(), joined.session.clone(), layout.clone(), pieces, &to_coordinator),
+                broadcast: answer(options, broadcast).await?,
+                head: None,
+                pushing: push::start(channel, joined.session.clone(), layout.clone(), pieces, &to_coordinator),
                 machine: Machine::new(layout.chunks(), fetcher.as_ref().map(|f| f.sent.at_hand())),
                 coming: vec![0.0; layout.len()],
                 weights: Arc::default(),

@@ -6,18 +6,20 @@
 
 pub mod conv;
 pub mod gemm;
+pub mod isa;
 pub mod math;
 
-pub use gemm::{Mat, gemm};
+pub use gemm::{Finish, Mat, Start, gemm, product};
+pub use isa::{Isa, isa, with_isa};
 
 /// Lanes of every reduction.
 pub const LANES: usize = 16;
 
-/// Runs `f`, compiled for the widest vectors that this machine has. What `f` calls must be `#[inline(always)]`, and so must a
-/// closure of more than a line: the compiler leaves a long one where it is, compiled for no vectors at all.
+/// Runs `f`, compiled for the vectors of [`isa()`]. What `f` calls must be `#[inline(always)]`, and so must a closure of more
+/// than a line: the compiler leaves a long one where it is, compiled for no vectors at all.
 #[inline]
 pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+    isa::arch().dispatch(f)
 }
 
 /// Threads that a batch is split over.

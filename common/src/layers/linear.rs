@@ -46,6 +46,10 @@ impl Layer for Linear {
         self.blocks().scratch(segments).max(tree_spare(segments, self.outputs[0]))
     }
 
+    fn multiply_adds(&self) -> u64 {
+        self.weights() as u64
+    }
+
     fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
         let (i, o) = (self.inputs, self.outputs[0]);
         let (w_oi, b_o) = params.trainable.split_at(self.weights());

@@ -105,6 +105,17 @@ pub trait Layer: Send + Sync {
         0
     }
 
+    /// Multiply-adds of a sample's forward pass in matrix products. The backward pass takes as many for the parameters'
+    /// gradient, and as many again for the input's.
+    fn multiply_adds(&self) -> u64 {
+        0
+    }
+
+    /// Those for the input's gradient, which the first layer of a model is not asked for.
+    fn input_multiply_adds(&self) -> u64 {
+        self.multiply_adds()
+    }
+
     /// `y = f(x)`.
     fn forward(
         &self,

@@ -67,6 +67,15 @@ impl Layer for Sequential {
         2 * self.widest() * rows + self.inner_scratch(rows, segments)
     }
 
+    fn multiply_adds(&self) -> u64 {
+        self.layers.iter().map(|l| l.multiply_adds()).sum()
+    }
+
+    /// Of the first layer: the others' belong to the way there.
+    fn input_multiply_adds(&self) -> u64 {
+        self.layers.first().map_or(0, |l| l.input_multiply_adds())
+    }
+
     fn forward(
         &self,
         pass: &Pass<'_>,
@@ -178,6 +187,14 @@ impl Layer for Residual {
 
     fn scratch(&self, rows: usize, segments: usize) -> usize {
         self.body.scratch(rows, segments)
+    }
+
+    fn multiply_adds(&self) -> u64 {
+        self.body.multiply_adds()
+    }
+
+    fn input_multiply_adds(&self) -> u64 {
+        self.body.input_multiply_adds()
     }
 
     fn forward(

@@ -24,13 +24,27 @@ pub struct Header {
     pub sums: LossSums,
 }
 
+/// Where a worker's time for one node went, in nanoseconds, one after the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Spent {
+    /// Gathering the samples.
+    pub data: u64,
+    pub forward: u64,
+    /// Loss and backward pass.
+    pub backward: u64,
+    /// Making messages of the gradient, as far as it was not done beside the backward pass.
+    pub encode: u64,
+    /// The bytes of gradients that were encoded in that time.
+    pub encoded: u64,
+}
+
 /// What a worker says of the gradient in one of its slots.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Report {
     /// The slot will hold this node's gradient sum.
     Begin { slot: u32, header: Header },
-    /// These chunks of it are final.
-    Ready { slot: u32, from: u32, to: u32 },
+    /// These chunks of it are final; with the last ones comes what it took.
+    Ready { slot: u32, from: u32, to: u32, spent: Option<Spent> },
 }
 
 /// Puts numbers into a frame, one after the other.
@@ -108,7 +122,11 @@ impl Report {
                 let words = Words::tagged(2).u32(slot).u64(step).u64(generation).node(node);
                 words.u64(sums.loss.to_bits()).u64(sums.weight.to_bits()).u64(sums.samples).frame
             }
-            Report::Ready { slot, from, to } => Words::tagged(3).u32(slot).u32(from).u32(to).frame,
+            Report::Ready { slot, from, to, spent } => {
+                let words = Words::tagged(3).u32(slot).u32(from).u32(to).u32(spent.is_some().into());
+                let Spent { data, forward, backward, encode, encoded } = spent.unwrap_or_default();
+                words.u64(data).u64(forward).u64(backward).u64(encode).u64(encoded).frame
+            }
         }
     }
 
@@ -125,7 +143,12 @@ impl Report {
                 let sums = LossSums { loss, weight, samples: read.u64() };
                 Ok(Report::Begin { slot, header: Header { step, generation, node, sums } })
             }
-            3 => Ok(Report::Ready { slot: read.u32(), from: read.u32(), to: read.u32() }),
+            3 => {
+                let (slot, from, to, said) = (read.u32(), read.u32(), read.u32(), read.u32() != 0);
+                let (data, forward, backward) = (read.u64(), read.u64(), read.u64());
+                let spent = Spent { data, forward, backward, encode: read.u64(), encoded: read.u64() };
+                Ok(Report::Ready { slot, from, to, spent: said.then_some(spent) })
+            }
             tag => Err(unknown(tag)),
         }
     }
@@ -144,8 +167,9 @@ mod tests {
             assert!(Report::from_frame(&order.to_frame()).is_err());
             let sums = LossSums { loss: -1.5e300, weight: f64::MIN_POSITIVE, samples: step };
             let begin = Report::Begin { slot: 1, header: Header { step, generation, node, sums } };
-            let ready = Report::Ready { slot: 7, from: 1, to: u32::MAX };
-            for report in [begin, ready] {
+            let spent = Spent { data: 1, forward: u64::MAX, backward: 3, encode: 1 << 33, encoded: step };
+            let ready = |spent| Report::Ready { slot: 7, from: 1, to: u32::MAX, spent };
+            for report in [begin, ready(None), ready(Some(spent))] {
                 assert_eq!(Report::from_frame(&report.to_frame()), Ok(report));
                 assert!(Order::from_frame(&report.to_frame()).is_err());
             }

@@ -240,8 +240,8 @@ mod tests {
             let slot = lane.take_slot().expect("free");
             assert_eq!(slot, 0);
             lane.slot(slot).fill(step as f32);
-            lane.tell(Report::Ready { slot, from: 0, to: 1 });
-            assert_eq!(lane.report(), Ok(Some(Report::Ready { slot, from: 0, to: 1 })));
+            lane.tell(Report::Ready { slot, from: 0, to: 1, spent: None });
+            assert_eq!(lane.report(), Ok(Some(Report::Ready { slot, from: 0, to: 1, spent: None })));
             let hold = Hold::of(&lane, slot).expect("taken");
             let (a, b) = (Part::new(&hold, 0..4), Part::new(&hold, 4..10));
             drop(hold);

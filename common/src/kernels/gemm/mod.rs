@@ -1,0 +1,336 @@
+//! Matrix products, and the law that the trainer leans on.
+//!
+//! **Every value of `A B` is one defined sum**: a chain of fused multiply-adds over `k` in order, from a start (zero, the
+//! old value, or a bias), rounded once a step:
+//!
+//! ```text
+//! c = start;  for k in 0..depth { c = fma(a[i, k], b[k, j], c) };  c = finish(c)
+//! ```
+//!
+//! So it depends neither on how many rows or columns are computed beside it, nor on where it lies, nor on threads, vectors
+//! or cache blocks: a block of `k` goes on from what the block before left in `c`. A batch may be cut and joined for any
+//! number of threads and partitions, and machines with different instruction sets train together.
+//!
+//! The structure is that of BLIS (Van Zee and van de Geijn, "BLIS: A Framework for Rapidly Instantiating BLAS
+//! Functionality", ACM TOMS 41(3), 2015, section 5): the right matrix is packed into panels a few vectors wide that stay in the second-level
+//! cache ([`Right::pack`]), and a tile of sums in registers ([`Step`]) runs over a panel and a few rows of the left matrix,
+//! which stay in the first-level one. Rows that lie in memory as they are read are not packed at all.
+//! Which of the two matrices is the right one is free, as a product is the transpose of the transposes' product.
+
+mod tile;
+
+pub use tile::{Finish, Start};
+
+use pulp::{Simd, WithSimd};
+use std::cell::Cell;
+use std::ops::Range;
+use tile::{Step, fetch_all};
+
+/// A matrix in a slice: row-major with a row stride, or the transpose of one.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    /// Values from one row to the next, and from one column to the next. One of them is 1.
+    strides: (usize, usize),
+}
+
+impl<'a> Mat<'a> {
+    /// `rows x cols` values, row after row.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Mat<'a> {
+        Mat { data: &data[..rows * cols], rows, cols, strides: (cols, 1) }
+    }
+
+    /// The columns `from..from + cols` of a row-major matrix whose rows are `stride` long.
+    pub fn columns(data: &'a [f32], rows: usize, stride: usize, from: usize, cols: usize) -> Mat<'a> {
+        assert!(from + cols <= stride, "columns {from}..{} of {stride}", from + cols);
+        Mat { data: &data[from.min(rows * stride)..rows * stride], rows, cols, strides: (stride, 1) }
+    }
+
+    /// The transpose; nothing is moved.
+    pub fn t(self) -> Mat<'a> {
+        Mat { rows: self.cols, cols: self.rows, strides: (self.strides.1, self.strides.0), ..self }
+    }
+}
+
+/// `c = a b`, or `c += a b`; `a`: `(m, k)`, `b`: `(k, n)`, `c`: `(m, n)` row-major. One thread.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn gemm(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, add: bool) {
+    product(c, a, b, if add { Start::Old } else { Start::Zero }, Finish::Keep);
+}
+
+/// `c = finish(start + a b)`, with the shapes of [`gemm`].
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn product(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, start: Start<'_>, finish: Finish) {
+    assert_eq!(a.cols, b.rows, "a product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
+    let c = &mut c[..a.rows * b.cols];
+    if !c.is_empty() {
+        super::isa::arch().dispatch(Either { c, a, b, start, finish });
+    }
+}
+
+/// The right matrix of a product, `(k, n)`, wherever it is.
+pub trait Right {
+    /// Its columns.
+    fn columns(&self) -> usize;
+
+    /// `out`: the panels of `columns` one after another, each `(k.len(), its width)`; zeros behind the last column.
+    fn pack<S: Simd>(&self, simd: S, k: Range<usize>, columns: Range<usize>, out: &mut [f32]);
+}
+
+impl Right for Mat<'_> {
+    fn columns(&self) -> usize {
+        self.cols
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd>(&self, simd: S, k: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        let depth = k.len();
+        if self.strides.1 == 1 {
+            let line = |k: usize| &self.data[k * self.strides.0..][columns.clone()];
+            for (i, k) in k.clone().enumerate() {
+                if k + SOON < self.rows {
+                    fetch_all(line(k + SOON));
+                }
+                let from = line(k);
+                for panel in panels::<S>(columns.len()) {
+                    let width = whole::<S>(panel.len());
+                    copy(simd, &from[panel.clone()], &mut out[panel.start * depth + i * width..][..width]);
+                }
+            }
+        } else {
+            for panel in panels::<S>(columns.len()) {
+                let width = whole::<S>(panel.len());
+                let line = |j: usize| &self.data[(columns.start + j) * self.strides.1..][k.clone()];
+                transpose(simd, panel.clone().map(line), width, &mut out[panel.start * depth..][..width * depth]);
+            }
+        }
+    }
+}
+
+/// Lines between one that is copied and one that is asked for.
+const SOON: usize = 4;
+
+/// Rows of a tile, at most.
+const ROWS: usize = 8;
+
+/// The most rows and vectors of a tile, whose sums fill the registers but for the operands.
+#[inline(always)]
+fn tile<S: Simd>() -> (usize, usize) {
+    if S::REGISTER_COUNT >= 32 { (ROWS, 3) } else { (6, 2) }
+}
+
+/// `0..columns` in panels as wide as a tile at most.
+#[inline(always)]
+fn panels<S: Simd>(columns: usize) -> impl Iterator<Item = Range<usize>> {
+    even(columns, S::F32_LANES, tile::<S>().1 * S::F32_LANES)
+}
+
+/// `columns`, in whole vectors.
+#[inline(always)]
+fn whole<S: Simd>(columns: usize) -> usize {
+    columns.div_ceil(S::F32_LANES) * S::F32_LANES
+}
+
+/// `to` = `from`, then zeros.
+#[inline(always)]
+fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
+    let ((from, tail), (to, _)) = (S::as_simd_f32s(from), S::as_mut_simd_f32s(to));
+    let (whole, rest) = to.split_at_mut(from.len());
+    whole.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    rest.iter_mut().for_each(|to| *to = simd.splat_f32s(0.0));
+    if let (Some(to), false) = (rest.first_mut(), tail.is_empty()) {
+        *to = simd.partial_load_f32s(tail);
+    }
+}
+
+/// `to = from`, for a few values.
+#[inline(always)]
+fn copy_short(from: &[f32], to: &mut [f32]) {
+    match (from.first_chunk::<ROWS>(), to.first_chunk_mut::<ROWS>()) {
+        (Some(from), Some(to)) => *to = *from,
+        _ => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
+    }
+}
+
+/// `out[k, j] = lines[j][k]`; `out`: `(k, width)`, zeros behind the last line.
+#[inline(always)]
+fn transpose<'a, S: Simd>(simd: S, mut lines: impl Iterator<Item = &'a [f32]>, width: usize, out: &mut [f32]) {
+    const SIDE: usize = 4;
+    for j in (0..width).step_by(SIDE) {
+        let block: [&[f32]; SIDE] = std::array::from_fn(|_| lines.next().unwrap_or(&[]));
+        let vectors = block.map(|line| S::as_simd_f32s(line).0);
+        let whole = if S::F32_LANES < SIDE { 0 } else { vectors[SIDE - 1].len() };
+        for (i, out) in out.chunks_exact_mut(S::F32_LANES * width).enumerate().take(whole) {
+            // Transposes each square of 4 lanes of the 4 vectors.
+            let squares: [S::f32s; SIDE] = simd.deinterleave_shfl_f32s(vectors.map(|v| v[i]));
+            let quads: &[[f32; SIDE]] = bytemuck::cast_slice(&squares);
+            for (l, quads) in quads.chunks_exact(S::F32_LANES / SIDE).enumerate() {
+                for (square, quad) in quads.iter().enumerate() {
+                    out[(square * SIDE + l) * width + j..][..SIDE].copy_from_slice(quad);
+                }
+            }
+        }
+        for (k, out) in out.chunks_exact_mut(width).enumerate().skip(whole * S::F32_LANES) {
+            for (out, line) in out[j..].iter_mut().zip(&block) {
+                *out = line.get(k).copied().unwrap_or(0.0);
+            }
+        }
+    }
+}
+
+/// A product of which either matrix may become the packed one.
+struct Either<'a> {
+    c: &'a mut [f32],
+    a: Mat<'a>,
+    b: Mat<'a>,
+    start: Start<'a>,
+    finish: Finish,
+}
+
+impl WithSimd for Either<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Either { c, a, b, start, finish } = self;
+        // About the cycles: a multiply-add a vector, and moving what is packed or stored across.
+        let cost = |left: Mat<'_>, right: Mat<'_>| {
+            let packed = right.rows * right.cols;
+            left.rows * left.cols * right.cols.div_ceil(S::F32_LANES)
+                + if right.strides.1 == 1 { packed / 8 } else { packed / 2 }
+        };
+        let across = 2 * c.len() * a.cols.div_ceil(depth::<S>(a.rows));
+        let c_stride = b.cols;
+        if cost(b.t(), a.t()) + across < cost(a, b) {
+            let start = match start {
+                Start::Rows(bias) => Start::Columns(bias),
+                Start::Columns(bias) => Start::Rows(bias),
+                same @ (Start::Zero | Start::Old) => same,
+            };
+            Product { c, c_stride, across: true, left: b.t(), right: a.t(), start, finish }.with_simd(simd);
+        } else {
+            Product { c, c_stride, across: false, left: a, right: b, start, finish }.with_simd(simd);
+        }
+    }
+}
+
+/// Steps of `k` in a block, more where there are few columns.
+const DEPTH: usize = 512;
+
+/// Values of the right matrix that are packed at once: half of a second-level cache.
+const PACKED: usize = 1 << 17;
+
+/// Steps of `k` in a block of a right matrix with `columns`.
+#[inline(always)]
+fn depth<S: Simd>(columns: usize) -> usize {
+    DEPTH.max(PACKED / whole::<S>(columns).max(1))
+}
+
+thread_local! {
+    /// The packed block of the right matrix, and the packed rows of the left one: taken while a product runs.
+    static PACK: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// A product of rows and a packed matrix.
+struct Product<'a, R> {
+    c: &'a mut [f32],
+    c_stride: usize,
+    /// Whether `c` is the product's transpose.
+    across: bool,
+    left: Mat<'a>,
+    right: R,
+    start: Start<'a>,
+    finish: Finish,
+}
+
+/// `0..len` in ranges of about the same length, a multiple of `unit` and `most` at most; an empty one where `len` is 0.
+#[inline(always)]
+fn even(len: usize, unit: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let each = len.div_ceil(unit).div_ceil(len.div_ceil(most).max(1)).max(1) * unit;
+    (0..len.div_ceil(each).max(1)).map(move |i| i * each..((i + 1) * each).min(len))
+}
+
+impl<R: Right> WithSimd for Product<'_, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let mut pack = PACK.take();
+        self.run(simd, &mut pack);
+        PACK.set(pack);
+    }
+}
+
+impl<R: Right> Product<'_, R> {
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S, pack: &mut Vec<f32>) {
+        let Product { c, c_stride, across, left, right, start, finish } = self;
+        let lanes = S::F32_LANES;
+        let (rows_max, vectors_max) = tile::<S>();
+        let panel_max = lanes * vectors_max;
+        let depth_max = left.cols.min(depth::<S>(right.columns()));
+        let block = (PACKED / depth_max.max(1) / panel_max).max(1) * panel_max;
+        let right_len = whole::<S>(right.columns()).min(block) * depth_max;
+        // A cache line to begin on.
+        let room = right_len + ROWS * depth_max + 16;
+        if pack.len() < room {
+            pack.resize(room, 0.0);
+        }
+        let begin = pack.as_ptr().align_offset(64).min(16);
+        let (packed_right, packed_left) = pack[begin..].split_at_mut(right_len);
+
+        for columns in even(right.columns(), panel_max, block) {
+            for k in even(left.cols, 1, depth_max.max(1)) {
+                let (first, last) = (k.start == 0, k.end == left.cols);
+                right.pack(simd, k.clone(), columns.clone(), packed_right);
+                for rows in even(left.rows, 1, rows_max) {
+                    let (a, a_strides) = if left.strides.1 == 1 {
+                        (&left.data[rows.start * left.strides.0 + k.start..], (left.strides.0, 1))
+                    } else {
+                        for (k, to) in k.clone().zip(packed_left.chunks_exact_mut(rows.len())) {
+                            copy_short(&left.data[k * left.strides.1..][rows.clone()], to);
+                        }
+                        (&*packed_left, (1, rows.len()))
+                    };
+                    for panel in panels::<S>(columns.len()) {
+                        let b = &packed_right[panel.start * k.len()..][..whole::<S>(panel.len()) * k.len()];
+                        let panel = columns.start + panel.start..columns.start + panel.end;
+                        let at = if across {
+                            panel.start * c_stride + rows.start
+                        } else {
+                            rows.start * c_stride + panel.start
+                        };
+                        let ahead = left.strides.1 == 1 && panel.start == columns.start;
+                        let step = Step {
+                            a,
+                            a_strides,
+                            ahead: ahead.then_some(rows.len() * left.strides.0),
+                            b,
+                            c: &mut c[at..],
+                            c_stride,
+                            across,
+                            columns: panel.len(),
+                            start: match start {
+                                _ if !first => Start::Old,
+                                Start::Columns(bias) => Start::Columns(&bias[panel.clone()]),
+                                Start::Rows(bias) => Start::Rows(&bias[rows.clone()]),
+                                same @ (Start::Zero | Start::Old) => same,
+                            },
+                            finish: if last { finish } else { Finish::Keep },
+                        };
+                        step.run(simd, rows.len(), panel.len().div_ceil(lanes));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
