@@ -12,7 +12,7 @@ use unisono_common::layers::{BatchNorm, Dropout, Grads, Layer, LayerNorm, Params
 use unisono_common::layout::{CHUNK, Role, Tensor};
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
-use unisono_common::optim::Optimizer;
+use unisono_common::optim::{self, Optimizer};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::train::{Workspace, gradient};
 
@@ -177,6 +177,13 @@ fn forward(bencher: Bencher<'_, '_>, name: &str) {
 #[divan::bench(args = LAYERS)]
 fn backward(bencher: Bencher<'_, '_>, name: &str) {
     run(bencher, name, true);
+}
+
+/// Sum of the squares of one chunk, for its norm.
+#[divan::bench]
+fn sum_squares(bencher: Bencher<'_, '_>) {
+    let gradient = values(CHUNK);
+    bencher.counter(BytesCount::new(4 * CHUNK)).bench_local(|| optim::sum_squares(black_box(&gradient)));
 }
 
 /// One chunk of parameters: weights, gradient and state come in, weights and state go out.

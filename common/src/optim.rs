@@ -195,18 +195,25 @@ fn adam(
 
 /// Clamps every value to `-limit..=limit`.
 pub fn clip_value(grads: &mut [f32], limit: f32) {
-    grads.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
+    vectorized(
+        #[inline(always)]
+        || grads.iter_mut().for_each(|g| *g = g.clamp(-limit, limit)),
+    );
 }
 
 /// Sum of squares, in 16 fixed lanes: the same bits at any vector width.
 pub fn sum_squares(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; 16];
     let (blocks, tail) = values.as_chunks::<16>();
-    for block in blocks {
-        for (lane, &v) in lanes.iter_mut().zip(block) {
-            *lane += v as f64 * v as f64;
-        }
-    }
+    vectorized(
+        #[inline(always)]
+        || {
+            for block in blocks {
+                let squares = block.map(|v| v as f64 * v as f64);
+                lanes.iter_mut().zip(squares).for_each(|(lane, square)| *lane += square);
+            }
+        },
+    );
     for (lane, &v) in lanes.iter_mut().zip(tail) {
         *lane += v as f64 * v as f64;
     }

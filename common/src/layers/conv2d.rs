@@ -137,7 +137,14 @@ impl Layer for Conv2d {
                 out.fill(0.0);
                 for row in segments.rows(segment) {
                     let planes = dy[row * out_len..(row + 1) * out_len].chunks_exact(n);
-                    kernels::vectorized(|| out.iter_mut().zip(planes).for_each(|(o, dy)| *o += kernels::sum(dy)));
+                    kernels::vectorized(
+                        #[inline(always)]
+                        || {
+                            for (o, dy) in out.iter_mut().zip(planes) {
+                                *o += kernels::sum(dy);
+                            }
+                        },
+                    );
                 }
             });
         }
