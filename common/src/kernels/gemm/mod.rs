@@ -244,7 +244,6 @@ impl WithSimd for Either<'_> {
             rows * right.cols.div_ceil(S::F32_LANES)
                 + if left.strides.1 == 1 { 0 } else { rows / 2 }
                 + if right.strides.1 == 1 { packed / 8 } else { packed / 2 }
-                + if left.strides.1 == 1 { 0 } else { left.rows * left.cols / 2 }
         };
         let across = 2 * c.len() * a.cols.div_ceil(depth::<S>(a.rows));
         let c_stride = b.cols;
