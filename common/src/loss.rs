@@ -2,6 +2,7 @@
 
 use crate::data::Targets;
 use crate::job;
+use crate::kernels::{LANES, math, vectorized};
 use ndarray::ArrayView2;
 use std::ops::Range;
 
@@ -117,9 +118,17 @@ impl Loss {
     ) -> LossSums {
         let n = self.outputs;
         let mut sums = LossSums { samples: rows.len() as u64, ..Default::default() };
-        for row in rows {
-            let x = &logits[row * n..(row + 1) * n];
-            let d = &mut d_logits[row * n..(row + 1) * n];
+        let values = rows.start * n..rows.end * n;
+        let (x, d) = (&logits[values.clone()], &mut d_logits[values]);
+        if let (job::Loss::CrossEntropy { label_smoothing, class_weights }, Targets::Class(labels)) =
+            (&self.kind, targets)
+        {
+            let smoothing = *label_smoothing as f64;
+            let loss = CrossEntropy { classes: n, weights: class_weights.as_deref(), smoothing };
+            loss.rows(x, &labels[rows], d, &mut sums);
+            return sums;
+        }
+        for (row, (x, d)) in rows.zip(x.chunks_exact(n).zip(d.chunks_exact_mut(n))) {
             let (loss, weight) = self.row(x, targets, row, d);
             sums.loss += loss;
             sums.weight += weight;
@@ -129,15 +138,10 @@ impl Loss {
 
     /// Loss sums of `logits`, `(samples, outputs)`.
     pub fn forward(&self, logits: ArrayView2<'_, f32>, targets: &Targets) -> LossSums {
-        let mut sums = LossSums { samples: logits.nrows() as u64, ..Default::default() };
-        let (mut x, mut d) = (vec![0.0; self.outputs], vec![0.0; self.outputs]);
-        for (row, logits) in logits.rows().into_iter().enumerate() {
-            x.iter_mut().zip(logits).for_each(|(x, logit)| *x = *logit);
-            let (loss, weight) = self.row(&x, targets, row, &mut d);
-            sums.loss += loss;
-            sums.weight += weight;
-        }
-        sums
+        let (rows, logits) = (logits.nrows(), logits.as_standard_layout());
+        let mut d_logits = vec![0.0; logits.len()];
+        let logits = logits.as_slice().unwrap_or_default(); // in standard layout: always there
+        self.forward_backward(logits, targets, 0..rows, &mut d_logits)
     }
 
     /// One sample: its loss and weight, and the gradient into `d`.
@@ -160,9 +164,7 @@ impl Loss {
             (loss, x.len() as f64)
         };
         match &self.kind {
-            job::Loss::CrossEntropy { label_smoothing, class_weights } => {
-                cross_entropy(x, class(), *label_smoothing, class_weights.as_deref(), d)
-            }
+            job::Loss::CrossEntropy { .. } => panic!("Loss::check_targets asks for classes"),
             job::Loss::BinaryCrossEntropy { positive_weight } => {
                 // PyTorch's binary_cross_entropy_with_logits: (1-z) x + (1 + (p-1) z) log(1 + e^-x), stable for any x.
                 let (x, z, p) = (x[0] as f64, value(0) as f64, *positive_weight as f64);
@@ -205,30 +207,98 @@ impl Loss {
 }
 
 /// PyTorch's cross_entropy with probabilities smoothed towards uniform, and weights per class.
-fn cross_entropy(x: &[f32], y: usize, smoothing: f32, weights: Option<&[f32]>, d: &mut [f32]) -> (f64, f64) {
-    let top = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut total = 0.0f64;
-    for (d, &x) in d.iter_mut().zip(x) {
-        *d = libm::expf(x - top);
-        total += *d as f64;
+///
+/// With the targets `t_c = hit [c = y] + share_c`, whose sum is `mass`, and `total = sum of e^(x_c - top)`: the loss is
+/// `sum of t_c (top + ln(total) - x_c)`, and its slope `mass e^(x_c - top) / total - t_c`.
+struct CrossEntropy<'a> {
+    classes: usize,
+    weights: Option<&'a [f32]>,
+    smoothing: f64,
+}
+
+/// Rows that are worked on together, at most: short rows fill whole vectors only side by side.
+const ROWS: usize = 32;
+
+/// Values that are worked on together: they stay in the first cache.
+const VALUES: usize = 4096;
+
+impl CrossEntropy<'_> {
+    #[inline(always)]
+    fn weight(&self, class: usize) -> f64 {
+        self.weights.map_or(1.0, |w| w[class] as f64)
     }
-    let log_total = libm::log(total) + top as f64;
-    let weight = |c: usize| weights.map_or(1.0, |w| w[c]) as f64;
-    let (hit, spread) = ((1.0 - smoothing as f64) * weight(y), smoothing as f64 / x.len() as f64);
-    let mut loss = hit * (log_total - x[y] as f64);
-    let mut mass = hit;
-    if spread > 0.0 {
-        for (c, &x) in x.iter().enumerate() {
-            loss += spread * weight(c) * (log_total - x as f64);
-            mass += spread * weight(c);
+
+    /// The losses of some rows are added to `sums` in their order, and their gradients go to `d`; `x` and `d`: `(rows, classes)`.
+    fn rows(&self, x: &[f32], labels: &[u32], d: &mut [f32], sums: &mut LossSums) {
+        let n = self.classes;
+        let rows = (VALUES / n).clamp(1, ROWS);
+        for (labels, (x, d)) in labels.chunks(rows).zip(x.chunks(rows * n).zip(d.chunks_mut(rows * n))) {
+            vectorized(
+                #[inline(always)]
+                || self.block(x, labels, d, sums),
+            );
         }
     }
-    let scale = mass / total;
-    for (c, d) in d.iter_mut().enumerate() {
-        let pull = spread * weight(c) + if c == y { hit } else { 0.0 };
-        *d = (*d as f64 * scale - pull) as f32;
+
+    #[inline(always)]
+    fn block(&self, x: &[f32], labels: &[u32], d: &mut [f32], sums: &mut LossSums) {
+        let n = self.classes;
+        let (mut tops, mut totals, mut logs) = ([0.0f32; ROWS], [1.0f64; ROWS], [0.0f64; ROWS]);
+        for ((x, d), top) in x.chunks_exact(n).zip(d.chunks_exact_mut(n)).zip(&mut tops) {
+            *top = largest(x);
+            d.iter_mut().zip(x).for_each(|(d, x)| *d = x - *top);
+        }
+        d.iter_mut().for_each(|d| *d = math::exp(*d));
+        for (d, total) in d.chunks_exact(n).zip(&mut totals) {
+            *total = sum(d, |_, e| e as f64);
+        }
+        logs.iter_mut().zip(&totals).for_each(|(log, total)| *log = math::ln(*total));
+        let rows = x.chunks_exact(n).zip(d.chunks_exact_mut(n)).zip(labels);
+        for (row, ((x, d), &label)) in rows.enumerate() {
+            let (label, log) = (label as usize, logs[row] + tops[row] as f64);
+            let weight = self.weight(label);
+            let hit = (1.0 - self.smoothing) * weight;
+            let share = |c: usize| self.smoothing / n as f64 * self.weight(c);
+            let (mut loss, mut mass) = (hit * (log - x[label] as f64), hit);
+            if self.smoothing > 0.0 {
+                loss += sum(x, |c, x| share(c) * (log - x as f64));
+                mass += sum(x, |c, _| share(c));
+            }
+            let scale = mass / totals[row];
+            let at_label = d[label] as f64 * scale - share(label) - hit;
+            d.iter_mut().enumerate().for_each(|(c, d)| *d = (*d as f64 * scale - share(c)) as f32);
+            d[label] = at_label as f32;
+            sums.loss += loss;
+            sums.weight += weight;
+        }
     }
-    (loss, weight(y))
+}
+
+/// The largest value; NaN is passed over.
+#[inline(always)]
+fn largest(x: &[f32]) -> f32 {
+    let pick = |top: f32, x: f32| if x > top { x } else { top };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    for block in blocks {
+        lanes.iter_mut().zip(block).for_each(|(lane, x)| *lane = pick(*lane, *x));
+    }
+    let top = if blocks.is_empty() { f32::NEG_INFINITY } else { lanes.into_iter().fold(f32::NEG_INFINITY, pick) };
+    tail.iter().copied().fold(top, pick)
+}
+
+/// `sum f(i, x[i])` in fixed lanes, then the tail in order.
+#[inline(always)]
+fn sum(x: &[f32], f: impl Fn(usize, f32) -> f64) -> f64 {
+    let mut lanes = [0.0; LANES];
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    for (b, block) in blocks.iter().enumerate() {
+        let values: [f64; LANES] = std::array::from_fn(|l| f(b * LANES + l, block[l]));
+        lanes.iter_mut().zip(values).for_each(|(lane, v)| *lane += v);
+    }
+    let whole = if blocks.is_empty() { 0.0 } else { lanes.into_iter().sum() };
+    let first = blocks.len() * LANES;
+    tail.iter().enumerate().fold(whole, |sum, (i, x)| sum + f(first + i, *x))
 }
 
 #[cfg(test)]
@@ -281,6 +351,39 @@ mod tests {
                 let sums = loss.forward_backward(&vec![x; n], &Targets::Class(vec![1]), 0..1, &mut d);
                 assert!(sums.loss.is_finite() && d.iter().all(|d| d.is_finite()), "{kind:?}");
             }
+        }
+    }
+
+    /// Numbers of classes around the lanes and the values of a block, with and without smoothing and weights.
+    #[test]
+    fn a_rows_bits_do_not_depend_on_the_rows_beside_it() {
+        let key = crate::rng::Key::new(1, crate::rng::Purpose::Synthetic);
+        for (n, smooth) in [2, 10, 15, 16, 33, 130, 5000].into_iter().flat_map(|n| [(n, false), (n, true)]) {
+            let class_weights = smooth.then(|| (0..n as u64).map(|i| key.uniform(i)).collect());
+            let label_smoothing = if smooth { 0.1 } else { 0.0 };
+            let loss = Loss::new(&job::Loss::CrossEntropy { label_smoothing, class_weights }, n).unwrap();
+            let rows = 70;
+            let x: Vec<f32> = (0..(rows * n) as u64).map(|i| 3.0 * key.normal(i)).collect();
+            let targets = Targets::Class((0..rows as u64).map(|i| key.below(i, n as u64) as u32).collect());
+            let mut together = vec![0.0; x.len()];
+            let sums = loss.forward_backward(&x, &targets, 0..rows, &mut together);
+            let mut apart = vec![0.0; x.len()];
+            let each = (0..rows).map(|row| loss.forward_backward(&x, &targets, row..row + 1, &mut apart));
+            assert_eq!(each.fold(LossSums::default(), |a, b| a + b), sums, "{n}");
+            assert_eq!(apart, together, "{n}");
+            // The gradient of a row sums to nothing.
+            assert!(together.chunks(n).all(|d| d.iter().sum::<f32>().abs() < 1e-5), "{n}");
+        }
+    }
+
+    #[test]
+    fn a_logit_that_is_not_a_number_spoils_the_loss() {
+        let loss = Loss::new(&job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 20).unwrap();
+        for (at, bad) in [(3, f32::NAN), (18, f32::NAN), (3, f32::INFINITY), (18, f32::INFINITY)] {
+            let (mut x, mut d) = (vec![0.5; 20], vec![0.0; 20]);
+            x[at] = bad;
+            let sums = loss.forward_backward(&x, &Targets::Class(vec![1]), 0..1, &mut d);
+            assert!(!sums.loss.is_finite() && !d[1].is_finite(), "{bad} at {at}: {sums:?}");
         }
     }
 

@@ -177,6 +177,12 @@ impl Model {
         self.outputs
     }
 
+    /// Multiply-adds of a sample in matrix products: forward, and backward (twice as many, without the input's gradient).
+    pub fn multiply_adds(&self) -> [u64; 2] {
+        let forward = self.net.multiply_adds();
+        [forward, 2 * forward - self.net.input_multiply_adds()]
+    }
+
     pub(crate) fn net(&self) -> &Sequential {
         &self.net
     }

@@ -4,6 +4,7 @@
 //! element looks at another, so chunks may be updated in any order, on any thread.
 
 use crate::job;
+use crate::kernels::vectorized;
 
 /// An optimizer, built from its part of the job.
 #[derive(Clone, Debug)]
@@ -65,7 +66,10 @@ impl Optimizer {
         state: &mut [&mut [f32]],
         out: &mut [f32],
     ) {
-        crate::kernels::vectorized(|| self.loops(step, lr, weights, grads, state, out));
+        vectorized(
+            #[inline(always)]
+            || self.loops(step, lr, weights, grads, state, out),
+        );
     }
 
     #[inline(always)]
@@ -93,10 +97,12 @@ impl Optimizer {
                 }
             },
             job::Optimizer::Adam { beta1, beta2, eps, weight_decay, .. } => {
-                adam(step, lr, [beta1, beta2, eps], weight_decay, 1.0, w, g, state, out);
+                let [first, second] = state else { return };
+                adam(step, lr, [beta1, beta2, eps], weight_decay, 1.0, w, g, first, second, out);
             }
             job::Optimizer::AdamW { beta1, beta2, eps, weight_decay, .. } => {
-                adam(step, lr, [beta1, beta2, eps], 0.0, 1.0 - lr * weight_decay, w, g, state, out);
+                let [first, second] = state else { return };
+                adam(step, lr, [beta1, beta2, eps], 0.0, 1.0 - lr * weight_decay, w, g, first, second, out);
             }
             job::Optimizer::Adagrad { lr_decay, eps, weight_decay, .. } => {
                 let rate = lr / (1.0 + (step - 1) as f32 * lr_decay);
@@ -109,28 +115,53 @@ impl Optimizer {
                 }
             }
             job::Optimizer::RmsProp { alpha, eps, momentum, centered, weight_decay, .. } => {
-                for i in 0..n {
-                    let grad = g[i] + weight_decay * w[i];
-                    let mut slots = state.iter_mut();
-                    let Some(square) = slots.next() else { return };
-                    square[i] = alpha * square[i] + (1.0 - alpha) * grad * grad;
-                    let mut spread = square[i];
-                    if centered && let Some(average) = slots.next() {
-                        average[i] += (1.0 - alpha) * (grad - average[i]);
-                        spread -= average[i] * average[i];
-                    }
-                    let direction = grad / (spread.sqrt() + eps);
-                    out[i] = w[i]
-                        - lr * match slots.next() {
-                            Some(buffer) if momentum > 0.0 => {
-                                buffer[i] = momentum * buffer[i] + direction;
-                                buffer[i]
-                            }
-                            _ => direction,
-                        };
-                }
+                let [square, others @ ..] = state else { return };
+                let (average, buffer): (&mut [f32], &mut [f32]) = match others {
+                    [average, buffer] => (average, buffer),
+                    [average] if centered => (average, &mut []),
+                    [buffer] => (&mut [], buffer),
+                    _ => (&mut [], &mut []),
+                };
+                rms_prop(lr, [alpha, eps, momentum], weight_decay, w, g, square, average, buffer, out);
             }
         }
+    }
+}
+
+/// RMSprop (Hinton's lecture 6e, 2012) in PyTorch's order of operations; `average` is empty where it is not centered, and
+/// `buffer` without momentum.
+#[inline(always)]
+fn rms_prop(
+    lr: f32,
+    [alpha, eps, momentum]: [f32; 3],
+    weight_decay: f32,
+    w: &[f32],
+    g: &[f32],
+    square: &mut [f32],
+    average: &mut [f32],
+    buffer: &mut [f32],
+    out: &mut [f32],
+) {
+    let n = out.len();
+    let square = &mut square[..n];
+    let grad = |i: usize| g[i] + weight_decay * w[i];
+    for i in 0..n {
+        square[i] = alpha * square[i] + (1.0 - alpha) * grad(i) * grad(i);
+        out[i] = square[i];
+    }
+    for (i, (average, spread)) in average.iter_mut().zip(out.iter_mut()).enumerate() {
+        *average += (1.0 - alpha) * (grad(i) - *average);
+        *spread -= *average * *average;
+    }
+    for i in 0..n {
+        out[i] = grad(i) / (out[i].sqrt() + eps);
+    }
+    for (buffer, direction) in buffer.iter_mut().zip(out.iter_mut()) {
+        *buffer = momentum * *buffer + *direction;
+        *direction = *buffer;
+    }
+    for i in 0..n {
+        out[i] = w[i] - lr * out[i];
     }
 }
 
@@ -145,10 +176,10 @@ fn adam(
     shrink: f32,
     w: &[f32],
     g: &[f32],
-    state: &mut [&mut [f32]],
+    first: &mut [f32],
+    second: &mut [f32],
     out: &mut [f32],
 ) {
-    let [first, second] = state else { return };
     let n = out.len();
     let (first, second) = (&mut first[..n], &mut second[..n]);
     let correction = |beta: f32| 1.0 - libm::pow(beta as f64, step as f64);
@@ -164,18 +195,25 @@ fn adam(
 
 /// Clamps every value to `-limit..=limit`.
 pub fn clip_value(grads: &mut [f32], limit: f32) {
-    grads.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
+    vectorized(
+        #[inline(always)]
+        || grads.iter_mut().for_each(|g| *g = g.clamp(-limit, limit)),
+    );
 }
 
 /// Sum of squares, in 16 fixed lanes: the same bits at any vector width.
 pub fn sum_squares(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; 16];
     let (blocks, tail) = values.as_chunks::<16>();
-    for block in blocks {
-        for (lane, &v) in lanes.iter_mut().zip(block) {
-            *lane += v as f64 * v as f64;
-        }
-    }
+    vectorized(
+        #[inline(always)]
+        || {
+            for block in blocks {
+                let squares = block.map(|v| v as f64 * v as f64);
+                lanes.iter_mut().zip(squares).for_each(|(lane, square)| *lane += square);
+            }
+        },
+    );
     for (lane, &v) in lanes.iter_mut().zip(tail) {
         *lane += v as f64 * v as f64;
     }

@@ -7,6 +7,7 @@ use crate::model::Model;
 use crate::rng::{Key, Purpose};
 use crate::tree::Node;
 use ndarray::ArrayView2;
+use std::cell::RefCell;
 
 /// All memory that a step needs, planned once for the largest batch.
 pub struct Workspace {
@@ -28,9 +29,15 @@ impl Workspace {
     }
 }
 
-/// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout), and the loss sums.
-///
-/// `segments` says which rows belong to which partition; the result is the node's sum in the fixed tree.
+/// A part of a gradient that is not touched any more.
+pub struct Final<'a> {
+    pub values: &'a [f32],
+    /// The loss sums of the whole batch.
+    pub sums: LossSums,
+}
+
+/// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout), and the loss sums: [`forward`], then
+/// [`backward`].
 pub fn gradient(
     model: &Model,
     loss: &Loss,
@@ -40,23 +47,64 @@ pub fn gradient(
     key: Key,
     workspace: &mut Workspace,
     grads: &mut [f32],
+    finished: &mut dyn FnMut(usize, Final<'_>),
+) -> LossSums {
+    forward(model, params, batch, segments, key, workspace);
+    backward(model, loss, params, batch, segments, key, workspace, grads, finished)
+}
+
+/// The outputs of a training step, and what [`backward`] needs of the way to them, into `workspace`.
+pub fn forward(model: &Model, params: &[f32], batch: &Batch, segments: &Segments, key: Key, workspace: &mut Workspace) {
+    let Workspace { logits, saved, scratch, .. } = workspace;
+    let (net, rows, parts) = (model.net(), batch.samples, segments.len());
+    let logits = &mut logits[..rows * model.outputs()];
+    let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
+    let (trainable, running) = params.split_at(model.layout().trainable());
+    let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
+    net.forward(&pass, Params { trainable, running }, &batch.inputs, logits, saved, scratch);
+}
+
+/// Loss and gradients of what [`forward`] computed from the same arguments.
+///
+/// `segments` says which rows belong to which partition; the result is the node's sum in the fixed tree.
+///
+/// `finished(from, became)` is called while the backward pass runs, from the last layer to the first: the trainable
+/// gradient from `from` on is final, up to where the call before began (the first call's values go up to
+/// [`Layout::trainable`](crate::layout::Layout::trainable), the last call's begin at 0). Running statistics are final when
+/// this returns.
+pub fn backward(
+    model: &Model,
+    loss: &Loss,
+    params: &[f32],
+    batch: &Batch,
+    segments: &Segments,
+    key: Key,
+    workspace: &mut Workspace,
+    grads: &mut [f32],
+    finished: &mut dyn FnMut(usize, Final<'_>),
 ) -> LossSums {
     let Workspace { logits, d_logits, saved, scratch } = workspace;
     let (net, outputs, trainable) = (model.net(), model.outputs(), model.layout().trainable());
     let (rows, parts) = (batch.samples, segments.len());
     let (logits, d_logits) = (&mut logits[..rows * outputs], &mut d_logits[..rows * outputs]);
     let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
-    let pass = Pass { segments, train: true, key };
     let (w, running) = params.split_at(trainable);
-    let params = Params { trainable: w, running };
     let (dw, d_running) = grads.split_at_mut(trainable);
 
-    net.forward(&pass, params, &batch.inputs, logits, saved, scratch);
     let sums = loss_sums(Node { lo: 0, hi: parts as u32 }, &mut |segment| {
         loss.forward_backward(logits, &batch.targets, segments.rows(segment), d_logits)
     });
-    let into = Grads { trainable: dw, running: d_running };
+    let open = RefCell::new((trainable, finished));
+    let announce = |from: usize, values: &[f32]| {
+        let (end, finished) = &mut *open.borrow_mut();
+        assert_eq!(from + values.len(), *end, "gradients are finished from the last layer to the first");
+        *end = from;
+        finished(from, Final { values, sums });
+    };
+    let pass = Pass { segments, train: true, key, first: 0, finished: &announce };
+    let (params, into) = (Params { trainable: w, running }, Grads { trainable: dw, running: d_running });
     net.backward(&pass, params, &batch.inputs, logits, d_logits, None, into, saved, scratch);
+    assert_eq!(open.borrow().0, 0, "every layer finishes its gradient");
     sums
 }
 
@@ -78,7 +126,8 @@ pub fn evaluate<'w>(model: &Model, params: &[f32], batch: &Batch, workspace: &'w
     let logits = &mut logits[..rows * model.outputs()];
     let (saved, scratch) = (&mut saved[..net.saved(rows, 1)], &mut scratch[..net.scratch(rows, 1)]);
     let (trainable, running) = params.split_at(model.layout().trainable());
-    let pass = Pass { segments: &segments, train: false, key: Key::new(0, Purpose::Dropout) };
+    let pass =
+        Pass { segments: &segments, train: false, key: Key::new(0, Purpose::Dropout), first: 0, finished: &|_, _| {} };
     net.forward(&pass, Params { trainable, running }, &batch.inputs, logits, saved, scratch);
     ArrayView2::from_shape((rows, model.outputs()), logits).expect("as long as its shape")
 }
@@ -125,7 +174,7 @@ pub fn fingerprint() -> [u8; 32] {
     let params = model.layout().init(1);
     let mut grads = vec![0.0; params.len()];
     let mut workspace = Workspace::new(&model, samples, 3);
-    let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads);
+    let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads, &mut |_, _| {});
     let mut digest = blake3::Hasher::new();
     digest.update(&sums.loss.to_le_bytes());
     grads.iter().for_each(|g| {

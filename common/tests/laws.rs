@@ -12,7 +12,7 @@ use unisono_common::layout::Role;
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
 use unisono_common::rng::{Key, Purpose};
-use unisono_common::train::{Workspace, gradient};
+use unisono_common::train::{Final, Workspace, gradient};
 use unisono_common::tree::Node;
 
 /// What f32 leaves of a gradient: a share of its tensor's largest value, and of a tenth of the model's (that of a bias before
@@ -81,7 +81,7 @@ fn check(shape: &[usize], layers: Vec<Layer>, kind: &LossKind, rows: usize, salt
 
     let mut grads = vec![0.0; weights.len()];
     let mut workspace = Workspace::new(&model, rows, 2);
-    let sums = gradient(&model, &loss, &weights, &batch, &segments, random, &mut workspace, &mut grads);
+    let sums = gradient(&model, &loss, &weights, &batch, &segments, random, &mut workspace, &mut grads, &mut |_, _| {});
     prop_assert!((sums.loss - want).abs() < TOLERANCE * (1.0 + want.abs()), "{layers:?}: {} {want}", sums.loss);
     let largest = |got: &[f32]| got.iter().fold(0.0f64, |m, g| m.max(g.abs() as f64));
     let floor = 0.1 * largest(&grads[..model.layout().trainable()]);
@@ -153,6 +153,35 @@ proptest! {
     }
 
     #[test]
+    fn gradients_are_announced_once_from_the_last_to_the_first_and_stay(rows in 1usize..5, salt in any::<u64>()) {
+        let norm = Layer::BatchNorm { momentum: 0.1, eps: 1e-5 };
+        let inner = Layer::Residual { layers: vec![norm.clone(), conv(2, 3, 1, 1)] };
+        let layers = vec![
+            conv(2, 3, 1, 1), norm.clone(), Layer::Residual { layers: vec![conv(2, 1, 1, 0), inner, act(Activation::Tanh)] },
+            Layer::Flatten, Layer::Residual { layers: vec![] }, linear(6), Layer::LayerNorm { eps: 1e-5 }, linear(3),
+        ];
+        let model = Model::build(&Spec::Layers { layers }, &[2, 4, 5], 3).expect("the model fits");
+        let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
+        let batch = batch(&[2, 4, 5], rows, Targets::Class(vec![1; rows]), salt);
+        let (weights, segments) = (params(&model, salt), Segments { lo: 0, starts: vec![0, rows / 2, rows] });
+        let mut grads = vec![f32::NAN; weights.len()];
+        let mut workspace = Workspace::new(&model, rows, 2);
+        let (mut starts, mut announced) = (Vec::new(), vec![f32::NAN; model.layout().trainable()]);
+        let mut keep = |from: usize, Final { values, .. }: Final<'_>| {
+            starts.push(from);
+            announced[from..from + values.len()].copy_from_slice(values);
+        };
+        let key = Key::new(salt, Purpose::Dropout);
+        gradient(&model, &loss, &weights, &batch, &segments, key, &mut workspace, &mut grads, &mut keep);
+        // One call a layer with parameters, at its first tensor.
+        let mut layers: Vec<usize> = model.layout().tensors().filter(|(t, _)| t.name.ends_with("weight")).map(|(_, r)| r.start).collect();
+        layers.reverse();
+        prop_assert_eq!(starts, layers);
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        prop_assert_eq!(bits(&announced), bits(&grads[..announced.len()]));
+    }
+
+    #[test]
     fn a_batchs_gradient_is_the_tree_sum_of_its_partitions(
         sizes in prop::collection::vec(0usize..5, 1..9), lo in 0u32..5, salt in any::<u64>(), threads in 1usize..5,
     ) {
@@ -178,7 +207,7 @@ proptest! {
             pool.install(|| {
                 let mut grads = vec![f32::NAN; weights.len()];
                 let mut workspace = Workspace::new(&model, rows.max(1), sizes.len());
-                let sums = gradient(&model, &loss, &weights, batch, segments, key, &mut workspace, &mut grads);
+                let sums = gradient(&model, &loss, &weights, batch, segments, key, &mut workspace, &mut grads, &mut |_, _| {});
                 (sums, grads)
             })
         };

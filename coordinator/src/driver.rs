@@ -1,18 +1,23 @@
-//! The driver: one task that feeds the protocol's machine and carries out its commands.
+//! The driver: one thread that feeds the protocol's machine and carries out its commands.
+//!
+//! It sleeps on one bell, which rings for whatever comes by gRPC and for what workers of this host put into their lanes, so
+//! that a step over shared memory costs one wake on each side.
 
 use crate::files;
+use crate::lanes::LaneEnd;
 use crate::lock;
+use crate::measure::Measure;
 use crate::pace::Pace;
 use crate::shared::{Input, Shared, ToWorker};
 use crate::store::{Applied, Keep};
+use crate::sum::Gradient;
 use crate::{Progress, Summary};
 use anyhow::{Context, Result, bail, ensure};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, watch};
 use unisono_common::checkpoint::Manifest;
 use unisono_common::data::partition::Partitions;
 use unisono_common::ids::{Step, WorkerId};
@@ -37,6 +42,9 @@ pub(crate) struct Learning {
     pub evaluated: Option<u64>,
 }
 
+/// How often silence and lateness are looked for.
+const TICK: Duration = Duration::from_millis(100);
+
 /// How often a log line says where the run stands.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 
@@ -46,8 +54,15 @@ pub(crate) struct Driver {
     pub total_steps: u64,
     pub steps_per_epoch: u64,
     pub eval_kind: EvalKind,
-    pub dir: PathBuf,
+    /// Where checkpoints are written; `None` where nothing is kept.
+    pub dir: Option<PathBuf>,
     pub sessions: BTreeMap<WorkerId, ToWorker>,
+    /// Of the sessions, those that share memory with this process.
+    pub lanes: BTreeMap<WorkerId, LaneEnd>,
+    /// Whether any worker used shared memory, and gRPC.
+    pub transports: [bool; 2],
+    /// The instruction sets of all workers.
+    pub isas: BTreeSet<String>,
     pub evals: Open<EvalSums>,
     pub saving: bool,
     pub save_again: bool,
@@ -66,52 +81,82 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    pub(crate) async fn run(
-        mut self,
-        mut inputs: mpsc::UnboundedReceiver<Input>,
-        mut interrupted: watch::Receiver<bool>,
-    ) -> Result<Summary> {
-        let mut tick = tokio::time::interval(Duration::from_millis(100));
+    /// Runs until the job is done, on the calling thread.
+    pub(crate) fn run(mut self) -> Result<Summary> {
+        let ended = self.serve();
+        if let Err(e) = &ended {
+            self.dismiss(&format!("the run failed: {e:#}"));
+            // A checkpoint that is being written is finished first: nothing half-written stays.
+            while self.saving {
+                if let Some(input) = self.wait(None) {
+                    self.saving = !matches!(input, Input::Saved(_));
+                }
+            }
+        }
+        ended
+    }
+
+    fn serve(&mut self) -> Result<Summary> {
         if self.shared.test_parts.is_some() && self.is_evaluation_owed() {
             self.machine(Event::Open { step: self.learning.step, kind: Kind::Evaluate });
         } else {
             self.next()?;
         }
+        let mut tick = Instant::now();
         loop {
-            let input = tokio::select! {
-                input = inputs.recv() => input.context("all inputs are gone")?,
-                _ = tick.tick() => {
-                    self.machine(Event::Tick);
-                    self.report();
-                    self.stop_alone()?;
-                    continue;
-                }
-                changed = interrupted.changed(), if !self.stop => {
-                    if changed.is_ok() && *interrupted.borrow() {
-                        let step = if self.sessions.is_empty() { "" } else { " after this step" };
-                        tracing::warn!("stopping{step}; once more to end at once");
-                        self.stop = true;
-                    }
-                    if changed.is_err() { self.stop = true; }
-                    self.stop_alone()?;
-                    continue;
-                }
-            };
-            match self.take(input) {
-                Ok(None) => {}
-                Ok(Some(summary)) => return Ok(summary),
-                Err(e) => {
-                    self.dismiss(&format!("the run failed: {e:#}"));
-                    // A checkpoint that is being written is finished first: nothing half-written stays.
-                    while self.saving
-                        && let Some(input) = inputs.recv().await
-                    {
-                        self.saving = !matches!(input, Input::Saved(_));
-                    }
-                    return Err(e);
-                }
+            if let Some(input) = self.wait(Some(tick))
+                && let Some(summary) = self.take(input)?
+            {
+                return Ok(summary);
+            }
+            if Instant::now() >= tick {
+                tick = Instant::now() + TICK;
+                self.machine(Event::Tick);
+                self.report();
+                self.stop_alone()?;
             }
         }
+    }
+
+    /// The next input, or nothing at `until`; what comes through lanes is taken meanwhile.
+    fn wait(&mut self, until: Option<Instant>) -> Option<Input> {
+        let shared = self.shared.clone();
+        let bell = shared.inbox.bell.bell();
+        loop {
+            let heard = bell.listen();
+            if let Some(input) = shared.inbox.take() {
+                return Some(input);
+            }
+            if self.take_lanes() {
+                continue;
+            }
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return None;
+            }
+            bell.sleep(heard, left);
+        }
+    }
+
+    /// Takes what workers of this host have reported; false where that is nothing.
+    fn take_lanes(&mut self) -> bool {
+        let (mut any, mut ready) = (false, Vec::new());
+        for (&worker, lane) in &mut self.lanes {
+            match lane.take(&self.shared, &mut ready) {
+                Ok(some) => any |= some,
+                Err(e) => self.shared.input(Input::Broken { worker, why: e.to_string() }),
+            }
+        }
+        // The last is done here, which for a small model is the whole step; the others beside it.
+        let last = ready.pop();
+        for (chunk, part) in ready {
+            let shared = self.shared.clone();
+            self.shared.store.pool.spawn(move || chunk.accept(&shared, Gradient::Slot(part)));
+        }
+        if let Some((chunk, part)) = last {
+            chunk.accept(&self.shared, Gradient::Slot(part));
+        }
+        any
     }
 
     /// Ends a run that is to stop and has no worker to finish its step, from where the step began. A step that has begun to
@@ -135,6 +180,15 @@ impl Driver {
     fn command(&mut self, command: Command) {
         match command {
             Command::Work { worker, step, generation, kind, nodes } => {
+                if let Some(measure) = &self.shared.measure {
+                    measure.ordered(worker, Instant::now());
+                }
+                if let Some(lane) = self.lanes.get_mut(&worker) {
+                    if !lane.order(&self.shared, step, generation, kind, &nodes) {
+                        self.shared.input(Input::Broken { worker, why: "it does not take its orders".into() });
+                    }
+                    return;
+                }
                 let work = v1::Work {
                     step: step.0,
                     generation: generation.0,
@@ -161,7 +215,13 @@ impl Driver {
     fn part(&mut self, worker: WorkerId, goodbye: v1::Goodbye) {
         self.shared.leave(worker);
         self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
-        self.sessions.remove(&worker);
+        self.forget(worker);
+    }
+
+    /// Lets go of a worker's session and lane; false where it has none.
+    fn forget(&mut self, worker: WorkerId) -> bool {
+        self.lanes.remove(&worker);
+        self.sessions.remove(&worker).is_some()
     }
 
     fn tell(&self, worker: WorkerId, kind: v1::to_worker::Kind) {
@@ -178,11 +238,19 @@ impl Driver {
                 let goodbye = v1::Goodbye { reason: "the run is over".into(), rejoin: false };
                 to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Goodbye(goodbye)) })).ok();
             }
-            Input::Join { worker, threads, name, to_worker } => {
+            Input::Join { worker, threads, name, isa, to_worker, lane } => {
                 if self.sessions.is_empty() {
                     self.pace.begin(Instant::now());
                 }
-                tracing::info!("worker {worker} ({name}, {threads} threads) joined");
+                let by = if lane.is_some() { "shared memory" } else { "gRPC" };
+                tracing::info!("worker {worker} ({name}, {threads} threads, {isa}) joined by {by}");
+                self.isas.insert(isa);
+                if let Some(lane) = lane {
+                    self.lanes.insert(worker, LaneEnd::new(worker, lane, &self.shared));
+                    self.transports[0] = true;
+                } else {
+                    self.transports[1] = true;
+                }
                 lock(&self.shared.names).insert(worker, name);
                 self.sessions.insert(worker, to_worker);
                 self.joined += 1;
@@ -190,7 +258,7 @@ impl Driver {
                 self.most_workers = self.most_workers.max(self.sessions.len());
             }
             Input::Left { worker } => {
-                if self.sessions.remove(&worker).is_some() {
+                if self.forget(worker) {
                     tracing::warn!("worker {worker} left");
                 }
                 self.shared.leave(worker); // it may have left before its join was taken
@@ -224,11 +292,14 @@ impl Driver {
                     self.evaluated(sums.summary())?;
                 }
             }
-            Input::Diverged { worker, step, partition, tensor } => {
-                let known = step == self.learning.step && partition < self.shared.job.train.partitions;
-                if known && lock(&self.shared.machine).is_busy(worker, step) {
+            Input::Diverged { worker, step, node, tensor } => {
+                let partition = match node.len() {
+                    1 => format!("partition {}", node.lo),
+                    _ => format!("partitions {} to {}", node.lo, node.hi - 1),
+                };
+                if step == self.learning.step && lock(&self.shared.machine).is_busy(worker, step) {
                     bail!(
-                        "step {step} diverged: `{tensor}` is not finite in partition {partition}; try a smaller \
+                        "step {step} diverged: `{tensor}` is not finite in {partition}; try a smaller \
                          learning rate or `clip_norm`. {}",
                         self.kept()
                     );
@@ -243,10 +314,19 @@ impl Driver {
             }
             Input::Applied(Applied::Done { step, sums }) => {
                 self.machine(Event::RoundApplied);
-                self.pace.commit(Instant::now(), sums.samples);
+                let now = Instant::now();
+                self.pace.commit(now, sums.samples);
+                let measure = self.shared.measure.as_ref();
+                let turned = measure.is_some_and(|measure| measure.commit(now, sums.samples, &self.shared.store));
+                if measure.is_some_and(|measure| measure.is_over(now)) {
+                    self.total_steps = step.next().0;
+                }
                 self.learning.step = step.next();
                 self.learning.samples += sums.samples;
                 self.learning.train_loss = sums.loss / sums.weight.max(f64::MIN_POSITIVE);
+                if turned {
+                    self.report();
+                }
                 let step = self.learning.step.0;
                 if self.shared.test_parts.is_some() && (self.is_evaluation_due(step) || self.stop) {
                     self.machine(Event::Open { step: Step(step), kind: Kind::Evaluate });
@@ -256,6 +336,14 @@ impl Driver {
             }
             Input::Drain { worker } => self.machine(Event::Drain { worker }),
             Input::Stop => self.stop = true,
+            Input::Interrupted => {
+                if !std::mem::replace(&mut self.stop, true) {
+                    let step = if self.sessions.is_empty() { "" } else { " after this step" };
+                    tracing::warn!("stopping{step}; once more to end at once");
+                }
+                self.stop_alone()?;
+            }
+            Input::Abandoned => bail!("the run was given up"),
             Input::Saved(result) => {
                 self.saving = false;
                 let again = std::mem::take(&mut self.save_again);
@@ -363,6 +451,7 @@ impl Driver {
             epoch: learning.step.0 / self.steps_per_epoch,
             loss: learning.train_loss,
             samples_per_second: self.pace.recent(),
+            measuring: self.shared.measure.as_ref().is_some_and(Measure::is_open),
             workers: self.shared.members(Instant::now()),
             eval: learning.eval.clone(),
         });
@@ -387,6 +476,11 @@ impl Driver {
         if self.saving {
             return Ok(());
         }
+        let Some(dir) = self.dir.clone() else {
+            self.saving = true;
+            self.shared.input(Input::Saved(Ok(Default::default())));
+            return Ok(());
+        };
         if let Some(saved) = self.last_saved.clone().filter(|_| self.saved_at == Some(self.learning.step)) {
             self.saving = true;
             self.shared.input(Input::Saved(Ok(saved)));
@@ -414,7 +508,7 @@ impl Driver {
             files: Default::default(),
         };
         let slots = Optimizer::new(&job.train.optimizer).slot_names();
-        match files::Writing::begin(&self.dir, step.0, layout, &slots) {
+        match files::Writing::begin(&dir, step.0, layout, &slots) {
             Err(e) => shared.input(Input::Saved(Err(e))),
             Ok(writing) => {
                 let (writing, keep) = (Arc::new(writing), job.checkpoint.keep);
@@ -425,10 +519,10 @@ impl Driver {
                     self.finishing = false;
                     return Ok(());
                 }
-                tokio::task::spawn_blocking(move || {
+                std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
                     shared.store.flush();
                     shared.input(Input::Saved(writing.finish(manifest, keep)));
-                });
+                })?;
             }
         }
         (self.saving, self.saved_at) = (true, Some(step));
@@ -459,7 +553,13 @@ impl Driver {
             parameters: layout.trainable(),
             partitions: shared.job.train.partitions,
             workers: self.most_workers,
-            transport: "grpc".into(),
+            transport: match self.transports {
+                [true, true] => "shm+grpc",
+                [true, false] => "shm",
+                [false, _] => "grpc",
+            }
+            .into(),
+            isa: self.isas.iter().map(String::as_str).collect::<Vec<_>>().join("+"),
             wall_seconds: self.started.elapsed().as_secs_f64(),
             train_seconds: self.pace.train_seconds(),
             samples_per_second: self.pace.rate(),
@@ -473,6 +573,7 @@ impl Driver {
             workers_joined: self.joined,
             workers_lost: lost,
             partitions_reissued: reissued,
+            measured: shared.measure.as_ref().and_then(Measure::measured),
         })
     }
 }

@@ -2,25 +2,32 @@
 //!
 //! [`run`] takes a listener and an interruption signal, so a test binds port 0.
 
-mod broadcast;
+mod door;
 mod driver;
 pub mod files;
+mod lanes;
+mod measure;
 mod pace;
+mod parameters;
+mod push;
 mod service;
 mod shared;
 mod store;
+mod sum;
 
 use anyhow::{Context, Result, bail};
 use driver::{Driver, Learning};
+use measure::Measure;
+pub use measure::{Measured, Phases, Window};
 use pace::Pace;
 use serde::Serialize;
 use shared::{Input, Shared};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{oneshot, watch};
 use unisono_common::checkpoint;
 use unisono_common::data::{self, Prepared, partition::Partitions};
 use unisono_common::ids::Step;
@@ -42,6 +49,8 @@ pub struct Progress {
     pub epoch: u64,
     pub loss: f64,
     pub samples_per_second: f64,
+    /// Whether the window that is measured is open.
+    pub measuring: bool,
     /// In rank order.
     pub workers: Vec<Member>,
     pub eval: Option<EvalSummary>,
@@ -77,7 +86,10 @@ pub struct Summary {
     pub parameters: usize,
     pub partitions: u32,
     pub workers: usize,
+    /// "shm", "grpc", or "shm+grpc".
     pub transport: String,
+    /// The instruction sets that workers computed with, joined by "+"; the result does not depend on them.
+    pub isa: String,
     pub wall_seconds: f64,
     pub train_seconds: f64,
     /// `None` where this run made no step; so are the two below.
@@ -96,6 +108,9 @@ pub struct Summary {
     pub workers_joined: u64,
     pub workers_lost: u64,
     pub partitions_reissued: u64,
+    /// Where a window of the run was measured.
+    #[serde(skip)]
+    pub measured: Option<Measured>,
 }
 
 /// How a coordinator runs; none of it changes the result.
@@ -105,7 +120,11 @@ pub struct Options {
     pub started: Instant,
     /// Threads for reduction and optimizer.
     pub threads: usize,
+    /// Whether workers of this host are offered shared memory.
+    pub shared_memory: bool,
     pub patience: Patience,
+    /// What is measured; the run ends after it, at its last step at the latest.
+    pub window: Option<Window>,
 }
 
 /// A job that was checked as far as it can be before anything starts.
@@ -116,9 +135,21 @@ pub struct Ready {
     train_parts: Partitions,
     test_parts: Option<Partitions>,
     optimizer: Optimizer,
-    dir: PathBuf,
+    /// Where checkpoints are written, locked; `None` where nothing is kept.
+    dir: Option<(PathBuf, files::Lock)>,
     from: Option<Resumed>,
-    lock: files::Lock,
+}
+
+impl Ready {
+    /// The job.
+    pub fn job(&self) -> &Job {
+        &self.job
+    }
+
+    /// Its model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
 }
 
 /// Where an earlier run left off.
@@ -142,6 +173,19 @@ fn hex(digest: [u8; 32]) -> String {
 /// Reads the data, builds the model, and finds the checkpoint to resume from: errors here are the job's or the command
 /// line's, nothing was started.
 pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
+    let ready = prepare_unkept(job)?;
+    let dir = PathBuf::from(&ready.job.checkpoint.dir);
+    if resume && !dir.exists() {
+        bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display());
+    }
+    let lock = files::check(&dir)?;
+    let Ready { job, opened, model, optimizer, .. } = &ready;
+    let from = if resume { Some(find(job, &opened.prepared, &dir, model.layout(), optimizer)?) } else { None };
+    Ok(Ready { dir: Some((dir, lock)), from, ..ready })
+}
+
+/// The same for a run that writes no checkpoints.
+pub fn prepare_unkept(job: Job) -> Result<Ready> {
     let opened = data::open(&job.data, job.seed)?;
     let outputs = opened.prepared.outputs(&job.train.loss);
     let model = Model::build(&job.model, &opened.prepared.shape, outputs)?;
@@ -172,13 +216,7 @@ pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
         }
     }
     let optimizer = Optimizer::new(&job.train.optimizer);
-    let dir = PathBuf::from(&job.checkpoint.dir);
-    if resume && !dir.exists() {
-        bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display());
-    }
-    let lock = files::check(&dir)?;
-    let from = if resume { Some(find(&job, &opened.prepared, &dir, model.layout(), &optimizer)?) } else { None };
-    Ok(Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from, lock })
+    Ok(Ready { job, opened, model, train_parts, test_parts, optimizer, dir: None, from: None })
 }
 
 const AFRESH: &str = "there is nothing to resume from; leave --resume out to start afresh";
@@ -227,6 +265,17 @@ fn find(job: &Job, prepared: &Prepared, dir: &Path, layout: &Layout, optimizer: 
     Ok(Resumed { path, digest: manifest.weights_digest, weights, slots, learning })
 }
 
+/// A server with the wire's settings.
+pub fn server() -> tonic::transport::Server {
+    tonic::transport::Server::builder()
+        .initial_stream_window_size(unisono_proto::STREAM_WINDOW)
+        .initial_connection_window_size(unisono_proto::CONNECTION_WINDOW)
+        .max_frame_size(unisono_proto::MAX_FRAME)
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(unisono_proto::KEEPALIVE))
+        .http2_keepalive_timeout(Some(unisono_proto::KEEPALIVE))
+}
+
 /// Trains until the job is done or `interrupted` turns true.
 pub async fn run(
     ready: Ready,
@@ -235,7 +284,8 @@ pub async fn run(
     progress: watch::Sender<Progress>,
     interrupted: watch::Receiver<bool>,
 ) -> Result<Summary> {
-    let Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from, lock: _lock } = ready;
+    let Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from } = ready;
+    let (dir, _lock) = dir.unzip();
     let layout = Arc::new(model.layout().clone());
     let steps_per_epoch = train_parts.steps_per_epoch(job.train.micro_batch) as u64;
     let mut total_steps = match job.train.length {
@@ -255,7 +305,9 @@ pub async fn run(
             (weights, slots, learning, Some((path, digest)))
         }
         None => {
-            if let Some(previous) = files::set_aside(&dir)? {
+            if let Some(dir) = &dir
+                && let Some(previous) = files::set_aside(dir)?
+            {
                 tracing::warn!("checkpoints of an earlier run are now in {}", previous.display());
             }
             (layout.init(job.seed), Vec::new(), Learning::default(), None)
@@ -263,11 +315,11 @@ pub async fn run(
     };
     let first = learning.step;
     let pace = Pace::new(Instant::now(), total_steps.saturating_sub(first.0));
-    let (inputs, received) = mpsc::unbounded_channel();
-    let applied = inputs.clone();
+    let inbox = Arc::new(shared::Inbox::new().context("no memory for the driver's bell")?);
+    let applied = inbox.clone();
     let clip = store::Clip { norm: job.train.clip_norm, value: job.train.clip_value };
     let p = job.train.partitions;
-    let store = store::Store::new(
+    let mut store = store::Store::new(
         layout,
         optimizer,
         clip,
@@ -275,26 +327,24 @@ pub async fn run(
         learning.step,
         &weights,
         &slots,
-        Box::new(move |a| {
-            applied.send(Input::Applied(a)).ok();
-        }),
-    );
+        options.threads,
+        Box::new(move |a| applied.put(Input::Applied(a))),
+    )?;
     drop((weights, slots));
+    store.timers = options.window.map(|_| Default::default());
     let eval_kind = EvalKind::of(opened.prepared.classes.as_ref().map(Vec::len));
     let shared = Arc::new(Shared {
         fingerprint: unisono_common::train::fingerprint(),
         prepared: opened.prepared.clone(),
         store,
-        pool: rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads)
-            .thread_name(|i| format!("reduce-{i}"))
-            .build()?,
         heartbeat_ms: (options.patience.silence.as_millis() as u32 / 5).clamp(50, 1000),
         opened,
         train_parts,
         test_parts,
         machine: Mutex::new(Machine::new(p, options.patience)),
-        inputs,
+        inbox,
+        measure: options.window.map(Measure::new),
+        door: if options.shared_memory { door::Door::open() } else { None },
         next_id: std::sync::atomic::AtomicU64::new(1),
         names: Mutex::new(BTreeMap::new()),
         tokens: Mutex::new(BTreeMap::new()),
@@ -302,37 +352,34 @@ pub async fn run(
         progress,
         job,
     });
-    let (service, weights) = (service::Service(shared.clone()), broadcast::Weights(shared.clone()));
+    let (service, parameters) = (service::Service(shared.clone()), parameters::Parameters(shared.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<v1::coordinator_server::CoordinatorServer<service::Service>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(unisono_proto::DESCRIPTORS)
         .build_v1()
         .context("cannot serve reflection")?;
-    let server = tonic::transport::Server::builder()
-        .initial_stream_window_size(unisono_proto::STREAM_WINDOW)
-        .initial_connection_window_size(unisono_proto::CONNECTION_WINDOW)
-        .max_frame_size(unisono_proto::MAX_FRAME)
-        .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(unisono_proto::KEEPALIVE))
-        .http2_keepalive_timeout(Some(unisono_proto::KEEPALIVE))
+    let server = server()
         .add_service(health_service)
         .add_service(reflection)
         .add_service(
             v1::coordinator_server::CoordinatorServer::new(service.clone())
                 .max_decoding_message_size(unisono_proto::MAX_MESSAGE),
         )
-        .add_service(weights)
+        .add_service(parameters)
         .add_service(v1::operator_server::OperatorServer::new(service))
         .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true)));
     let driver = Driver {
-        shared,
+        shared: shared.clone(),
         learning,
         total_steps,
         steps_per_epoch,
         eval_kind,
         dir,
         sessions: BTreeMap::new(),
+        lanes: BTreeMap::new(),
+        transports: [false; 2],
+        isas: BTreeSet::new(),
         evals: Open::new(p),
         saving: false,
         save_again: false,
@@ -346,15 +393,40 @@ pub async fn run(
         most_workers: 0,
         finishing: false,
     };
+    let abandoned = Abandon(shared.clone());
+    let (ended, mut end) = oneshot::channel();
+    std::thread::Builder::new().name("driver".into()).spawn(move || ended.send(driver.run()).ok())?;
     tokio::select! {
-        summary = driver.run(received, interrupted) => {
+        summary = &mut end => {
             // Goodbyes leave before the server does.
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-            summary
+            drop(abandoned);
+            summary.context("the driver ended")?
         }
         served = server => {
             served.context("the gRPC server ended")?;
             bail!("the gRPC server ended")
         }
+        opened = door::Door::serve(shared.clone()) => {
+            opened.context("shared memory ended")?;
+            bail!("shared memory ended")
+        }
+        never = interruptions(&shared, interrupted) => match never {},
     }
+}
+
+/// Ends the driver when nobody waits for it.
+struct Abandon(Arc<Shared>);
+
+impl Drop for Abandon {
+    fn drop(&mut self) {
+        self.0.input(Input::Abandoned);
+    }
+}
+
+/// Passes an interruption on.
+async fn interruptions(shared: &Shared, mut interrupted: watch::Receiver<bool>) -> std::convert::Infallible {
+    let _ = interrupted.wait_for(|now| *now).await; // who can interrupt no more has done so for good
+    shared.input(Input::Interrupted);
+    std::future::pending().await
 }

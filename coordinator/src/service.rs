@@ -1,11 +1,10 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
-use crate::shared::{Input, Shared};
+use crate::shared::{Input, Shared, Token};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use unisono_common::ids::{Step, WorkerId};
@@ -22,17 +21,17 @@ pub struct Service(pub Arc<Shared>);
 struct SessionGuard {
     shared: Arc<Shared>,
     worker: WorkerId,
+    token: Token,
 }
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
         self.shared.leave(self.worker);
+        // It may have gone through the door and not said so.
+        self.shared.door.as_ref().map(|door| door.lane(&self.token));
         self.shared.input(Input::Left { worker: self.worker });
     }
 }
-
-/// Chunks of one push that are being reduced at once, at most.
-const AT_ONCE: usize = 8;
 
 fn check_version(version: &str) -> Result<(), Status> {
     if version == wire::VERSION {
@@ -72,51 +71,6 @@ impl Service {
         }
         Ok(())
     }
-
-    /// Takes the nodes and chunks of one worker, until its stream ends or something in it is wrong.
-    async fn take_pushes(&self, worker: WorkerId, mut parts: Streaming<v1::PushPart>) -> Result<(), Status> {
-        let shared = &self.0;
-        let layout = shared.store.layout();
-        // The node that chunks belong to; `None` while it is not owed (late, or of another step).
-        let mut open = None;
-        let mut came = vec![false; layout.chunks()];
-        let turns = Arc::new(Semaphore::new(AT_ONCE));
-        while let Some(part) = parts.message().await? {
-            match part.kind {
-                Some(v1::push_part::Kind::Node(header)) => {
-                    let (step, node, sums) = shared.check_header(&header)?;
-                    came.fill(false);
-                    open = if shared.owes(worker, step, Kind::Train, node) {
-                        shared.check_samples(step, node, sums.samples)?;
-                        Some((step, node, sums, Arc::new(AtomicUsize::new(layout.chunks()))))
-                    } else {
-                        None
-                    };
-                }
-                Some(v1::push_part::Kind::Chunk(chunk)) => {
-                    wire::check_chunk(layout, chunk.index, chunk.crc, &chunk.values)?;
-                    if std::mem::replace(&mut came[chunk.index as usize], true) {
-                        return Err(Status::invalid_argument(format!("chunk {} came twice", chunk.index)));
-                    }
-                    let Some((step, node, sums, left)) = open.clone() else { continue };
-                    let turn =
-                        turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
-                    let shared = shared.clone();
-                    self.0.pool.spawn(move || {
-                        if left.fetch_sub(1, Ordering::SeqCst) == 1 {
-                            shared.input(Input::NodeDone { worker, step, node });
-                        }
-                        shared.store.accept(step, node, sums, chunk.index as usize, chunk.values);
-                        drop(turn);
-                    });
-                }
-                Some(v1::push_part::Kind::Session(_)) | None => {
-                    return Err(Status::invalid_argument("a push holds nodes and chunks after its first message"));
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 #[tonic::async_trait]
@@ -147,14 +101,30 @@ impl v1::coordinator_server::Coordinator for Service {
         let shared = self.0.clone();
         let (worker, token) = shared.enter().map_err(|e| Status::internal(e.to_string()))?;
         let (to_worker, outgoing) = mpsc::unbounded_channel();
+        let guard = SessionGuard { shared: shared.clone(), worker, token };
         let session = token.to_vec().into();
-        let joined = v1::Joined { worker_id: worker.0, heartbeat_ms: shared.heartbeat_ms, session };
+        let door = shared.door.as_ref().filter(|_| join.shared_memory).map(|door| door.name().to_string());
+        let offered = door.is_some();
+        let door = door.unwrap_or_default();
+        let joined = v1::Joined { worker_id: worker.0, heartbeat_ms: shared.heartbeat_ms, session, door };
         to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Joined(joined)) })).ok();
-        let name: String = join.name.chars().filter(|c| !c.is_control()).take(64).collect();
-        shared.input(Input::Join { worker, threads: join.threads, name, to_worker });
-        let guard = SessionGuard { shared: shared.clone(), worker };
+        let plain = |text: &str| text.chars().filter(|c| !c.is_control()).take(64).collect::<String>();
+        let (name, isa) = (plain(&join.name), plain(&join.isa));
         tokio::spawn(async move {
             let guard = guard;
+            // A worker that was offered shared memory says first whether it has got it.
+            let lane = if offered {
+                let answer = tokio::time::timeout(Duration::from_secs(10), incoming.message()).await;
+                let Ok(Ok(Some(v1::FromWorker { kind: Some(v1::from_worker::Kind::SharedMemory(answer)) }))) = answer
+                else {
+                    return;
+                };
+                let lane = shared.door.as_ref().and_then(|door| door.lane(&token));
+                lane.filter(|_| answer.used)
+            } else {
+                None
+            };
+            shared.input(Input::Join { worker, threads: join.threads, name, isa, to_worker, lane });
             let partitions = shared.job.train.partitions;
             while let Some(Ok(message)) = incoming.next().await {
                 match message.kind {
@@ -166,32 +136,17 @@ impl v1::coordinator_server::Coordinator for Service {
                             shared.input(Input::EvalDone { worker, step, node, sums, counts });
                         }
                     }
-                    Some(v1::from_worker::Kind::Diverged(d)) => shared.input(Input::Diverged {
-                        worker,
-                        step: Step(d.step),
-                        partition: d.partition,
-                        tensor: d.tensor.chars().filter(|c| !c.is_control()).take(128).collect(),
-                    }),
-                    Some(v1::from_worker::Kind::Join(_)) | None => break,
+                    Some(v1::from_worker::Kind::Diverged(d)) => {
+                        let Ok(node) = wire::node(d.node, partitions) else { break };
+                        let tensor = d.tensor.chars().filter(|c| !c.is_control()).take(128).collect();
+                        shared.input(Input::Diverged { worker, step: Step(d.step), node, tensor });
+                    }
+                    Some(v1::from_worker::Kind::Join(_) | v1::from_worker::Kind::SharedMemory(_)) | None => break,
                 }
             }
             drop(guard);
         });
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(outgoing))))
-    }
-
-    async fn push(&self, request: Request<Streaming<v1::PushPart>>) -> Result<Response<v1::PushReply>, Status> {
-        let mut parts = request.into_inner();
-        let first = parts.message().await?.and_then(|p| p.kind);
-        let Some(v1::push_part::Kind::Session(session)) = first else {
-            return Err(Status::invalid_argument("the first message of a push must be the session"));
-        };
-        let worker = self.0.member(&session)?;
-        let taken = self.take_pushes(worker, parts).await;
-        // A worker that cannot push is of no use: it leaves, and what it owes is done by others.
-        let why = taken.as_ref().err().map_or("its pushes ended", |e| e.message()).to_string();
-        self.0.input(Input::Broken { worker, why });
-        taken.map(|()| Response::new(v1::PushReply {}))
     }
 
     type FetchPartitionStream = Out<v1::DataPiece>;

@@ -1,11 +1,13 @@
 //! What service, broadcast and driver share: the run's fixed parts, its members, and what their messages are checked against.
 
+use crate::door::Door;
 use crate::lock;
+use crate::measure::Measure;
 use crate::store::{Applied, Store};
 use crate::{Member, Progress};
 use anyhow::{Result, anyhow};
 use bytes::Bytes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,6 +21,7 @@ use unisono_common::job::Job;
 use unisono_common::loss::LossSums;
 use unisono_common::protocol::{Event, Kind, Machine};
 use unisono_common::tree::Node;
+use unisono_proto::shm::{Lane, door, frame::Header, memory::BellMemory};
 use unisono_proto::{self as wire, WireError, v1};
 
 /// Sends messages to one worker's session.
@@ -30,7 +33,11 @@ pub enum Input {
         worker: WorkerId,
         threads: u32,
         name: String,
+        /// The instruction set that it computes with.
+        isa: String,
         to_worker: ToWorker,
+        /// Where it pushes by shared memory.
+        lane: Option<Arc<Lane>>,
     },
     Left {
         worker: WorkerId,
@@ -55,10 +62,14 @@ pub enum Input {
     Diverged {
         worker: WorkerId,
         step: Step,
-        partition: u32,
+        node: Node,
         tensor: String,
     },
     Applied(Applied),
+    /// Somebody at the keyboard wants the run to end.
+    Interrupted,
+    /// Nobody waits for the run's end any more.
+    Abandoned,
     Drain {
         worker: WorkerId,
     },
@@ -68,7 +79,34 @@ pub enum Input {
 }
 
 /// What proves that a stream is a member's.
-pub type Token = [u8; 16];
+pub type Token = [u8; door::SECRET];
+
+/// What waits for the driver, and the bell that wakes it; workers ring the same bell from their lanes.
+pub struct Inbox {
+    inputs: Mutex<VecDeque<Input>>,
+    pub bell: BellMemory,
+}
+
+impl Inbox {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// Where the system has no memory to give.
+    pub fn new() -> std::io::Result<Inbox> {
+        Ok(Inbox { inputs: Mutex::default(), bell: BellMemory::create()? })
+    }
+
+    /// Puts an input in, and wakes the driver.
+    pub fn put(&self, input: Input) {
+        lock(&self.inputs).push_back(input);
+        self.bell.bell().ring();
+    }
+
+    /// The oldest input.
+    pub fn take(&self) -> Option<Input> {
+        lock(&self.inputs).pop_front()
+    }
+}
 
 /// What service and driver share.
 pub struct Shared {
@@ -76,13 +114,16 @@ pub struct Shared {
     pub prepared: Prepared,
     pub fingerprint: [u8; 32],
     pub store: Store,
-    pub pool: rayon::ThreadPool,
     pub heartbeat_ms: u32,
     pub(crate) opened: Opened,
     pub(crate) train_parts: Partitions,
     pub(crate) test_parts: Option<Partitions>,
     pub(crate) machine: Mutex<Machine>,
-    pub(crate) inputs: mpsc::UnboundedSender<Input>,
+    pub(crate) inbox: Arc<Inbox>,
+    /// Where a part of the run is measured.
+    pub(crate) measure: Option<Measure>,
+    /// What this coordinator offers to workers of its host.
+    pub(crate) door: Option<Door>,
     pub(crate) next_id: AtomicU64,
     pub(crate) names: Mutex<BTreeMap<WorkerId, String>>,
     pub(crate) tokens: Mutex<BTreeMap<Token, WorkerId>>,
@@ -93,7 +134,7 @@ pub struct Shared {
 
 impl Shared {
     pub(crate) fn input(&self, input: Input) {
-        self.inputs.send(input).ok();
+        self.inbox.put(input);
     }
 
     /// A new member's id, and what will prove that it is that member.
@@ -118,9 +159,8 @@ impl Shared {
     }
 
     /// Checks a node's header as far as it can be without knowing whose it is.
-    pub(crate) fn check_header(&self, header: &v1::NodeHeader) -> Result<(Step, Node, LossSums), WireError> {
-        let node = wire::node(header.node, self.job.train.partitions)?;
-        let sums = LossSums { loss: header.loss, weight: header.weight, samples: header.samples };
+    pub(crate) fn check_header(&self, header: &Header) -> Result<(Step, Node, LossSums), WireError> {
+        let (node, sums) = (wire::checked(header.node, self.job.train.partitions)?, header.sums);
         let most = node.len() as u64 * self.job.train.micro_batch as u64;
         if !(sums.loss.is_finite() && sums.weight.is_finite() && sums.weight >= 0.0) || sums.samples > most {
             return Err(WireError::Range { field: "loss, weight or samples", value: format!("{sums:?}") });

@@ -1,101 +1,49 @@
 //! The parameter store: weights and optimizer state in chunks, the open reduction tree of each, and the update.
 //!
-//! Weights are replaced, never changed in place, so a chunk's bytes are shared by every stream that sends it. Everything
-//! else is changed in place, in buffers that are used again: a steady step takes no new memory. A checkpoint that is being
-//! written copies nothing either: what it has not yet written of a chunk is written by the update that would replace it.
+//! Weights lie in two buffers, those of the open step and those of the next, in memory that workers of this host read in
+//! place; a steady step takes no new memory. The sums that complete a chunk's tree, their mean, the clipping, the optimizer
+//! and the checks are one pass over memory. A checkpoint that is being written copies nothing: what it has not yet written
+//! of a chunk is written by the update that would replace it.
 
 use crate::lock;
+use crate::sum::{Gradient, Part, Spare};
+use anyhow::Context;
 use bytes::Bytes;
+use rayon::prelude::*;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use unisono_common::ids::Step;
 use unisono_common::kernels;
-use unisono_common::layout::{CHUNK, Layout, Role, le_bytes};
+use unisono_common::layout::{Layout, Role, le_bytes};
 use unisono_common::loss::LossSums;
 use unisono_common::optim::{self, Optimizer};
 use unisono_common::tree::{Node, Offer, Open};
+use unisono_proto::shm::{Piece, Weights};
 
-struct Shared(Arc<Vec<f32>>);
+/// Values that one pass takes at a time: what it works on stays in the first-level cache.
+const BLOCK: usize = 4096;
+
+/// A chunk's weights for the wire: a copy, because the weights' own memory is used again. All streams that send it at about
+/// the same time share one.
+struct Copy {
+    values: Vec<f32>,
+    crc: u32,
+    spare: Arc<Spare>,
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        self.spare.put(std::mem::take(&mut self.values));
+    }
+}
+
+struct Shared(Arc<Copy>);
 
 impl AsRef<[u8]> for Shared {
     fn as_ref(&self) -> &[u8] {
-        le_bytes(&self.0)
-    }
-}
-
-/// A node's sums of one chunk. The loss sums travel with each chunk, so that a chunk is whole by itself: a worker that
-/// breaks off between two chunks leaves nothing half known.
-struct Part {
-    gradient: Gradient,
-    sums: LossSums,
-}
-
-/// As it came, or added up.
-enum Gradient {
-    Came(Bytes),
-    Sum(Vec<f32>),
-}
-
-/// Buffers of a chunk's length that are not in use.
-#[derive(Default)]
-struct Spare(Mutex<Vec<Vec<f32>>>);
-
-impl Spare {
-    /// A buffer of `len` values, which hold anything.
-    fn take(&self, len: usize) -> Vec<f32> {
-        let mut buffer = lock(&self.0).pop().unwrap_or_else(|| Vec::with_capacity(CHUNK));
-        buffer.resize(len, 0.0);
-        buffer
-    }
-
-    fn put(&self, buffer: Vec<f32>) {
-        lock(&self.0).push(buffer);
-    }
-
-    fn sum(&self, gradient: Gradient) -> Vec<f32> {
-        match gradient {
-            Gradient::Came(bytes) => {
-                let mut sum = self.take(bytes.len() / 4);
-                unisono_proto::decode_into(&bytes, &mut sum);
-                sum
-            }
-            Gradient::Sum(sum) => sum,
-        }
-    }
-
-    fn add(&self, left: Part, right: Part) -> Part {
-        let gradient = match (left.gradient, right.gradient) {
-            (Gradient::Sum(mut sum), Gradient::Came(bytes)) | (Gradient::Came(bytes), Gradient::Sum(mut sum)) => {
-                unisono_proto::add_into(&bytes, &mut sum);
-                sum
-            }
-            (left, right) => {
-                let (mut sum, other) = (self.sum(left), self.sum(right));
-                kernels::add_into(&mut sum, &other);
-                self.put(other);
-                sum
-            }
-        };
-        Part { gradient: Gradient::Sum(gradient), sums: left.sums + right.sums }
-    }
-}
-
-/// The weights of one step, and their checksum, which is taken once for all workers.
-#[derive(Clone)]
-struct Weights {
-    values: Arc<Vec<f32>>,
-    crc: u32,
-}
-
-impl Weights {
-    fn new(values: Vec<f32>) -> Weights {
-        Weights { crc: unisono_proto::crc(le_bytes(&values)), values: Arc::new(values) }
-    }
-
-    /// For the wire: shared bytes, not a copy.
-    fn share(&self, step: Step) -> Sent {
-        Sent { step, crc: self.crc, bytes: Bytes::from_owner(Shared(self.values.clone())) }
+        le_bytes(&self.0.values)
     }
 }
 
@@ -113,11 +61,13 @@ pub trait Keep: Send + Sync {
 }
 
 struct Chunk {
-    /// The step whose weights these are.
+    /// The step whose weights were written last.
     version: Step,
-    weights: Weights,
-    /// The weights of the step before, until that step is committed: whoever joins or is slow still needs them.
-    previous: Option<Weights>,
+    piece: Piece,
+    /// Whether the step before is open still: whoever joins or is slow still needs its weights.
+    previous: bool,
+    /// The last copies for the wire, of even and of odd steps.
+    copies: [(Step, Weak<Copy>); 2],
     slots: Vec<Vec<f32>>,
     open: Open<Part>,
     /// The whole sums, while they wait for the global norm.
@@ -129,8 +79,22 @@ struct Chunk {
 impl Chunk {
     fn flush(&mut self, index: usize) {
         if let Some(keep) = self.keep.take() {
-            keep.chunk(index, &self.weights.values, &self.slots);
+            keep.chunk(index, self.piece.of_step(self.version.0), &self.slots);
         }
+    }
+
+    /// The weights of `step`, for the wire.
+    fn send(&mut self, step: Step, spare: &Arc<Spare>) -> Sent {
+        let last = &mut self.copies[step.0 as usize % 2];
+        let copy = last.1.upgrade().filter(|_| last.0 == step).unwrap_or_else(|| {
+            let mut values = spare.take(self.piece.of_step(step.0).len());
+            values.copy_from_slice(self.piece.of_step(step.0));
+            let crc = unisono_proto::crc(le_bytes(&values));
+            let copy = Arc::new(Copy { values, crc, spare: spare.clone() });
+            *last = (step, Arc::downgrade(&copy));
+            copy
+        });
+        Sent { step, crc: copy.crc, bytes: Bytes::from_owner(Shared(copy)) }
     }
 }
 
@@ -141,6 +105,36 @@ pub enum Applied {
     Done { step: Step, sums: LossSums },
     /// A value is not finite after reduction or update.
     Diverged { step: Step, tensor: String },
+}
+
+/// What makes a mean of the sums: without any weight (all of class_weights 0) there is no loss, and no gradient.
+fn inverse(sums: LossSums) -> f32 {
+    if sums.weight > 0.0 { (1.0 / sums.weight) as f32 } else { 0.0 }
+}
+
+/// State vectors of an optimizer, at most.
+const MAX_SLOTS: usize = 3;
+
+/// How long all threads together have added gradients up, and have updated weights.
+#[derive(Default)]
+pub struct Timers {
+    reduce: AtomicU64,
+    optimizer: AtomicU64,
+}
+
+/// One block of so many is timed: looking at the clock takes a part of a block's own time.
+const TIMED: usize = 16;
+
+impl Timers {
+    fn add(&self, reduce: Duration, optimizer: Duration) {
+        self.reduce.fetch_add(reduce.as_nanos() as u64, Ordering::Relaxed);
+        self.optimizer.fetch_add(optimizer.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// For adding up, and for updating.
+    pub fn totals(&self) -> [Duration; 2] {
+        [&self.reduce, &self.optimizer].map(|sum| Duration::from_nanos(sum.load(Ordering::Relaxed)))
+    }
 }
 
 /// Limits on gradients.
@@ -155,8 +149,11 @@ pub struct Store {
     layout: Arc<Layout>,
     optimizer: Optimizer,
     clip: Clip,
+    partitions: u32,
+    weights: Arc<Weights>,
     chunks: Vec<Mutex<Chunk>>,
-    spare: Spare,
+    /// Buffers of a chunk's length.
+    pub spare: Arc<Spare>,
     /// Learning rate of the open step.
     lr: Mutex<f32>,
     pending: AtomicUsize,
@@ -164,14 +161,21 @@ pub struct Store {
     diverged: Mutex<Option<usize>>,
     changed: watch::Sender<u64>,
     applied: Box<dyn Fn(Applied) + Send + Sync>,
+    /// Threads that reduce and update.
+    pub pool: rayon::ThreadPool,
+    /// Where somebody wants to know.
+    pub timers: Option<Timers>,
     /// Bytes of gradients accepted.
     pub bytes_pushed: AtomicU64,
-    /// Bytes of weights sent.
+    /// Bytes of weights sent, or read in place.
     pub bytes_pulled: AtomicU64,
 }
 
 impl Store {
     /// A store at `step` with these weights and optimizer slots (each of the trainable length; empty: fresh ones).
+    ///
+    /// # Errors
+    /// Where the system has no memory for the weights, or no threads.
     pub fn new(
         layout: Arc<Layout>,
         optimizer: Optimizer,
@@ -180,10 +184,18 @@ impl Store {
         step: Step,
         weights: &[f32],
         slots: &[Vec<f32>],
+        threads: usize,
         applied: Box<dyn Fn(Applied) + Send + Sync>,
-    ) -> Store {
-        let chunks = (0..layout.chunks())
-            .map(|i| {
+    ) -> anyhow::Result<Store> {
+        let memory = Weights::create(layout.len()).context("no memory for the weights")?;
+        let memory = Arc::new(memory);
+        let pool =
+            rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("reduce-{i}")).build()?;
+        let pieces = memory.pieces((0..layout.chunks()).map(|i| layout.chunk(i)));
+        let chunks: Vec<_> = pieces
+            .into_iter()
+            .enumerate()
+            .map(|(i, mut piece)| {
                 let trained = layout.trainable_of(i);
                 let slots = (0..optimizer.slots())
                     .map(|s| match slots.get(s) {
@@ -191,31 +203,37 @@ impl Store {
                         None => vec![optimizer.init_slot(s); trained.len()],
                     })
                     .collect();
+                piece.begin(step.0).copy_from_slice(&weights[layout.chunk(i)]);
                 Mutex::new(Chunk {
                     version: step,
-                    weights: Weights::new(weights[layout.chunk(i)].to_vec()),
-                    previous: None,
+                    piece,
+                    previous: false,
+                    copies: Default::default(),
                     slots,
                     open: Open::new(partitions),
                     reduced: None,
                     keep: None,
                 })
             })
-            .collect::<Vec<_>>();
-        Store {
+            .collect();
+        Ok(Store {
             pending: AtomicUsize::new(chunks.len()),
             chunks,
             layout,
             optimizer,
             clip,
-            spare: Spare::default(),
+            partitions,
+            weights: memory,
+            spare: Arc::default(),
             lr: Mutex::new(0.0),
             diverged: Mutex::new(None),
             changed: watch::Sender::new(0),
             applied,
+            pool,
+            timers: None,
             bytes_pushed: AtomicU64::new(0),
             bytes_pulled: AtomicU64::new(0),
-        }
+        })
     }
 
     /// The layout of the flat vector.
@@ -223,117 +241,156 @@ impl Store {
         &self.layout
     }
 
+    /// The weights, for workers that read them in place.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
     /// Opens a step, whose updates use `lr`.
     pub fn begin(&self, lr: f32) {
         *lock(&self.lr) = lr;
-        for chunk in &self.chunks {
-            // Its memory takes the next weights, unless a stream is still sending it.
-            let old = lock(chunk).previous.take().and_then(|old| Arc::into_inner(old.values));
-            old.into_iter().for_each(|old| self.spare.put(old));
-        }
+        self.chunks.iter().for_each(|chunk| lock(chunk).previous = false);
         self.pending.store(self.chunks.len(), Ordering::SeqCst);
     }
 
     /// Takes one checked chunk of a node's gradient sum, with the node's loss sums; the last one of the step runs the
     /// optimizer on the chunk.
-    pub fn accept(&self, step: Step, node: Node, sums: LossSums, index: usize, bytes: Bytes) {
-        self.bytes_pushed.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+    pub fn accept(&self, step: Step, node: Node, sums: LossSums, index: usize, gradient: Gradient) {
+        self.bytes_pushed.fetch_add(self.layout.chunk(index).len() as u64 * 4, Ordering::Relaxed);
         let mut chunk = lock(&self.chunks[index]);
         if chunk.version != step || chunk.reduced.is_some() || chunk.open.holds(node) {
             return; // late, or there already
         }
-        let came = Gradient::Came(bytes);
-        // What has to wait is copied: a message's bytes hold on to the receive buffer around them.
-        let gradient = if chunk.open.merges(node) { came } else { Gradient::Sum(self.spare.sum(came)) };
-        if chunk.open.offer(node, Part { gradient, sums }, |l, r| self.spare.add(l, r)) != Offer::Complete {
+        let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
+        let gradient = if chunk.open.merges(node) { gradient } else { self.spare.keep(gradient) };
+        let part = Part { gradient, sums, partitions: node.len() };
+        // The last addition of all is a part of the update's pass.
+        let add = |l, r| self.spare.add(l, r, self.partitions);
+        let offered = chunk.open.offer(node, part, add);
+        if let Some((timers, began)) = began {
+            timers.add(began.elapsed(), Duration::ZERO);
+        }
+        if offered != Offer::Complete {
             return;
         }
-        let Some(Part { gradient, sums }) = chunk.open.take_root() else { return };
-        let mut gradient = self.spare.sum(gradient);
-        self.check(index, &gradient);
-        // Without any weight (all of class_weights 0) there is no loss, and no gradient.
-        let inverse = if sums.weight > 0.0 { (1.0 / sums.weight) as f32 } else { 0.0 };
-        kernels::scale(&mut gradient[..self.layout.trainable_of(index).len()], inverse);
-        let clipped = self.clip.norm.is_some();
-        if clipped {
-            chunk.reduced = Some((gradient, sums));
+        let Some(Part { gradient, sums, .. }) = chunk.open.take_root() else { return };
+        if self.clip.norm.is_some() {
+            // The mean waits for all others: its norm is needed first.
+            let mut mean = self.spare.sum(gradient);
+            self.check(index, &mean);
+            kernels::scale(&mut mean[..self.layout.trainable_of(index).len()], inverse(sums));
+            chunk.reduced = Some((mean, sums));
             drop(chunk);
         } else {
-            self.update(&mut chunk, index, gradient, sums);
+            self.update(&mut chunk, index, &gradient, inverse(sums), sums);
             drop(chunk);
+            self.spare.free(gradient);
             self.changed.send_modify(|n| *n += 1);
         }
         if self.pending.fetch_sub(1, Ordering::SeqCst) == 1 {
-            if clipped {
+            if self.clip.norm.is_some() {
                 self.apply_clipped();
             }
             self.finish(step, sums);
         }
     }
 
+    /// Whether `node`'s sum of chunk `index` would be added to another, or is all there is to add.
+    pub fn merges(&self, index: usize, node: Node) -> bool {
+        node.len() == self.partitions || lock(&self.chunks[index]).open.merges(node)
+    }
+
     /// All chunks are reduced: the global norm of the mean gradient, in chunk order, then every update.
     fn apply_clipped(&self) {
-        let mut squares = 0.0;
-        for (i, chunk) in self.chunks.iter().enumerate() {
-            if let Some((gradient, _)) = &lock(chunk).reduced {
-                squares += optim::sum_squares(&gradient[..self.layout.trainable_of(i).len()]);
-            }
-        }
-        let factor = optim::clip_factor(squares.sqrt() as f32, self.clip.norm.unwrap_or(f32::INFINITY));
-        for (i, chunk) in self.chunks.iter().enumerate() {
+        let square = |i: usize| {
+            let chunk = lock(&self.chunks[i]);
+            let mean = chunk.reduced.as_ref().map(|(mean, _)| &mean[..self.layout.trainable_of(i).len()]);
+            kernels::vectorized(|| optim::sum_squares(mean.unwrap_or_default()))
+        };
+        let squares: Vec<f64> = self.pool.install(|| (0..self.chunks.len()).into_par_iter().map(square).collect());
+        let norm = squares.iter().sum::<f64>().sqrt() as f32;
+        let factor = optim::clip_factor(norm, self.clip.norm.unwrap_or(f32::INFINITY));
+        let apply = |(i, chunk): (usize, &Mutex<Chunk>)| {
             let mut chunk = lock(chunk);
-            if let Some((mut gradient, sums)) = chunk.reduced.take() {
-                kernels::scale(&mut gradient[..self.layout.trainable_of(i).len()], factor);
-                self.update(&mut chunk, i, gradient, sums);
+            if let Some((mean, sums)) = chunk.reduced.take() {
+                let mean = Gradient::Sum(mean);
+                self.update(&mut chunk, i, &mean, factor, sums);
+                self.spare.free(mean);
             }
             drop(chunk);
             self.changed.send_modify(|n| *n += 1);
-        }
+        };
+        self.pool.install(|| self.chunks.par_iter().enumerate().for_each(apply));
     }
 
-    /// New weights from the mean gradient (trainable part) and the sums of statistics (running part).
-    fn update(&self, chunk: &mut Chunk, index: usize, mut gradient: Vec<f32>, sums: LossSums) {
+    /// New weights from a gradient times `factor` (trainable part) and the sums of statistics (running part), block by block.
+    fn update(&self, chunk: &mut Chunk, index: usize, gradient: &Gradient, factor: f32, sums: LossSums) {
         chunk.flush(index);
         let (step, lr) = (chunk.version, *lock(&self.lr));
-        let trained = self.layout.trainable_of(index).len();
-        if let Some(limit) = self.clip.value {
-            optim::clip_value(&mut gradient[..trained], limit);
-        }
-        let weights = &chunk.weights.values;
-        let mut out = self.spare.take(weights.len());
-        {
-            let mut state: Vec<&mut [f32]> = chunk.slots.iter_mut().map(|s| s.as_mut_slice()).collect();
-            self.optimizer.update(
-                step.0 + 1,
-                lr,
-                &weights[..trained],
-                &gradient[..trained],
-                &mut state,
-                &mut out[..trained],
-            );
-        }
-        let range = self.layout.chunk(index);
-        for (tensor, at) in self.layout.tensors() {
-            let Role::Running { momentum } = tensor.role else { continue };
-            for i in at.start.max(range.start)..at.end.min(range.end) {
-                let i = i - range.start;
-                let mean = gradient[i] / sums.samples as f32;
-                out[i] = (1.0 - momentum) * weights[i] + momentum * mean;
+        let (range, trained) = (self.layout.chunk(index), self.layout.trainable_of(index).len());
+        let Chunk { piece, slots, .. } = chunk;
+        let vectors = slots.len();
+        let (old, new) = piece.update(step.0);
+        let mut block = [0.0; BLOCK];
+        let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
+        let (mut reading, mut timed) = (Duration::ZERO, Duration::ZERO);
+        for (n, from) in (0..range.len()).step_by(BLOCK).enumerate() {
+            let block_began = began.filter(|_| n % TIMED == 0).map(|_| Instant::now());
+            let at = from..(from + BLOCK).min(range.len());
+            let (g, new, old) = (&mut block[..at.len()], &mut new[at.clone()], &old[at.clone()]);
+            gradient.read(at.clone(), g);
+            reading += block_began.map_or(Duration::ZERO, |began| began.elapsed());
+            self.check_at(range.start + from, g);
+            let trained = trained.clamp(at.start, at.end) - at.start;
+            kernels::scale(&mut g[..trained], factor);
+            if let Some(limit) = self.clip.value {
+                kernels::vectorized(|| optim::clip_value(&mut g[..trained], limit));
             }
+            let slot_end = self.layout.trainable_of(index).len();
+            let mut state: [&mut [f32]; MAX_SLOTS] = Default::default();
+            for (state, slot) in state.iter_mut().zip(slots.iter_mut()) {
+                *state = &mut slot[at.start.min(slot_end)..][..trained];
+            }
+            let (w, out) = (&old[..trained], &mut new[..trained]);
+            self.optimizer.update(step.0 + 1, lr, w, &g[..trained], &mut state[..vectors], out);
+            if trained < at.len() {
+                self.blend_running(range.start + from, sums, g, old, new);
+            }
+            self.check_at(range.start + from, new);
+            timed += block_began.map_or(Duration::ZERO, |began| began.elapsed());
         }
-        self.spare.put(gradient);
-        self.check(index, &out);
-        chunk.previous = Some(std::mem::replace(&mut chunk.weights, Weights::new(out)));
+        if let Some((timers, began)) = began {
+            let whole = began.elapsed();
+            let read = whole.mul_f64(reading.as_secs_f64() / timed.as_secs_f64().max(1e-9)).min(whole);
+            timers.add(read, whole - read);
+        }
+        chunk.previous = true;
         chunk.version = step.next();
     }
 
-    /// Notes the first tensor, by its place in the layout, that is not finite.
+    /// Running statistics of a block that begins at `start`: they follow the means over the step's samples.
+    fn blend_running(&self, start: usize, sums: LossSums, g: &[f32], old: &[f32], new: &mut [f32]) {
+        for (tensor, at) in self.layout.tensors() {
+            let Role::Running { momentum } = tensor.role else { continue };
+            for i in at.start.max(start)..at.end.min(start + g.len()) {
+                let i = i - start;
+                let mean = g[i] / sums.samples as f32;
+                new[i] = (1.0 - momentum) * old[i] + momentum * mean;
+            }
+        }
+    }
+
     fn check(&self, index: usize, values: &[f32]) {
+        self.check_at(self.layout.chunk(index).start, values);
+    }
+
+    /// Notes the first tensor, by its place in the layout, that is not finite.
+    fn check_at(&self, start: usize, values: &[f32]) {
         if !kernels::all_finite(values)
             && let Some(bad) = values.iter().position(|v| !v.is_finite())
         {
             let mut diverged = lock(&self.diverged);
-            let at = self.layout.chunk(index).start + bad;
+            let at = start + bad;
             *diverged = Some(diverged.map_or(at, |first| first.min(at)));
         }
     }
@@ -354,14 +411,11 @@ impl Store {
     /// The next version of chunk `index` after `than`. While a step is open that is never a version that would leave out
     /// the open step's.
     pub fn next(&self, index: usize, than: Option<Step>) -> Option<Sent> {
-        let chunk = lock(&self.chunks[index]);
-        if let Some(previous) = &chunk.previous
-            && let Some(version) = chunk.version.0.checked_sub(1).map(Step)
-            && than.is_none_or(|than| than < version)
-        {
-            return Some(previous.share(version));
-        }
-        than.is_none_or(|than| than < chunk.version).then(|| chunk.weights.share(chunk.version))
+        let mut chunk = lock(&self.chunks[index]);
+        let (version, newer) = (chunk.version, |step| than.is_none_or(|than| than < step));
+        let before = version.0.checked_sub(1).map(Step).filter(|_| chunk.previous);
+        let step = before.filter(|before| newer(*before)).or(Some(version)).filter(|step| newer(*step))?;
+        Some(chunk.send(step, &self.spare))
     }
 
     /// Whether the store is at the beginning of `step`, and no update of it has run.
@@ -418,11 +472,11 @@ mod tests {
             counted.fetch_add(1, Ordering::SeqCst);
         };
         let optimizer = Optimizer::new(&sgd);
-        let store = Store::new(layout, optimizer, Clip::default(), 1, Step(7), &weights, &[], Box::new(count));
+        let store = Store::new(layout, optimizer, Clip::default(), 1, Step(7), &weights, &[], 1, Box::new(count))
+            .expect("memory");
         let sums = LossSums { loss: 1.0, weight: 2.0, samples: 2 };
         let push = |step, index: usize, len: usize| {
-            let gradient = unisono_proto::encode_values(&vec![4.0; len]);
-            store.accept(step, Node { lo: 0, hi: 1 }, sums, index, gradient);
+            store.accept(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Sum(vec![4.0; len]));
         };
         let version = |index, than| store.next(index, than).map(|sent| (sent.step, sent.bytes[..4].to_vec()));
         let value = |v: f32| v.to_le_bytes().to_vec();
@@ -436,6 +490,7 @@ mod tests {
         assert_eq!(version(0, None), Some((Step(7), value(1.0))));
         assert_eq!(version(0, Some(Step(7))), Some((Step(8), value(-1.0))));
         assert_eq!(version(0, Some(Step(8))), None);
+        assert_eq!(version(0, None), Some((Step(7), value(1.0))));
         assert_eq!(version(1, None), Some((Step(7), value(1.0))));
         assert_eq!(version(1, Some(Step(7))), None);
 

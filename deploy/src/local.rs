@@ -1,7 +1,7 @@
 //! A cluster on this machine: the coordinator in this process, workers as children that never outlive it.
 
 use crate::progress::View;
-use crate::{JobArgs, Wrong, interruption, options, read_job, show};
+use crate::{JobArgs, Transport, Wrong, interruption, options, read_job, show};
 use anyhow::{Context, Result, bail};
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use unisono_coordinator::Progress;
+use unisono_coordinator::{Progress, Summary};
 
 /// Workers that die within a minute and are replaced, at most.
 const DEATHS: usize = 10;
@@ -39,48 +39,94 @@ pub fn end_with(parent: u32) -> Result<()> {
     Ok(())
 }
 
-fn spawn(url: &str, threads: usize) -> Result<Child> {
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    Command::new(program)
-        .args(["worker", "--coordinator", url])
-        .args(["--threads", &threads.to_string(), "--parent", &std::process::id().to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .context("cannot start a worker process")
+/// The workers of a local run.
+#[derive(Clone, Copy, Debug)]
+pub struct Workers {
+    pub count: usize,
+    /// Compute threads of each.
+    pub threads: usize,
+    pub transport: Transport,
 }
 
-/// Keeps the workers alive; ends only with an error.
-async fn supervise(
-    url: String,
-    workers: usize,
-    threads: usize,
-    stopping: watch::Receiver<bool>,
-) -> Result<std::convert::Infallible> {
-    let mut children = (0..workers).map(|_| spawn(&url, threads)).collect::<Result<Vec<_>>>()?;
-    let mut died = VecDeque::new();
-    loop {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        for child in &mut children {
-            let Some(status) = child.try_wait()? else { continue };
-            if status.success() || *stopping.borrow() && status.code().is_some() {
-                continue;
-            }
-            died.retain(|at: &Instant| at.elapsed() < Duration::from_secs(60));
-            died.push_back(Instant::now());
-            if status.code().is_some() {
-                bail!("a worker ended with {status}");
-            }
-            if died.len() > DEATHS {
-                bail!(
-                    "workers died {} times within a minute, the last one by {status}: is there enough memory?",
-                    died.len()
-                );
-            }
-            tracing::warn!("a worker died ({status}); starting another");
-            *child = spawn(&url, threads)?;
+impl Workers {
+    /// As the command line says; without a count, one for each core, but not more than `most`.
+    pub fn new(count: Option<usize>, most: usize, threads: usize, transport: Transport) -> Result<Workers> {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let count = count.unwrap_or(cores.min(most));
+        if count == 0 {
+            return Err(Wrong(anyhow::anyhow!("--workers must be at least 1")).into());
         }
+        unisono_worker::check_threads(threads).map_err(Wrong)?;
+        Ok(Workers { count, threads, transport })
+    }
+
+    fn spawn(&self, url: &str) -> Result<Child> {
+        let program = std::env::current_exe().context("cannot find this program's own file")?;
+        Command::new(program)
+            .args(["worker", "--coordinator", url])
+            .args(["--transport", self.transport.name()])
+            .args(["--threads", &self.threads.to_string(), "--parent", &std::process::id().to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .context("cannot start a worker process")
+    }
+
+    /// Keeps them alive, and tells `ids` their processes; ends only with an error.
+    async fn supervise(
+        self,
+        url: String,
+        stopping: watch::Receiver<bool>,
+        ids: watch::Sender<Vec<u32>>,
+    ) -> Result<std::convert::Infallible> {
+        let mut children = (0..self.count).map(|_| self.spawn(&url)).collect::<Result<Vec<_>>>()?;
+        let tell = |children: &[Child]| ids.send_replace(children.iter().filter_map(Child::id).collect());
+        tell(&children);
+        let mut died = VecDeque::new();
+        loop {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            for i in 0..children.len() {
+                let Some(status) = children[i].try_wait()? else { continue };
+                if status.success() || *stopping.borrow() && status.code().is_some() {
+                    continue;
+                }
+                died.retain(|at: &Instant| at.elapsed() < Duration::from_secs(60));
+                died.push_back(Instant::now());
+                if status.code().is_some() {
+                    bail!("a worker ended with {status}");
+                }
+                if died.len() > DEATHS {
+                    bail!(
+                        "workers died {} times within a minute, the last one by {status}: is there enough memory?",
+                        died.len()
+                    );
+                }
+                tracing::warn!("a worker died ({status}); starting another");
+                children[i] = self.spawn(&url)?;
+                tell(&children);
+            }
+        }
+    }
+
+    /// Runs a coordinator in this process and the workers beside it; `ids` hears their processes. Gives whether somebody at
+    /// the keyboard ended the run.
+    pub async fn train(
+        self,
+        ready: unisono_coordinator::Ready,
+        options: unisono_coordinator::Options,
+        progress: watch::Sender<Progress>,
+        ids: watch::Sender<Vec<u32>>,
+    ) -> Result<(Summary, bool)> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let interrupted = interruption();
+        let summary = tokio::select! {
+            summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()) => summary?,
+            failed = self.supervise(url, interrupted.clone(), ids) => match failed? {},
+        };
+        let interrupted = *interrupted.borrow();
+        Ok((summary, interrupted))
     }
 }
 
@@ -95,28 +141,18 @@ pub async fn run(
     let view = View::new(&args);
     let job = read_job(job.as_ref(), &args.set)?;
     let partitions = job.train.partitions as usize;
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let workers = workers.unwrap_or(cores.min(partitions));
-    if workers == 0 {
-        return Err(Wrong(anyhow::anyhow!("--workers must be at least 1")).into());
-    }
-    unisono_worker::check_threads(threads).map_err(Wrong)?;
-    if workers > partitions {
-        tracing::warn!("{workers} workers share {partitions} partitions: {} will have none", workers - partitions);
+    let workers = Workers::new(workers, partitions, threads, args.transport)?;
+    if workers.count > partitions {
+        let idle = workers.count - partitions;
+        tracing::warn!("{} workers share {partitions} partitions: {idle} will have none", workers.count);
     }
     let options = options(&args, started)?;
     let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-    let url = format!("http://{}", listener.local_addr()?);
     let (progress, watching) = watch::channel(Progress::default());
-    let interrupted = interruption();
     let shown = view.show(watching);
-    let summary = tokio::select! {
-        summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()) => summary,
-        failed = supervise(url, workers, threads, interrupted.clone()) => failed.map(|never| match never {}),
-    };
+    let trained = workers.train(ready, options, progress, watch::Sender::default()).await;
     shown.end().await;
-    let summary = summary?;
+    let (summary, interrupted) = trained?;
     show::summary(&summary, args.json)?;
-    Ok(show::exit_code(&summary, *interrupted.borrow()))
+    Ok(show::exit_code(&summary, interrupted))
 }

@@ -1,5 +1,6 @@
 //! `unisono`: a distributed data-parallel trainer for CPUs, in one program.
 
+mod bench;
 mod local;
 mod operate;
 mod progress;
@@ -51,6 +52,41 @@ pub(crate) struct JobArgs {
     /// A worker is lost after this many seconds without a sign of life
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
     heartbeat_timeout: f64,
+    /// How gradients and weights travel
+    #[arg(long, value_enum, default_value_t)]
+    transport: Transport,
+}
+
+/// How gradients and weights get from process to process.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Transport {
+    /// Shared memory for workers on the coordinator's host, gRPC for others
+    #[default]
+    Auto,
+    /// Shared memory; a worker that has none with the coordinator is an error
+    Shm,
+    /// gRPC everywhere
+    Grpc,
+}
+
+impl Transport {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Transport::Auto => "auto",
+            Transport::Shm => "shm",
+            Transport::Grpc => "grpc",
+        }
+    }
+}
+
+impl From<Transport> for unisono_worker::Transport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Auto => unisono_worker::Transport::Auto,
+            Transport::Shm => unisono_worker::Transport::Shm,
+            Transport::Grpc => unisono_worker::Transport::Grpc,
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -86,6 +122,9 @@ enum Cmd {
         /// Compute threads
         #[arg(long, default_value_t = 1)]
         threads: usize,
+        /// How gradients and weights travel
+        #[arg(long, value_enum, default_value_t)]
+        transport: Transport,
         /// Gives up after this many seconds without a coordinator
         #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
         patience: f64,
@@ -99,6 +138,8 @@ enum Cmd {
         #[arg(short, long)]
         verbose: bool,
     },
+    /// Measures how fast this machine trains, and where the time of a step goes
+    Bench(bench::Args),
     /// Evaluates a checkpoint on its test set, or on the data of another job
     Eval {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
@@ -220,8 +261,10 @@ pub(crate) fn options(args: &JobArgs, started: Instant) -> Result<unisono_coordi
     let silence = Duration::from_secs_f64(args.heartbeat_timeout);
     Ok(unisono_coordinator::Options {
         started,
-        threads: 1,
+        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        shared_memory: args.transport != Transport::Grpc,
         patience: unisono_common::protocol::Patience { silence, ..Default::default() },
+        window: None,
     })
 }
 
@@ -246,6 +289,7 @@ pub(crate) fn interruption() -> watch::Receiver<bool> {
 }
 
 async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
+    unisono_common::kernels::isa().map_err(|e| Wrong(anyhow::anyhow!(e)))?;
     match command {
         Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args, started).await,
         Cmd::Coordinator { job, listen, args } => {
@@ -267,7 +311,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             show::summary(&summary, args.json)?;
             Ok(show::exit_code(&summary, *interrupted.borrow()))
         }
-        Cmd::Worker { coordinator, threads, patience, cache, parent, verbose } => {
+        Cmd::Worker { coordinator, threads, transport, patience, cache, parent, verbose } => {
             log(match (verbose, parent) {
                 (true, _) => Level::DEBUG,
                 (false, None) => Level::INFO,
@@ -279,11 +323,13 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
             let name = format!("{}:{}", host.trim(), std::process::id());
             let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
-            let options = unisono_worker::Options { url: coordinator, threads, name, patience, cache };
+            let (url, transport) = (coordinator, transport.into());
+            let options = unisono_worker::Options { url, threads, transport, name, patience, cache };
             unisono_worker::check(&options).map_err(Wrong)?;
             unisono_worker::run(options).await?;
             Ok(ExitCode::SUCCESS)
         }
+        Cmd::Bench(args) => bench::run(args, started).await,
         Cmd::Eval { checkpoint, job, set, json } => trained::eval(&checkpoint, job.as_ref(), &set, json),
         Cmd::Predict { checkpoint, input, format } => trained::predict(&checkpoint, input.as_ref(), format),
         Cmd::Export { checkpoint, to, force } => trained::export(&checkpoint, &to, force),

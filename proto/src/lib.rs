@@ -2,7 +2,11 @@
 
 use bytes::Bytes;
 use unisono_common::layout::Layout;
+use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
+
+pub mod shm;
+pub mod stream;
 
 /// Generated from `unisono/v1/unisono.proto`.
 #[allow(missing_docs, clippy::all)]
@@ -44,6 +48,10 @@ pub enum WireError {
     NotFinite { index: u32, tensor: String },
     #[error("{lo}..{hi} is not a node of the tree over {partitions} partitions")]
     NoSuchNode { lo: u32, hi: u32, partitions: u32 },
+    #[error("chunk {index} came twice")]
+    Twice { index: u32 },
+    #[error("slot {slot} holds no gradient")]
+    Slot { slot: u32 },
     #[error("the field `{0}` is missing")]
     Missing(&'static str),
     #[error("the field `{0}` must be 32 bytes")]
@@ -66,8 +74,28 @@ pub fn digest(field: &'static str, bytes: &[u8]) -> Result<[u8; 32], WireError> 
 /// A tree node from the wire.
 pub fn node(n: Option<v1::TreeNode>, partitions: u32) -> Result<Node, WireError> {
     let n = n.ok_or(WireError::Missing("node"))?;
-    let node = Node { lo: n.lo, hi: n.hi };
-    if node.is_in_tree(partitions) { Ok(node) } else { Err(WireError::NoSuchNode { lo: n.lo, hi: n.hi, partitions }) }
+    checked(Node { lo: n.lo, hi: n.hi }, partitions)
+}
+
+/// A node that is one of the tree over `partitions` leaves.
+pub fn checked(node: Node, partitions: u32) -> Result<Node, WireError> {
+    if node.is_in_tree(partitions) {
+        Ok(node)
+    } else {
+        Err(WireError::NoSuchNode { lo: node.lo, hi: node.hi, partitions })
+    }
+}
+
+/// A push's header from the wire.
+pub fn header(h: &v1::NodeHeader, partitions: u32) -> Result<shm::frame::Header, WireError> {
+    let sums = LossSums { loss: h.loss, weight: h.weight, samples: h.samples };
+    Ok(shm::frame::Header { step: h.step, generation: h.generation, node: node(h.node, partitions)?, sums })
+}
+
+/// What a worker says that it spent, from the wire.
+pub fn spent(s: &v1::Spent) -> shm::frame::Spent {
+    let &v1::Spent { data, forward, backward, encode, encoded } = s;
+    shm::frame::Spent { data, forward, backward, encode, encoded }
 }
 
 /// A tree node for the wire.
@@ -87,15 +115,18 @@ pub fn crc(bytes: &[u8]) -> u32 {
     crc32fast::hash(bytes)
 }
 
-/// Checks a chunk that came in: its number, length, checksum, and that every value is finite.
-pub fn check_chunk(layout: &Layout, index: u32, want_crc: u32, values: &[u8]) -> Result<(), WireError> {
+/// Checks a chunk that is coming in: its number, which it gives back, and its length in bytes.
+pub fn check_head(layout: &Layout, index: u32, len: usize) -> Result<usize, WireError> {
     if index as usize >= layout.chunks() {
         return Err(WireError::NoSuchChunk { index, chunks: layout.chunks() });
     }
-    let range = layout.chunk(index as usize);
-    if values.len() != range.len() * 4 {
-        return Err(WireError::ChunkLength { index, got: values.len(), want: range.len() * 4 });
-    }
+    let want = layout.chunk(index as usize).len() * 4;
+    if len == want { Ok(index as usize) } else { Err(WireError::ChunkLength { index, got: len, want }) }
+}
+
+/// Checks a chunk that came in: its number, length, checksum, and that every value is finite.
+pub fn check_chunk(layout: &Layout, index: u32, want_crc: u32, values: &[u8]) -> Result<(), WireError> {
+    let range = layout.chunk(check_head(layout, index, values.len())?);
     let got = crc(values);
     if got != want_crc {
         return Err(WireError::Checksum { index, got, want: want_crc });
@@ -120,20 +151,6 @@ fn first_not_finite(bytes: &[u8]) -> Option<usize> {
     if bad == 0 { None } else { values_of(bytes).position(|v| !v.is_finite()) }
 }
 
-/// Copies a chunk's bytes into values.
-pub fn decode_into(bytes: &[u8], out: &mut [f32]) {
-    for (o, v) in out.iter_mut().zip(values_of(bytes)) {
-        *o = v;
-    }
-}
-
-/// Adds a chunk's bytes to values.
-pub fn add_into(bytes: &[u8], out: &mut [f32]) {
-    for (o, v) in out.iter_mut().zip(values_of(bytes)) {
-        *o += v;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,8 +172,5 @@ mod tests {
         let bad = encode_values(&[1.0, f32::NAN, 3.5]);
         let error = check_chunk(&layout, 0, crc(&bad), &bad).unwrap_err();
         assert_eq!(error, WireError::NotFinite { index: 0, tensor: "0.weight".into() });
-        let mut sum = [1.0; 3];
-        add_into(&good, &mut sum);
-        assert_eq!(sum, [2.0, -1.0, 4.5]);
     }
 }

@@ -2,11 +2,13 @@
 """Measures unisono beside PyTorch DistributedDataParallel and prints a Markdown table.
 
 Both sides train the same shapes with the same optimizer and batch per worker, one compute thread a worker, on this
-machine. They take turns (A B A B), because machines are noisy; the table holds medians.
+machine; ours is `unisono bench`. They take turns (A B A B), because machines are noisy; the table holds medians. Without
+--workers and --transport it has one worker, two, and two over gRPC instead of shared memory.
 
     cargo build --release
     tests/peers/run.py --install            # makes a scratch environment with PyTorch first
     tests/peers/run.py --rounds 1 --seconds 2 --only mlp
+    tests/peers/run.py --workers 1 2 4 --transport shm grpc
 """
 
 import argparse
@@ -50,25 +52,15 @@ def install(venv):
 
 
 class Unisono:
-    """Our side: `unisono local`, with as many partitions as workers, so that a worker's step is one batch."""
+    """Our side: `unisono bench`."""
 
     def __init__(self, program, seconds):
-        self.program, self.seconds, self.steps = program, seconds, {}
+        self.program, self.seconds = program, seconds
 
-    def train(self, workload, workers, steps):
-        with tempfile.TemporaryDirectory() as folder:
-            sets = [f"train.partitions={workers}", f"train.steps={steps}", f"checkpoint.dir={json.dumps(folder)}"]
-            options = [word for s in sets for word in ("--set", s)]
-            command = [self.program, "local", HERE / f"{workload}.toml", "--workers", workers, "--threads", 1]
-            return json.loads(run(command + ["--json", "--quiet"] + options).splitlines()[-1])
-
-    def measure(self, workload, workers):
-        """Samples a second, over as many steps as a short first run says fill the time."""
-        key = workload, workers
-        if key not in self.steps:
-            step_ms = self.train(workload, workers, 20)["step_ms"]["p50"]
-            self.steps[key] = max(20, round(self.seconds * 1e3 / step_ms))
-        return self.train(workload, workers, self.steps[key])["samples_per_second"]
+    def measure(self, workload, workers, transport):
+        command = [self.program, "bench", workload, "--workers", workers, "--transport", transport]
+        line = run(command + ["--seconds", self.seconds, "--json"]).splitlines()[-1]
+        return json.loads(line)["samples_per_second"]
 
 
 class Torch:
@@ -77,7 +69,7 @@ class Torch:
     def __init__(self, python, seconds):
         self.python, self.seconds = python, seconds
 
-    def measure(self, workload, workers):
+    def measure(self, workload, workers, _):
         line = run([self.python, HERE / "torch_ddp.py", workload, workers, self.seconds])
         return float(re.search(r"samples/s=([\d.]+)", line)[1])
 
@@ -97,10 +89,15 @@ def main():
     parser.add_argument("--program", type=Path, default=HERE.parent.parent / "target/release/unisono")
     parser.add_argument("--seconds", type=float, default=12, help="length of each measurement (default 12)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="worker processes of each side")
+    parser.add_argument("--transport", nargs="+", choices=["auto", "shm", "grpc"], help="ways of our gradients and weights")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD")
     options = parser.parse_args()
-    if min([options.rounds, *options.workers]) < 1 or options.seconds <= 0:
+    if options.workers or options.transport:
+        rows = [(n, way) for way in options.transport or ["auto"] for n in options.workers or [1, 2]]
+    else:
+        rows = [(1, "auto"), (2, "auto"), (2, "grpc")]
+    if min([options.rounds, *(n for n, _ in rows)]) < 1 or options.seconds <= 0:
         parser.error("--rounds, --workers and --seconds must be above 0")
     if not options.program.exists():
         parser.error(f"there is no {options.program}: run `cargo build --release` first")
@@ -113,15 +110,15 @@ def main():
         [python, "-c", "import torch; print(torch.__version__)"]).strip()
     print(f"{machine()}; {datetime.date.today()}; {versions[0]}, {versions[1]} (DistributedDataParallel over gloo); "
           f"medians of {options.rounds} alternating runs of {options.seconds:g} s, one thread a worker.\n")
-    print("| workload | workers | unisono, samples/s | PyTorch, samples/s | ratio | spread of ours, theirs |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
+    print("| workload | workers | transport | unisono, samples/s | PyTorch, samples/s | ratio | spread of ours, theirs |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: |", flush=True)
     for workload in options.only:
-        for workers in options.workers:
-            taken = [[side.measure(workload, workers) for side in sides] for _ in range(options.rounds)]
+        for workers, way in rows:
+            taken = [[side.measure(workload, workers, way) for side in sides] for _ in range(options.rounds)]
             ours, theirs = map(list, zip(*taken))
             a, b = statistics.median(ours), statistics.median(theirs)
             spread = [f"{(max(side) - min(side)) / statistics.median(side):.0%}" for side in (ours, theirs)]
-            print(f"| {workload} | {workers} | {a:,.0f} | {b:,.0f} | {a / b:.2f} | {', '.join(spread)} |", flush=True)
+            print(f"| {workload} | {workers} | {way} | {a:,.0f} | {b:,.0f} | {a / b:.2f} | {', '.join(spread)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,20 +35,31 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the root")
 }
 
+/// The program in a folder of its own.
+fn command(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(program());
+    command.args(args).current_dir(dir).stdin(Stdio::null());
+    command
+}
+
 /// Runs the program in a folder of its own and gives what it printed.
 pub fn run(dir: &Path, args: &[&str]) -> Output {
-    Command::new(program()).args(args).current_dir(dir).stdin(Stdio::null()).output().expect("the program starts")
+    command(dir, args).output().expect("the program starts")
+}
+
+/// [`run`] with the kernels of one instruction set.
+pub fn run_on(isa: &str, dir: &Path, args: &[&str]) -> Output {
+    command(dir, args).env("UNISONO_ISA", isa).output().expect("the program starts")
 }
 
 /// Starts the program in the background; its stdout is kept for [`finish`].
 pub fn start(dir: &Path, args: &[&str]) -> Child {
-    Command::new(program())
-        .args(args)
-        .current_dir(dir)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the program starts")
+    command(dir, args).stdout(Stdio::piped()).spawn().expect("the program starts")
+}
+
+/// [`start`] with the kernels of one instruction set.
+pub fn start_on(isa: &str, dir: &Path, args: &[&str]) -> Child {
+    command(dir, args).env("UNISONO_ISA", isa).stdout(Stdio::piped()).spawn().expect("the program starts")
 }
 
 /// The summary of a run that must succeed.

@@ -281,7 +281,7 @@ fn an_evaluation_that_is_not_finite_ends_the_run() {
     let dir = folder();
     write(dir.path(), "job.toml", JOB);
     let args = ["local", "job.toml", "--quiet", "--set", "train.optimizer.lr=1e25", "--set", "train.eval_every=1"];
-    fails(dir.path(), &args, 1, &["step 1 diverged", "loss of the evaluation", "partition ", "learning rate"]);
+    fails(dir.path(), &args, 1, &["step 1 diverged", "loss of the evaluation", " in partition", "learning rate"]);
 }
 
 #[test]

@@ -31,6 +31,12 @@ fn lives(id: u32) -> bool {
     process(id).is_some_and(|(state, _)| state != 'Z')
 }
 
+/// What is in /dev/shm, by name.
+fn shared() -> Vec<String> {
+    let all = std::fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+    all.map(|entry| entry.file_name().to_string_lossy().to_string()).filter(|name| name.contains("unisono")).collect()
+}
+
 /// A local run that has begun, with its workers' ids; it ends with the test at the latest.
 struct Running {
     child: Option<Child>,
@@ -111,6 +117,10 @@ fn kill_9_of_the_parent_leaves_no_worker() {
     let mut run = Running::start(dir.path());
     signal(run.child(), Signal::KILL);
     assert_eq!(run.end().status.code(), None);
+    // Shared memory has no name, so nothing of it stays, and the next run begins as any.
+    assert_eq!(shared(), [""; 0]);
+    let next = unisono_tests::run(dir.path(), &[SHORT, &["--workers", "2", "--transport", "shm"]].concat());
+    assert_eq!((&summary(&next)["status"], &summary(&next)["transport"]), (&"done".into(), &"shm".into()));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What the two sides hold, in units of the parameters' size: a worker its gradient and two versions of the weights, the
-//! coordinator two versions of the weights, the optimizer's state and the open tree; checkpoints included.
+//! coordinator two versions of the weights, the optimizer's state and the open tree; checkpoints included. Over shared
+//! memory the weights are there once for all.
 
 use std::process::Child;
 use unisono_tests::{finish, free_port, start};
@@ -22,26 +23,53 @@ fn peak(child: &Child) -> Option<f64> {
     Some(kib / 1024.0)
 }
 
-#[test]
-fn no_side_holds_more_copies_of_the_parameters_than_it_needs() {
+/// What a process holds now, in MiB, memory that `n` share counted as one `n`-th for each.
+fn share(child: &Child) -> Option<f64> {
+    let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", child.id())).ok()?;
+    let kib: f64 = rollup.lines().find_map(|l| l.strip_prefix("Pss:"))?.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib / 1024.0)
+}
+
+/// A coordinator and two workers, watched until they end: the size of the parameters in MiB, and what `look` saw.
+fn watch(transport: &str, mut look: impl FnMut(&[Child])) -> f64 {
     let dir = tempfile::tempdir().expect("a folder");
     std::fs::write(dir.path().join("job.toml"), JOB).expect("written");
     let address = format!("127.0.0.1:{}", free_port());
-    let mut coordinator = start(dir.path(), &["coordinator", "job.toml", "--listen", &address, "--json", "--quiet"]);
-    let mut workers = [(); 2].map(|()| start(dir.path(), &["worker", "--coordinator", &address]));
-    let (mut peaks, mut ended) = ([0.0; 3], false);
-    while !ended {
-        ended = coordinator.try_wait().expect("it is ours").is_some();
-        for (most, child) in peaks.iter_mut().zip([&coordinator].into_iter().chain(&workers)) {
-            *most = peak(child).unwrap_or(*most);
-        }
+    let coordinator = start(dir.path(), &["coordinator", "job.toml", "--listen", &address, "--json", "--quiet"]);
+    let worker = || start(dir.path(), &["worker", "--coordinator", &address, "--transport", transport]);
+    let mut all = [coordinator, worker(), worker()];
+    while all[0].try_wait().expect("it is ours").is_none() {
+        look(&all);
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
+    let [coordinator, workers @ ..] = all;
     let summary = finish(coordinator);
-    for worker in &mut workers {
+    for mut worker in workers {
         assert!(worker.wait().expect("it ends").success());
     }
-    let copy = summary["parameters"].as_f64().expect("a number") * 4.0 / (1 << 20) as f64;
+    assert_eq!(summary["transport"], transport);
+    summary["parameters"].as_f64().expect("a number") * 4.0 / (1 << 20) as f64
+}
+
+/// The weights twice, the momentum, and a gradient of each worker: nothing else of size, and none of it twice.
+#[test]
+#[cfg(target_os = "linux")]
+fn over_shared_memory_nothing_is_held_twice() {
+    let mut most = 0.0f64;
+    let copy = watch("shm", |all| most = most.max(all.iter().filter_map(share).sum()));
+    println!("MiB: all three {most:.0}; the parameters are {copy:.0}");
+    assert!(most > 4.0 * copy, "nothing was measured: {most:.0}");
+    assert!(most < 5.0 * copy + 3.0 * ELSE, "the three held {most:.0} MiB");
+}
+
+#[test]
+fn no_side_holds_more_copies_of_the_parameters_than_it_needs() {
+    let mut peaks = [0.0; 3];
+    let copy = watch("grpc", |all| {
+        for (most, child) in peaks.iter_mut().zip(all) {
+            *most = peak(child).unwrap_or(*most);
+        }
+    });
     println!(
         "MiB: coordinator {:.0}, workers {:.0} and {:.0}; the parameters are {copy:.0}",
         peaks[0], peaks[1], peaks[2]

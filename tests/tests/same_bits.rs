@@ -2,7 +2,8 @@
 
 use std::path::Path;
 use std::process::Child;
-use unisono_tests::{Signal, finish, free_port, root, run, signal, start, summary, wait_until};
+use unisono_common::kernels::Isa;
+use unisono_tests::{Signal, finish, free_port, root, run, run_on, signal, start, start_on, summary, wait_until};
 
 const STEPS: &str = "train.steps=120";
 
@@ -16,8 +17,11 @@ fn local(options: &[&str]) -> String {
 #[test]
 fn any_number_of_workers_and_threads_gives_the_same_weights() {
     let calm = local(&["--workers", "1"]);
-    for (workers, threads) in [("2", "1"), ("3", "2"), ("5", "1"), ("8", "1"), ("1", "4")] {
-        assert_eq!(local(&["--workers", workers, "--threads", threads]), calm, "{workers} workers, {threads} threads");
+    for (workers, threads) in [("1", "1"), ("2", "1"), ("3", "2"), ("5", "1"), ("8", "1"), ("1", "4")] {
+        for transport in ["shm", "grpc"] {
+            let got = local(&["--workers", workers, "--threads", threads, "--transport", transport]);
+            assert_eq!(got, calm, "{workers} workers, {threads} threads, {transport}");
+        }
     }
 }
 
@@ -35,11 +39,42 @@ fn partitions_that_workers_do_not_divide_and_uneven_ends_give_the_same_weights()
     let calm = with("1");
     assert_eq!(with("2"), calm);
     assert_eq!(with("5"), calm);
+    assert_eq!(local(&[&odd[..], &["--workers", "5", "--transport", "grpc"]].concat()), calm);
 }
 
 #[test]
 fn data_that_is_sent_gives_the_weights_of_data_that_is_read() {
-    assert_eq!(local(&["--workers", "3", "--set", "data.ship=true"]), local(&["--workers", "1"]));
+    for transport in ["shm", "grpc"] {
+        let sent = local(&["--workers", "3", "--set", "data.ship=true", "--transport", transport]);
+        assert_eq!(sent, local(&["--workers", "1"]), "{transport}");
+    }
+}
+
+/// One by one, and in one run: workers of unlike machines train together.
+#[test]
+fn every_instruction_set_gives_the_same_weights() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = dir.path().join("images.toml").display().to_string();
+    std::fs::write(&job, IMAGES).expect("written");
+    let job = [&job, "--set", "train.steps=20"];
+    let calm = calm(&job);
+    for isa in Isa::available() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let args = [&["local", "--json", "--quiet", "--workers", "2"], &job[..]].concat();
+        let got = summary(&run_on(isa.name(), dir.path(), &args));
+        assert_eq!((&got["weights_digest"], &got["isa"]), (&calm["weights_digest"], &isa.name().into()));
+    }
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut cluster = Cluster::start(dir.path(), &job, 0);
+    for isa in Isa::available() {
+        let worker = ["worker", "--coordinator", &cluster.address];
+        cluster.workers.push(start_on(isa.name(), dir.path(), &worker));
+    }
+    let mixed = cluster.end();
+    assert_eq!(mixed["weights_digest"], calm["weights_digest"], "{mixed}");
+    let wrong = run_on("mmx", dir.path(), &["local"]);
+    let said = String::from_utf8_lossy(&wrong.stderr).to_string();
+    assert!(wrong.status.code() == Some(2) && said.contains("UNISONO_ISA") && said.contains("portable"), "{said}");
 }
 
 /// A small convolutional network with batch-norm and dropout, whose partitions and last batches are uneven.
@@ -72,12 +107,14 @@ struct Cluster<'a> {
     address: String,
     coordinator: Option<Child>,
     workers: Vec<Child>,
+    /// Workers started so far; every second one uses gRPC, the others shared memory.
+    started: usize,
 }
 
 impl<'a> Cluster<'a> {
     fn start(dir: &'a Path, job: Run<'a>, workers: usize) -> Cluster<'a> {
         let address = format!("127.0.0.1:{}", free_port());
-        let mut cluster = Cluster { dir, job, address, coordinator: None, workers: Vec::new() };
+        let mut cluster = Cluster { dir, job, address, coordinator: None, workers: Vec::new(), started: 0 };
         cluster.coordinate(&[]);
         (0..workers).for_each(|_| cluster.worker());
         cluster
@@ -91,7 +128,10 @@ impl<'a> Cluster<'a> {
     }
 
     fn worker(&mut self) {
-        self.workers.push(start(self.dir, &["worker", "--coordinator", &self.address]));
+        let transport = if self.started.is_multiple_of(2) { "grpc" } else { "shm" };
+        self.started += 1;
+        let args = ["worker", "--coordinator", &self.address, "--transport", transport];
+        self.workers.push(start(self.dir, &args));
     }
 
     /// What `status` says; null where nobody answers.
@@ -156,6 +196,7 @@ fn a_storm_changes_nothing(job: Run<'_>) {
     for key in ["weights_digest", "train_loss", "eval", "samples", "steps"] {
         assert_eq!(storm[key], calm[key], "{key}");
     }
+    assert_eq!(storm["transport"], "shm+grpc");
 }
 
 #[test]
@@ -176,7 +217,10 @@ fn images_with_batch_norm_and_dropout_are_the_same_for_all() {
     };
     let calm = with(&["--workers", "1"]);
     for (workers, threads) in [("2", "1"), ("3", "2"), ("5", "1"), ("7", "1"), ("1", "2"), ("1", "4")] {
-        assert_eq!(with(&["--workers", workers, "--threads", threads]), calm, "{workers} workers, {threads} threads");
+        for transport in ["shm", "grpc"] {
+            let got = with(&["--workers", workers, "--threads", threads, "--transport", transport]);
+            assert_eq!(got, calm, "{workers} workers, {threads} threads, {transport}");
+        }
     }
     assert_eq!(with(&["--workers", "2", "--set", "data.ship=true"]), calm);
     assert_ne!(with(&["--workers", "2", "--set", "seed=9"]), calm);
@@ -240,7 +284,10 @@ fn example_is_the_same_for_all(name: &str, more: &[&str], storm: &[&str]) {
         let got = with(&["--workers", workers, "--threads", threads]);
         assert_eq!(got, Some(calm.clone()), "{name}, {workers} workers of {threads} threads");
     }
-    assert_eq!(with(&["--workers", "2", "--set", "data.ship=true"]), Some(calm.clone()), "{name}, data sent");
+    for transport in ["shm", "grpc"] {
+        let got = with(&["--workers", "2", "--set", "data.ship=true", "--transport", transport]);
+        assert_eq!(got, Some(calm.clone()), "{name}, data sent, {transport}");
+    }
     assert_ne!(with(&["--workers", "2", "--set", "seed=8"]), Some(calm), "{name}, another seed");
     let job = root().join(format!("examples/{name}.toml")).display().to_string();
     a_storm_changes_nothing(&[&[job.as_str()], more, storm].concat());
@@ -269,5 +316,8 @@ fn adult_is_the_same_for_all() {
 #[test]
 fn sixty_four_workers_give_the_same_weights() {
     let odd = ["--set", "train.partitions=64", "--set", "train.micro_batch=1", "--set", "train.steps=40"];
-    assert_eq!(local(&[&odd[..], &["--workers", "64"]].concat()), local(&[&odd[..], &["--workers", "1"]].concat()));
+    let calm = local(&[&odd[..], &["--workers", "1"]].concat());
+    for transport in ["shm", "grpc"] {
+        assert_eq!(local(&[&odd[..], &["--workers", "64", "--transport", transport]].concat()), calm, "{transport}");
+    }
 }

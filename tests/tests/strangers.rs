@@ -25,8 +25,21 @@ fn train(steps: u64) -> String {
     format!("train.steps={steps}")
 }
 
-type Client = v1::coordinator_client::CoordinatorClient<Channel>;
-type Weights = v1::weights_client::WeightsClient<Channel>;
+type Parameters = v1::parameters_client::ParametersClient<Channel>;
+
+/// Generated clients, which any language has; the program's own are written by hand.
+#[derive(Clone)]
+struct Client {
+    coordinator: v1::coordinator_client::CoordinatorClient<Channel>,
+    parameters: Parameters,
+}
+
+impl Client {
+    fn new(channel: Channel) -> Client {
+        let coordinator = v1::coordinator_client::CoordinatorClient::new(channel.clone());
+        Client { coordinator, parameters: Parameters::new(channel).max_encoding_message_size(usize::MAX) }
+    }
+}
 
 /// A coordinator and one honest worker; both end with the test.
 struct Cluster<'a> {
@@ -66,7 +79,7 @@ impl<'a> Cluster<'a> {
     }
 
     fn client(&self, runtime: &tokio::runtime::Runtime) -> Client {
-        Client::new(self.channel(runtime)).max_encoding_message_size(usize::MAX)
+        Client::new(self.channel(runtime))
     }
 
     fn end(mut self) -> serde_json::Value {
@@ -87,8 +100,12 @@ impl Drop for Cluster<'_> {
 
 /// The job as a worker learns it, and the Join that would be accepted.
 async fn honest_join(client: &mut Client) -> (Job, Layout, v1::Join) {
-    let reply =
-        client.get_job(v1::GetJobRequest { version: wire::VERSION.into() }).await.expect("the job").into_inner();
+    let reply = client
+        .coordinator
+        .get_job(v1::GetJobRequest { version: wire::VERSION.into() })
+        .await
+        .expect("the job")
+        .into_inner();
     let job: Job = serde_json::from_str(&reply.job).expect("a job");
     let prepared: unisono_common::data::Prepared = serde_json::from_str(&reply.prepared).expect("prepared");
     let model = Model::build(&job.model, &prepared.shape, prepared.outputs(&job.train.loss)).expect("a model");
@@ -99,6 +116,8 @@ async fn honest_join(client: &mut Client) -> (Job, Layout, v1::Join) {
         fingerprint: unisono_common::train::fingerprint().to_vec().into(),
         threads: 1,
         name: "stranger\u{7}".into(),
+        shared_memory: false,
+        isa: "none\u{7}".into(),
     };
     (job, model.layout().clone(), join)
 }
@@ -115,7 +134,7 @@ async fn session(
 ) -> Result<Streaming<v1::ToWorker>, Status> {
     let first = from_worker(v1::from_worker::Kind::Join(join));
     let messages = stream::iter([first].into_iter().chain(more)).chain(stream::pending());
-    client.session(messages).await.map(|r| r.into_inner())
+    client.coordinator.session(messages).await.map(|r| r.into_inner())
 }
 
 /// What proves a membership.
@@ -132,7 +151,7 @@ async fn joined(client: &mut Client, join: v1::Join) -> (Token, Streaming<v1::To
 
 async fn push(client: &mut Client, parts: Vec<v1::push_part::Kind>) -> Result<(), Status> {
     let parts = parts.into_iter().map(|kind| v1::PushPart { kind: Some(kind) });
-    client.push(stream::iter(parts.collect::<Vec<_>>())).await.map(|_| ())
+    client.parameters.push(stream::iter(parts.collect::<Vec<_>>())).await.map(|_| ())
 }
 
 /// The first message of a push.
@@ -192,9 +211,12 @@ async fn wrong_joins(client: &mut Client) {
         refused(session(client, join.clone(), Vec::new()).await, Code::InvalidArgument, words);
     }
     let beat = from_worker(v1::from_worker::Kind::Heartbeat(v1::Heartbeat {}));
-    assert!(client.session(stream::iter([beat])).await.is_err(), "a session without a join");
-    assert!(client.session(stream::iter([v1::FromWorker { kind: None }])).await.is_err(), "a session of nothing");
-    let old = client.get_job(v1::GetJobRequest { version: "9.9.9".into() }).await;
+    assert!(client.coordinator.session(stream::iter([beat])).await.is_err(), "a session without a join");
+    assert!(
+        client.coordinator.session(stream::iter([v1::FromWorker { kind: None }])).await.is_err(),
+        "a session of nothing"
+    );
+    let old = client.coordinator.get_job(v1::GetJobRequest { version: "9.9.9".into() }).await;
     refused(old, Code::FailedPrecondition, &["9.9.9", wire::VERSION]);
 }
 
@@ -254,25 +276,25 @@ async fn wrong_pushes(client: &mut Client) {
 }
 
 /// Requests for what is not there.
-async fn wrong_requests(client: &mut Client, from: &mut Weights) {
+async fn wrong_requests(client: &mut Client, from: &mut Parameters) {
     let (job, _, join) = honest_join(client).await;
     let (mine, session) = joined(client, join).await;
     let ask = |session: &[u8], partition, test| v1::FetchRequest { session: session.to_vec().into(), partition, test };
     let weights = |session: &[u8]| v1::BroadcastRequest { session: session.to_vec().into() };
     for partition in [job.train.partitions, u32::MAX] {
         for test in [false, true] {
-            let got = client.fetch_partition(ask(&mine, partition, test)).await;
+            let got = client.coordinator.fetch_partition(ask(&mine, partition, test)).await;
             refused(got, Code::InvalidArgument, &["partition", &partition.to_string(), "out of range"]);
         }
     }
-    refused(client.fetch_partition(ask(&[1; 16], 0, false)).await, Code::NotFound, &["join first"]);
+    refused(client.coordinator.fetch_partition(ask(&[1; 16], 0, false)).await, Code::NotFound, &["join first"]);
     refused(from.broadcast(weights(&[1; 16])).await, Code::NotFound, &["join first"]);
     let long = from.broadcast(weights(&[1; 5000])).await;
     refused(long, Code::InvalidArgument, &["cannot be read"]);
     // Takes weights and data as a member may, and leaves in the middle.
     let mut sent = from.broadcast(weights(&mine)).await.expect("weights").into_inner();
     sent.message().await.expect("a chunk");
-    let fetch = client.fetch_partition(ask(&mine, 0, false)).await;
+    let fetch = client.coordinator.fetch_partition(ask(&mine, 0, false)).await;
     fetch.expect("a partition").into_inner().message().await.expect("a piece");
     drop(session);
 }
@@ -285,7 +307,7 @@ async fn wrong_members(client: &mut Client) {
         let (sums, counts) = (vec![f64::NAN; values], vec![u64::MAX; values]);
         from_worker(v1::from_worker::Kind::EvalDone(v1::EvalDone { step, node, sums, counts }))
     };
-    let late = v1::Diverged { step: u64::MAX, partition: u32::MAX, tensor: "a\nb".repeat(1000) };
+    let late = v1::Diverged { step: u64::MAX, node: node(7, u32::MAX), tensor: "a\nb".repeat(1000) };
     let nonsense = [
         done(0, None, 1),
         done(0, node(7, 3), 1),
@@ -300,12 +322,47 @@ async fn wrong_members(client: &mut Client) {
     }
 }
 
+/// Shared memory is for who joined and was told so, and for nobody twice over; who says nonsense through it is sent away.
+#[cfg(target_os = "linux")]
+async fn wrong_knocks(client: &mut Client) {
+    use v1::from_worker::Kind;
+    use wire::shm::{door::knock, frame::Report};
+    let (_, layout, join) = honest_join(client).await;
+    let join = v1::Join { shared_memory: true, ..join };
+    for used in [false, true] {
+        let (says, hears) = tokio::sync::mpsc::unbounded_channel();
+        says.send(from_worker(Kind::Join(join.clone()))).expect("it is read");
+        let messages = stream::wrappers::UnboundedReceiverStream::new(hears);
+        let mut session = client.coordinator.session(messages).await.expect("joined").into_inner();
+        let Some(v1::to_worker::Kind::Joined(joined)) =
+            session.message().await.expect("a message").and_then(|m| m.kind)
+        else {
+            panic!("not joined")
+        };
+        assert!(knock(&joined.door, &[7; 16], layout.len()).is_err(), "let in without the secret");
+        assert!(knock(&joined.door, &joined.session, layout.len() + 5000).is_err(), "let in with another layout");
+        let (weights, lane, bell) = knock(&joined.door, &joined.session, layout.len()).expect("let in");
+        assert!(weights.of_step(0).len() == layout.len());
+        says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used }))).expect("it is read");
+        if used {
+            lane.tell(Report::Ready { slot: 9, from: 0, to: u32::MAX, spent: None });
+            bell.bell().ring();
+            let goodbye = goodbye(&mut session).await;
+            assert!(goodbye.rejoin && goodbye.reason.contains("does not exist"), "{goodbye:?}");
+        }
+    }
+}
+
 /// A member that announces a node of its lease and sends a chunk that is refused, but goes on to be there.
 async fn half_a_node(client: &mut Client) -> Streaming<v1::ToWorker> {
     use v1::push_part::Kind::{Chunk, Node};
     let (job, layout, join) = honest_join(client).await;
-    let reply =
-        client.get_job(v1::GetJobRequest { version: wire::VERSION.into() }).await.expect("the job").into_inner();
+    let reply = client
+        .coordinator
+        .get_job(v1::GetJobRequest { version: wire::VERSION.into() })
+        .await
+        .expect("the job")
+        .into_inner();
     let prepared: unisono_common::data::Prepared = serde_json::from_str(&reply.prepared).expect("prepared");
     let parts = Partitions::new(prepared.train_samples as usize, job.train.partitions, None).expect("enough samples");
     let steps = parts.steps_per_epoch(job.train.micro_batch) as u64;
@@ -416,9 +473,9 @@ fn strangers_change_nothing() {
     let _silent: Vec<TcpStream> = (0..50).map(|_| TcpStream::connect(&cluster.address).expect("open")).collect();
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let mut client = cluster.client(&runtime);
-    let mut weights = Weights::new(cluster.channel(&runtime));
+    let mut weights = Parameters::new(cluster.channel(&runtime));
     let mut mute = client.clone();
-    runtime.spawn(async move { mute.session(stream::pending::<v1::FromWorker>()).await.map(|_| ()) });
+    runtime.spawn(async move { mute.coordinator.session(stream::pending::<v1::FromWorker>()).await.map(|_| ()) });
 
     let noise: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     for bytes in
@@ -430,8 +487,8 @@ fn strangers_change_nothing() {
         "Coordinator/Push",
         "Coordinator/Session",
         "Coordinator/GetJob",
-        "Weights/Broadcast",
-        "Weights/Nothing",
+        "Parameters/Broadcast",
+        "Parameters/Nothing",
         "Operator/Stop",
         "Nobody/Nothing",
     ] {
@@ -443,6 +500,8 @@ fn strangers_change_nothing() {
         wrong_pushes(&mut client).await;
         wrong_requests(&mut client, &mut weights).await;
         wrong_members(&mut client).await;
+        #[cfg(target_os = "linux")]
+        wrong_knocks(&mut client).await;
     });
     let (step, peak) = (cluster.step(), cluster.coordinator.as_ref().map_or(0, peak_mib));
     assert!(step.is_some_and(|s| s < LONG), "the run ended before the strangers did: make it longer");

@@ -1,8 +1,10 @@
-//! The compute thread: weights in, gradient sums out. It knows nothing of the network but the channels it is given.
+//! The compute thread: weights in, gradient sums out. It knows nothing of the network but its link.
 
+use crate::link::Link;
 use crate::samples::Samples;
 use anyhow::{Context, Result};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use unisono_common::data::partition::{Feeder, Partitions};
 use unisono_common::data::{Batch, Prepared};
@@ -12,21 +14,13 @@ use unisono_common::loss::{Loss, LossSums};
 use unisono_common::metrics::{EvalKind, EvalSums};
 use unisono_common::model::Model;
 use unisono_common::rng::{Key, Purpose};
-use unisono_common::train::{self, Workspace};
+use unisono_common::train::{self, Final, Workspace};
 use unisono_common::tree::Node;
+use unisono_proto::shm::frame::Spent;
 use unisono_proto::{self as wire, v1};
 
 /// Rows of the test set that are evaluated at once.
 const EVAL_ROWS: usize = 256;
-
-/// One order: this node, with these weights.
-pub struct Order {
-    pub step: u64,
-    pub generation: u64,
-    pub node: Node,
-    pub evaluate: bool,
-    pub weights: Arc<Vec<f32>>,
-}
 
 /// Everything that a worker computes with.
 pub struct Compute {
@@ -41,7 +35,6 @@ pub struct Compute {
     test_parts: Option<Partitions>,
     workspace: Option<(usize, Workspace)>,
     batch: Batch,
-    gradient: Vec<f32>,
 }
 
 impl Compute {
@@ -55,7 +48,6 @@ impl Compute {
         };
         let loss = Loss::new(&job.train.loss, model.outputs())?;
         Ok(Compute {
-            gradient: vec![0.0; model.layout().len()],
             batch: Batch::empty(),
             workspace: None,
             eval_kind: EvalKind::of(prepared.classes.as_ref().map(Vec::len)),
@@ -78,8 +70,17 @@ impl Compute {
         &mut self.workspace.as_mut().expect("just made").1
     }
 
-    /// The gradient sums of one node, into `self.gradient`.
-    fn gradient(&mut self, step: u64, node: Node, weights: &[f32]) -> LossSums {
+    /// The gradient sums of one node, into `out`, and what that took; `ready` hears which trainable values are final, from the
+    /// last to the first.
+    fn gradient(
+        &mut self,
+        step: u64,
+        node: Node,
+        weights: &[f32],
+        out: &mut [f32],
+        ready: &mut dyn FnMut(usize, Final<'_>),
+    ) -> (LossSums, Spent) {
+        let began = Instant::now();
         let mut segments = Segments { lo: node.lo, starts: vec![0] };
         self.batch.clear();
         for partition in node.lo..node.hi {
@@ -92,7 +93,18 @@ impl Compute {
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
         let key = Key::new(self.job.seed, Purpose::Dropout).with(step);
         let (model, loss, batch) = (&self.model, &self.loss, &self.batch);
-        train::gradient(model, loss, weights, batch, &segments, key, workspace, &mut self.gradient)
+        let filled = Instant::now();
+        train::forward(model, weights, batch, &segments, key, workspace);
+        let forwarded = Instant::now();
+        let sums = train::backward(model, loss, weights, batch, &segments, key, workspace, out, ready);
+        let nanos = |time: Duration| time.as_nanos() as u64;
+        let spent = Spent {
+            data: nanos(filled - began),
+            forward: nanos(forwarded - filled),
+            backward: nanos(forwarded.elapsed()),
+            ..Default::default()
+        };
+        (sums, spent)
     }
 
     /// The evaluation sums of one node, partition by partition.
@@ -116,35 +128,41 @@ impl Compute {
 
     /// The first partition of `node` whose loss or gradient is not finite, and the tensor's name.
     fn blame(&mut self, step: u64, node: Node, weights: &[f32]) -> v1::Diverged {
-        let (mut partition, mut tensor) = (node.lo, "the sum of the gradients".to_string());
-        for p in node.lo..node.hi {
-            let sums = self.gradient(step, Node::leaf(p), weights);
-            let bad = self.gradient.iter().position(|g| !g.is_finite());
-            if !sums.loss.is_finite() || bad.is_some() {
-                partition = p;
-                let name = bad.and_then(|i| self.model.layout().tensor_at(i)).map(|t| t.name.clone());
-                tensor = if sums.loss.is_finite() { name.unwrap_or_default() } else { "loss".into() };
-                break;
+        let diverged =
+            |node, tensor: &str| v1::Diverged { step, node: Some(wire::to_wire(node)), tensor: tensor.into() };
+        // Rare, and the slot may be read by others: it gets memory of its own.
+        let mut gradient = vec![0.0; self.model.layout().len()];
+        for leaf in (node.lo..node.hi).map(Node::leaf) {
+            let (sums, _) = self.gradient(step, leaf, weights, &mut gradient, &mut |_, _| {});
+            if !sums.loss.is_finite() {
+                return diverged(leaf, "loss");
+            }
+            if let Some(bad) = gradient.iter().position(|g| !g.is_finite()) {
+                return diverged(leaf, self.model.layout().tensor_at(bad).map_or("", |t| &t.name));
             }
         }
-        v1::Diverged { step, partition, tensor }
+        diverged(node, "the sum of the gradients")
     }
 
-    /// Serves orders until the channel closes.
-    pub fn serve(
-        mut self,
-        orders: std::sync::mpsc::Receiver<Order>,
-        session: mpsc::UnboundedSender<v1::FromWorker>,
-        push: mpsc::Sender<v1::PushPart>,
-    ) -> Result<()> {
-        for Order { step, generation, node, evaluate, weights } in orders {
+    /// Gets the partitions of a node that the coordinator has to send.
+    fn fetch(&self, link: &Link, node: Node, test: bool) -> Result<()> {
+        let Samples::Sent(sent) = &self.samples else { return Ok(()) };
+        let at_hand = sent.at_hand();
+        let missing: Vec<u32> = (node.lo..node.hi).filter(|p| !at_hand.contains(&(*p, test))).collect();
+        if missing.is_empty() { Ok(()) } else { link.fetch(missing, test) }
+    }
+
+    /// Serves orders until the session is over.
+    pub fn serve(mut self, link: Link, session: mpsc::UnboundedSender<v1::FromWorker>) -> Result<()> {
+        while let Some(order) = link.next() {
             let tell = |kind| session.send(v1::FromWorker { kind: Some(kind) }).ok().context("the session ended");
-            if evaluate {
-                let sums = self.evaluate(node, &weights);
-                drop(weights);
+            let (step, node) = (order.step, order.node);
+            self.fetch(&link, node, order.evaluate)?;
+            if order.evaluate {
+                let sums = self.evaluate(node, link.weights(&order));
                 if !sums.is_finite() {
-                    let tensor = "loss of the evaluation".into();
-                    tell(v1::from_worker::Kind::Diverged(v1::Diverged { step, partition: node.lo, tensor }))?;
+                    let (node, tensor) = (Some(wire::to_wire(node)), "loss of the evaluation".into());
+                    tell(v1::from_worker::Kind::Diverged(v1::Diverged { step, node, tensor }))?;
                     continue;
                 }
                 let (sums, counts) = sums.to_parts();
@@ -152,24 +170,25 @@ impl Compute {
                 tell(v1::from_worker::Kind::EvalDone(done))?;
                 continue;
             }
-            let LossSums { loss, weight, samples } = self.gradient(step, node, &weights);
-            if !loss.is_finite() || self.gradient.iter().any(|g| !g.is_finite()) {
-                tell(v1::from_worker::Kind::Diverged(self.blame(step, node, &weights)))?;
-                continue;
-            }
-            // Before the last push: the next step's weights come into this memory.
-            drop(weights);
-            let send = |kind| push.blocking_send(v1::PushPart { kind: Some(kind) }).ok().context("the push ended");
-            let header = v1::NodeHeader { step, generation, node: Some(wire::to_wire(node)), loss, weight, samples };
-            send(v1::push_part::Kind::Node(header))?;
-            let layout = self.model.layout();
-            for index in (0..layout.chunks()).rev() {
-                let values = wire::encode_values(&self.gradient[layout.chunk(index)]);
-                send(v1::push_part::Kind::Chunk(v1::GradientChunk {
-                    index: index as u32,
-                    crc: wire::crc(&values),
-                    values,
-                }))?;
+            let Some(slot) = link.slot() else { break };
+            let model = self.model.clone();
+            let announcement = link.announce(model.layout(), slot, &order);
+            let mut telling = Duration::ZERO;
+            let mut ready = |from, part: Final<'_>| {
+                let began = Instant::now();
+                announcement.ready(from, part.sums);
+                telling += began.elapsed();
+            };
+            let (sums, mut spent) = self.gradient(step, node, link.weights(&order), link.gradient(slot), &mut ready);
+            if sums.loss.is_finite() {
+                // Before the last announcement: the next step's weights come into this memory.
+                drop(order);
+                let telling = telling.as_nanos() as u64;
+                (spent.backward, spent.encode) = (spent.backward.saturating_sub(telling), telling);
+                announcement.finish(sums, spent);
+            } else {
+                link.drop_slot(slot);
+                tell(v1::from_worker::Kind::Diverged(self.blame(step, node, link.weights(&order))))?;
             }
         }
         Ok(())

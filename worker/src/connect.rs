@@ -3,7 +3,10 @@
 use crate::Options;
 use anyhow::{Result, anyhow, bail};
 use std::time::Duration;
+use tonic::body::Body;
+use tonic::codegen::Service;
 use tonic::transport::{Channel, Endpoint};
+use unisono_proto::stream::Reader;
 use unisono_proto::{self as wire, v1};
 
 /// Where a coordinator is, with the transport's settings.
@@ -62,4 +65,20 @@ pub(crate) async fn answer<T>(
     let limit = options.patience.clamp(Duration::from_secs(1), Duration::from_secs(10));
     let nothing = |_| tonic::Status::deadline_exceeded(format!("{} does not answer", options.url));
     tokio::time::timeout(limit, call).await.map_err(nothing)?
+}
+
+/// Calls a method of the service `Parameters`, whose messages are written and read by hand.
+pub(crate) async fn call(mut channel: Channel, method: &str, body: Body) -> Result<Reader<Body>, tonic::Status> {
+    let request = http::Request::post(format!("/unisono.v1.Parameters/{method}"))
+        .header(http::header::TE, "trailers")
+        .header(http::header::CONTENT_TYPE, "application/grpc")
+        .body(body)
+        .map_err(|e| tonic::Status::internal(e.to_string()))?;
+    let failed = |e: tonic::transport::Error| tonic::Status::from_error(e.into());
+    std::future::poll_fn(|context| channel.poll_ready(context)).await.map_err(failed)?;
+    let response = channel.call(request).await.map_err(failed)?;
+    match tonic::Status::from_header_map(response.headers()) {
+        Some(status) if status.code() != tonic::Code::Ok => Err(status),
+        Some(_) | None => Ok(Reader::new(response.into_body())),
+    }
 }

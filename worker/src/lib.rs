@@ -3,6 +3,8 @@
 pub mod cache;
 pub mod compute;
 mod connect;
+pub mod link;
+mod push;
 pub mod samples;
 pub mod session;
 
@@ -17,11 +19,24 @@ const LONGEST: Duration = Duration::from_secs(2);
 /// A membership that lasted so long was no failed attempt.
 const LONG: Duration = Duration::from_secs(2);
 
+/// How gradients and weights get from process to process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Shared memory on the coordinator's host, gRPC elsewhere.
+    #[default]
+    Auto,
+    /// Shared memory, or not at all.
+    Shm,
+    /// gRPC everywhere.
+    Grpc,
+}
+
 /// How a worker runs; none of it changes the result.
 #[derive(Clone, Debug)]
 pub struct Options {
     pub url: String,
     pub threads: usize,
+    pub transport: Transport,
     pub name: String,
     /// Give up after this long without a coordinator.
     pub patience: Duration,

@@ -1,24 +1,33 @@
 //! One membership: join, take work and weights, push gradients, until the coordinator says goodbye.
 
-use crate::Options;
 use crate::cache::Cache;
-use crate::compute::{Compute, Order};
-use crate::connect::{Client, answer, endpoint, plain, unreachable};
+use crate::compute::Compute;
+use crate::connect::{Client, answer, call, endpoint, plain, unreachable};
+use crate::link::{Link, Order};
+use crate::push;
 use crate::samples::{Samples, Sent};
+use crate::{Options, Transport};
 use anyhow::{Context, Result, bail};
+use http_body_util::Full;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::body::Body;
 use unisono_common::data::partition::Partitions;
 use unisono_common::data::{self, Prepared};
 use unisono_common::ids::Step;
 use unisono_common::job::{Job, Source};
+use unisono_common::kernels;
+use unisono_common::layout::{Layout, le_bytes_mut};
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
 use unisono_common::protocol::Kind;
 use unisono_common::protocol::worker::{Command, Event, Machine, Work};
 use unisono_common::tree::Node;
+use unisono_proto::shm::Lane;
+use unisono_proto::stream::{ChunkHead, Reader};
 use unisono_proto::{self as wire, v1};
 
 /// How a session ended.
@@ -113,13 +122,77 @@ impl Fetcher {
     }
 }
 
+/// What to do where shared memory was wanted and there is none.
+const ELSEWHERE: &str = "use --transport auto, or run both on one Linux host as one user";
+
+/// Partitions that the compute thread needs before it goes on.
+pub struct FetchOrder {
+    pub partitions: Vec<u32>,
+    pub test: bool,
+    /// Told when they are at hand.
+    pub done: std::sync::mpsc::Sender<()>,
+}
+
+/// Weights in and gradients out where there is no shared memory.
+struct Streams {
+    broadcast: Reader<Body>,
+    /// The chunk that is coming.
+    head: Option<(ChunkHead, usize)>,
+    pushing: JoinHandle<Result<(), tonic::Status>>,
+    machine: Machine,
+    /// The weights that are coming, and those that are computed with.
+    coming: Vec<f32>,
+    weights: Arc<Vec<f32>>,
+    orders: std::sync::mpsc::Sender<Order>,
+}
+
+impl Streams {
+    /// The next chunk of weights, or why no more come.
+    async fn next(streams: &mut Option<Streams>, layout: &Layout) -> Result<Event, String> {
+        let Some(streams) = streams else { return std::future::pending().await };
+        tokio::select! {
+            chunk = weights(&mut streams.broadcast, &mut streams.head, &mut streams.coming, layout) => chunk,
+            pushed = &mut streams.pushing => Err(match pushed {
+                Ok(Err(refused)) => format!("the coordinator took no more pushes: {}", refused.message()),
+                Ok(Ok(())) | Err(_) => "the pushes ended".into(),
+            }),
+        }
+    }
+
+    /// The weights that came are computed with from now on.
+    fn adopt(&mut self) {
+        // Compute let go of the old ones before its last push; they are filled by the next step's chunks.
+        let spare = Arc::try_unwrap(std::mem::take(&mut self.weights)).unwrap_or_default();
+        let spare = if spare.is_empty() { vec![0.0; self.coming.len()] } else { spare };
+        self.weights = Arc::new(std::mem::replace(&mut self.coming, spare));
+    }
+}
+
+/// The next chunk of weights, into its place. What is broken off goes on with the next call.
+async fn weights(
+    broadcast: &mut Reader<Body>,
+    head: &mut Option<(ChunkHead, usize)>,
+    coming: &mut [f32],
+    layout: &Layout,
+) -> Result<Event, String> {
+    let broke = |e: tonic::Status| format!("the broadcast broke: {}", e.message());
+    if head.is_none() {
+        *head = broadcast.weights().await.map_err(broke)?;
+    }
+    let (chunk, len) = head.ok_or("the broadcast ended")?;
+    let index = wire::check_head(layout, chunk.index, len).map_err(|e| e.to_string())?;
+    let values = le_bytes_mut(&mut coming[layout.chunk(index)]);
+    broadcast.values(values).await.map_err(broke)?;
+    *head = None;
+    wire::check_chunk(layout, chunk.index, chunk.crc, values).map_err(|e| e.to_string())?;
+    Ok(Event::Chunk { index, step: Step(chunk.step) })
+}
+
 /// Runs one membership.
 pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
-    let Options { url, threads, name, .. } = options;
+    let Options { url, threads, transport, name, .. } = options;
     let channel = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
-    let weights = v1::weights_client::WeightsClient::new(channel.clone());
-    let mut weights = weights.max_decoding_message_size(wire::MAX_MESSAGE);
-    let mut client = Client::new(channel).max_decoding_message_size(wire::MAX_MESSAGE);
+    let mut client = Client::new(channel.clone()).max_decoding_message_size(wire::MAX_MESSAGE);
     if let Err(refused) = prepare(&mut client, kept, options).await? {
         return Ok(End::Refused(refused));
     }
@@ -133,6 +206,8 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
         fingerprint: unisono_common::train::fingerprint().to_vec().into(),
         threads: *threads as u32,
         name: name.clone(),
+        shared_memory: *transport != Transport::Grpc,
+        isa: kernels::isa().map(|isa| isa.name().into()).unwrap_or_default(),
     };
     let (to_coordinator, outgoing) = mpsc::unbounded_channel();
     to_coordinator.send(v1::FromWorker { kind: Some(v1::from_worker::Kind::Join(join)) })?;
@@ -149,12 +224,22 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
         Some(v1::to_worker::Kind::Work(_)) | None => bail!("the coordinator did not answer the join"),
     };
 
-    let (push, pushed) = mpsc::channel(4);
-    push.send(v1::PushPart { kind: Some(v1::push_part::Kind::Session(joined.session.clone())) }).await?;
-    let mut push_client = client.clone();
-    let mut pushing = tokio::spawn(async move { push_client.push(ReceiverStream::new(pushed)).await });
-    let request = v1::BroadcastRequest { session: joined.session.clone() };
-    let mut broadcast = answer(options, weights.broadcast(request)).await?.into_inner();
+    let mut shared = None;
+    if !joined.door.is_empty() {
+        let (door, secret, len) = (joined.door.clone(), joined.session.clone(), layout.len());
+        let opened = tokio::task::spawn_blocking(move || wire::shm::door::knock(&door, &secret, len)).await?;
+        let used = v1::SharedMemory { used: opened.is_ok() };
+        to_coordinator.send(v1::FromWorker { kind: Some(v1::from_worker::Kind::SharedMemory(used)) })?;
+        match opened {
+            Ok(opened) => shared = Some(opened),
+            Err(e) if *transport == Transport::Shm => {
+                return Ok(End::Refused(format!("no shared memory with the coordinator ({e}): {ELSEWHERE}")));
+            }
+            Err(e) => tracing::debug!("no shared memory with the coordinator: {e}"),
+        }
+    } else if *transport == Transport::Shm {
+        return Ok(End::Refused(format!("the coordinator offers no shared memory: {ELSEWHERE}")));
+    }
 
     let fetcher = match &samples {
         Samples::Read(_) => None,
@@ -168,24 +253,45 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
             test_parts: Partitions::new(prepared.test_samples as usize, partitions, None).ok(),
         }),
     };
+    let (fetch, mut to_fetch) = mpsc::unbounded_channel();
+    let (link, lane, mut streams) = match shared {
+        Some((weights, lane, bell)) => {
+            let lane = Arc::new(lane);
+            (Link::shared(lane.clone(), weights, bell, fetch), lane, None)
+        }
+        None => {
+            let lane = Arc::new(Lane::private(layout.len()).context("no memory for the gradients")?);
+            let (orders, taken) = std::sync::mpsc::channel();
+            let (push, pieces) = mpsc::unbounded_channel();
+            // Weights have a connection of their own: each is served by one thread at a time.
+            let other = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
+            let request = wire::stream::short(&v1::BroadcastRequest { session: joined.session.clone() });
+            let broadcast = call(other, "Broadcast", Body::new(Full::new(request)));
+            let streams = Streams {
+                broadcast: answer(options, broadcast).await?,
+                head: None,
+                pushing: push::start(channel, joined.session.clone(), layout.clone(), pieces, &to_coordinator),
+                machine: Machine::new(layout.chunks(), fetcher.as_ref().map(|f| f.sent.at_hand())),
+                coming: vec![0.0; layout.len()],
+                weights: Arc::default(),
+                orders,
+            };
+            (Link::streams(lane.clone(), taken, push), lane, Some(streams))
+        }
+    };
     let (fetched_in, mut fetched) = mpsc::unbounded_channel();
-    let (orders, taken) = std::sync::mpsc::channel();
     let (over, mut compute_over) = mpsc::channel::<()>(1);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(*threads).build()?;
     let session_out = to_coordinator.clone();
     std::thread::Builder::new().name("compute".into()).spawn(move || {
         let _over = over;
-        let ended = pool.install(|| Compute::new(job, samples, prepared, model)?.serve(taken, session_out, push));
+        let ended = pool.install(|| Compute::new(job, samples, prepared, model)?.serve(link, session_out));
         if let Err(e) = ended {
             tracing::debug!("compute ended: {e:#}");
         }
     })?;
 
     let mut heartbeat = tokio::time::interval(Duration::from_millis(joined.heartbeat_ms.clamp(10, 60_000) as u64));
-    let at_hand = fetcher.as_ref().map(|f| f.sent.at_hand());
-    let mut machine = Machine::new(layout.chunks(), at_hand);
-    let mut incoming_weights = vec![0.0f32; layout.len()];
-    let mut weights = Arc::new(Vec::new());
     let end = loop {
         let event = tokio::select! {
             message = incoming.message() => match message {
@@ -207,26 +313,25 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
                 Ok(None) => break End::Again("the coordinator closed the session".into()),
                 Err(e) => break End::Again(format!("the session broke: {}", e.message())),
             },
-            chunk = broadcast.message() => match chunk {
-                Ok(Some(chunk)) => {
-                    if let Err(e) = wire::check_chunk(&layout, chunk.index, chunk.crc, &chunk.values) {
-                        break End::Again(e.to_string());
-                    }
-                    let index = chunk.index as usize;
-                    wire::decode_into(&chunk.values, &mut incoming_weights[layout.chunk(index)]);
-                    Event::Chunk { index, step: Step(chunk.step) }
-                }
-                Ok(None) => break End::Again("the broadcast ended".into()),
-                Err(e) => break End::Again(format!("the broadcast broke: {}", e.message())),
+            came = Streams::next(&mut streams, &layout) => match came {
+                Ok(event) => event,
+                Err(why) => break End::Again(why),
             },
             Some(result) = fetched.recv() => match result {
                 Ok(()) => Event::Fetched,
                 Err(e) => break End::Again(format!("cannot fetch a partition: {e:#}")),
             },
-            pushed = &mut pushing => break End::Again(match pushed {
-                Ok(Err(refused)) => format!("the coordinator took no more pushes: {}", refused.message()),
-                Ok(Ok(_)) | Err(_) => "the pushes ended".into(),
-            }),
+            Some(FetchOrder { partitions, test, done }) = to_fetch.recv() => {
+                let Some(fetcher) = fetcher.clone() else { break End::Again("there is nothing to fetch".into()) };
+                let failed = fetched_in.clone();
+                tokio::spawn(async move {
+                    match fetcher.fetch(partitions, test).await {
+                        Ok(()) => { done.send(()).ok(); }
+                        Err(e) => { failed.send(Err(e)).ok(); }
+                    }
+                });
+                continue;
+            }
             _ = compute_over.recv() => break End::Again("the compute thread ended".into()),
             _ = heartbeat.tick() => {
                 let beat = v1::FromWorker { kind: Some(v1::from_worker::Kind::Heartbeat(v1::Heartbeat {})) };
@@ -236,14 +341,10 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
                 continue;
             }
         };
-        for command in machine.handle(event) {
+        let Some(streams) = &mut streams else { continue };
+        for command in streams.machine.handle(event) {
             match command {
-                Command::Adopt { .. } => {
-                    // Compute let go of the old ones before its last push; they are filled by the next step's chunks.
-                    let spare = Arc::try_unwrap(std::mem::take(&mut weights)).unwrap_or_default();
-                    let spare = if spare.is_empty() { vec![0.0; layout.len()] } else { spare };
-                    weights = Arc::new(std::mem::replace(&mut incoming_weights, spare));
-                }
+                Command::Adopt { .. } => streams.adopt(),
                 Command::Fetch { kind, partitions } => {
                     let Some(fetcher) = fetcher.clone() else { continue };
                     let done = fetched_in.clone();
@@ -253,18 +354,19 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
                 }
                 Command::Compute(Work { step, generation, kind, nodes }) => {
                     for node in nodes {
-                        let evaluate = kind == Kind::Evaluate;
-                        let order = Order { step: step.0, generation, node, evaluate, weights: weights.clone() };
+                        let (evaluate, weights) = (kind == Kind::Evaluate, Some(streams.weights.clone()));
                         // Where compute has ended, the loop hears of it.
-                        orders.send(order).ok();
+                        streams.orders.send(Order { step: step.0, generation, node, evaluate, weights }).ok();
                     }
                 }
             }
         }
     };
-    drop(orders);
-    drop((incoming, broadcast, to_coordinator));
-    pushing.abort();
+    lane.close();
+    if let Some(streams) = streams {
+        streams.pushing.abort();
+    }
+    drop((incoming, to_coordinator, to_fetch));
     // The compute thread ends when its channels do; the next session's begins with an idle machine.
     tokio::time::timeout(Duration::from_secs(60), compute_over.recv()).await.ok();
     Ok(end)

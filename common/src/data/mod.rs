@@ -20,6 +20,7 @@ mod synthetic;
 pub use error::DataError;
 
 use crate::job;
+use crate::kernels::vectorized;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -376,18 +377,24 @@ impl Targets {
     }
 }
 
+/// Appends the inputs of one raw sample.
 fn normalise<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, out: &mut Vec<f32>) {
-    if let (&[mean], &[inv_std]) = (&prepared.mean[..], &prepared.inv_std[..]) {
-        out.extend(raw.iter().map(|&x| (x.into() - mean) * inv_std));
-    } else {
-        assert_eq!(
-            (prepared.mean.len(), prepared.inv_std.len()),
-            (raw.len(), raw.len()),
-            "statistics of other features"
-        );
-        let scales = prepared.mean.iter().zip(&prepared.inv_std);
-        out.extend(raw.iter().zip(scales).map(|(&x, (&mean, &inv_std))| (x.into() - mean) * inv_std));
-    }
+    let start = out.len();
+    out.resize(start + raw.len(), 0.0);
+    let (out, scales) = (&mut out[start..], (&prepared.mean[..], &prepared.inv_std[..]));
+    vectorized(
+        #[inline(always)]
+        || match scales {
+            (&[mean], &[inv_std]) => out.iter_mut().zip(raw).for_each(|(out, &x)| *out = (x.into() - mean) * inv_std),
+            (mean, inv_std) => {
+                assert_eq!((mean.len(), inv_std.len()), (raw.len(), raw.len()), "statistics of other features");
+                let scales = mean.iter().zip(inv_std);
+                for ((out, &x), (mean, inv_std)) in out.iter_mut().zip(raw).zip(scales) {
+                    *out = (x.into() - mean) * inv_std;
+                }
+            }
+        },
+    );
 }
 
 impl Batch {

@@ -15,7 +15,8 @@ pub use isa::{Isa, isa, with_isa};
 /// Lanes of every reduction.
 pub const LANES: usize = 16;
 
-/// Runs `f`, compiled for the vectors of [`isa()`]. What `f` calls must be `#[inline(always)]`.
+/// Runs `f`, compiled for the vectors of [`isa()`]. What `f` calls must be `#[inline(always)]`, and so must a closure of more
+/// than a line: the compiler leaves a long one where it is, compiled for no vectors at all.
 #[inline]
 pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     isa::arch().dispatch(f)
@@ -45,14 +46,14 @@ pub(crate) fn reduce(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     debug_assert_eq!(a.len(), b.len());
     let mut sums = [0.0f32; LANES];
     let ((a, at), (b, bt)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    // Whole arrays at every turn, the tail's too, so that the sums stay in registers.
+    let mut add = |values: [f32; LANES]| sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
     for (a, b) in a.iter().zip(b) {
-        for l in 0..LANES {
-            sums[l] += f(a[l], b[l]);
-        }
+        add(std::array::from_fn(|l| f(a[l], b[l])));
     }
-    for (l, (a, b)) in at.iter().zip(bt).enumerate() {
-        sums[l] += f(*a, *b);
-    }
+    let mut tail = [0.0; LANES];
+    tail.iter_mut().zip(at.iter().zip(bt)).for_each(|(v, (a, b))| *v = f(*a, *b));
+    add(tail);
     fold(sums)
 }
 

@@ -17,14 +17,22 @@ pub struct Activation {
 #[inline(always)]
 fn map(y: &mut [f32], x: &[f32], f: impl Fn(f32) -> f32 + Sync) {
     let blocks = y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK));
-    blocks.for_each(|(y, x)| vectorized(|| y.iter_mut().zip(x).for_each(|(y, x)| *y = f(*x))));
+    blocks.for_each(|(y, x)| {
+        vectorized(
+            #[inline(always)]
+            || y.iter_mut().zip(x).for_each(|(y, x)| *y = f(*x)),
+        )
+    });
 }
 
 #[inline(always)]
 fn map2(out: &mut [f32], a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
     let blocks = out.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK).zip(b.par_chunks(BLOCK)));
     blocks.for_each(|(o, (a, b))| {
-        vectorized(|| o.iter_mut().zip(a.iter().zip(b)).for_each(|(o, (a, b))| *o = f(*a, *b)));
+        vectorized(
+            #[inline(always)]
+            || o.iter_mut().zip(a.iter().zip(b)).for_each(|(o, (a, b))| *o = f(*a, *b)),
+        );
     });
 }
 

@@ -78,6 +78,10 @@ impl Layer for Conv2d {
         masked + lanes.max(self.blocks().scratch(segments)).max(tree_spare(segments, self.filters()))
     }
 
+    fn multiply_adds(&self) -> u64 {
+        (self.weights() * self.window.positions()) as u64
+    }
+
     fn forward(
         &self,
         pass: &Pass<'_>,
@@ -133,10 +137,18 @@ impl Layer for Conv2d {
                 out.fill(0.0);
                 for row in segments.rows(segment) {
                     let planes = dy[row * out_len..(row + 1) * out_len].chunks_exact(n);
-                    kernels::vectorized(|| out.iter_mut().zip(planes).for_each(|(o, dy)| *o += kernels::sum(dy)));
+                    kernels::vectorized(
+                        #[inline(always)]
+                        || {
+                            for (o, dy) in out.iter_mut().zip(planes) {
+                                *o += kernels::sum(dy);
+                            }
+                        },
+                    );
                 }
             });
         }
+        pass.finish(grads.trainable);
         if let Some(dx) = dx {
             let w_fp = Mat::new(params.trainable, f, patch);
             let each = rows_each(segments.total());

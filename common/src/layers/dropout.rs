@@ -23,11 +23,16 @@ impl Dropout {
             let rows = pass.segments.rows(i);
             let key = pass.key.with(pass.segments.lo as u64 + i as u64);
             let (x, y) = (&x[rows.start * len..rows.end * len], &mut y[rows.start * len..rows.end * len]);
-            vectorized(|| {
-                for (j, (y, x)) in y.iter_mut().zip(x).enumerate() {
-                    *y = if key.u32_fast(j as u32) >= threshold { x * scale } else { 0.0 };
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (j, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                        // The product before the choice: nothing is left to jump over.
+                        let kept = x * scale;
+                        *y = if key.u32_fast(j as u32) >= threshold { kept } else { 0.0 };
+                    }
+                },
+            );
         }
     }
 }

@@ -56,6 +56,10 @@ impl Layer for Linear {
         masked + self.blocks().scratch(segments).max(tree_spare(segments, self.outputs[0]))
     }
 
+    fn multiply_adds(&self) -> u64 {
+        self.weights() as u64
+    }
+
     fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
         let (i, o) = (self.inputs, self.outputs[0]);
         let (w_oi, b_o) = params.trainable.split_at(self.weights());
@@ -92,6 +96,7 @@ impl Layer for Linear {
                 column_sums(&dy[rows.start * o..rows.end * o], out);
             });
         }
+        pass.finish(grads.trainable);
         if let Some(dx) = dx {
             let w_oi = Mat::new(params.trainable, o, i);
             over_rows(segments.total(), (dx, i), (dy, o), |_, dx, dy| {

@@ -70,6 +70,17 @@ pub struct Pass<'a> {
     pub train: bool,
     /// Seed and step: `key.with(partition)...` for dropout; rows are numbered within their partition.
     pub key: Key,
+    /// Where the layer's trainable values begin in the flat vector.
+    pub first: usize,
+    /// Takes gradients that are final, and where they begin in the flat vector: from the last layer's to the first's.
+    pub finished: &'a dyn Fn(usize, &[f32]),
+}
+
+impl Pass<'_> {
+    /// Announces the layer's trainable gradient, which is not touched any more: it may travel while others are computed.
+    fn finish(&self, grads: &[f32]) {
+        (self.finished)(self.first, grads);
+    }
 }
 
 /// One layer. `x`: `(rows, in)`, `y`: `(rows, out)`, row-major, `in` and `out` the products of the sample shapes.
@@ -100,6 +111,17 @@ pub trait Layer: Send + Sync {
         0
     }
 
+    /// Multiply-adds of a sample's forward pass in matrix products. The backward pass takes as many for the parameters'
+    /// gradient, and as many again for the input's.
+    fn multiply_adds(&self) -> u64 {
+        0
+    }
+
+    /// Those for the input's gradient, which the first layer of a model is not asked for.
+    fn input_multiply_adds(&self) -> u64 {
+        self.multiply_adds()
+    }
+
     /// `y = f(x)`.
     fn forward(
         &self,
@@ -113,6 +135,8 @@ pub trait Layer: Send + Sync {
 
     /// `dx = f'(x)^T dy` (where wanted), and the **sum** over samples of the parameter gradients into `grads`, overwritten;
     /// running tensors get `segment rows x segment statistic`, summed over the tree.
+    ///
+    /// A layer with trainable tensors calls `Pass::finish` once, as early as it can: before it computes `dx`.
     fn backward(
         &self,
         pass: &Pass<'_>,
@@ -171,12 +195,14 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn block_rows(&self) -> usize {
-        (self.limit / self.row_len.max(1)).clamp(1, self.rows.div_ceil(kernels::lanes()).max(1))
+    /// A single segment has no open sums: its block is all that a thread computes.
+    fn block_rows(&self, segments: usize) -> usize {
+        let most = self.rows.div_ceil(kernels::lanes()).max(1);
+        if segments == 1 { most } else { (self.limit / self.row_len.max(1)).clamp(1, most) }
     }
 
     fn lane_scratch(&self, segments: usize) -> usize {
-        tree_spare(segments, self.block_rows() * self.row_len) + self.extra
+        tree_spare(segments, self.block_rows(segments) * self.row_len) + self.extra
     }
 
     fn scratch(&self, segments: usize) -> usize {
@@ -191,7 +217,7 @@ impl Blocks {
         scratch: &mut [f32],
         leaf: impl Fn(usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
     ) {
-        let (lane, block) = (self.lane_scratch(segments), self.block_rows());
+        let (lane, block) = (self.lane_scratch(segments), self.block_rows(segments));
         let lane_rows = self.rows.div_ceil(kernels::lanes()).max(1);
         let work = |(i, (out, scratch)): (usize, (&mut [f32], &mut [f32]))| {
             let (extra, spare) = scratch.split_at_mut(self.extra);

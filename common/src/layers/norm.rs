@@ -1,8 +1,9 @@
 //! Normalisation with learnt scale and shift.
 
-use super::{Grads, Layer, Params, Pass, over_samples, tree_spare, tree_sum};
+use super::{Grads, Layer, Params, Pass, over_samples, rows_each, tree_spare, tree_sum};
 use crate::kernels::{self, vectorized};
 use crate::layout::{Init, Role, Tensor};
+use rayon::prelude::*;
 
 fn tensor(name: &str, shape: &[usize], role: Role, value: f32) -> Tensor {
     Tensor { name: name.into(), shape: shape.into(), role, init: Init::Constant(value) }
@@ -85,12 +86,15 @@ impl Layer for BatchNorm {
             let (mean, var) = params.running.split_at(c);
             let inv = &mut scratch[..c];
             inv.iter_mut().zip(var).for_each(|(i, v)| *i = 1.0 / (v + self.eps).sqrt());
-            return vectorized(|| {
-                self.map(x, y, |c, y, x| {
-                    let (scale, m, b) = (inv[c] * gamma[c], mean[c], beta[c]);
-                    y.iter_mut().zip(x).for_each(|(y, x)| *y = (x - m) * scale + b);
-                });
-            });
+            return vectorized(
+                #[inline(always)]
+                || {
+                    self.map(x, y, |c, y, x| {
+                        let (scale, m, b) = (inv[c] * gamma[c], mean[c], beta[c]);
+                        y.iter_mut().zip(x).for_each(|(y, x)| *y = (x - m) * scale + b);
+                    });
+                },
+            );
         }
         for (i, saved) in saved.chunks_exact_mut(3 * c).enumerate() {
             let rows = pass.segments.rows(i);
@@ -98,21 +102,24 @@ impl Layer for BatchNorm {
             let (x, y) = (&x[rows.start * len..rows.end * len], &mut y[rows.start * len..rows.end * len]);
             let (mean, rest) = saved.split_at_mut(c);
             let (var, inv) = rest.split_at_mut(c);
-            vectorized(|| {
-                mean.fill(0.0);
-                self.per_channel(x, mean, |_, x| kernels::sum(x));
-                mean.iter_mut().for_each(|m| *m /= count);
-                var.fill(0.0);
-                self.per_channel(x, var, |c, x| kernels::sum_squared_from(x, mean[c]));
-                for (v, i) in var.iter_mut().zip(inv.iter_mut()) {
-                    *v /= count;
-                    *i = 1.0 / (*v + self.eps).sqrt();
-                }
-                self.map(x, y, |c, y, x| {
-                    let (m, i, g, b) = (mean[c], inv[c], gamma[c], beta[c]);
-                    y.iter_mut().zip(x).for_each(|(y, x)| *y = (x - m) * i * g + b);
-                });
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    mean.fill(0.0);
+                    self.per_channel(x, mean, |_, x| kernels::sum(x));
+                    mean.iter_mut().for_each(|m| *m /= count);
+                    var.fill(0.0);
+                    self.per_channel(x, var, |c, x| kernels::sum_squared_from(x, mean[c]));
+                    for (v, i) in var.iter_mut().zip(inv.iter_mut()) {
+                        *v /= count;
+                        *i = 1.0 / (*v + self.eps).sqrt();
+                    }
+                    self.map(x, y, |c, y, x| {
+                        let (m, i, g, b) = (mean[c], inv[c], gamma[c], beta[c]);
+                        y.iter_mut().zip(x).for_each(|(y, x)| *y = (x - m) * i * g + b);
+                    });
+                },
+            );
         }
     }
 
@@ -138,17 +145,20 @@ impl Layer for BatchNorm {
             dscale.fill(0.0);
             dshift.fill(0.0);
             let (mean, inv) = (&saved[..c], &saved[2 * c..]);
-            vectorized(|| {
-                for row in rows {
-                    for ch in 0..c {
-                        let at = row * len + ch * self.plane();
-                        let (x, dy) = (&x[at..at + self.plane()], &dy[at..at + self.plane()]);
-                        let m = mean[ch];
-                        dscale[ch] += kernels::reduce(x, dy, |x, d| (x - m) * d) * inv[ch];
-                        dshift[ch] += kernels::sum(dy);
+            vectorized(
+                #[inline(always)]
+                || {
+                    for row in rows {
+                        for ch in 0..c {
+                            let at = row * len + ch * self.plane();
+                            let (x, dy) = (&x[at..at + self.plane()], &dy[at..at + self.plane()]);
+                            let m = mean[ch];
+                            dscale[ch] += kernels::reduce(x, dy, |x, d| (x - m) * d) * inv[ch];
+                            dshift[ch] += kernels::sum(dy);
+                        }
                     }
-                }
-            });
+                },
+            );
         }
         tree_sum(0, pass.segments.len(), grads.trainable, spare, &mut |i, out| {
             out.copy_from_slice(&sums[i * 2 * c..(i + 1) * 2 * c]);
@@ -163,25 +173,29 @@ impl Layer for BatchNorm {
             mean.iter_mut().zip(s).for_each(|(o, m)| *o = rows as f32 * m);
             var.iter_mut().zip(&s[c..]).for_each(|(o, v)| *o = rows as f32 * v * unbiased);
         });
+        pass.finish(grads.trainable);
         let Some(dx) = dx else { return };
         for i in 0..pass.segments.len() {
             let rows = pass.segments.rows(i);
             let count = (rows.len() * self.plane()).max(1) as f32;
             let (mean, inv) = (&saved[i * 3 * c..][..c], &saved[i * 3 * c + 2 * c..][..c]);
             let (dscale, dshift) = sums[i * 2 * c..(i + 1) * 2 * c].split_at(c);
-            vectorized(|| {
-                for row in rows {
-                    for ch in 0..c {
-                        let at = row * len + ch * self.plane();
-                        let (x, dy) = (&x[at..at + self.plane()], &dy[at..at + self.plane()]);
-                        let (m, scale) = (mean[ch], gamma[ch] * inv[ch]);
-                        let (a, b) = (dshift[ch] / count, dscale[ch] / count * inv[ch]);
-                        for (dx, (x, dy)) in dx[at..at + self.plane()].iter_mut().zip(x.iter().zip(dy)) {
-                            *dx = scale * (dy - a - (x - m) * b);
+            vectorized(
+                #[inline(always)]
+                || {
+                    for row in rows {
+                        for ch in 0..c {
+                            let at = row * len + ch * self.plane();
+                            let (x, dy) = (&x[at..at + self.plane()], &dy[at..at + self.plane()]);
+                            let (m, scale) = (mean[ch], gamma[ch] * inv[ch]);
+                            let (a, b) = (dshift[ch] / count, dscale[ch] / count * inv[ch]);
+                            for (dx, (x, dy)) in dx[at..at + self.plane()].iter_mut().zip(x.iter().zip(dy)) {
+                                *dx = scale * (dy - a - (x - m) * b);
+                            }
                         }
                     }
-                }
-            });
+                },
+            );
         }
     }
 }
@@ -198,11 +212,21 @@ impl LayerNorm {
     }
 
     /// Mean and `1 / sqrt(variance + eps)` of a sample.
-    #[inline(always)]
-    fn statistics(&self, x: &[f32]) -> (f32, f32) {
+    fn statistics(&self, x: &[f32]) -> [f32; 2] {
         let n = x.len() as f32;
-        let mean = kernels::sum(x) / n;
-        (mean, 1.0 / (kernels::sum_squared_from(x, mean) / n + self.eps).sqrt())
+        let mean = vectorized(
+            #[inline(always)]
+            || kernels::sum(x),
+        ) / n;
+        [
+            mean,
+            1.0 / (vectorized(
+                #[inline(always)]
+                || kernels::sum_squared_from(x, mean),
+            ) / n
+                + self.eps)
+                .sqrt(),
+        ]
     }
 }
 
@@ -215,20 +239,34 @@ impl Layer for LayerNorm {
         vec![tensor("weight", &self.shape, Role::Trainable, 1.0), tensor("bias", &self.shape, Role::Trainable, 0.0)]
     }
 
+    /// The statistics of each sample.
+    fn saved(&self, rows: usize, _: usize) -> usize {
+        2 * rows
+    }
+
     fn scratch(&self, _: usize, segments: usize) -> usize {
         tree_spare(segments, 2 * self.len())
     }
 
-    fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
+    fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], saved: &mut [f32], _: &mut [f32]) {
         let n = self.len();
         let (gamma, beta) = params.trainable.split_at(n);
-        over_samples(pass.segments.total(), (y, n), (x, n), |_, y, x| {
-            vectorized(|| {
-                let (mean, inv) = self.statistics(x);
-                for i in 0..n {
-                    y[i] = (x[i] - mean) * inv * gamma[i] + beta[i];
-                }
-            });
+        let (saved, _) = saved.as_chunks_mut::<2>();
+        let each = rows_each(pass.segments.total());
+        let lanes = y.par_chunks_mut(each * n).zip(x.par_chunks(each * n)).zip(saved.par_chunks_mut(each));
+        lanes.for_each(|((y, x), saved)| {
+            for ((y, x), saved) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)).zip(saved) {
+                *saved = self.statistics(x);
+                let [mean, inv] = *saved;
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for ((y, x), (gamma, beta)) in y.iter_mut().zip(x).zip(gamma.iter().zip(beta)) {
+                            *y = (x - mean) * inv * gamma + beta;
+                        }
+                    },
+                );
+            }
         });
     }
 
@@ -241,40 +279,51 @@ impl Layer for LayerNorm {
         dy: &[f32],
         dx: Option<&mut [f32]>,
         grads: Grads<'_>,
-        _: &mut [f32],
+        saved: &mut [f32],
         scratch: &mut [f32],
     ) {
         let n = self.len();
         let gamma = &params.trainable[..n];
+        let (saved, _) = saved.as_chunks::<2>();
         tree_sum(0, pass.segments.len(), grads.trainable, scratch, &mut |i, out| {
+            out.fill(0.0);
             let (dscale, dshift) = out.split_at_mut(n);
-            dscale.fill(0.0);
-            dshift.fill(0.0);
             for row in pass.segments.rows(i) {
-                let (x, dy) = (&x[row * n..(row + 1) * n], &dy[row * n..(row + 1) * n]);
-                vectorized(|| {
-                    let (mean, inv) = self.statistics(x);
-                    for i in 0..n {
-                        dscale[i] += dy[i] * ((x[i] - mean) * inv);
-                        dshift[i] += dy[i];
-                    }
-                });
+                let (x, dy, [mean, inv]) = (&x[row * n..(row + 1) * n], &dy[row * n..(row + 1) * n], saved[row]);
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for ((dscale, dshift), (x, dy)) in dscale.iter_mut().zip(&mut *dshift).zip(x.iter().zip(dy)) {
+                            *dscale += dy * ((x - mean) * inv);
+                            *dshift += dy;
+                        }
+                    },
+                );
             }
         });
+        pass.finish(grads.trainable);
         let Some(dx) = dx else { return };
         over_samples(pass.segments.total(), (dx, n), (dy, n), |row, dx, dy| {
-            let x = &x[row * n..(row + 1) * n];
-            vectorized(|| {
-                let (mean, inv) = self.statistics(x);
-                for i in 0..n {
-                    dx[i] = dy[i] * gamma[i];
-                }
-                let a = kernels::sum(dx) / n as f32;
-                let b = kernels::reduce(dx, x, |d, x| d * (x - mean)) * inv / n as f32;
-                for i in 0..n {
-                    dx[i] = inv * (dx[i] - a - (x[i] - mean) * inv * b);
-                }
-            });
+            let (x, [mean, inv]) = (&x[row * n..(row + 1) * n], saved[row]);
+            vectorized(
+                #[inline(always)]
+                || dx.iter_mut().zip(dy.iter().zip(gamma)).for_each(|(dx, (dy, gamma))| *dx = dy * gamma),
+            );
+            let a = vectorized(
+                #[inline(always)]
+                || kernels::sum(dx),
+            ) / n as f32;
+            let b = vectorized(
+                #[inline(always)]
+                || kernels::reduce(dx, x, |d, x| d * (x - mean)),
+            ) * inv
+                / n as f32;
+            vectorized(
+                #[inline(always)]
+                || {
+                    dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = inv * (*dx - a - (x - mean) * inv * b));
+                },
+            );
         });
     }
 }

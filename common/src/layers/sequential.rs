@@ -75,6 +75,15 @@ impl Layer for Sequential {
         2 * self.widest() * rows + self.inner_scratch(rows, segments)
     }
 
+    fn multiply_adds(&self) -> u64 {
+        self.layers.iter().map(|l| l.multiply_adds()).sum()
+    }
+
+    /// Of the first layer: the others' belong to the way there.
+    fn input_multiply_adds(&self) -> u64 {
+        self.layers.first().map_or(0, |l| l.input_multiply_adds())
+    }
+
     fn forward(
         &self,
         pass: &Pass<'_>,
@@ -152,7 +161,8 @@ impl Layer for Sequential {
             let x = if i == 0 { x } else { &between[between.len() - in_len..] };
             let dy = if last { dy } else { &above[..out_len] };
             let into = if i == 0 { dx.take() } else { Some(&mut below[..in_len]) };
-            let pass = Pass { key: pass.key.with(self.places[i] as u64), ..*pass };
+            let key = pass.key.with(self.places[i] as u64);
+            let pass = Pass { key, first: pass.first + d_trainable.len(), ..*pass };
             let (mine, into_grads) =
                 (Params { trainable: mine_t, running: mine_r }, Grads { trainable: grad_t, running: grad_r });
             let scratch = &mut scratch[..layer.scratch(rows, segments)];
@@ -186,6 +196,14 @@ impl Layer for Residual {
 
     fn scratch(&self, rows: usize, segments: usize) -> usize {
         self.body.scratch(rows, segments)
+    }
+
+    fn multiply_adds(&self) -> u64 {
+        self.body.multiply_adds()
+    }
+
+    fn input_multiply_adds(&self) -> u64 {
+        self.body.input_multiply_adds()
     }
 
     fn forward(

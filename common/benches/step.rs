@@ -1,0 +1,208 @@
+//! A training step and its parts outside of matrix products, one thread: `cargo bench -p unisono-common --bench step`.
+//!
+//! The steps are those of `tests/peers`, one partition a worker; passes over memory are counted in bytes, read and written.
+
+use divan::counter::{BytesCount, ItemsCount};
+use divan::{Bencher, black_box};
+use unisono_common::data::partition::{Feeder, Partitions};
+use unisono_common::data::{Batch, Dataset, Features, Prepared, Targets};
+use unisono_common::job::{self, Activation as Act, Layer as Op, Loss as LossKind, Model as Spec};
+use unisono_common::kernels::conv::Window;
+use unisono_common::layers::{BatchNorm, Dropout, Grads, Layer, LayerNorm, Params, Pass, Pool2d, Segments};
+use unisono_common::layout::{CHUNK, Role, Tensor};
+use unisono_common::loss::Loss;
+use unisono_common::model::Model;
+use unisono_common::optim::{self, Optimizer};
+use unisono_common::rng::{Key, Purpose};
+use unisono_common::train::{Workspace, gradient};
+
+fn main() {
+    rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first pool");
+    divan::main();
+}
+
+fn values(n: usize) -> Vec<f32> {
+    let key = Key::new(1, Purpose::Synthetic);
+    (0..n as u64).map(|i| key.normal(i)).collect()
+}
+
+fn labels(rows: usize, classes: usize) -> Targets {
+    Targets::Class((0..rows).map(|i| (i * 7 % classes) as u32).collect())
+}
+
+fn key() -> Key {
+    Key::new(1, Purpose::Dropout)
+}
+
+fn cross_entropy(classes: usize) -> Loss {
+    Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, classes).expect("it fits")
+}
+
+/// `tests/peers/NAME.toml`: the model, its samples' shape, and the rows of a step.
+fn workload(name: &str) -> (Spec, Vec<usize>, usize) {
+    let mlp = |hidden: &[usize]| Spec::Mlp { hidden: hidden.into(), activation: Act::Relu, dropout: 0.0 };
+    let conv = |filters| Op::Conv2d { filters, kernel: 3, stride: 1, padding: 0, bias: true, init: None };
+    let linear = |units| Op::Linear { units, bias: true, init: None };
+    let relu = Op::Activation { activation: Act::Relu };
+    match name {
+        "softmax" => (Spec::Linear, vec![784], 256),
+        "mlp" => (mlp(&[512, 256]), vec![784], 128),
+        "mlp-wide" => (mlp(&[4096, 4096]), vec![784], 64),
+        _ => {
+            let pool = Op::MaxPool2d { size: 2, stride: 2 };
+            let features = [conv(32), relu.clone(), conv(64), relu.clone(), pool, Op::Flatten];
+            let layers = [&features[..], &[linear(128), relu, linear(10)]].concat();
+            (Spec::Layers { layers }, vec![1, 28, 28], 64)
+        }
+    }
+}
+
+#[divan::bench(args = ["softmax", "mlp", "mlp-wide", "cnn"])]
+fn step(bencher: Bencher<'_, '_>, name: &str) {
+    let (spec, shape, samples) = workload(name);
+    let model = Model::build(&spec, &shape, 10).expect("it fits");
+    let inputs = values(samples * model.input_len());
+    let batch = Batch { inputs, targets: labels(samples, 10), samples };
+    let (loss, segments) = (cross_entropy(10), Segments::one(samples));
+    let params = model.layout().init(1);
+    let mut grads = vec![0.0; params.len()];
+    let mut workspace = Workspace::new(&model, samples, 1);
+    bencher.counter(ItemsCount::new(samples)).bench_local(|| {
+        let (workspace, grads) = (&mut workspace, &mut grads);
+        gradient(&model, &loss, &params, &batch, &segments, key(), workspace, grads, &mut |_, _| {})
+    });
+}
+
+/// 256 shuffled samples of 784 values: raw pixels or floats, with no scale, one for all, or one a feature.
+#[divan::bench(args = ["f32", "f32 scaled", "f32 per feature", "u8 scaled"])]
+fn fill(bencher: Bencher<'_, '_>, name: &str) {
+    const WIDTH: usize = 784;
+    let (samples, rows) = (8192, 256);
+    let features = match name {
+        "u8 scaled" => Features::U8((0..samples * WIDTH).map(|i| (i * 31) as u8).collect()),
+        _ => Features::F32(values(samples * WIDTH)),
+    };
+    let data = Dataset { shape: vec![WIDTH], features, targets: labels(samples, 10) };
+    let (mean, inv_std) = match name {
+        "f32" => (vec![0.0], vec![1.0]),
+        "f32 per feature" => (values(WIDTH), values(WIDTH)),
+        _ => (vec![0.1], vec![0.3]),
+    };
+    let prepared = Prepared {
+        shape: data.shape.clone(),
+        classes: None,
+        mean,
+        inv_std,
+        train_samples: samples as u64,
+        test_samples: 0,
+        digest: String::new(),
+        columns: Vec::new(),
+        missing: String::new(),
+    };
+    let parts = Partitions::new(samples, 1, None).expect("it can be cut");
+    let mut feeder = Feeder::new(parts, 1, rows);
+    feeder.positions(0, 0);
+    let (mut batch, mut step) = (Batch::empty(), 0);
+    bencher.counter(BytesCount::new(2 * rows * WIDTH * 4)).bench_local(|| {
+        step = (step + 1) % (samples / rows) as u64;
+        let positions = feeder.positions(step, 0).iter().map(|&i| i as usize);
+        batch.fill(black_box(&data), &prepared, positions, false);
+    });
+}
+
+/// The order of an epoch's 8192 samples, which is made once.
+#[divan::bench]
+fn shuffle(bencher: Bencher<'_, '_>) {
+    let parts = Partitions::new(8192, 1, None).expect("it can be cut");
+    bencher.counter(ItemsCount::new(8192usize)).bench_local(|| Feeder::new(parts.clone(), 1, 256).positions(3, 0)[0]);
+}
+
+#[divan::bench(args = [(256, 10), (64, 1000)])]
+fn loss(bencher: Bencher<'_, '_>, (rows, classes): (usize, usize)) {
+    let (loss, logits, targets) = (cross_entropy(classes), values(rows * classes), labels(rows, classes));
+    let mut d = vec![0.0; logits.len()];
+    bencher
+        .counter(ItemsCount::new(rows * classes))
+        .bench_local(|| loss.forward_backward(black_box(&logits), &targets, 0..rows, black_box(&mut d)));
+}
+
+/// A layer, and the samples of the batch that it is measured with.
+fn layer(name: &str) -> (Box<dyn Layer>, usize, usize) {
+    let window = Window { channels: 64, height: 24, width: 24, kernel: 2, stride: 2, padding: 0 };
+    let pool = |window: Window, max| Pool2d { out_shape: [64, window.out_height(), window.out_width()], window, max };
+    match name {
+        "max-pool 2" => (Box::new(pool(window, true)), 64 * 24 * 24, 64),
+        "max-pool 3 stride 2" => (Box::new(pool(Window { kernel: 3, ..window }, true)), 64 * 24 * 24, 64),
+        "avg-pool 2" => (Box::new(pool(window, false)), 64 * 24 * 24, 64),
+        "dropout" => (Box::new(Dropout { rate: 0.3, shape: vec![4096] }), 4096, 128),
+        "layer-norm" => (Box::new(LayerNorm { shape: vec![1024], eps: 1e-5 }), 1024, 256),
+        _ => (Box::new(BatchNorm { shape: vec![64, 24, 24], momentum: 0.1, eps: 1e-5 }), 64 * 24 * 24, 64),
+    }
+}
+
+const LAYERS: [&str; 6] = ["max-pool 2", "max-pool 3 stride 2", "avg-pool 2", "dropout", "layer-norm", "batch-norm"];
+
+/// Runs a layer forward, and backward where `back`; bytes are those of `x` and `y`, or of `dx` and `dy`.
+fn run(bencher: Bencher<'_, '_>, name: &str, back: bool) {
+    let (layer, in_len, rows) = layer(name);
+    let out_len: usize = layer.out_shape().iter().product();
+    let segments = Segments::one(rows);
+    let pass = Pass { segments: &segments, train: true, key: key(), first: 0, finished: &|_, _| {} };
+    let size = |trainable| -> usize {
+        layer.tensors().iter().filter(|t| (t.role == Role::Trainable) == trainable).map(Tensor::len).sum()
+    };
+    let (trainable, running) = (vec![1.0; size(true)], vec![1.0; size(false)]);
+    let (mut d_trainable, mut d_running) = (trainable.clone(), running.clone());
+    let params = Params { trainable: &trainable, running: &running };
+    // As after a relu.
+    let x: Vec<f32> = values(rows * in_len).into_iter().map(|v| v.max(0.0)).collect();
+    let (dy, mut y, mut dx) = (values(rows * out_len), vec![0.0; rows * out_len], vec![0.0; rows * in_len]);
+    let (mut saved, mut scratch) = (vec![0.0; layer.saved(rows, 1)], vec![0.0; layer.scratch(rows, 1)]);
+    layer.forward(&pass, params, &x, &mut y, &mut saved, &mut scratch);
+    bencher.counter(BytesCount::new(4 * rows * (in_len + out_len))).bench_local(|| {
+        if back {
+            let grads = Grads { trainable: &mut d_trainable, running: &mut d_running };
+            layer.backward(&pass, params, &x, &y, &dy, Some(&mut dx), grads, &mut saved, &mut scratch);
+        } else {
+            layer.forward(&pass, params, black_box(&x), black_box(&mut y), &mut saved, &mut scratch);
+        }
+    });
+}
+
+#[divan::bench(args = LAYERS)]
+fn forward(bencher: Bencher<'_, '_>, name: &str) {
+    run(bencher, name, false);
+}
+
+#[divan::bench(args = LAYERS)]
+fn backward(bencher: Bencher<'_, '_>, name: &str) {
+    run(bencher, name, true);
+}
+
+/// Sum of the squares of one chunk, for its norm.
+#[divan::bench]
+fn sum_squares(bencher: Bencher<'_, '_>) {
+    let gradient = values(CHUNK);
+    bencher.counter(BytesCount::new(4 * CHUNK)).bench_local(|| optim::sum_squares(black_box(&gradient)));
+}
+
+/// One chunk of parameters: weights, gradient and state come in, weights and state go out.
+#[divan::bench(args = ["sgd", "momentum", "adam", "adamw", "adagrad", "rms-prop"])]
+fn optimizer(bencher: Bencher<'_, '_>, name: &str) {
+    let (lr, eps, weight_decay) = (0.01, 1e-8, 0.01);
+    let sgd = |momentum| job::Optimizer::Sgd { lr, momentum, dampening: 0.0, nesterov: false, weight_decay };
+    let optimizer = Optimizer::new(&match name {
+        "sgd" => sgd(0.0),
+        "momentum" => sgd(0.9),
+        "adam" => job::Optimizer::Adam { lr, beta1: 0.9, beta2: 0.999, eps, weight_decay },
+        "adamw" => job::Optimizer::AdamW { lr, beta1: 0.9, beta2: 0.999, eps, weight_decay },
+        "adagrad" => job::Optimizer::Adagrad { lr, lr_decay: 0.1, eps, weight_decay, initial_accumulator: 0.0 },
+        _ => job::Optimizer::RmsProp { lr, alpha: 0.99, eps, momentum: 0.9, centered: true, weight_decay },
+    });
+    let (weights, grads, mut out) = (values(CHUNK), values(CHUNK), vec![0.0; CHUNK]);
+    let mut slots = vec![vec![0.1; CHUNK]; optimizer.slots()];
+    bencher.counter(BytesCount::new(4 * CHUNK * (3 + 2 * slots.len()))).bench_local(|| {
+        let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
+        optimizer.update(2, lr, black_box(&weights), &grads, &mut state, black_box(&mut out));
+    });
+}

@@ -1,0 +1,79 @@
+//! The lanes of workers that share memory with this process, as the driver sees them.
+
+use crate::push::{Chunk, Push};
+use crate::shared::Shared;
+use crate::sum::Gradient;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use unisono_common::ids::{Generation, Step, WorkerId};
+use unisono_common::protocol::Kind;
+use unisono_common::tree::Node;
+use unisono_proto::WireError;
+use unisono_proto::shm::frame::{Order, Report};
+use unisono_proto::shm::{Hold, Lane, Part};
+
+/// One worker's lane, and what is coming through it.
+pub struct LaneEnd {
+    lane: Arc<Lane>,
+    push: Push,
+    /// The slot that the chunks of the open node are in.
+    hold: Option<(u32, Arc<Hold>)>,
+    /// The last step whose weights the worker was asked to read.
+    reads: Option<Step>,
+}
+
+impl LaneEnd {
+    /// The lane of `worker`.
+    pub fn new(worker: WorkerId, lane: Arc<Lane>, shared: &Shared) -> LaneEnd {
+        LaneEnd { lane, push: Push::of(worker, shared.store.layout().chunks()), hold: None, reads: None }
+    }
+
+    /// Orders nodes; false where the worker takes none.
+    pub fn order(&mut self, shared: &Shared, step: Step, generation: Generation, kind: Kind, nodes: &[Node]) -> bool {
+        if self.reads.replace(step) != Some(step) {
+            shared.store.bytes_pulled.fetch_add(shared.store.layout().len() as u64 * 4, Ordering::Relaxed);
+        }
+        let evaluate = kind == Kind::Evaluate;
+        nodes.iter().all(|&node| {
+            let order = Order { step: step.0, generation: generation.0, node, evaluate };
+            self.lane.order(order)
+        })
+    }
+
+    /// Takes what the worker has reported. Chunks that have to wait are put aside; the others go to `ready`.
+    ///
+    /// # Errors
+    /// A report that makes no sense: the worker is broken.
+    pub fn take(&mut self, shared: &Shared, ready: &mut Vec<(Chunk, Part)>) -> Result<bool, WireError> {
+        let mut any = false;
+        while let Some(report) = self.lane.report()? {
+            any = true;
+            match report {
+                Report::Begin { slot, header } => {
+                    let taken = Hold::of(&self.lane, slot).ok_or(WireError::Slot { slot })?;
+                    // Nobody waits for what is not owed, and the slot is free at once.
+                    self.hold = self.push.begin(shared, &header)?.then_some((slot, taken));
+                }
+                Report::Ready { slot, from, to, spent } => {
+                    for index in (from..to).rev() {
+                        let chunk = self.push.chunk(shared, index, spent)?;
+                        let Some((chunk, (held, hold))) = chunk.zip(self.hold.as_ref()) else { continue };
+                        if *held != slot {
+                            return Err(WireError::Slot { slot });
+                        }
+                        let part = Part::new(hold, shared.store.layout().chunk(index as usize));
+                        if chunk.is_work(shared) {
+                            ready.push((chunk, part));
+                        } else {
+                            chunk.accept(shared, Gradient::Slot(part));
+                        }
+                    }
+                    if self.push.is_whole() {
+                        self.hold = None; // the parts hold what they need
+                    }
+                }
+            }
+        }
+        Ok(any)
+    }
+}

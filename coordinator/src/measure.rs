@@ -1,0 +1,298 @@
+//! A measured window of a run: how fast it is, and where the time of a step goes on its critical path.
+
+use crate::lock;
+use crate::store::{Store, Timers};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use unisono_common::ids::WorkerId;
+use unisono_proto::shm::frame::Spent;
+
+/// A part of a run that is measured; the run ends after it.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    /// Steps that come before it, at least.
+    pub warm_steps: u64,
+    /// Time that comes before it, at least.
+    pub warm: Duration,
+    /// How long it is.
+    pub length: Duration,
+    /// How long the run goes on after it.
+    pub after: Duration,
+}
+
+/// Where a step's time went, in milliseconds; together the time from one commit to the next.
+///
+/// A step's critical worker is the one whose gradient was complete last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Phases {
+    /// The critical worker gathered its samples.
+    pub data: f64,
+    pub forward: f64,
+    /// Loss and backward pass.
+    pub backward: f64,
+    /// It made messages of its gradient, as far as that was not hidden behind the backward pass.
+    pub encode: f64,
+    /// From its order to its last chunk's arrival, without the phases above: orders, weights and gradients on their way.
+    pub wire: f64,
+    /// From the last chunk's arrival to the commit, as far as gradients were added up.
+    pub reduce: f64,
+    /// ... and as far as the weights were updated.
+    pub optimizer: f64,
+    /// All that is left.
+    pub wait: f64,
+}
+
+impl Phases {
+    /// Name and milliseconds of each, in the order of a step.
+    pub fn each(&self) -> [(&'static str, f64); 8] {
+        let &Phases { data, forward, backward, encode, wire, reduce, optimizer, wait } = self;
+        [
+            ("data", data),
+            ("forward", forward),
+            ("backward", backward),
+            ("encode", encode),
+            ("wire", wire),
+            ("reduce", reduce),
+            ("optimizer", optimizer),
+            ("wait", wait),
+        ]
+    }
+
+    fn from_each(ms: [f64; 8]) -> Phases {
+        let [data, forward, backward, encode, wire, reduce, optimizer, wait] = ms;
+        Phases { data, forward, backward, encode, wire, reduce, optimizer, wait }
+    }
+
+    fn map2(self, other: Phases, f: impl Fn(f64, f64) -> f64) -> Phases {
+        let (a, b) = (self.each(), other.each());
+        Phases::from_each(std::array::from_fn(|i| f(a[i].1, b[i].1)))
+    }
+}
+
+/// What a window came to.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    pub steps: u64,
+    pub samples: u64,
+    /// Its length, from one commit to another.
+    pub seconds: f64,
+    /// Of each step, from commit to commit, ascending.
+    pub step_ms: Vec<f64>,
+    pub bytes_pushed: u64,
+    pub bytes_pulled: u64,
+    /// Means of the steps.
+    pub phases: Phases,
+    /// Seconds that a step takes to add gradients up, and to update weights, on all threads together.
+    pub reduce_seconds: f64,
+    pub optimizer_seconds: f64,
+    /// Bytes of gradients that the critical worker encodes in the phase `encode`, a step.
+    pub encoded: f64,
+}
+
+/// What is known of a worker in the open step.
+#[derive(Clone, Copy)]
+struct Track {
+    ordered: Instant,
+    /// When the last chunk of its last node came.
+    arrived: Option<Instant>,
+    /// Of all its nodes.
+    spent: Spent,
+}
+
+/// Sums that only grow.
+#[derive(Clone, Copy, Default)]
+struct Totals {
+    reduce: Duration,
+    optimizer: Duration,
+    bytes_pushed: u64,
+    bytes_pulled: u64,
+}
+
+impl Totals {
+    fn of(store: &Store) -> Totals {
+        let [reduce, optimizer] = store.timers.as_ref().map_or_else(Default::default, Timers::totals);
+        let (pushed, pulled) = (&store.bytes_pushed, &store.bytes_pulled);
+        let (bytes_pushed, bytes_pulled) = (pushed.load(Ordering::Relaxed), pulled.load(Ordering::Relaxed));
+        Totals { reduce, optimizer, bytes_pushed, bytes_pulled }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    workers: BTreeMap<WorkerId, Track>,
+    first: Option<Instant>,
+    last: Option<Instant>,
+    /// Steps so far, in all.
+    steps: u64,
+    totals: Totals,
+    /// When the window began, and the totals then.
+    began: Option<(Instant, Totals)>,
+    /// When it ended, and the totals then.
+    ended: Option<(Instant, Totals)>,
+    samples: u64,
+    step_ms: Vec<f64>,
+    /// Sums over the window's steps.
+    phases: Phases,
+    encoded: u64,
+}
+
+/// Measures a window.
+pub struct Measure {
+    window: Window,
+    state: Mutex<State>,
+}
+
+impl Measure {
+    pub(crate) fn new(window: Window) -> Measure {
+        Measure { window, state: Mutex::default() }
+    }
+
+    /// A worker is sent its first order of the open step, or another.
+    pub(crate) fn ordered(&self, worker: WorkerId, now: Instant) {
+        let track = Track { ordered: now, arrived: None, spent: Spent::default() };
+        lock(&self.state).workers.entry(worker).or_insert(track);
+    }
+
+    /// The last chunk of a node came.
+    pub(crate) fn arrived(&self, worker: WorkerId, now: Instant, spent: Spent) {
+        if let Some(track) = lock(&self.state).workers.get_mut(&worker) {
+            track.arrived = Some(now);
+            let sum = &mut track.spent;
+            sum.data = sum.data.saturating_add(spent.data);
+            sum.forward = sum.forward.saturating_add(spent.forward);
+            sum.backward = sum.backward.saturating_add(spent.backward);
+            sum.encode = sum.encode.saturating_add(spent.encode);
+            sum.encoded = sum.encoded.saturating_add(spent.encoded);
+        }
+    }
+
+    /// The open step is committed. Gives whether the window has just begun or ended.
+    pub(crate) fn commit(&self, now: Instant, samples: u64, store: &Store) -> bool {
+        let mut state = lock(&self.state);
+        let state = &mut *state;
+        let totals = Totals::of(store);
+        let before = std::mem::replace(&mut state.totals, totals);
+        let workers = std::mem::take(&mut state.workers);
+        let first = *state.first.get_or_insert(now);
+        let last = state.last.replace(now).unwrap_or(now);
+        state.steps += 1;
+        let (window, began, ended) = (&self.window, &mut state.began, &mut state.ended);
+        match (&began, &ended) {
+            (None, _) => {
+                if state.steps >= window.warm_steps && now - first >= window.warm {
+                    *began = Some((now, totals));
+                }
+                began.is_some()
+            }
+            (Some((at, _)), None) => {
+                state.samples += samples;
+                state.step_ms.push(ms(now - last));
+                let adding = (totals.reduce - before.reduce, totals.optimizer - before.optimizer);
+                let critical = workers.into_values().filter(|track| track.arrived.is_some()).max_by_key(|t| t.arrived);
+                state.phases = state.phases.map2(phases(last, now, critical, adding), |a, b| a + b);
+                state.encoded += critical.map_or(0, |track| track.spent.encoded);
+                if now - *at >= window.length {
+                    *ended = Some((now, totals));
+                }
+                ended.is_some()
+            }
+            (Some(_), Some(_)) => false,
+        }
+    }
+
+    /// Whether the window is open.
+    pub(crate) fn is_open(&self) -> bool {
+        let state = lock(&self.state);
+        state.began.is_some() && state.ended.is_none()
+    }
+
+    /// Whether the run has gone on long enough after it.
+    pub(crate) fn is_over(&self, now: Instant) -> bool {
+        lock(&self.state).ended.is_some_and(|(at, _)| now - at >= self.window.after)
+    }
+
+    /// What it came to; `None` where it did not end.
+    pub(crate) fn measured(&self) -> Option<Measured> {
+        let state = lock(&self.state);
+        let ((from, before), (to, after)) = state.began.zip(state.ended)?;
+        let steps = state.step_ms.len() as f64;
+        let each = |time: Duration| time.as_secs_f64() / steps;
+        let mut step_ms = state.step_ms.clone();
+        step_ms.sort_by(f64::total_cmp);
+        Some(Measured {
+            steps: state.step_ms.len() as u64,
+            samples: state.samples,
+            seconds: (to - from).as_secs_f64(),
+            step_ms,
+            bytes_pushed: after.bytes_pushed - before.bytes_pushed,
+            bytes_pulled: after.bytes_pulled - before.bytes_pulled,
+            phases: state.phases.map2(Phases::default(), |sum, _| sum / steps),
+            reduce_seconds: each(after.reduce - before.reduce),
+            optimizer_seconds: each(after.optimizer - before.optimizer),
+            encoded: state.encoded as f64 / steps,
+        })
+    }
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// The phases of one step between two commits; what they cannot explain is `wait`. The time after the last chunk is split
+/// as the step's time for `adding` up and for updating is.
+fn phases(from: Instant, to: Instant, critical: Option<Track>, adding: (Duration, Duration)) -> Phases {
+    let whole = ms(to - from);
+    let Some((Track { ordered, spent, .. }, arrived)) = critical.and_then(|track| Some((track, track.arrived?))) else {
+        return Phases { wait: whole, ..Default::default() };
+    };
+    let arrived = arrived.min(to);
+    let span = ms(arrived.saturating_duration_since(ordered.max(from)));
+    let of = |nanos: u64| nanos as f64 / 1e6;
+    let busy = of(spent.data) + of(spent.forward) + of(spent.backward) + of(spent.encode);
+    // Of several nodes, one is encoded while the next is computed: together they are not longer than it took.
+    let fit = if busy > span { span / busy } else { 1.0 };
+    let after = ms(to - arrived);
+    let (reducing, updating) = (ms(adding.0), ms(adding.1));
+    let share = if updating > 0.0 { reducing / (reducing + updating) } else { 1.0 };
+    let known = Phases {
+        data: of(spent.data) * fit,
+        forward: of(spent.forward) * fit,
+        backward: of(spent.backward) * fit,
+        encode: of(spent.encode) * fit,
+        wire: (span - busy).max(0.0),
+        reduce: after * share,
+        optimizer: after * (1.0 - share),
+        wait: 0.0,
+    };
+    Phases { wait: (whole - span - after).max(0.0), ..known }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_add_up_to_the_step_whatever_was_reported() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let spent = |each: u64| Spent { data: each, forward: each, backward: each, encode: each, encoded: 1 };
+        let track = |arrived: u64, each: u64| {
+            Some(Track { ordered: at(2), arrived: Some(at(arrived)), spent: spent(each * 1_000_000) })
+        };
+        let adding = (Duration::from_millis(1), Duration::from_millis(3));
+        let got = phases(at(0), at(50), track(42, 5), adding);
+        let [data, forward, backward, encode] = [5.0; 4];
+        let want = Phases { data, forward, backward, encode, wire: 20.0, reduce: 2.0, optimizer: 6.0, wait: 2.0 };
+        assert!(got.each().iter().zip(want.each()).all(|(a, b)| (a.1 - b.1).abs() < 1e-9), "{got:?}");
+        for (arrived, each) in [(42, 5), (42, 1000), (2, 0), (60, 1), (1, 3), (50, u64::MAX >> 40)] {
+            for adding in [(Duration::ZERO, Duration::ZERO), adding] {
+                let sum: f64 = phases(at(0), at(50), track(arrived, each), adding).each().iter().map(|p| p.1).sum();
+                assert!((sum - 50.0).abs() < 1e-9, "{arrived} {each}: {sum}");
+            }
+        }
+        assert_eq!(phases(at(0), at(50), None, adding), Phases { wait: 50.0, ..Default::default() });
+    }
+}

@@ -1,0 +1,172 @@
+//! Gradients in and weights out, as a gRPC service by hand: a generated one would copy each chunk on its way. Here a chunk of
+//! a gradient is read into the buffer that it is added up in, and all streams send the same bytes of a chunk of weights.
+
+use crate::push::{Chunk, Push};
+use crate::shared::{Input, Shared};
+use crate::sum::Gradient;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
+use http_body::Frame;
+use http_body_util::StreamBody;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tonic::{Status, codegen::Service};
+use unisono_common::ids::WorkerId;
+use unisono_common::layout::le_bytes_mut;
+use unisono_proto::stream::{self, ChunkHead, Part, Reader};
+use unisono_proto::{self as wire, v1};
+
+/// Chunks of one push that are being added up at once, at most.
+const AT_ONCE: usize = 8;
+
+/// Frames that wait for one broadcast's socket, at most: four chunks.
+const AHEAD: usize = 8;
+
+/// The service `Parameters` of the proto file, over the shared state of one run.
+#[derive(Clone)]
+pub struct Parameters(pub Arc<Shared>);
+
+impl NamedService for Parameters {
+    const NAME: &'static str = "unisono.v1.Parameters";
+}
+
+impl Service<Request<Body>> for Parameters {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let shared = self.0.clone();
+        Box::pin(async move { Ok(answer(shared, request).await.unwrap_or_else(Status::into_http)) })
+    }
+}
+
+async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Result<Response<Body>, Status> {
+    let (send, receive) = mpsc::channel(AHEAD);
+    match request.uri().path() {
+        "/unisono.v1.Parameters/Broadcast" => {
+            let mut reader = Reader::new(request.into_body());
+            let asked: v1::BroadcastRequest = first(reader.short()).await?;
+            shared.member(&asked.session)?;
+            tokio::spawn(broadcast(shared, asked.session, send));
+        }
+        "/unisono.v1.Parameters/Push" => {
+            let mut reader = Reader::new(request.into_body());
+            let Part::Short(v1::push_part::Kind::Session(session)) = first(reader.part()).await? else {
+                return Err(Status::invalid_argument("the first message of a push must be the session"));
+            };
+            let worker = shared.member(&session)?;
+            let taken = take(&shared, worker, reader).await;
+            // A worker that cannot push is of no use: it leaves, and what it owes is done by others.
+            let why = taken.as_ref().err().map_or("its pushes ended", |e| e.message()).to_string();
+            shared.input(Input::Broken { worker, why });
+            taken?;
+            send.send(Ok(Frame::data(stream::short(&v1::PushReply {})))).await.ok();
+            finish(&send).await;
+        }
+        _ => return Err(Status::unimplemented("the service Parameters has two methods, Push and Broadcast")),
+    }
+    let mut response = Response::new(Body::new(StreamBody::new(ReceiverStream::new(receive))));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    Ok(response)
+}
+
+/// The first message of a request, which must come soon.
+async fn first<M>(message: impl Future<Output = Result<Option<M>, Status>>) -> Result<M, Status> {
+    let message = tokio::time::timeout(Duration::from_secs(10), message).await;
+    let message = message.map_err(|_| Status::deadline_exceeded("no request came for 10 s"))??;
+    message.ok_or_else(|| Status::invalid_argument("the request is empty"))
+}
+
+/// Ends a stream well.
+async fn finish(send: &mpsc::Sender<Result<Frame<Bytes>, Status>>) {
+    let mut status = HeaderMap::new();
+    status.insert(Status::GRPC_STATUS, HeaderValue::from_static("0"));
+    send.send(Ok(Frame::trailers(status))).await.ok();
+}
+
+/// Takes the nodes and chunks of one worker, until its stream ends or something in it is wrong.
+async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) -> Result<(), Status> {
+    let layout = shared.store.layout();
+    let mut push = Push::of(worker, layout.chunks());
+    let turns = Arc::new(Semaphore::new(AT_ONCE));
+    let mut spent = None;
+    while let Some(part) = reader.part().await? {
+        match part {
+            Part::Short(v1::push_part::Kind::Node(header)) => {
+                push.begin(shared, &wire::header(&header, shared.job.train.partitions)?)?;
+            }
+            Part::Short(v1::push_part::Kind::Spent(said)) => spent = Some(wire::spent(&said)),
+            Part::Chunk(ChunkHead { index, crc, .. }, len) => {
+                let want = layout.chunk(wire::check_head(layout, index, len)?).len();
+                // Room first: a worker whose chunks wait is not read from.
+                let turn = turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
+                let mut sum = shared.store.spare.take(want);
+                let read = reader.values(le_bytes_mut(&mut sum)).await;
+                let checked = read
+                    .and_then(|()| wire::check_chunk(layout, index, crc, le_bytes_mut(&mut sum)).map_err(Status::from));
+                let chunk = checked.and_then(|()| push.chunk(shared, index, spent).map_err(Status::from));
+                let Ok(Some(chunk)) = chunk else {
+                    shared.store.spare.put(sum);
+                    chunk?;
+                    continue;
+                };
+                add_up(shared.clone(), chunk, sum, turn);
+            }
+            Part::Short(_) => {
+                return Err(Status::invalid_argument("a push holds nodes and chunks after its first message"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Gives a chunk to the store, beside the task that reads the next one.
+fn add_up(shared: Arc<Shared>, chunk: Chunk, sum: Vec<f32>, turn: tokio::sync::OwnedSemaphorePermit) {
+    let accept = move |shared: &Shared| {
+        chunk.accept(shared, Gradient::Sum(sum));
+        drop(turn);
+    };
+    shared.clone().store.pool.spawn(move || accept(&shared));
+}
+
+/// Sends every version of every chunk as it is ready, until nobody listens or the session is over.
+async fn broadcast(shared: Arc<Shared>, session: Bytes, send: mpsc::Sender<Result<Frame<Bytes>, Status>>) {
+    let mut changes = shared.store.changes();
+    let mut sent = vec![None; shared.store.layout().chunks()];
+    while shared.member(&session).is_ok() {
+        changes.borrow_and_update();
+        let mut idle = true;
+        for (index, sent) in sent.iter_mut().enumerate() {
+            let Some(next) = shared.store.next(index, *sent) else { continue };
+            shared.store.bytes_pulled.fetch_add(next.bytes.len() as u64, Ordering::Relaxed);
+            *sent = Some(next.step);
+            let head = ChunkHead { step: next.step.0, index: index as u32, crc: next.crc };
+            for part in stream::weights(head, &next.bytes) {
+                if send.send(Ok(Frame::data(part))).await.is_err() {
+                    return;
+                }
+            }
+            idle = false;
+        }
+        if idle {
+            tokio::select! {
+                _ = changes.changed() => {}
+                () = send.closed() => return,
+            }
+        }
+    }
+    finish(&send).await;
+}

@@ -1,0 +1,97 @@
+//! What a worker pushes, node after node, whichever way it comes.
+
+use crate::shared::{Input, Shared};
+use crate::sum::Gradient;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+use unisono_common::ids::{Step, WorkerId};
+use unisono_common::loss::LossSums;
+use unisono_common::protocol::Kind;
+use unisono_common::tree::Node;
+use unisono_proto::WireError;
+use unisono_proto::shm::frame::{Header, Spent};
+
+/// One worker's pushes.
+pub struct Push {
+    worker: WorkerId,
+    /// The node that chunks belong to; `None` while it is not owed (late, or of another step).
+    open: Option<Opened>,
+    came: Vec<bool>,
+}
+
+/// A node whose chunks are coming.
+#[derive(Clone)]
+struct Opened {
+    step: Step,
+    node: Node,
+    sums: LossSums,
+    left: Arc<AtomicUsize>,
+}
+
+/// One chunk of an owed node.
+pub struct Chunk {
+    worker: WorkerId,
+    of: Opened,
+    index: usize,
+}
+
+impl Push {
+    /// The pushes of `worker`, in `chunks` chunks each.
+    pub fn of(worker: WorkerId, chunks: usize) -> Push {
+        Push { worker, open: None, came: vec![false; chunks] }
+    }
+
+    /// The chunks that follow are this node's. Gives whether it is owed.
+    ///
+    /// # Errors
+    /// A header that nobody can have been asked for.
+    pub fn begin(&mut self, shared: &Shared, header: &Header) -> Result<bool, WireError> {
+        let (step, node, sums) = shared.check_header(header)?;
+        self.came.fill(false);
+        self.open = if shared.owes(self.worker, step, Kind::Train, node) {
+            shared.check_samples(step, node, sums.samples)?;
+            Some(Opened { step, node, sums, left: Arc::new(AtomicUsize::new(self.came.len())) })
+        } else {
+            None
+        };
+        Ok(self.open.is_some())
+    }
+
+    /// Whether all chunks of the node have come.
+    pub fn is_whole(&self) -> bool {
+        self.came.iter().all(|came| *came)
+    }
+
+    /// Chunk `index` of the node came, the last one with what the node took; `None` where nobody waits for it.
+    ///
+    /// # Errors
+    /// A chunk that does not exist, and one that has come before.
+    pub fn chunk(&mut self, shared: &Shared, index: u32, spent: Option<Spent>) -> Result<Option<Chunk>, WireError> {
+        let chunks = self.came.len();
+        let came = self.came.get_mut(index as usize).ok_or(WireError::NoSuchChunk { index, chunks })?;
+        if std::mem::replace(came, true) {
+            return Err(WireError::Twice { index });
+        }
+        if let (Some(measure), Some(_), true) = (&shared.measure, &self.open, self.is_whole()) {
+            measure.arrived(self.worker, Instant::now(), spent.unwrap_or_default());
+        }
+        Ok(self.open.clone().map(|of| Chunk { worker: self.worker, of, index: index as usize }))
+    }
+}
+
+impl Chunk {
+    /// Whether taking it is more than putting it aside: there is something to add it to, or nothing to wait for.
+    pub fn is_work(&self, shared: &Shared) -> bool {
+        shared.store.merges(self.index, self.of.node)
+    }
+
+    /// Gives the chunk to the store; the node's last one is told to the driver first.
+    pub fn accept(self, shared: &Shared, gradient: Gradient) {
+        let Chunk { worker, of: Opened { step, node, sums, left }, index } = self;
+        if left.fetch_sub(1, Ordering::SeqCst) == 1 {
+            shared.input(Input::NodeDone { worker, step, node });
+        }
+        shared.store.accept(step, node, sums, index, gradient);
+    }
+}

@@ -1,0 +1,126 @@
+//! Gradient sums on their way through the reduction tree, chunk by chunk.
+
+use crate::lock;
+use std::ops::Range;
+use std::sync::Mutex;
+use unisono_common::kernels;
+use unisono_common::layout::CHUNK;
+use unisono_common::loss::LossSums;
+use unisono_proto::shm;
+
+/// A node's sums of one chunk. The loss sums travel with each chunk, so that a chunk is whole by itself: a worker that
+/// breaks off between two chunks leaves nothing half known.
+pub struct Part {
+    pub gradient: Gradient,
+    pub sums: LossSums,
+    /// Partitions below the node.
+    pub partitions: u32,
+}
+
+/// A chunk of a gradient sum.
+pub enum Gradient {
+    /// Where its worker computed it.
+    Slot(shm::Part),
+    /// Come over the wire, or added up.
+    Sum(Vec<f32>),
+    /// Two that are still to be added.
+    Both(Box<[Gradient; 2]>),
+}
+
+impl Gradient {
+    /// Copies the values at `range` into `out`.
+    pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
+        match self {
+            Gradient::Slot(part) => out.copy_from_slice(&part.values()[range]),
+            Gradient::Sum(sum) => out.copy_from_slice(&sum[range]),
+            Gradient::Both(both) => {
+                both[0].read(range.clone(), out);
+                both[1].add_to(range, out);
+            }
+        }
+    }
+
+    /// Adds the values at `range` to `out`.
+    fn add_to(&self, range: Range<usize>, out: &mut [f32]) {
+        match self {
+            Gradient::Slot(part) => kernels::add_into(out, &part.values()[range]),
+            Gradient::Sum(sum) => kernels::add_into(out, &sum[range]),
+            Gradient::Both(_) => unreachable!("only the root's two halves wait to be added"),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Gradient::Slot(part) => part.values().len(),
+            Gradient::Sum(sum) => sum.len(),
+            Gradient::Both(both) => both[0].len(),
+        }
+    }
+}
+
+/// Buffers of a chunk's length that are not in use.
+#[derive(Default)]
+pub struct Spare(Mutex<Vec<Vec<f32>>>);
+
+impl Spare {
+    /// A buffer of `len` values, which hold anything.
+    pub fn take(&self, len: usize) -> Vec<f32> {
+        let mut buffer = lock(&self.0).pop().unwrap_or_else(|| Vec::with_capacity(len.min(CHUNK)));
+        buffer.resize(len, 0.0);
+        buffer
+    }
+
+    /// Gives a buffer back.
+    pub fn put(&self, buffer: Vec<f32>) {
+        lock(&self.0).push(buffer);
+    }
+
+    /// Gives back what a gradient took.
+    pub fn free(&self, gradient: Gradient) {
+        match gradient {
+            Gradient::Sum(sum) => self.put(sum),
+            Gradient::Both(both) => both.into_iter().for_each(|half| self.free(half)),
+            Gradient::Slot(_) => {}
+        }
+    }
+
+    /// The values in a buffer of their own.
+    pub fn sum(&self, gradient: Gradient) -> Vec<f32> {
+        match gradient {
+            Gradient::Sum(sum) => sum,
+            other => {
+                let mut sum = self.take(other.len());
+                other.read(0..sum.len(), &mut sum);
+                self.free(other);
+                sum
+            }
+        }
+    }
+
+    /// What has to wait for another, so that it keeps nothing from its worker: a slot may be needed for the next node.
+    pub fn keep(&self, gradient: Gradient) -> Gradient {
+        match gradient {
+            Gradient::Slot(part) if part.may_wait() => Gradient::Slot(part),
+            other => Gradient::Sum(self.sum(other)),
+        }
+    }
+
+    /// Adds two siblings of a tree over `partitions`; the root's are left to whoever reads them.
+    pub fn add(&self, left: Part, right: Part, partitions: u32) -> Part {
+        let (sums, below) = (left.sums + right.sums, left.partitions + right.partitions);
+        let gradient = if below == partitions {
+            Gradient::Both(Box::new([left.gradient, right.gradient]))
+        } else {
+            // Which one is added to which does not matter: a sum of two is the same either way.
+            let (into, other) = match (left.gradient, right.gradient) {
+                (other, into @ Gradient::Sum(_)) => (into, other),
+                (into, other) => (into, other),
+            };
+            let mut sum = self.sum(into);
+            other.add_to(0..sum.len(), &mut sum);
+            self.free(other);
+            Gradient::Sum(sum)
+        };
+        Part { gradient, sums, partitions: below }
+    }
+}

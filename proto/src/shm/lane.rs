@@ -1,0 +1,263 @@
+//! One worker's lane: a bell that wakes it, orders down, reports up, and two slots for gradients.
+//!
+//! A worker without shared memory has a lane too, for itself alone: its slots are what it sends from.
+
+use super::frame::{Order, Report};
+use super::memory::{Memory, PAGE, whole_pages};
+use super::ring::{Bell, FRAME, Ring};
+use crate::WireError;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// Slots of a lane. A gradient in the first waits there until it is needed; one in the second is taken out at once, so that
+/// a worker of many nodes never waits for itself. Most workers never touch the second.
+pub const SLOTS: u32 = 2;
+
+/// Frames of each ring: a worker owes few nodes, and says a few things of each.
+const FRAMES: usize = 256;
+
+const RING: usize = Ring::<AtomicU32>::words(FRAMES);
+const BELL: usize = Bell::<AtomicU32>::WORDS;
+/// Words before the slots: the bell, a line for the slots' states, the two rings.
+const WORDS: usize = BELL + 16 + 2 * RING;
+
+/// One worker's lane.
+pub struct Lane {
+    memory: Memory,
+    /// Values of a gradient.
+    len: usize,
+    /// Ends the worker's waiting; of this process only.
+    closed: AtomicBool,
+}
+
+impl Lane {
+    /// Bytes of the memory for gradients of `len` values.
+    pub fn bytes(len: usize) -> usize {
+        whole_pages(WORDS * 4) + SLOTS as usize * whole_pages(len * 4)
+    }
+
+    /// A lane that can be given to a worker.
+    ///
+    /// # Errors
+    /// Where the system has not so much memory to give.
+    pub fn create(len: usize) -> io::Result<Lane> {
+        Ok(Lane::of(Memory::create("unisono-lane", Lane::bytes(len), false)?, len))
+    }
+
+    /// A lane for this process alone.
+    ///
+    /// # Errors
+    /// Where the system has not so much memory to give.
+    pub fn private(len: usize) -> io::Result<Lane> {
+        Ok(Lane::of(Memory::private(Lane::bytes(len))?, len))
+    }
+
+    /// A lane for gradients of `len` values in a memory of [`Lane::bytes`].
+    pub fn of(memory: Memory, len: usize) -> Lane {
+        Lane { memory, len, closed: AtomicBool::new(false) }
+    }
+
+    /// The memory, to give it away.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The bell that wakes the worker.
+    pub fn bell(&self) -> Bell<'_, AtomicU32> {
+        Bell(self.memory.words(0, BELL))
+    }
+
+    fn down(&self) -> Ring<'_, AtomicU32> {
+        Ring(self.memory.words((BELL + 16) * 4, RING))
+    }
+
+    fn up(&self) -> Ring<'_, AtomicU32> {
+        Ring(self.memory.words((BELL + 16 + RING) * 4, RING))
+    }
+
+    /// 0 where the slot is free; the worker sets it, the coordinator clears it.
+    fn taken(&self, slot: u32) -> &AtomicU32 {
+        &self.memory.words((BELL + slot as usize) * 4, 1)[0]
+    }
+
+    fn slot_at(&self, slot: u32) -> usize {
+        whole_pages(WORDS * 4) + slot as usize * whole_pages(self.len * 4)
+    }
+
+    // The coordinator's side.
+
+    /// Sends an order; false where the worker does not take them.
+    pub fn order(&self, order: Order) -> bool {
+        let sent = self.down().push(&order.to_frame());
+        self.bell().ring();
+        sent
+    }
+
+    /// The worker's next report.
+    ///
+    /// # Errors
+    /// A frame that is none.
+    pub fn report(&self) -> Result<Option<Report>, WireError> {
+        self.up().pop().map(|frame| Report::from_frame(&frame)).transpose()
+    }
+
+    // The worker's side.
+
+    /// Wakes the worker for good: from now on it waits for nothing.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.bell().ring();
+    }
+
+    /// What `look` finds, as soon as it finds something; `None` when the lane is closed.
+    fn wait_for<T>(&self, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+        loop {
+            let heard = self.bell().listen();
+            if self.closed.load(Ordering::SeqCst) {
+                return None;
+            }
+            if let Some(found) = look() {
+                return Some(found);
+            }
+            self.bell().sleep(heard, None);
+        }
+    }
+
+    /// Waits for the next order; `None` when the lane is closed, or what came was none.
+    pub fn next_order(&self) -> Option<Order> {
+        let frame: [u32; FRAME] = self.wait_for(|| self.down().pop())?;
+        Order::from_frame(&frame).ok()
+    }
+
+    /// Waits for a free slot, and takes it; `None` when the lane is closed.
+    pub fn take_slot(&self) -> Option<u32> {
+        let slot = self.wait_for(|| (0..SLOTS).find(|&slot| self.taken(slot).load(Ordering::Acquire) == 0))?;
+        self.taken(slot).store(1, Ordering::Relaxed);
+        Some(slot)
+    }
+
+    /// Sends a report; the coordinator sees it when its bell rings.
+    pub fn tell(&self, report: Report) {
+        let frame = report.to_frame();
+        while !self.up().push(&frame) && !self.closed.load(Ordering::SeqCst) {
+            // The coordinator is far behind, for hundreds of frames: it looks at least once a tick.
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+
+    /// The gradient in a slot that the worker has taken, to be filled.
+    ///
+    /// What was reported as ready must not be written any more; it is read by others.
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "the slot is the worker's while it is taken, and a worker has one thread for it"
+    )]
+    #[allow(unsafe_code, reason = "shared memory")]
+    pub fn slot(&self, slot: u32) -> &mut [f32] {
+        assert!(slot < SLOTS && self.taken(slot).load(Ordering::Relaxed) != 0, "the slot is taken first");
+        // SAFETY: nobody reads of a taken slot what its worker has not reported as ready, and then the worker writes it no more.
+        unsafe { self.memory.values_mut(self.slot_at(slot), 0..self.len) }
+    }
+}
+
+/// A taken slot: it is free again when the last part of it is dropped.
+pub struct Hold {
+    lane: Arc<Lane>,
+    slot: u32,
+}
+
+impl Hold {
+    /// Holds a slot of `lane`; `None` where it is taken by nobody.
+    pub fn of(lane: &Arc<Lane>, slot: u32) -> Option<Arc<Hold>> {
+        let taken = slot < SLOTS && lane.taken(slot).load(Ordering::Acquire) != 0;
+        taken.then(|| Arc::new(Hold { lane: lane.clone(), slot }))
+    }
+
+    /// Whether gradients may wait in this slot.
+    pub fn may_wait(&self) -> bool {
+        self.slot == 0
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.lane.taken(self.slot).store(0, Ordering::Release);
+        self.lane.bell().ring();
+    }
+}
+
+/// Values of a slot that were reported as ready.
+pub struct Part {
+    hold: Arc<Hold>,
+    range: Range<usize>,
+}
+
+impl Part {
+    /// The values at `range`.
+    pub fn new(hold: &Arc<Hold>, range: Range<usize>) -> Part {
+        Part { hold: hold.clone(), range }
+    }
+
+    /// Whether they may stay where they are for long.
+    pub fn may_wait(&self) -> bool {
+        self.hold.may_wait()
+    }
+
+    /// The values.
+    #[allow(unsafe_code, reason = "shared memory")]
+    pub fn values(&self) -> &[f32] {
+        let lane = &self.hold.lane;
+        // SAFETY: they are final, and the slot is not free before this part is dropped.
+        unsafe { lane.memory.values(lane.slot_at(self.hold.slot), self.range.clone()) }
+    }
+}
+
+impl AsRef<[u8]> for Part {
+    fn as_ref(&self) -> &[u8] {
+        unisono_common::layout::le_bytes(self.values())
+    }
+}
+
+const _: () = assert!(FRAMES.is_power_of_two() && PAGE >= BELL * 4, "a ring's counters wrap around");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unisono_common::tree::Node;
+
+    fn order(step: u64) -> Order {
+        Order { step, generation: 1, node: Node { lo: 0, hi: 2 }, evaluate: false }
+    }
+
+    #[test]
+    fn orders_go_down_reports_go_up_and_slots_come_back() {
+        let lane = Arc::new(Lane::create(10).expect("memory"));
+        for step in 0..1000 {
+            assert!(lane.order(order(step)));
+            assert_eq!(lane.next_order(), Some(order(step)));
+            let slot = lane.take_slot().expect("free");
+            assert_eq!(slot, 0);
+            lane.slot(slot).fill(step as f32);
+            lane.tell(Report::Ready { slot, from: 0, to: 1, spent: None });
+            assert_eq!(lane.report(), Ok(Some(Report::Ready { slot, from: 0, to: 1, spent: None })));
+            let hold = Hold::of(&lane, slot).expect("taken");
+            let (a, b) = (Part::new(&hold, 0..4), Part::new(&hold, 4..10));
+            drop(hold);
+            assert_eq!(lane.take_slot(), Some(1), "the first is in use");
+            drop(a);
+            assert_eq!(b.values(), [step as f32; 6]);
+            drop((b, Hold::of(&lane, 1)));
+        }
+        assert_eq!(lane.report(), Ok(None));
+        assert!(Hold::of(&lane, 0).is_none() && Hold::of(&lane, SLOTS).is_none());
+        let waiting = std::thread::spawn({
+            let lane = lane.clone();
+            move || lane.next_order()
+        });
+        lane.close();
+        assert_eq!(waiting.join().expect("no panic"), None);
+        assert!((0..=FRAMES as u64).any(|step| !lane.order(order(step))), "a worker that takes no orders is noticed");
+    }
+}

@@ -1,0 +1,316 @@
+//! Memory that processes share: an anonymous file, sealed against resizing, mapped by both sides.
+//!
+//! It has no name in any file system, so nothing stays behind whatever dies, and nobody opens it who was not given it.
+#![allow(unsafe_code, reason = "memory that another process sees has to be mapped")]
+
+use super::ring::Bell;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::mm::{MapFlags, ProtFlags};
+use std::io;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+/// Parts of a memory begin at multiples of this: no page, and no line of a cache, belongs to two of them.
+pub const PAGE: usize = 4096;
+
+/// `bytes`, rounded up to whole pages.
+pub const fn whole_pages(bytes: usize) -> usize {
+    bytes.div_ceil(PAGE) * PAGE
+}
+
+/// A mapping, and the file behind it where other processes can be given it.
+pub struct Memory {
+    start: NonNull<u8>,
+    bytes: usize,
+    writable: bool,
+    file: Option<OwnedFd>,
+}
+
+// SAFETY: the mapping lives as long as the value, and belongs to no thread. What may be read and written when is said at
+// `values` and `values_mut`.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// `bytes` of zeros; where this system can, they can be given to other processes, for reading only if `read_only`.
+    ///
+    /// # Errors
+    /// Where the system has not so much memory to give.
+    pub fn create(name: &str, bytes: usize, read_only: bool) -> io::Result<Memory> {
+        let bytes = whole_pages(bytes.max(1));
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{MemfdFlags, Mode, SealFlags};
+            let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+            rustix::fs::fchmod(&file, Mode::RUSR | Mode::WUSR)?;
+            rustix::fs::ftruncate(&file, bytes as u64)?;
+            let memory = Memory::map(file, bytes, true)?;
+            let mut seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+            if read_only {
+                seals |= SealFlags::FUTURE_WRITE;
+            }
+            rustix::fs::fcntl_add_seals(memory.file().ok_or(io::ErrorKind::Other)?, seals)?;
+            Ok(memory)
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = (name, read_only);
+            Memory::private(bytes)
+        }
+    }
+
+    /// `bytes` of zeros for this process alone.
+    ///
+    /// # Errors
+    /// Where the system has not so much memory to give.
+    pub fn private(bytes: usize) -> io::Result<Memory> {
+        let bytes = whole_pages(bytes.max(1));
+        // SAFETY: a new mapping, wherever there is room, overlaps nothing.
+        let start = unsafe {
+            let access = ProtFlags::READ | ProtFlags::WRITE;
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE)?
+        };
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::Other)?;
+        Ok(Memory { start, bytes, writable: true, file: None })
+    }
+
+    /// Maps the file that another process gave, which must have this size and keep it.
+    ///
+    /// # Errors
+    /// Another size, a file that could shrink under its readers, and no memory.
+    #[cfg(target_os = "linux")]
+    pub fn open(file: OwnedFd, bytes: usize, writable: bool) -> io::Result<Memory> {
+        use rustix::fs::SealFlags;
+        let bytes = whole_pages(bytes.max(1));
+        let wrong = |what: String| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        let size = rustix::fs::fstat(&file)?.st_size as u64;
+        if size != bytes as u64 {
+            return wrong(format!("the shared memory has {size} bytes, not {bytes}"));
+        }
+        let seals = rustix::fs::fcntl_get_seals(&file)?;
+        if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
+            return wrong("the shared memory could be resized".into());
+        }
+        Memory::map(file, bytes, writable)
+    }
+
+    #[cfg(target_os = "linux")]
+    fn map(file: OwnedFd, bytes: usize, writable: bool) -> io::Result<Memory> {
+        let access = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        // SAFETY: a new mapping, wherever there is room, overlaps nothing. The file keeps its size: it is sealed.
+        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, access, MapFlags::SHARED, &file, 0)? };
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::Other)?;
+        Ok(Memory { start, bytes, writable, file: Some(file) })
+    }
+
+    /// The file to give to another process; `None` where only this one has the memory.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+
+    fn at(&self, byte: usize, bytes: usize) -> NonNull<u8> {
+        assert!(byte.is_multiple_of(PAGE) || byte.is_multiple_of(4), "parts are aligned");
+        assert!(byte.checked_add(bytes).is_some_and(|end| end <= self.bytes), "outside of the memory");
+        // SAFETY: within the mapping, as just checked.
+        unsafe { self.start.add(byte) }
+    }
+
+    /// Words that both sides may read and write at any time.
+    ///
+    /// # Panics
+    /// Outside of the memory, and where it may only be read.
+    pub fn words(&self, byte: usize, words: usize) -> &[AtomicU32] {
+        assert!(self.writable, "this memory may only be read");
+        let start = self.at(byte, words * 4);
+        // SAFETY: within the mapping and aligned; atomics may be shared with anybody, and any bits are one.
+        unsafe { std::slice::from_raw_parts(start.cast().as_ptr(), words) }
+    }
+
+    /// Values that nobody changes now.
+    ///
+    /// # Safety
+    /// As long as the slice lives, nobody whose word counts writes to it: the protocol has said that they are final, and
+    /// not yet that they are free. (Who was given up may: then the values are anything, but are values.)
+    pub(super) unsafe fn values(&self, byte: usize, range: Range<usize>) -> &[f32] {
+        let start = self.at(byte + range.start * 4, range.len() * 4);
+        // SAFETY: within the mapping and aligned; any bits are an f32; the rest is the caller's.
+        unsafe { std::slice::from_raw_parts(start.cast().as_ptr(), range.len()) }
+    }
+
+    /// Values that only the caller looks at now.
+    ///
+    /// # Safety
+    /// As long as the slice lives, nobody whose word counts reads what is written through it.
+    #[allow(clippy::mut_from_ref, reason = "who may write is the protocol's to say")]
+    pub(super) unsafe fn values_mut(&self, byte: usize, range: Range<usize>) -> &mut [f32] {
+        assert!(self.writable, "this memory may only be read");
+        let start = self.at(byte + range.start * 4, range.len() * 4);
+        // SAFETY: within the mapping and aligned; any bits are an f32; the rest is the caller's.
+        unsafe { std::slice::from_raw_parts_mut(start.cast().as_ptr(), range.len()) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own, and every slice of it borrows from the value.
+        unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes).ok() };
+    }
+}
+
+/// The coordinator's bell, in memory of its own: every worker of the host may ring it.
+pub struct BellMemory(Memory);
+
+/// Bytes of a [`BellMemory`].
+pub const BELL_BYTES: usize = PAGE;
+
+impl BellMemory {
+    /// A bell that nobody waits for.
+    ///
+    /// # Errors
+    /// Where the system has no memory to give.
+    pub fn create() -> io::Result<BellMemory> {
+        Memory::create("unisono-bell", BELL_BYTES, false).map(BellMemory)
+    }
+
+    /// The bell in a memory of [`BELL_BYTES`] that another process gave.
+    pub fn of(memory: Memory) -> BellMemory {
+        BellMemory(memory)
+    }
+
+    /// The memory, to give it away.
+    pub fn memory(&self) -> &Memory {
+        &self.0
+    }
+
+    /// The bell itself.
+    pub fn bell(&self) -> Bell<'_, AtomicU32> {
+        Bell(self.0.words(0, Bell::<AtomicU32>::WORDS))
+    }
+}
+
+/// The weights of two steps, one beside the other.
+pub struct Weights {
+    memory: Memory,
+    len: usize,
+}
+
+impl Weights {
+    /// Bytes of a memory for `len` weights.
+    pub fn bytes(len: usize) -> usize {
+        2 * whole_pages(len * 4)
+    }
+
+    /// Memory for `len` weights that others may read.
+    ///
+    /// # Errors
+    /// Where the system has not so much memory to give.
+    pub fn create(len: usize) -> io::Result<Weights> {
+        Ok(Weights { memory: Memory::create("unisono-weights", Weights::bytes(len), true)?, len })
+    }
+
+    /// `len` weights in a memory of [`Weights::bytes`] that another process gave.
+    pub fn of(memory: Memory, len: usize) -> Weights {
+        Weights { memory, len }
+    }
+
+    /// The memory, to give it away.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    fn buffer(&self, step: u64) -> usize {
+        if step.is_multiple_of(2) { 0 } else { whole_pages(self.len * 4) }
+    }
+
+    /// The weights of `step`, which the coordinator has ordered something to be computed with.
+    pub fn of_step(&self, step: u64) -> &[f32] {
+        // SAFETY: no update writes them before all orders of this step are answered; see the module's documentation.
+        unsafe { self.memory.values(self.buffer(step), 0..self.len) }
+    }
+
+    /// Cuts the weights, which become their parts' alone.
+    ///
+    /// # Panics
+    /// Where `ranges` are not one after the other.
+    pub fn pieces(self: &Arc<Self>, ranges: impl Iterator<Item = Range<usize>>) -> Vec<Piece> {
+        let mut end = 0;
+        let mut piece = |range: Range<usize>| {
+            assert!(range.start == end && range.end <= self.len, "pieces are one after the other");
+            end = range.end;
+            Piece { weights: self.clone(), range }
+        };
+        ranges.map(&mut piece).collect()
+    }
+}
+
+/// A range of the weights that only its owner writes.
+pub struct Piece {
+    weights: Arc<Weights>,
+    range: Range<usize>,
+}
+
+impl Piece {
+    /// The values of `step`.
+    pub fn of_step(&self, step: u64) -> &[f32] {
+        // SAFETY: the values are written through the only piece that has them, which is borrowed.
+        unsafe { self.weights.memory.values(self.weights.buffer(step), self.range.clone()) }
+    }
+
+    /// The values of the first step of all, to be written.
+    pub fn begin(&mut self, step: u64) -> &mut [f32] {
+        // SAFETY: this piece, which is borrowed, is the only one with this range; and nothing was ordered yet.
+        unsafe { self.weights.memory.values_mut(self.weights.buffer(step), self.range.clone()) }
+    }
+
+    /// The values of `step`, and room for those of the next.
+    pub fn update(&mut self, step: u64) -> (&[f32], &mut [f32]) {
+        let (memory, range) = (&self.weights.memory, &self.range);
+        // SAFETY: the buffers are two, and this piece, which is borrowed, is the only one with this range of them. No member
+        // computes with the weights of the step before `step`, which lie in the second: it was committed.
+        unsafe {
+            let old = memory.values(self.weights.buffer(step), range.clone());
+            (old, memory.values_mut(self.weights.buffer(step + 1), range.clone()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_of_two_steps_lie_beside_each_other() {
+        let weights = Arc::new(Weights::create(5).expect("memory"));
+        let mut pieces = weights.pieces([0..3, 3..5].into_iter());
+        for step in 0..4u64 {
+            for piece in &mut pieces {
+                let (old, new) = piece.update(step);
+                assert!(old.iter().all(|v| *v == step as f32), "{step}: {old:?}");
+                new.fill(step as f32 + 1.0);
+            }
+            assert_eq!(weights.of_step(step + 1), [step as f32 + 1.0; 5]);
+            assert_eq!(weights.of_step(step), [step as f32; 5]);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_given_away_keeps_its_size_and_weights_may_only_be_read() {
+        let weights = Weights::create(5).expect("memory");
+        let file = || weights.memory.file().expect("a file").try_clone_to_owned().expect("a second handle");
+        assert!(Memory::open(file(), 3 * PAGE, false).is_err(), "another size");
+        assert!(Memory::open(file(), 2 * PAGE, true).is_err(), "for writing");
+        assert!(rustix::fs::ftruncate(file(), 0).is_err(), "it can be resized");
+        let other = Weights::of(Memory::open(file(), Weights::bytes(5), false).expect("for reading"), 5);
+        assert_eq!(other.of_step(0), [0.0; 5]);
+        let bell = BellMemory::create().expect("memory");
+        let file = bell.memory().file().expect("a file").try_clone_to_owned().expect("a second handle");
+        let theirs = BellMemory::of(Memory::open(file, BELL_BYTES, true).expect("for writing"));
+        let heard = bell.bell().listen();
+        theirs.bell().ring();
+        assert_ne!(bell.bell().listen(), heard);
+    }
+}

@@ -1,0 +1,192 @@
+//! What connects the compute thread with the coordinator: orders and weights in, gradients out.
+//!
+//! Either way a gradient is computed into a slot of a lane and announced from its end to its beginning, while the rest is
+//! still being computed. Over shared memory the coordinator reads it there; over streams its chunks are sent from there.
+
+use crate::session::FetchOrder;
+use anyhow::{Context, Result};
+use std::cell::Cell;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::mpsc;
+use unisono_common::layout::{CHUNK, Layout};
+use unisono_common::loss::LossSums;
+use unisono_common::tree::Node;
+use unisono_proto::shm::frame::{self, Header, Report, Spent};
+use unisono_proto::shm::memory::BellMemory;
+use unisono_proto::shm::{Hold, Lane, Part, Weights};
+
+/// One order: this node, with the weights of this step.
+#[derive(Clone)]
+pub struct Order {
+    pub step: u64,
+    pub generation: u64,
+    pub node: Node,
+    pub evaluate: bool,
+    /// The weights; `None` where they are in shared memory.
+    pub weights: Option<Arc<Vec<f32>>>,
+}
+
+/// What the push stream sends.
+pub enum Piece {
+    /// The chunks that follow are this node's.
+    Node(Header),
+    /// A chunk of it; with the last one comes what it took to compute, and when that was over.
+    Chunk { index: usize, part: Part, spent: Option<(Spent, Instant)> },
+}
+
+/// The compute thread's end of a session.
+pub struct Link {
+    lane: Arc<Lane>,
+    way: Way,
+}
+
+enum Way {
+    Shared { weights: Weights, coordinator: BellMemory, fetch: mpsc::UnboundedSender<FetchOrder> },
+    Streams { orders: std::sync::mpsc::Receiver<Order>, push: mpsc::UnboundedSender<Piece> },
+}
+
+impl Link {
+    /// Through shared memory; partitions that are not at hand are asked for through `fetch`.
+    pub fn shared(
+        lane: Arc<Lane>,
+        weights: Weights,
+        coordinator: BellMemory,
+        fetch: mpsc::UnboundedSender<FetchOrder>,
+    ) -> Link {
+        Link { lane, way: Way::Shared { weights, coordinator, fetch } }
+    }
+
+    /// Through streams; `lane` is this process's own.
+    pub fn streams(
+        lane: Arc<Lane>,
+        orders: std::sync::mpsc::Receiver<Order>,
+        push: mpsc::UnboundedSender<Piece>,
+    ) -> Link {
+        Link { lane, way: Way::Streams { orders, push } }
+    }
+
+    /// Waits for the next order; `None` when the session is over.
+    pub fn next(&self) -> Option<Order> {
+        match &self.way {
+            Way::Shared { .. } => {
+                let frame::Order { step, generation, node, evaluate } = self.lane.next_order()?;
+                Some(Order { step, generation, node, evaluate, weights: None })
+            }
+            Way::Streams { orders, .. } => orders.recv().ok(),
+        }
+    }
+
+    /// The weights that an order is computed with.
+    pub fn weights<'a>(&'a self, order: &'a Order) -> &'a [f32] {
+        match (&self.way, &order.weights) {
+            (_, Some(weights)) => weights,
+            (Way::Shared { weights, .. }, None) => weights.of_step(order.step),
+            (Way::Streams { .. }, None) => &[],
+        }
+    }
+
+    /// Waits until these partitions are at hand; over streams they are before the order comes.
+    ///
+    /// # Errors
+    /// When the session is over.
+    pub fn fetch(&self, partitions: Vec<u32>, test: bool) -> Result<()> {
+        let Way::Shared { fetch, .. } = &self.way else { return Ok(()) };
+        let (done, wait) = std::sync::mpsc::channel();
+        fetch.send(FetchOrder { partitions, test, done }).ok().context("the session ended")?;
+        wait.recv().context("the session ended")
+    }
+
+    /// Waits for a free slot to compute a gradient into; `None` when the session is over.
+    pub fn slot(&self) -> Option<u32> {
+        self.lane.take_slot()
+    }
+
+    /// The values of a taken slot.
+    #[allow(clippy::mut_from_ref, reason = "as Lane::slot")]
+    pub fn gradient(&self, slot: u32) -> &mut [f32] {
+        self.lane.slot(slot)
+    }
+
+    /// Frees a slot whose gradient is of no use.
+    pub fn drop_slot(&self, slot: u32) {
+        drop(Hold::of(&self.lane, slot));
+    }
+
+    /// Begins to announce the gradient of `order` in `slot`.
+    pub fn announce<'a>(&'a self, layout: &'a Layout, slot: u32, order: &Order) -> Announcement<'a> {
+        let whole = if layout.trainable() == layout.len() { layout.chunks() } else { layout.trainable() / CHUNK };
+        Announcement {
+            link: self,
+            layout,
+            slot,
+            order: (order.step, order.generation, order.node),
+            hold: match &self.way {
+                Way::Streams { .. } => Hold::of(&self.lane, slot),
+                Way::Shared { .. } => None, // it is the coordinator's to free
+            },
+            begun: Cell::new(false),
+            trained: whole,
+            said: Cell::new(whole),
+        }
+    }
+}
+
+/// One gradient on its way out.
+pub struct Announcement<'a> {
+    link: &'a Link,
+    layout: &'a Layout,
+    slot: u32,
+    order: (u64, u64, Node),
+    hold: Option<Arc<Hold>>,
+    begun: Cell<bool>,
+    /// The chunks below hold nothing but trainable values.
+    trained: usize,
+    /// Of those, the ones from here on were announced.
+    said: Cell<usize>,
+}
+
+impl Announcement<'_> {
+    /// All trainable values from `from` on are final; the first chunk of all is kept for [`Announcement::finish`].
+    pub fn ready(&self, from: usize, sums: LossSums) {
+        let first = from.div_ceil(CHUNK).max(1);
+        if first < self.said.get() && sums.loss.is_finite() {
+            self.say(first..self.said.replace(first), sums, None);
+        }
+    }
+
+    /// All is final.
+    pub fn finish(self, sums: LossSums, spent: Spent) {
+        self.say(self.trained..self.layout.chunks(), sums, None);
+        self.say(0..self.said.get(), sums, Some(spent));
+    }
+
+    /// Announces chunks, with what was spent where the first of all, which comes last, is one of them.
+    fn say(&self, chunks: Range<usize>, sums: LossSums, spent: Option<Spent>) {
+        let (step, generation, node) = self.order;
+        let begin = (!self.begun.replace(true)).then_some(Header { step, generation, node, sums });
+        match &self.link.way {
+            Way::Shared { coordinator, .. } => {
+                let (lane, bell, slot) = (&self.link.lane, coordinator.bell(), self.slot);
+                if let Some(header) = begin {
+                    lane.tell(Report::Begin { slot, header });
+                }
+                if !chunks.is_empty() {
+                    lane.tell(Report::Ready { slot, from: chunks.start as u32, to: chunks.end as u32, spent });
+                    bell.ring();
+                }
+            }
+            Way::Streams { push, .. } => {
+                // Where the stream has ended, the session hears of it.
+                begin.map(|header| push.send(Piece::Node(header)));
+                let spent = spent.map(|spent| (spent, Instant::now()));
+                for index in chunks.rev() {
+                    let Some(hold) = &self.hold else { return };
+                    let spent = spent.filter(|_| index == 0);
+                    push.send(Piece::Chunk { index, part: Part::new(hold, self.layout.chunk(index)), spent }).ok();
+                }
+            }
+        }
+    }
+}
