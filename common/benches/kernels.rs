@@ -6,6 +6,7 @@ use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
 use unisono_common::kernels::conv::{Patches, PatchesT, Window};
 use unisono_common::kernels::gemm::product_with;
+use unisono_common::kernels::winograd::{InputsGradient, Outputs, WeightsGradient, Winograd};
 use unisono_common::kernels::{Finish, Mat, Start, gemm};
 
 fn main() {
@@ -113,6 +114,35 @@ fn conv_inputs(bencher: Bencher<'_, '_>, (channels, filters, side): (usize, usiz
             gemm(&mut cols, Mat::new(&w, filters, patch).t(), Mat::new(dy, filters, n), false);
             window.unpatch(&cols, &mut shifted, dx);
         }
+    });
+}
+
+/// The same by minimal filtering; counted as the multiply-adds of the direct way.
+#[divan::bench]
+fn winograd_forward(bencher: Bencher<'_, '_>) {
+    let (window, x, w, mut y, count) = convolution(32, 64, 26);
+    let of = Winograd::of(window, 64).expect("it has many channels");
+    let (mut prepared, mut scratch) = (vec![0.0; of.prepared()], vec![0.0; of.scratch()]);
+    bencher.counter(count).bench_local(|| {
+        of.prepare_forward(&w, None, &mut prepared);
+        of.forward(&prepared, black_box(&x), &mut y, Finish::Relu, &mut scratch);
+    });
+}
+
+/// The gradients by minimal filtering: of the filters, of the inputs, and of both at once.
+#[divan::bench(args = ["weights", "inputs", "both"])]
+fn winograd_backward(bencher: Bencher<'_, '_>, wanted: &str) {
+    let (window, x, w, dy, count) = convolution(32, 64, 26);
+    let of = Winograd::of(window, 64).expect("it has many channels");
+    let (mut prepared, mut scratch) = (vec![0.0; of.prepared()], vec![0.0; of.weights_scratch(64)]);
+    let (mut dx, mut dw, mut db) = (vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; 64]);
+    bencher.counter(count).bench_local(|| {
+        let outputs = Outputs { finish: Finish::Relu, y: black_box(&dy), dy: &dy };
+        let weights = WeightsGradient { x: &x, range: 0..64, dw: &mut dw, db: &mut db };
+        of.prepare_inputs(&w, &mut prepared);
+        let inputs = InputsGradient { prepared: &prepared, dx: &mut dx };
+        let (weights, inputs) = ((wanted != "inputs").then_some(weights), (wanted != "weights").then_some(inputs));
+        of.backward(outputs, weights, inputs, &mut scratch);
     });
 }
 

@@ -183,12 +183,14 @@ proptest! {
 
     #[test]
     fn a_batchs_gradient_is_the_tree_sum_of_its_partitions(
-        sizes in prop::collection::vec(0usize..5, 1..9), lo in 0u32..5, salt in any::<u64>(), threads in 1usize..5,
+        sizes in prop::collection::vec(0usize..20, 1..9), lo in 0u32..5, salt in any::<u64>(), threads in 1usize..5,
     ) {
         let layers = vec![
             conv(5, 3, 1, 1), Layer::BatchNorm { momentum: 0.1, eps: 1e-5 }, act(Activation::Relu),
             Layer::MaxPool2d { size: 2, stride: 2 },
             Layer::Residual { layers: vec![conv(5, 3, 1, 1), act(Activation::Gelu)] },
+            // Few channels and many, by minimal filtering and not.
+            conv(16, 1, 1, 0), conv(64, 3, 1, 0), act(Activation::Relu), conv(80, 3, 1, 1), conv(410, 1, 1, 0),
             Layer::Flatten, linear(96), Layer::LayerNorm { eps: 1e-5 }, act(Activation::Tanh),
             Layer::Dropout { rate: 0.4 }, linear(4),
         ];

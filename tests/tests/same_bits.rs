@@ -84,8 +84,8 @@ train = { partitions = 7, micro_batch = 9, steps = 400, optimizer = "adamw" }
 [model]
 kind = "layers"
 layers = [
-  { op = "conv2d", filters = 8, kernel = 3 }, { op = "batch-norm" }, { op = "relu" },
-  { op = "residual", layers = [{ op = "conv2d", filters = 8, kernel = 3, padding = 1 }, { op = "gelu" }] },
+  { op = "conv2d", filters = 16, kernel = 3 }, { op = "batch-norm" }, { op = "relu" },
+  { op = "residual", layers = [{ op = "conv2d", filters = 16, kernel = 3, padding = 1 }, { op = "gelu" }] },
   { op = "avg-pool2d", size = 2 }, { op = "flatten" }, { op = "linear", units = 128 }, { op = "layer-norm" },
   { op = "relu" }, { op = "dropout", rate = 0.25 }, { op = "linear", units = 4 },
 ]

@@ -8,6 +8,8 @@ pub mod conv;
 pub mod gemm;
 pub mod isa;
 pub mod math;
+mod pool;
+pub mod winograd;
 
 pub use gemm::{Finish, Mat, Start, gemm, product};
 pub use isa::{Isa, isa, with_isa};

@@ -57,11 +57,13 @@ pub(super) fn masked<'a>(
         return (dy, scratch);
     }
     let (dx, scratch) = scratch.split_at_mut(dy.len());
-    match finish {
-        Finish::Keep => {}
-        Finish::Relu => map2(dx, y, dy, |y, d| if y > 0.0 { d } else { 0.0 }),
-        Finish::LeakyRelu { slope } => map2(dx, y, dy, move |y, d| if y > 0.0 { d } else { slope * d }),
-    }
+    let blocks = dx.par_chunks_mut(BLOCK).zip(y.par_chunks(BLOCK).zip(dy.par_chunks(BLOCK)));
+    blocks.for_each(|(dx, (y, dy))| {
+        vectorized(
+            #[inline(always)]
+            || finish.gradient(y, dy, dx),
+        );
+    });
     (dx, scratch)
 }
 

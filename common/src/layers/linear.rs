@@ -21,7 +21,7 @@ impl Linear {
     }
 
     fn blocks(&self) -> Blocks {
-        Blocks { rows: self.outputs[0], row_len: self.inputs, limit: 1 << 16, extra: 0 }
+        Blocks { rows: self.outputs[0], row_len: self.inputs, limit: 1 << 16, most: self.outputs[0], extra: 0 }
     }
 }
 

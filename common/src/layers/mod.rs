@@ -190,14 +190,16 @@ struct Blocks {
     row_len: usize,
     /// Floats in a block, at most (one row at least).
     limit: usize,
+    /// Rows in a block, at most.
+    most: usize,
     /// Floats that a leaf needs for itself.
     extra: usize,
 }
 
 impl Blocks {
-    /// A single segment has no open sums: its block is all that a thread computes.
+    /// A single segment has no open sums: its block may be all that a thread computes.
     fn block_rows(&self, segments: usize) -> usize {
-        let most = self.rows.div_ceil(kernels::lanes()).max(1);
+        let most = self.rows.div_ceil(kernels::lanes()).min(self.most).max(1);
         if segments == 1 { most } else { (self.limit / self.row_len.max(1)).clamp(1, most) }
     }
 

@@ -12,7 +12,7 @@ pub struct Pool2d {
 }
 
 impl Pool2d {
-    /// The common case, for which there are loops over whole rows: windows of 2 x 2, side by side.
+    /// The common case, which has loops of its own: windows of 2 x 2, side by side.
     fn quarters(&self) -> bool {
         let Window { kernel, stride, padding, .. } = self.window;
         (kernel, stride, padding) == (2, 2, 0)

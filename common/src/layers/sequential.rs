@@ -1,6 +1,6 @@
 //! Layers one after another, and around them.
 
-use super::{Grads, Layer, Params, Pass};
+use super::{Grads, Layer, Params, Pass, over_rows};
 use crate::layout::{Role, Tensor};
 
 /// `y = layers[n-1](... layers[0](x))`; tensors are named `index.name`, as PyTorch's `nn.Sequential` does
@@ -251,13 +251,14 @@ impl Layer for Flatten {
         &self.len
     }
 
-    fn forward(&self, _: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
-        y.copy_from_slice(x);
+    fn forward(&self, pass: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
+        let [len] = self.len;
+        over_rows(pass.segments.total(), (y, len), (x, len), |_, y, x| y.copy_from_slice(x));
     }
 
     fn backward(
         &self,
-        _: &Pass<'_>,
+        pass: &Pass<'_>,
         _: Params<'_>,
         _: &[f32],
         _: &[f32],
@@ -268,7 +269,8 @@ impl Layer for Flatten {
         _: &mut [f32],
     ) {
         if let Some(dx) = dx {
-            dx.copy_from_slice(dy);
+            let [len] = self.len;
+            over_rows(pass.segments.total(), (dx, len), (dy, len), |_, dx, dy| dx.copy_from_slice(dy));
         }
     }
 }

@@ -168,10 +168,10 @@ mod tests {
         let ready =
             unisono_coordinator::prepare_unkept(Workload::Mlp.job(1).expect("a job")).expect("it can be trained");
         assert_eq!(ready.model().multiply_adds(), [535_040, 2 * 535_040 - 784 * 512]);
-        // 26 x 26 x 9 x 32 + 24 x 24 x 288 x 64 + 9216 x 128 + 128 x 10.
+        // 26 x 26 x 9 x 32 + (12 x 12 tiles) x 16 x 32 x 64 + 9216 x 128 + 128 x 10.
         let ready =
             unisono_coordinator::prepare_unkept(Workload::Cnn.job(1).expect("a job")).expect("it can be trained");
-        let (first, forward) = (194_688, 194_688 + 10_616_832 + 1_179_648 + 1_280);
+        let (first, forward) = (194_688, 194_688 + 4_718_592 + 1_179_648 + 1_280);
         assert_eq!(ready.model().multiply_adds(), [forward, 2 * forward - first]);
     }
 }

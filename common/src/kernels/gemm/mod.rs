@@ -86,6 +86,13 @@ pub fn product_with<R: Right>(c: &mut [f32], a: Mat<'_>, right: R, start: Start<
     }
 }
 
+/// `c = start + a b`, with the shapes of [`gemm`], inside of a kernel.
+#[inline(always)]
+pub(super) fn multiply<S: Simd>(simd: S, c: &mut [f32], a: Mat<'_>, b: Mat<'_>, start: Start<'_>) {
+    let c_stride = b.cols;
+    Product { c, c_stride, across: false, left: a, right: b, start, finish: Finish::Keep }.with_simd(simd);
+}
+
 /// The right matrix of a product, `(k, n)`, wherever it is.
 pub trait Right {
     /// Its columns.
@@ -157,7 +164,8 @@ pub fn pack_columns<'a, S: Simd>(
 ) {
     for panel in panels::<S>(columns) {
         let width = whole::<S>(panel.len());
-        transpose(simd, panel.clone().map(&column), width, &mut out[panel.start * depth..][..width * depth]);
+        let out = &mut out[panel.start * depth..][..width * depth];
+        transpose(simd, panel.len(), |j| column(panel.start + j), (depth, width), out, width);
     }
 }
 
@@ -210,27 +218,65 @@ fn copy_short(from: &[f32], to: &mut [f32]) {
     }
 }
 
-/// `out[k, j] = lines[j][k]`; `out`: `(k, width)`, zeros behind the last line.
+/// `out[k * stride + j] = line(j)[k]` for `k` in `0..depth` and `j` in `0..width`: zeros from `lines` on.
 #[inline(always)]
-fn transpose<'a, S: Simd>(simd: S, mut lines: impl Iterator<Item = &'a [f32]>, width: usize, out: &mut [f32]) {
-    const SIDE: usize = 4;
-    for j in (0..width).step_by(SIDE) {
-        let block: [&[f32]; SIDE] = std::array::from_fn(|_| lines.next().unwrap_or(&[]));
-        let vectors = block.map(|line| S::as_simd_f32s(line).0);
-        let whole = if S::F32_LANES < SIDE { 0 } else { vectors[SIDE - 1].len() };
-        for (i, out) in out.chunks_exact_mut(S::F32_LANES * width).enumerate().take(whole) {
-            // Transposes each square of 4 lanes of the 4 vectors.
-            let squares: [S::f32s; SIDE] = simd.deinterleave_shfl_f32s(vectors.map(|v| v[i]));
-            let quads: &[[f32; SIDE]] = bytemuck::cast_slice(&squares);
-            for (l, quads) in quads.chunks_exact(S::F32_LANES / SIDE).enumerate() {
-                for (square, quad) in quads.iter().enumerate() {
-                    out[(square * SIDE + l) * width + j..][..SIDE].copy_from_slice(quad);
+pub(super) fn transpose<'a, S: Simd>(
+    simd: S,
+    lines: usize,
+    line: impl Fn(usize) -> &'a [f32],
+    (depth, width): (usize, usize),
+    out: &mut [f32],
+    stride: usize,
+) {
+    // As many at once as stay in the first-level cache.
+    for ks in even(depth, S::F32_LANES, AT_ONCE) {
+        for j in (0..width).step_by(SIDE) {
+            let mut block: [&[f32]; SIDE] = [&[]; SIDE];
+            for (line_j, j) in block.iter_mut().zip(j..lines) {
+                *line_j = &line(j)[ks.clone()];
+            }
+            if S::F32_LANES < SIDE || width - j < SIDE {
+                for (j, line) in (j..width).zip(block) {
+                    for (i, k) in ks.clone().enumerate() {
+                        out[k * stride + j] = line.get(i).copied().unwrap_or(0.0);
+                    }
                 }
+                continue;
+            }
+            let vectors = block.map(|line| S::as_simd_f32s(line).0);
+            let (mut k, whole) = (ks.start, vectors[SIDE - 1].len());
+            for i in 0..whole {
+                let [a, b, c, d] = vectors;
+                put(simd, [a[i], b[i], c[i], d[i]], S::F32_LANES, &mut out[k * stride + j..], stride);
+                k += S::F32_LANES;
+            }
+            while k < ks.end {
+                let rest = |line: &[f32]| simd.partial_load_f32s(&line[line.len().min(k - ks.start)..]);
+                let [a, b, c, d] = block;
+                put(simd, [rest(a), rest(b), rest(c), rest(d)], ks.end - k, &mut out[k * stride + j..], stride);
+                k += S::F32_LANES;
             }
         }
-        for (k, out) in out.chunks_exact_mut(width).enumerate().skip(whole * S::F32_LANES) {
-            for (out, line) in out[j..].iter_mut().zip(&block) {
-                *out = line.get(k).copied().unwrap_or(0.0);
+    }
+}
+
+/// Values of a line that are transposed together with those of all others.
+const AT_ONCE: usize = 64;
+
+/// Side of the squares that are transposed in vectors.
+const SIDE: usize = 4;
+
+/// `out[k * stride + l] = lines[l][k]` for `k` in `0..depth`, at most the lanes of a vector.
+#[inline(always)]
+fn put<S: Simd>(simd: S, lines: [S::f32s; SIDE], depth: usize, out: &mut [f32], stride: usize) {
+    // Transposes each square of 4 lanes of the 4 vectors.
+    let squares: [S::f32s; SIDE] = simd.deinterleave_shfl_f32s(lines);
+    let quads: &[[f32; SIDE]] = bytemuck::cast_slice(&squares);
+    for (l, quads) in quads.chunks_exact(S::F32_LANES / SIDE).enumerate() {
+        for (square, quad) in quads.iter().enumerate() {
+            let k = square * SIDE + l;
+            if k < depth {
+                out[k * stride..][..SIDE].copy_from_slice(quad);
             }
         }
     }
@@ -308,7 +354,7 @@ struct Product<'a, R> {
 
 /// `0..len` in ranges of about the same length, a multiple of `unit` and `most` at most; an empty one where `len` is 0.
 #[inline(always)]
-fn even(len: usize, unit: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn even(len: usize, unit: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     let each = len.div_ceil(unit).div_ceil(len.div_ceil(most).max(1)).max(1) * unit;
     (0..len.div_ceil(each).max(1)).map(move |i| i * each..((i + 1) * each).min(len))
 }

@@ -49,9 +49,20 @@ impl Finish {
         }
     }
 
+    /// The gradient of what it took, from that of its outputs `y`, which tell where it goes.
+    #[inline(always)]
+    pub fn gradient(self, y: &[f32], dy: &[f32], dx: &mut [f32]) {
+        let all = dx.iter_mut().zip(y.iter().zip(dy));
+        match self {
+            Finish::Keep => dx.copy_from_slice(dy),
+            Finish::Relu => all.for_each(|(dx, (y, dy))| *dx = if *y > 0.0 { *dy } else { 0.0 }),
+            Finish::LeakyRelu { slope } => all.for_each(|(dx, (y, dy))| *dx = if *y > 0.0 { *dy } else { slope * dy }),
+        }
+    }
+
     /// Of a vector of them.
     #[inline(always)]
-    fn of_vector<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
+    pub fn of_vector<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
         let zero = simd.splat_f32s(0.0);
         match self {
             Finish::Keep => x,
