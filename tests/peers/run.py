@@ -9,6 +9,10 @@ machine; ours is `unisono bench`. They take turns (A B A B), because machines ar
     tests/peers/run.py --install            # makes a scratch environment with PyTorch first
     tests/peers/run.py --rounds 1 --seconds 2 --only mlp
     tests/peers/run.py --workers 1 2 4 --transport shm grpc
+    tests/peers/run.py --memory --only mlp-wide --workers 2
+
+With --memory it compares what all processes of a side hold together at most, instead: each shared page is counted once
+(Linux's PSS, looked at ten times a second), in runs of their own, as looking takes time.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +40,26 @@ def run(command):
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
+
+
+def peak_memory(command):
+    """Runs one command; gives the most MiB that it and its children held at once."""
+    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT,
+                               start_new_session=True)
+    peak = 0
+    while process.poll() is None:
+        held = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getpgid(int(folder.name)) == process.pid:
+                    held += int(re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)[1])
+            except (OSError, TypeError):
+                pass  # it has just ended
+        peak = max(peak, held)
+        time.sleep(0.1)
+    if process.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}\nended with {process.returncode}")
+    return peak / 1024
 
 
 def install(venv):
@@ -57,10 +82,15 @@ class Unisono:
     def __init__(self, program, seconds):
         self.program, self.seconds = program, seconds
 
-    def measure(self, workload, workers, transport):
+    def command(self, workload, workers, transport):
         command = [self.program, "bench", workload, "--workers", workers, "--transport", transport]
-        line = run(command + ["--seconds", self.seconds, "--json"]).splitlines()[-1]
-        return json.loads(line)["samples_per_second"]
+        return command + ["--seconds", self.seconds, "--json"]
+
+    def rate(self, *what):
+        return json.loads(run(self.command(*what)).splitlines()[-1])["samples_per_second"]
+
+    def memory(self, *what):
+        return peak_memory(self.command(*what))
 
 
 class Torch:
@@ -69,9 +99,14 @@ class Torch:
     def __init__(self, python, seconds):
         self.python, self.seconds = python, seconds
 
-    def measure(self, workload, workers, _):
-        line = run([self.python, HERE / "torch_ddp.py", workload, workers, self.seconds])
-        return float(re.search(r"samples/s=([\d.]+)", line)[1])
+    def command(self, workload, workers, _):
+        return [self.python, HERE / "torch_ddp.py", workload, workers, self.seconds]
+
+    def rate(self, *what):
+        return float(re.search(r"samples/s=([\d.]+)", run(self.command(*what)))[1])
+
+    def memory(self, *what):
+        return peak_memory(self.command(*what))
 
 
 def machine():
@@ -91,6 +126,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="worker processes of each side")
     parser.add_argument("--transport", nargs="+", choices=["auto", "shm", "grpc"], help="ways of our gradients and weights")
+    parser.add_argument("--memory", action="store_true", help="compare memory instead of speed (Linux)")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD")
     options = parser.parse_args()
     if options.workers or options.transport:
@@ -110,11 +146,13 @@ def main():
         [python, "-c", "import torch; print(torch.__version__)"]).strip()
     print(f"{machine()}; {datetime.date.today()}; {versions[0]}, {versions[1]} (DistributedDataParallel over gloo); "
           f"medians of {options.rounds} alternating runs of {options.seconds:g} s, one thread a worker.\n")
-    print("| workload | workers | transport | unisono, samples/s | PyTorch, samples/s | ratio | spread of ours, theirs |")
+    unit = "MiB" if options.memory else "samples/s"
+    print(f"| workload | workers | transport | unisono, {unit} | PyTorch, {unit} | ratio | spread of ours, theirs |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: |", flush=True)
     for workload in options.only:
         for workers, way in rows:
-            taken = [[side.measure(workload, workers, way) for side in sides] for _ in range(options.rounds)]
+            measure = [side.memory if options.memory else side.rate for side in sides]
+            taken = [[of_side(workload, workers, way) for of_side in measure] for _ in range(options.rounds)]
             ours, theirs = map(list, zip(*taken))
             a, b = statistics.median(ours), statistics.median(theirs)
             spread = [f"{(max(side) - min(side)) / statistics.median(side):.0%}" for side in (ours, theirs)]
