@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use unisono_common::data::{Batch, Targets};
 use unisono_common::job::{Activation, Layer, Loss as LossKind, Model as Spec};
 use unisono_common::layers::Segments;
-use unisono_common::layout::Role;
+use unisono_common::layout::{CHUNK, Role};
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
 use unisono_common::rng::{Key, Purpose};
@@ -156,29 +156,36 @@ proptest! {
     fn gradients_are_announced_once_from_the_last_to_the_first_and_stay(rows in 1usize..5, salt in any::<u64>()) {
         let norm = Layer::BatchNorm { momentum: 0.1, eps: 1e-5 };
         let inner = Layer::Residual { layers: vec![norm.clone(), conv(2, 3, 1, 1)] };
-        let layers = vec![
+        let deep = vec![
             conv(2, 3, 1, 1), norm.clone(), Layer::Residual { layers: vec![conv(2, 1, 1, 0), inner, act(Activation::Tanh)] },
             Layer::Flatten, Layer::Residual { layers: vec![] }, linear(6), Layer::LayerNorm { eps: 1e-5 }, linear(3),
         ];
-        let model = Model::build(&Spec::Layers { layers }, &[2, 4, 5], 3).expect("the model fits");
-        let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
-        let batch = batch(&[2, 4, 5], rows, Targets::Class(vec![1; rows]), salt);
-        let (weights, segments) = (params(&model, salt), Segments { lo: 0, starts: vec![0, rows / 2, rows] });
-        let mut grads = vec![f32::NAN; weights.len()];
-        let mut workspace = Workspace::new(&model, rows, 2);
-        let (mut starts, mut announced) = (Vec::new(), vec![f32::NAN; model.layout().trainable()]);
-        let mut keep = |from: usize, Final { values, .. }: Final<'_>| {
-            starts.push(from);
-            announced[from..from + values.len()].copy_from_slice(values);
-        };
-        let key = Key::new(salt, Purpose::Dropout);
-        gradient(&model, &loss, &weights, &batch, &segments, key, &mut workspace, &mut grads, &mut keep);
-        // One call a layer with parameters, at its first tensor.
-        let mut layers: Vec<usize> = model.layout().tensors().filter(|(t, _)| t.name.ends_with("weight")).map(|(_, r)| r.start).collect();
-        layers.reverse();
-        prop_assert_eq!(starts, layers);
-        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-        prop_assert_eq!(bits(&announced), bits(&grads[..announced.len()]));
+        // A first layer of more than a chunk is announced in parts.
+        let wide = vec![Layer::Flatten, linear(2 * CHUNK / 40), linear(3)];
+        for layers in [deep, wide] {
+            let parts = if layers.len() == 3 { 2 } else { 1 };
+            let model = Model::build(&Spec::Layers { layers }, &[2, 4, 5], 3).expect("the model fits");
+            let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
+            let batch = batch(&[2, 4, 5], rows, Targets::Class(vec![1; rows]), salt);
+            let (weights, segments) = (params(&model, salt), Segments { lo: 0, starts: vec![0, rows / 2, rows] });
+            let mut grads = vec![f32::NAN; weights.len()];
+            let mut workspace = Workspace::new(&model, rows, 2);
+            let (mut starts, mut announced) = (Vec::new(), vec![f32::NAN; model.layout().trainable()]);
+            let mut keep = |from: usize, Final { values, .. }: Final<'_>| {
+                starts.push(from);
+                announced[from..from + values.len()].copy_from_slice(values);
+            };
+            let key = Key::new(salt, Purpose::Dropout);
+            gradient(&model, &loss, &weights, &batch, &segments, key, &mut workspace, &mut grads, &mut keep);
+            prop_assert!(starts.is_sorted_by(|a, b| a > b), "{:?}", starts);
+            // What every layer with parameters begins with.
+            let mut layers = model.layout().tensors().filter(|(t, _)| t.name.ends_with("weight")).map(|(_, r)| r);
+            prop_assert!(layers.all(|weight| starts.contains(&weight.start)), "{:?}", starts);
+            let first = model.layout().tensors().next().expect("it has parameters").1;
+            prop_assert!(starts.iter().filter(|start| first.contains(start)).count() >= parts, "{:?}", starts);
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&announced), bits(&grads[..announced.len()]));
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Gradients in and weights out, as a gRPC service by hand: a generated one would copy each chunk on its way. Here a chunk of
-//! a gradient is read into the buffer that it is added up in, and all streams send the same bytes of a chunk of weights.
+//! a gradient is added up from the memory it came in, and all streams send the same bytes of a chunk of weights.
 
 use crate::push::{Chunk, Push};
 use crate::shared::{Input, Shared};
@@ -20,7 +20,6 @@ use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::{Status, codegen::Service};
 use unisono_common::ids::WorkerId;
-use unisono_common::layout::le_bytes_mut;
 use unisono_proto::stream::{self, ChunkHead, Part, Reader};
 use unisono_proto::{self as wire, v1};
 
@@ -109,21 +108,15 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 push.begin(shared, &wire::header(&header, shared.job.train.partitions)?)?;
             }
             Part::Short(v1::push_part::Kind::Spent(said)) => spent = Some(wire::spent(&said)),
-            Part::Chunk(ChunkHead { index, crc, .. }, len) => {
-                let want = layout.chunk(wire::check_head(layout, index, len)?).len();
+            Part::Chunk(head, len) => {
+                wire::check_head(layout, head.index, len)?;
                 // Room first: a worker whose chunks wait is not read from.
                 let turn = turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
-                let mut sum = shared.store.spare.take(want);
-                let read = reader.values(le_bytes_mut(&mut sum)).await;
-                let checked = read
-                    .and_then(|()| wire::check_chunk(layout, index, crc, le_bytes_mut(&mut sum)).map_err(Status::from));
-                let chunk = checked.and_then(|()| push.chunk(shared, index, spent).map_err(Status::from));
-                let Ok(Some(chunk)) = chunk else {
-                    shared.store.spare.put(sum);
-                    chunk?;
-                    continue;
-                };
-                add_up(shared.clone(), chunk, sum, turn);
+                let values = reader.values().await?;
+                wire::check_chunk(layout, head, &values, |_, _| ())?;
+                if let Some(chunk) = push.chunk(shared, head.index, spent)? {
+                    add_up(shared.clone(), chunk, values, turn);
+                }
             }
             Part::Short(_) => {
                 return Err(Status::invalid_argument("a push holds nodes and chunks after its first message"));
@@ -134,9 +127,9 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
 }
 
 /// Gives a chunk to the store, beside the task that reads the next one.
-fn add_up(shared: Arc<Shared>, chunk: Chunk, sum: Vec<f32>, turn: tokio::sync::OwnedSemaphorePermit) {
+fn add_up(shared: Arc<Shared>, chunk: Chunk, values: Bytes, turn: tokio::sync::OwnedSemaphorePermit) {
     let accept = move |shared: &Shared| {
-        chunk.accept(shared, Gradient::Sum(sum));
+        chunk.accept(shared, Gradient::Wire(values));
         drop(turn);
     };
     shared.clone().store.pool.spawn(move || accept(&shared));

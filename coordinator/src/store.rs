@@ -25,9 +25,9 @@ use unisono_proto::shm::{Piece, Weights};
 /// Values that one pass takes at a time: what it works on stays in the first-level cache.
 const BLOCK: usize = 4096;
 
-/// A chunk's weights for the wire: a copy, because the weights' own memory is used again. All streams that send it at about
-/// the same time share one.
+/// A chunk's weights for the wire: a copy, because the weights' own memory is used again. All streams share it.
 struct Copy {
+    step: Step,
     values: Vec<f32>,
     crc: u32,
     spare: Arc<Spare>,
@@ -36,6 +36,31 @@ struct Copy {
 impl Drop for Copy {
     fn drop(&mut self) {
         self.spare.put(std::mem::take(&mut self.values));
+    }
+}
+
+/// One that is being made, from the chunk's beginning to its end.
+struct Copying {
+    copy: Copy,
+    crc: unisono_proto::Crc,
+}
+
+impl Copying {
+    fn of(step: Step, len: usize, spare: &Arc<Spare>) -> Copying {
+        let mut values = spare.take(len);
+        values.clear();
+        Copying { copy: Copy { step, values, crc: 0, spare: spare.clone() }, crc: unisono_proto::Crc::new() }
+    }
+
+    fn add(&mut self, values: &[f32]) {
+        self.copy.values.extend_from_slice(values);
+        self.crc.update(le_bytes(values));
+    }
+
+    fn end(self) -> Arc<Copy> {
+        let Copying { mut copy, crc } = self;
+        copy.crc = crc.finalize();
+        Arc::new(copy)
     }
 }
 
@@ -66,8 +91,10 @@ struct Chunk {
     piece: Piece,
     /// Whether the step before is open still: whoever joins or is slow still needs its weights.
     previous: bool,
-    /// The last copies for the wire, of even and of odd steps.
-    copies: [(Step, Weak<Copy>); 2],
+    /// What was sent of the version: where there are streams, the update copies what it has just written.
+    sent: Option<Arc<Copy>>,
+    /// What was sent of the one before, while it is still on its way.
+    sent_before: Weak<Copy>,
     slots: Vec<Vec<f32>>,
     open: Open<Part>,
     /// The whole sums, while they wait for the global norm.
@@ -85,13 +112,16 @@ impl Chunk {
 
     /// The weights of `step`, for the wire.
     fn send(&mut self, step: Step, spare: &Arc<Spare>) -> Sent {
-        let last = &mut self.copies[step.0 as usize % 2];
-        let copy = last.1.upgrade().filter(|_| last.0 == step).unwrap_or_else(|| {
-            let mut values = spare.take(self.piece.of_step(step.0).len());
-            values.copy_from_slice(self.piece.of_step(step.0));
-            let crc = unisono_proto::crc(le_bytes(&values));
-            let copy = Arc::new(Copy { values, crc, spare: spare.clone() });
-            *last = (step, Arc::downgrade(&copy));
+        let there = self.sent.clone().into_iter().chain(self.sent_before.upgrade()).find(|copy| copy.step == step);
+        let copy = there.unwrap_or_else(|| {
+            let mut copy = Copying::of(step, self.piece.of_step(step.0).len(), spare);
+            copy.add(self.piece.of_step(step.0));
+            let copy = copy.end();
+            if step == self.version {
+                self.sent = Some(copy.clone());
+            } else {
+                self.sent_before = Arc::downgrade(&copy);
+            }
             copy
         });
         Sent { step, crc: copy.crc, bytes: Bytes::from_owner(Shared(copy)) }
@@ -208,7 +238,8 @@ impl Store {
                     version: step,
                     piece,
                     previous: false,
-                    copies: Default::default(),
+                    sent: None,
+                    sent_before: Weak::new(),
                     slots,
                     open: Open::new(partitions),
                     reduced: None,
@@ -331,6 +362,7 @@ impl Store {
         let Chunk { piece, slots, .. } = chunk;
         let vectors = slots.len();
         let (old, new) = piece.update(step.0);
+        let mut copy = (self.changed.receiver_count() > 0).then(|| Copying::of(step.next(), range.len(), &self.spare));
         let mut block = [0.0; BLOCK];
         let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
         let (mut reading, mut timed) = (Duration::ZERO, Duration::ZERO);
@@ -357,6 +389,9 @@ impl Store {
                 self.blend_running(range.start + from, sums, g, old, new);
             }
             self.check_at(range.start + from, new);
+            if let Some(copy) = &mut copy {
+                copy.add(new);
+            }
             timed += block_began.map_or(Duration::ZERO, |began| began.elapsed());
         }
         if let Some((timers, began)) = began {
@@ -364,6 +399,8 @@ impl Store {
             let read = whole.mul_f64(reading.as_secs_f64() / timed.as_secs_f64().max(1e-9)).min(whole);
             timers.add(read, whole - read);
         }
+        let before = std::mem::replace(&mut chunk.sent, copy.map(Copying::end));
+        chunk.sent_before = before.map_or(Weak::new(), |before| Arc::downgrade(&before));
         chunk.previous = true;
         chunk.version = step.next();
     }

@@ -1,10 +1,11 @@
 //! Gradient sums on their way through the reduction tree, chunk by chunk.
 
 use crate::lock;
+use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Mutex;
 use unisono_common::kernels;
-use unisono_common::layout::CHUNK;
+use unisono_common::layout::{CHUNK, le_bytes_mut};
 use unisono_common::loss::LossSums;
 use unisono_proto::shm;
 
@@ -21,7 +22,9 @@ pub struct Part {
 pub enum Gradient {
     /// Where its worker computed it.
     Slot(shm::Part),
-    /// Come over the wire, or added up.
+    /// As it came over the wire.
+    Wire(Bytes),
+    /// Added up.
     Sum(Vec<f32>),
     /// Two that are still to be added.
     Both(Box<[Gradient; 2]>),
@@ -32,6 +35,7 @@ impl Gradient {
     pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
         match self {
             Gradient::Slot(part) => out.copy_from_slice(&part.values()[range]),
+            Gradient::Wire(values) => le_bytes_mut(out).copy_from_slice(&values[4 * range.start..4 * range.end]),
             Gradient::Sum(sum) => out.copy_from_slice(&sum[range]),
             Gradient::Both(both) => {
                 both[0].read(range.clone(), out);
@@ -44,6 +48,7 @@ impl Gradient {
     fn add_to(&self, range: Range<usize>, out: &mut [f32]) {
         match self {
             Gradient::Slot(part) => kernels::add_into(out, &part.values()[range]),
+            Gradient::Wire(values) => kernels::add_bytes_into(out, &values[4 * range.start..4 * range.end]),
             Gradient::Sum(sum) => kernels::add_into(out, &sum[range]),
             Gradient::Both(_) => unreachable!("only the root's two halves wait to be added"),
         }
@@ -52,6 +57,7 @@ impl Gradient {
     fn len(&self) -> usize {
         match self {
             Gradient::Slot(part) => part.values().len(),
+            Gradient::Wire(values) => values.len() / 4,
             Gradient::Sum(sum) => sum.len(),
             Gradient::Both(both) => both[0].len(),
         }
@@ -80,7 +86,7 @@ impl Spare {
         match gradient {
             Gradient::Sum(sum) => self.put(sum),
             Gradient::Both(both) => both.into_iter().for_each(|half| self.free(half)),
-            Gradient::Slot(_) => {}
+            Gradient::Slot(_) | Gradient::Wire(_) => {}
         }
     }
 
@@ -101,6 +107,7 @@ impl Spare {
     pub fn keep(&self, gradient: Gradient) -> Gradient {
         match gradient {
             Gradient::Slot(part) if part.may_wait() => Gradient::Slot(part),
+            Gradient::Wire(values) => Gradient::Wire(values),
             other => Gradient::Sum(self.sum(other)),
         }
     }

@@ -1,6 +1,9 @@
 //! The wire: generated messages, the chunk codec, and the checks that everything from outside passes.
 
 use bytes::Bytes;
+pub use crc32fast::Hasher as Crc;
+use stream::ChunkHead;
+use unisono_common::kernels;
 use unisono_common::layout::Layout;
 use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
@@ -124,31 +127,53 @@ pub fn check_head(layout: &Layout, index: u32, len: usize) -> Result<usize, Wire
     if len == want { Ok(index as usize) } else { Err(WireError::ChunkLength { index, got: len, want }) }
 }
 
-/// Checks a chunk that came in: its number, length, checksum, and that every value is finite.
-pub fn check_chunk(layout: &Layout, index: u32, want_crc: u32, values: &[u8]) -> Result<(), WireError> {
-    let range = layout.chunk(check_head(layout, index, values.len())?);
-    let got = crc(values);
-    if got != want_crc {
-        return Err(WireError::Checksum { index, got, want: want_crc });
+/// Bytes of a chunk that are looked at together: they stay in the first-level cache.
+const BLOCK: usize = 16 << 10;
+
+/// What a chunk's values are on the way.
+pub struct Look {
+    /// CRC-32
+    pub crc: u32,
+    /// Whether all are finite.
+    pub finite: bool,
+}
+
+impl Look {
+    /// Looks at all `values`, in one pass over memory, in which `also` gets each block of them, and where it begins.
+    pub fn at(values: &[u8], mut also: impl FnMut(usize, &[u8])) -> Look {
+        let (mut crc, mut finite) = (Crc::new(), true);
+        for (n, block) in values.chunks(BLOCK).enumerate() {
+            also(n * BLOCK, block);
+            crc.update(block);
+            finite &= kernels::all_finite_bytes(block);
+        }
+        Look { crc: crc.finalize(), finite }
     }
-    if let Some(i) = first_not_finite(values) {
-        let tensor = layout.tensor_at(range.start + i).map(|t| t.name.clone()).unwrap_or_default();
-        return Err(WireError::NotFinite { index, tensor });
+}
+
+/// Checks a chunk that came in: its number, length, checksum, and that every value is finite; `also` as in [`Look::at`].
+pub fn check_chunk(
+    layout: &Layout,
+    ChunkHead { index, crc, .. }: ChunkHead,
+    values: &[u8],
+    also: impl FnMut(usize, &[u8]),
+) -> Result<(), WireError> {
+    let range = layout.chunk(check_head(layout, index, values.len())?);
+    let look = Look::at(values, also);
+    if look.crc != crc {
+        return Err(WireError::Checksum { index, got: look.crc, want: crc });
+    }
+    if !look.finite {
+        let tensor = layout.tensor_at(range.start + first_not_finite(values)).map(|t| t.name.clone());
+        return Err(WireError::NotFinite { index, tensor: tensor.unwrap_or_default() });
     }
     Ok(())
 }
 
-fn values_of(bytes: &[u8]) -> impl Iterator<Item = f32> {
-    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))
-}
-
-fn first_not_finite(bytes: &[u8]) -> Option<usize> {
-    // One pass without branches first: the exponent's bits are all ones where a value is not finite.
-    let bad = bytes.as_chunks::<4>().0.iter().fold(0u32, |acc, b| {
-        let exponent = u32::from_le_bytes(*b) & 0x7f80_0000;
-        acc | u32::from(exponent == 0x7f80_0000)
-    });
-    if bad == 0 { None } else { values_of(bytes).position(|v| !v.is_finite()) }
+/// The place of the first value that is not finite, or 0.
+pub fn first_not_finite(values: &[u8]) -> usize {
+    let mut values = values.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+    values.position(|v| !v.is_finite()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -165,12 +190,34 @@ mod tests {
             init: Init::Constant(0.0),
         }]);
         let good = encode_values(&[1.0, -2.0, 3.5]);
-        assert_eq!(check_chunk(&layout, 0, crc(&good), &good), Ok(()));
-        assert!(matches!(check_chunk(&layout, 1, crc(&good), &good), Err(WireError::NoSuchChunk { .. })));
-        assert!(matches!(check_chunk(&layout, 0, crc(&good) ^ 1, &good), Err(WireError::Checksum { .. })));
-        assert!(matches!(check_chunk(&layout, 0, crc(&good[..8]), &good[..8]), Err(WireError::ChunkLength { .. })));
+        let check = |index, crc, values: &[u8]| {
+            check_chunk(&layout, ChunkHead { index, crc, ..Default::default() }, values, |_, _| ())
+        };
+        assert_eq!(check(0, crc(&good), &good), Ok(()));
+        assert!(matches!(check(1, crc(&good), &good), Err(WireError::NoSuchChunk { .. })));
+        assert!(matches!(check(0, crc(&good) ^ 1, &good), Err(WireError::Checksum { .. })));
+        assert!(matches!(check(0, crc(&good[..8]), &good[..8]), Err(WireError::ChunkLength { .. })));
         let bad = encode_values(&[1.0, f32::NAN, 3.5]);
-        let error = check_chunk(&layout, 0, crc(&bad), &bad).unwrap_err();
-        assert_eq!(error, WireError::NotFinite { index: 0, tensor: "0.weight".into() });
+        assert_eq!(check(0, crc(&bad), &bad), Err(WireError::NotFinite { index: 0, tensor: "0.weight".into() }));
+    }
+
+    #[test]
+    fn a_look_sees_every_byte_wherever_it_lies() {
+        let values: Vec<f32> = (0..3 * BLOCK / 4 + 5).map(|i| i as f32).collect();
+        for shift in 0..4 {
+            let mut bytes = vec![0; shift];
+            bytes.extend(encode_values(&values));
+            let bytes = &mut bytes[shift..];
+            let mut copy = vec![0; bytes.len()];
+            let look = Look::at(bytes, |at, block| copy[at..at + block.len()].copy_from_slice(block));
+            assert!(copy == bytes && look.finite && look.crc == crc(bytes), "{shift}");
+            for at in [0, BLOCK / 4 - 1, BLOCK / 4, values.len() - 1] {
+                let place = &mut bytes[4 * at..4 * at + 4];
+                let good: [u8; 4] = place.try_into().expect("four bytes");
+                place.copy_from_slice(&f32::INFINITY.to_le_bytes());
+                assert!(!Look::at(bytes, |_, _| ()).finite && first_not_finite(bytes) == at, "{shift} {at}");
+                bytes[4 * at..4 * at + 4].copy_from_slice(&good);
+            }
+        }
     }
 }

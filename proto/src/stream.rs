@@ -89,10 +89,11 @@ pub struct Reader<B> {
     /// The frame and the beginning of the open message, of which `have` bytes have come.
     head: [u8; PREFIX + HEAD],
     have: usize,
-    /// Where in `head` its values begin.
-    at: usize,
-    /// Bytes of its values, and of those that were not read.
-    len: usize,
+    /// What the last `taken` bytes of `head` are the beginning of.
+    last: Bytes,
+    taken: usize,
+    /// Those of the open message's values that have come where they come in several pieces, and the number of all others.
+    pieces: BytesMut,
     left: usize,
 }
 
@@ -102,7 +103,8 @@ where
 {
     /// Reads from the beginning of `body`.
     pub fn new(body: B) -> Reader<B> {
-        Reader { body, rest: Bytes::new(), head: [0; PREFIX + HEAD], have: 0, at: 0, len: 0, left: 0 }
+        let (rest, last, pieces) = Default::default();
+        Reader { body, rest, head: [0; PREFIX + HEAD], have: 0, last, taken: 0, pieces, left: 0 }
     }
 
     /// Waits for bytes; false at the body's end.
@@ -119,7 +121,7 @@ where
 
     /// The length of the next message, whose beginning is in `head` then; `None` at the stream's end.
     async fn peek(&mut self) -> Result<Option<usize>, Status> {
-        if self.left > 0 {
+        if self.left > 0 || !self.pieces.is_empty() {
             return Err(wrong("its values were not read"));
         }
         loop {
@@ -139,6 +141,7 @@ where
                 return if self.have == 0 { Ok(None) } else { Err(wrong("it ends too early")) };
             }
             let n = (want - self.have).min(self.rest.len());
+            (self.last, self.taken) = (self.rest.clone(), n);
             self.rest.copy_to_slice(&mut self.head[self.have..self.have + n]);
             self.have += n;
         }
@@ -149,10 +152,8 @@ where
         if length > SHORT {
             return Err(wrong(format_args!("it must be at most {SHORT} bytes")));
         }
-        let mut bytes = vec![0; length];
-        (self.at, self.len, self.left) = (PREFIX, length, length);
-        self.values(&mut bytes).await?;
-        M::decode(&bytes[..]).map_err(wrong)
+        self.hold(0, length, length)?;
+        M::decode(self.values().await?).map_err(wrong)
     }
 
     /// The next message, which must be short.
@@ -230,34 +231,37 @@ where
         if length - at != values {
             return Err(wrong("the values are not its last field"));
         }
-        (self.at, self.len, self.left) = (PREFIX + at, values, values);
+        // What came with the head is their beginning; as a rule it goes back to where it came from.
+        let held = length.min(HEAD) - at;
+        let last = std::mem::take(&mut self.last);
+        self.left = values;
+        if held <= self.taken {
+            self.rest = last.slice(self.taken - held..);
+        } else {
+            self.pieces.extend_from_slice(&self.head[PREFIX + at..][..held]);
+            self.left -= held;
+        }
         Ok(())
     }
 
-    /// Reads the values of the chunk whose head came last, which are `out.len()` bytes.
+    /// The values of the message whose head came last: in the memory they came in, where they came in one piece.
     ///
     /// # Errors
-    /// A broken connection, and another length.
-    pub async fn values(&mut self, out: &mut [u8]) -> Result<(), Status> {
-        if out.len() != self.len {
-            return Err(wrong("its values have another length"));
-        }
-        if self.left == self.len {
-            // What came with the head is the beginning.
-            let held = self.len.min(self.head.len() - self.at);
-            out[..held].copy_from_slice(&self.head[self.at..self.at + held]);
-            self.left -= held;
-        }
-        while self.left > 0 {
+    /// A broken connection.
+    pub async fn values(&mut self) -> Result<Bytes, Status> {
+        while self.rest.len() < self.left || !self.pieces.is_empty() {
+            let n = self.left.min(self.rest.len());
+            self.pieces.reserve(self.left);
+            self.pieces.extend_from_slice(&self.rest.split_to(n));
+            self.left -= n;
+            if self.left == 0 {
+                return Ok(std::mem::take(&mut self.pieces).freeze());
+            }
             if !self.more().await? {
                 return Err(wrong("it ends too early"));
             }
-            let at = out.len() - self.left;
-            let n = self.left.min(self.rest.len());
-            self.rest.copy_to_slice(&mut out[at..at + n]);
-            self.left -= n;
         }
-        Ok(())
+        Ok(self.rest.split_to(std::mem::take(&mut self.left)))
     }
 }
 
@@ -336,9 +340,8 @@ mod tests {
                     let mut reader = Reader::new(body(&[sent.concat().into(), sent.concat().into()], cut));
                     for _ in 0..2 {
                         assert_eq!(now(reader.weights()).expect("readable"), Some((head, len)));
-                        let mut out = vec![0; len];
-                        now(reader.values(&mut out)).expect("readable");
-                        assert_eq!(out, values);
+                        let got = now(reader.values()).expect("readable");
+                        assert_eq!(got, values);
                     }
                     assert!(now(reader.weights()).expect("readable").is_none());
                     let all = [short(&header), sent_push.concat().into(), short(&header)];
@@ -350,9 +353,7 @@ mod tests {
                     if len > 0 {
                         assert!(now(reader.part()).is_err(), "values come first");
                     }
-                    let mut out = vec![0; len];
-                    now(reader.values(&mut out)).expect("readable");
-                    assert_eq!(out, values);
+                    assert_eq!(now(reader.values()).expect("readable"), values);
                     assert_eq!(now(reader.part()).expect("readable"), node());
                 }
             }

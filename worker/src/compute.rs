@@ -35,6 +35,15 @@ pub struct Compute {
     test_parts: Option<Partitions>,
     workspace: Option<(usize, Workspace)>,
     batch: Batch,
+    /// Whose samples the batch holds.
+    filled: Option<Filled>,
+}
+
+/// A node's samples in a step, as a batch.
+struct Filled {
+    step: u64,
+    node: Node,
+    segments: Segments,
 }
 
 impl Compute {
@@ -49,6 +58,7 @@ impl Compute {
         let loss = Loss::new(&job.train.loss, model.outputs())?;
         Ok(Compute {
             batch: Batch::empty(),
+            filled: None,
             workspace: None,
             eval_kind: EvalKind::of(prepared.classes.as_ref().map(Vec::len)),
             feeder: Feeder::new(train_parts.clone(), job.seed, job.train.micro_batch),
@@ -70,6 +80,21 @@ impl Compute {
         &mut self.workspace.as_mut().expect("just made").1
     }
 
+    /// Puts a node's samples into the batch, where they are not in it.
+    fn fill(&mut self, step: u64, node: Node) {
+        if self.filled.as_ref().is_some_and(|filled| (filled.step, filled.node) == (step, node)) {
+            return;
+        }
+        let mut segments = Segments { lo: node.lo, starts: vec![0] };
+        self.batch.clear();
+        for partition in node.lo..node.hi {
+            let rows = self.feeder.positions(step, partition).iter().map(|&i| i as usize);
+            self.samples.fill(&mut self.batch, &self.prepared, &self.train_parts, (partition, false), rows);
+            segments.starts.push(self.batch.samples);
+        }
+        self.filled = Some(Filled { step, node, segments });
+    }
+
     /// The gradient sums of one node, into `out`, and what that took; `ready` hears which trainable values are final, from the
     /// last to the first.
     fn gradient(
@@ -81,22 +106,17 @@ impl Compute {
         ready: &mut dyn FnMut(usize, Final<'_>),
     ) -> (LossSums, Spent) {
         let began = Instant::now();
-        let mut segments = Segments { lo: node.lo, starts: vec![0] };
-        self.batch.clear();
-        for partition in node.lo..node.hi {
-            let rows = self.feeder.positions(step, partition).iter().map(|&i| i as usize);
-            self.samples.fill(&mut self.batch, &self.prepared, &self.train_parts, (partition, false), rows);
-            segments.starts.push(self.batch.samples);
-        }
+        self.fill(step, node);
         let rows = (node.len() as usize * self.job.train.micro_batch).max(EVAL_ROWS);
         self.workspace(rows);
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
+        let segments = &self.filled.as_ref().expect("filled above").segments;
         let key = Key::new(self.job.seed, Purpose::Dropout).with(step);
         let (model, loss, batch) = (&self.model, &self.loss, &self.batch);
         let filled = Instant::now();
-        train::forward(model, weights, batch, &segments, key, workspace);
+        train::forward(model, weights, batch, segments, key, workspace);
         let forwarded = Instant::now();
-        let sums = train::backward(model, loss, weights, batch, &segments, key, workspace, out, ready);
+        let sums = train::backward(model, loss, weights, batch, segments, key, workspace, out, ready);
         let nanos = |time: Duration| time.as_nanos() as u64;
         let spent = Spent {
             data: nanos(filled - began),
@@ -118,6 +138,7 @@ impl Compute {
         let (Some(parts), Some((_, workspace))) = (&self.test_parts, &mut self.workspace) else { return sums };
         for at in (0..count).step_by(EVAL_ROWS) {
             let rows = at..(at + EVAL_ROWS).min(count);
+            self.filled = None;
             self.batch.clear();
             self.samples.fill(&mut self.batch, &self.prepared, parts, (node.lo, true), rows.clone());
             let logits = train::evaluate(&self.model, weights, &self.batch, workspace);
@@ -154,7 +175,13 @@ impl Compute {
 
     /// Serves orders until the session is over.
     pub fn serve(mut self, link: Link, session: mpsc::UnboundedSender<v1::FromWorker>) -> Result<()> {
-        while let Some(order) = link.next() {
+        // The first node of the last step is most likely that of the next one.
+        let mut first: Option<(u64, Node)> = None;
+        while let Some(order) = link.next(|| {
+            if let Some((step, node)) = first {
+                self.fill(step + 1, node);
+            }
+        }) {
             let tell = |kind| session.send(v1::FromWorker { kind: Some(kind) }).ok().context("the session ended");
             let (step, node) = (order.step, order.node);
             self.fetch(&link, node, order.evaluate)?;
@@ -170,6 +197,7 @@ impl Compute {
                 tell(v1::from_worker::Kind::EvalDone(done))?;
                 continue;
             }
+            first = first.filter(|(of, _)| *of == step).or(Some((step, node)));
             let Some(slot) = link.slot() else { break };
             let model = self.model.clone();
             let announcement = link.announce(model.layout(), slot, &order);

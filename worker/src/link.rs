@@ -67,14 +67,17 @@ impl Link {
         Link { lane, way: Way::Streams { orders, push } }
     }
 
-    /// Waits for the next order; `None` when the session is over.
-    pub fn next(&self) -> Option<Order> {
+    /// Waits for the next order; `None` when the session is over. Where it has not come yet, `meanwhile` is run first.
+    pub fn next(&self, meanwhile: impl FnOnce()) -> Option<Order> {
         match &self.way {
             Way::Shared { .. } => {
-                let frame::Order { step, generation, node, evaluate } = self.lane.next_order()?;
+                let frame::Order { step, generation, node, evaluate } = self.lane.next_order(meanwhile)?;
                 Some(Order { step, generation, node, evaluate, weights: None })
             }
-            Way::Streams { orders, .. } => orders.recv().ok(),
+            Way::Streams { orders, .. } => orders.try_recv().ok().or_else(|| {
+                meanwhile();
+                orders.recv().ok()
+            }),
         }
     }
 

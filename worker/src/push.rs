@@ -14,7 +14,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::transport::Channel;
-use unisono_common::kernels;
 use unisono_common::layout::Layout;
 use unisono_proto::shm::frame::{Header, Spent};
 use unisono_proto::stream::{self, ChunkHead};
@@ -78,8 +77,10 @@ async fn encode(
             Piece::Chunk { index, part, spent } => {
                 let Some(header) = of else { continue };
                 let began = Instant::now();
-                if !kernels::all_finite(part.values()) {
-                    let bad = part.values().iter().position(|v| !v.is_finite()).unwrap_or(0);
+                let values = Bytes::from_owner(part);
+                let look = wire::Look::at(&values, |_, _| ());
+                if !look.finite {
+                    let bad = wire::first_not_finite(&values);
                     let tensor = layout.tensor_at(layout.chunk(index).start + bad).map(|t| t.name.clone());
                     let (node, tensor) = (Some(wire::to_wire(header.node)), tensor.unwrap_or_default());
                     let diverged = v1::Diverged { step: header.step, node, tensor };
@@ -87,8 +88,6 @@ async fn encode(
                     of = None;
                     continue;
                 }
-                let values = Bytes::from_owner(part);
-                let crc = wire::crc(&values);
                 encoded.push((began..Instant::now(), values.len()));
                 if let Some((spent, computed)) = spent {
                     let spent = with_encoding(spent, computed, &encoded);
@@ -96,7 +95,7 @@ async fn encode(
                         return;
                     }
                 }
-                let head = ChunkHead { step: header.step, index: index as u32, crc };
+                let head = ChunkHead { step: header.step, index: index as u32, crc: look.crc };
                 for data in stream::gradient(head, &values) {
                     if send.send(Ok(Frame::data(data))).await.is_err() {
                         return;

@@ -181,10 +181,11 @@ async fn weights(
     }
     let (chunk, len) = head.ok_or("the broadcast ended")?;
     let index = wire::check_head(layout, chunk.index, len).map_err(|e| e.to_string())?;
-    let values = le_bytes_mut(&mut coming[layout.chunk(index)]);
-    broadcast.values(values).await.map_err(broke)?;
+    let values = broadcast.values().await.map_err(broke)?;
     *head = None;
-    wire::check_chunk(layout, chunk.index, chunk.crc, values).map_err(|e| e.to_string())?;
+    let to = le_bytes_mut(&mut coming[layout.chunk(index)]);
+    let copy = |at: usize, block: &[u8]| to[at..at + block.len()].copy_from_slice(block);
+    wire::check_chunk(layout, chunk, &values, copy).map_err(|e| e.to_string())?;
     Ok(Event::Chunk { index, step: Step(chunk.step) })
 }
 

@@ -89,8 +89,19 @@ pub fn scale(a: &mut [f32], factor: f32) {
 
 /// Whether no value is infinite or NaN.
 pub fn all_finite(a: &[f32]) -> bool {
+    all_finite_bytes(crate::layout::le_bytes(a))
+}
+
+/// [`all_finite`], of little-endian values wherever they lie.
+pub fn all_finite_bytes(a: &[u8]) -> bool {
     // Without branches: the exponent's bits are all ones where a value is not finite.
-    vectorized(|| a.iter().fold(0u32, |bad, v| bad | u32::from(v.to_bits() & 0x7f80_0000 == 0x7f80_0000))) == 0
+    let not_finite = |v: &[u8; 4]| u32::from(u32::from_le_bytes(*v) & 0x7f80_0000 == 0x7f80_0000);
+    vectorized(|| a.as_chunks::<4>().0.iter().fold(0, |bad, v| bad | not_finite(v))) == 0
+}
+
+/// [`add_into`], of little-endian values wherever they lie.
+pub fn add_bytes_into(out: &mut [f32], a: &[u8]) {
+    vectorized(|| out.iter_mut().zip(a.as_chunks::<4>().0).for_each(|(o, a)| *o += f32::from_le_bytes(*a)));
 }
 
 /// `out[j] = sum over rows of x[row, j]`, rows in order; `x`: `(rows, out.len())`.

@@ -2,8 +2,8 @@
 
 use super::activation::masked;
 use super::{Blocks, Grads, Layer, Params, Pass, over_rows, tree_spare, tree_sum};
-use crate::kernels::{Finish, Mat, Start, column_sums, gemm, product};
-use crate::layout::{Init, Role, Tensor};
+use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm, product};
+use crate::layout::{CHUNK, Init, Role, Tensor};
 
 /// `y = finish(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`.
 pub struct Linear {
@@ -20,8 +20,15 @@ impl Linear {
         self.inputs * self.outputs[0]
     }
 
-    fn blocks(&self) -> Blocks {
-        Blocks { rows: self.outputs[0], row_len: self.inputs, limit: 1 << 16, most: self.outputs[0], extra: 0 }
+    /// Of so many rows of the weights' gradient.
+    fn blocks(&self, rows: usize) -> Blocks {
+        Blocks { rows, row_len: self.inputs, limit: 1 << 16, most: rows, extra: 0 }
+    }
+
+    /// Rows of the weights' gradient that are announced together: about a chunk of them, but no more than 16 times.
+    fn strip(&self) -> usize {
+        let rows = (CHUNK / self.inputs.max(1)).max(self.outputs[0].div_ceil(16));
+        rows.next_multiple_of(8 * kernels::lanes())
     }
 }
 
@@ -53,7 +60,7 @@ impl Layer for Linear {
     /// The sums' gradient, where it is not the output's, then what the parameters' gradients need.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
         let masked = if self.finish == Finish::Keep { 0 } else { rows * self.outputs[0] };
-        masked + self.blocks().scratch(segments).max(tree_spare(segments, self.outputs[0]))
+        masked + self.blocks(self.outputs[0]).scratch(segments).max(tree_spare(segments, self.outputs[0]))
     }
 
     fn multiply_adds(&self) -> u64 {
@@ -85,18 +92,24 @@ impl Layer for Linear {
         let (dw_oi, db_o) = grads.trainable.split_at_mut(self.weights());
         let segments = pass.segments;
         let (dy, scratch) = masked(self.finish, y, dy, scratch);
-        self.blocks().sum(segments.len(), dw_oi, scratch, |segment, block, out, _| {
-            let rows = segments.rows(segment);
-            let (n, dy, x) = (rows.len(), &dy[rows.start * o..rows.end * o], &x[rows.start * i..rows.end * i]);
-            gemm(out, Mat::columns(dy, n, o, block.start, block.len()).t(), Mat::new(x, n, i), false);
-        });
         if self.bias {
             tree_sum(0, segments.len(), db_o, scratch, &mut |segment, out| {
                 let rows = segments.rows(segment);
                 column_sums(&dy[rows.start * o..rows.end * o], out);
             });
+            pass.finish_from(dw_oi.len(), db_o);
         }
-        pass.finish(grads.trainable);
+        // The first layer's gradient comes last of all: part by part, so that its update need not wait for the whole.
+        let strip = if dx.is_none() { self.strip() } else { o };
+        for (n, out) in dw_oi.chunks_mut((strip * i).max(1)).enumerate().rev() {
+            let from = n * strip;
+            self.blocks(out.len() / i).sum(segments.len(), out, scratch, |segment, block, out, _| {
+                let rows = segments.rows(segment);
+                let (n, dy, x) = (rows.len(), &dy[rows.start * o..rows.end * o], &x[rows.start * i..rows.end * i]);
+                gemm(out, Mat::columns(dy, n, o, from + block.start, block.len()).t(), Mat::new(x, n, i), false);
+            });
+            pass.finish_from(from * i, out);
+        }
         if let Some(dx) = dx {
             let w_oi = Mat::new(params.trainable, o, i);
             over_rows(segments.total(), (dx, i), (dy, o), |_, dx, dy| {

@@ -79,7 +79,12 @@ pub struct Pass<'a> {
 impl Pass<'_> {
     /// Announces the layer's trainable gradient, which is not touched any more: it may travel while others are computed.
     fn finish(&self, grads: &[f32]) {
-        (self.finished)(self.first, grads);
+        self.finish_from(0, grads);
+    }
+
+    /// Announces a part of it, which begins at its value `from` and ends where the part before began.
+    fn finish_from(&self, from: usize, grads: &[f32]) {
+        (self.finished)(self.first + from, grads);
     }
 }
 
@@ -136,7 +141,7 @@ pub trait Layer: Send + Sync {
     /// `dx = f'(x)^T dy` (where wanted), and the **sum** over samples of the parameter gradients into `grads`, overwritten;
     /// running tensors get `segment rows x segment statistic`, summed over the tree.
     ///
-    /// A layer with trainable tensors calls `Pass::finish` once, as early as it can: before it computes `dx`.
+    /// A layer with trainable tensors announces their gradient as early as it can: before it computes `dx`.
     fn backward(
         &self,
         pass: &Pass<'_>,

@@ -154,7 +154,7 @@ mod linux {
             assert_eq!(theirs.of_step(0), [0.0; 3]);
             let order = Order { step: 5, generation: 0, node: Node { lo: 0, hi: 1 }, evaluate: true };
             assert!(lane.order(order));
-            assert_eq!(their_lane.next_order(), Some(order));
+            assert_eq!(their_lane.next_order(|| ()), Some(order));
             assert!(knock("unisono-nobody", &[7; SECRET], 3).is_err());
         }
     }

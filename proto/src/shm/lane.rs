@@ -125,9 +125,16 @@ impl Lane {
         }
     }
 
-    /// Waits for the next order; `None` when the lane is closed, or what came was none.
-    pub fn next_order(&self) -> Option<Order> {
-        let frame: [u32; FRAME] = self.wait_for(|| self.down().pop())?;
+    /// Waits for the next order; `None` when the lane is closed, or what came was none. Where it has not come yet,
+    /// `meanwhile` is run first.
+    pub fn next_order(&self, meanwhile: impl FnOnce()) -> Option<Order> {
+        let frame: [u32; FRAME] = match self.down().pop() {
+            Some(frame) => frame,
+            None => {
+                meanwhile();
+                self.wait_for(|| self.down().pop())?
+            }
+        };
         Order::from_frame(&frame).ok()
     }
 
@@ -236,7 +243,7 @@ mod tests {
         let lane = Arc::new(Lane::create(10).expect("memory"));
         for step in 0..1000 {
             assert!(lane.order(order(step)));
-            assert_eq!(lane.next_order(), Some(order(step)));
+            assert_eq!(lane.next_order(|| ()), Some(order(step)));
             let slot = lane.take_slot().expect("free");
             assert_eq!(slot, 0);
             lane.slot(slot).fill(step as f32);
@@ -254,7 +261,7 @@ mod tests {
         assert!(Hold::of(&lane, 0).is_none() && Hold::of(&lane, SLOTS).is_none());
         let waiting = std::thread::spawn({
             let lane = lane.clone();
-            move || lane.next_order()
+            move || lane.next_order(|| ())
         });
         lane.close();
         assert_eq!(waiting.join().expect("no panic"), None);

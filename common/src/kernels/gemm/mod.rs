@@ -98,8 +98,8 @@ pub trait Right {
     /// Its columns.
     fn columns(&self) -> usize;
 
-    /// Its values and the distance of its rows, where it can as well be read as it lies.
-    fn unpacked<S: Simd>(&self) -> Option<(&[f32], usize)> {
+    /// Its values and the distance of its rows, where it can as well be read as it lies by so many rows of the left one.
+    fn unpacked<S: Simd>(&self, _rows: usize) -> Option<(&[f32], usize)> {
         None
     }
 
@@ -112,12 +112,15 @@ impl Right for Mat<'_> {
         self.cols
     }
 
-    /// Rows of whole vectors, all of which stay in the second-level cache.
+    /// Rows of whole vectors, all of which stay in the first-level cache; or in the second, where they are read a few times
+    /// only, or a tile reads whole cache lines of each that do not share the same few places of a cache.
     #[inline(always)]
-    fn unpacked<S: Simd>(&self) -> Option<(&[f32], usize)> {
-        let rows = self.rows > 0 && self.strides.1 == 1 && self.strides.0 >= self.cols;
-        let whole_rows = rows && self.cols.is_multiple_of(S::F32_LANES);
-        (whole_rows && self.data.len() <= 2 * PACKED).then_some((self.data, self.strides.0))
+    fn unpacked<S: Simd>(&self, rows: usize) -> Option<(&[f32], usize)> {
+        let lie_in_rows = self.rows > 0 && self.strides.1 == 1 && self.strides.0 >= self.cols;
+        let whole = lie_in_rows && self.cols.is_multiple_of(S::F32_LANES);
+        let (small, near) = (self.data.len() <= PACKED / 16, self.data.len() <= 2 * PACKED);
+        let (few, apart) = (rows <= 4 * ROWS, S::F32_LANES >= LINE && !self.strides.0.is_multiple_of(16 * LINE));
+        (whole && (small || near && (few || apart))).then_some((self.data, self.strides.0))
     }
 
     #[inline(always)]
@@ -175,6 +178,13 @@ const TOGETHER: usize = 16;
 /// Rows of a tile, at most.
 const ROWS: usize = 8;
 
+/// Tiles' rows of the left matrix that are packed at once, so that each cache line of it is read once: so many, and values.
+const TILES: usize = 8;
+const LEFT: usize = 1 << 14;
+
+/// Values of a cache line.
+const LINE: usize = 16;
+
 /// The most rows and vectors of a tile, whose sums fill the registers but for the operands.
 #[inline(always)]
 fn tile<S: Simd>() -> (usize, usize) {
@@ -209,12 +219,12 @@ fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
     }
 }
 
-/// `to = from`, for a few values.
+/// `to = from`, for a few values; what lies behind them in `to` may be anything.
 #[inline(always)]
-fn copy_short(from: &[f32], to: &mut [f32]) {
+fn copy_short(from: &[f32], to: &mut [f32], len: usize) {
     match (from.first_chunk::<ROWS>(), to.first_chunk_mut::<ROWS>()) {
         (Some(from), Some(to)) => *to = *from,
-        _ => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
+        _ => to[..len].copy_from_slice(&from[..len]),
     }
 }
 
@@ -302,7 +312,7 @@ impl WithSimd for Either<'_> {
             let (rows, packed) = (left.rows * left.cols, right.rows * right.cols);
             rows * right.cols.div_ceil(S::F32_LANES)
                 + if left.strides.1 == 1 { 0 } else { rows / 2 }
-                + match (right.unpacked::<S>(), right.strides.1) {
+                + match (right.unpacked::<S>(left.rows), right.strides.1) {
                     (Some(_), _) => 0,
                     (None, 1) => packed / 8,
                     (None, _) => packed / 2,
@@ -381,61 +391,74 @@ impl<R: Right> Product<'_, R> {
         let block = (PACKED / depth_max.max(1) / panel_max).max(1) * panel_max;
         let right_len = whole::<S>(right.columns()).min(block) * depth_max;
         // A cache line to begin on.
-        let room = right_len + ROWS * depth_max + 16;
+        let left_each = rows_max * depth_max + ROWS;
+        let tiles = (LEFT / left_each).clamp(1, TILES);
+        let in_rows = left.strides.1 == 1;
+        let together = if in_rows { left.rows.max(1) } else { tiles * rows_max };
+        let room = right_len + tiles * left_each + LINE;
         if pack.len() < room {
             pack.resize(room, 0.0);
         }
-        let begin = pack.as_ptr().align_offset(64).min(16);
+        let begin = pack.as_ptr().align_offset(64).min(LINE);
         let (packed_right, packed_left) = pack[begin..].split_at_mut(right_len);
 
         for columns in even(right.columns(), panel_max, block) {
             for k in even(left.cols, 1, depth_max.max(1)) {
                 let (first, last) = (k.start == 0, k.end == left.cols);
-                let unpacked = right.unpacked::<S>();
+                let unpacked = right.unpacked::<S>(left.rows);
                 if unpacked.is_none() {
                     right.pack(simd, k.clone(), columns.clone(), packed_right);
                 }
-                for rows in even(left.rows, 1, rows_max) {
-                    let (a, a_strides) = if left.strides.1 == 1 {
-                        (&left.data[rows.start * left.strides.0 + k.start..], (left.strides.0, 1))
-                    } else {
-                        for (k, to) in k.clone().zip(packed_left.chunks_exact_mut(rows.len())) {
-                            copy_short(&left.data[k * left.strides.1..][rows.clone()], to);
+                for some in even(left.rows, rows_max, together) {
+                    let rows =
+                        || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
+                    if !in_rows {
+                        for (i, k) in k.clone().enumerate() {
+                            for (rows, to) in rows().zip(packed_left.chunks_exact_mut(left_each)) {
+                                let from = &left.data[k * left.strides.1 + rows.start..];
+                                copy_short(from, &mut to[i * rows.len()..], rows.len());
+                            }
                         }
-                        (&*packed_left, (1, rows.len()))
-                    };
-                    for panel in panels::<S>(columns.len()) {
-                        let (b, b_stride) = match unpacked {
-                            Some((b, stride)) => (&b[k.start * stride + columns.start + panel.start..], stride),
-                            None => (&packed_right[panel.start * k.len()..], whole::<S>(panel.len())),
-                        };
-                        let panel = columns.start + panel.start..columns.start + panel.end;
-                        let at = if across {
-                            panel.start * c_stride + rows.start
+                    }
+                    for (rows, packed) in rows().zip((0..tiles).cycle().map(|i| i * left_each)) {
+                        let (a, a_strides) = if in_rows {
+                            (&left.data[rows.start * left.strides.0 + k.start..], (left.strides.0, 1))
                         } else {
-                            rows.start * c_stride + panel.start
+                            (&packed_left[packed..], (1, rows.len()))
                         };
-                        let ahead = left.strides.1 == 1 && panel.start == columns.start;
-                        let step = Step {
-                            a,
-                            a_strides,
-                            ahead: ahead.then_some(rows.len() * left.strides.0),
-                            b,
-                            b_stride,
-                            depth: k.len(),
-                            c: &mut c[at..],
-                            c_stride,
-                            across,
-                            columns: panel.len(),
-                            start: match start {
-                                _ if !first => Start::Old,
-                                Start::Columns(bias) => Start::Columns(&bias[panel.clone()]),
-                                Start::Rows(bias) => Start::Rows(&bias[rows.clone()]),
-                                same @ (Start::Zero | Start::Old) => same,
-                            },
-                            finish: if last { finish } else { Finish::Keep },
-                        };
-                        step.run(simd, rows.len(), panel.len().div_ceil(lanes));
+                        for panel in panels::<S>(columns.len()) {
+                            let (b, b_stride) = match unpacked {
+                                Some((b, stride)) => (&b[k.start * stride + columns.start + panel.start..], stride),
+                                None => (&packed_right[panel.start * k.len()..], whole::<S>(panel.len())),
+                            };
+                            let panel = columns.start + panel.start..columns.start + panel.end;
+                            let at = if across {
+                                panel.start * c_stride + rows.start
+                            } else {
+                                rows.start * c_stride + panel.start
+                            };
+                            let ahead = in_rows && panel.start == columns.start;
+                            let step = Step {
+                                a,
+                                a_strides,
+                                ahead: ahead.then_some(rows.len() * left.strides.0),
+                                b,
+                                b_stride,
+                                depth: k.len(),
+                                c: &mut c[at..],
+                                c_stride,
+                                across,
+                                columns: panel.len(),
+                                start: match start {
+                                    _ if !first => Start::Old,
+                                    Start::Columns(bias) => Start::Columns(&bias[panel.clone()]),
+                                    Start::Rows(bias) => Start::Rows(&bias[rows.clone()]),
+                                    same @ (Start::Zero | Start::Old) => same,
+                                },
+                                finish: if last { finish } else { Finish::Keep },
+                            };
+                            step.run(simd, rows.len(), panel.len().div_ceil(lanes));
+                        }
                     }
                 }
             }

@@ -1,5 +1,6 @@
 //! The register tile: the one loop in which multiply-adds happen.
 
+use super::LINE;
 use pulp::{Simd, WithSimd};
 
 /// What a sum starts with.
@@ -128,9 +129,6 @@ struct Tile<'a, S: Simd, const ROWS: usize, const VECTORS: usize> {
     step: Step<'a>,
 }
 
-/// Steps of `k` between two rounds of fetching ahead: a cache line of values.
-const LINE: usize = 16;
-
 impl<S: Simd, const ROWS: usize, const VECTORS: usize> WithSimd for Tile<'_, S, ROWS, VECTORS> {
     type Output = ();
 
@@ -166,6 +164,7 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> WithSimd for Tile<'_, S, 
             }
         }
         let mut rows = step.b.chunks(step.b_stride.max(1));
+        // Between two rounds of fetching ahead, a cache line of steps.
         for line in (0..step.depth).step_by(LINE) {
             if let Some(ahead) = step.ahead {
                 a.fetch(line, ahead);
