@@ -515,7 +515,11 @@ mod tests {
         let push = |step, index: usize, len: usize| {
             store.accept(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Sum(vec![4.0; len]));
         };
-        let version = |index, than| store.next(index, than).map(|sent| (sent.step, sent.bytes[..4].to_vec()));
+        let version = |index, than| {
+            let sent = store.next(index, than)?;
+            assert_eq!(sent.crc, unisono_proto::crc(&sent.bytes));
+            Some((sent.step, sent.bytes[..4].to_vec()))
+        };
         let value = |v: f32| v.to_le_bytes().to_vec();
 
         store.begin(1.0);
@@ -540,8 +544,13 @@ mod tests {
         assert!(!store.keep(Step(7), &keep) && store.keep(Step(8), &keep));
         store.begin(1.0);
         assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
+        // Where somebody listens, an update makes what is sent; what is on its way stays as it was.
+        let _stream = store.changes();
+        let on_its_way = store.next(0, None).expect("there is a version");
         push(Step(8), 0, CHUNK);
         assert_eq!(version(0, Some(Step(8))), Some((Step(9), value(-3.0))));
+        assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
+        assert_eq!(on_its_way.bytes[..4], value(-1.0));
         assert!(!store.keep(Step(8), &keep) && !store.keep(Step(9), &keep), "half a step would be kept");
         store.flush();
         store.flush();

@@ -25,9 +25,10 @@ impl Linear {
         Blocks { rows, row_len: self.inputs, limit: 1 << 16, most: rows, extra: 0 }
     }
 
-    /// Rows of the weights' gradient that are announced together: about a chunk of them, but no more than 16 times.
+    /// Rows of the weights' gradient that are announced together: about a chunk of them, but enough of them to be computed
+    /// well, and no more than 16 times.
     fn strip(&self) -> usize {
-        let rows = (CHUNK / self.inputs.max(1)).max(self.outputs[0].div_ceil(16));
+        let rows = (CHUNK / self.inputs.max(1)).max(self.outputs[0].div_ceil(16)).max(96);
         rows.next_multiple_of(8 * kernels::lanes())
     }
 }

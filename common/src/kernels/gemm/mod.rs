@@ -208,8 +208,13 @@ fn whole<S: Simd>(columns: usize) -> usize {
 fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
     let (vectors, tail) = S::as_simd_f32s(from);
     let (to, _) = S::as_mut_simd_f32s(to);
+    // The usual panels.
     if let (Ok(to), Ok(from)) = (<&mut [S::f32s; 3]>::try_from(&mut *to), <&[S::f32s; 3]>::try_from(vectors)) {
-        *to = *from; // the usual panel
+        *to = *from;
+        return;
+    }
+    if let (Ok(to), Ok(from)) = (<&mut [S::f32s; 2]>::try_from(&mut *to), <&[S::f32s; 2]>::try_from(vectors)) {
+        *to = *from;
         return;
     }
     let (whole, rest) = to.split_at_mut(vectors.len());

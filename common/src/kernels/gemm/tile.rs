@@ -2,6 +2,7 @@
 
 use super::LINE;
 use pulp::{Simd, WithSimd};
+use std::marker::PhantomData;
 
 /// What a sum starts with.
 #[derive(Clone, Copy, Debug)]
@@ -163,14 +164,14 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> WithSimd for Tile<'_, S, 
                 fetch_all(&step.c[r * step.c_stride..][..step.columns]);
             }
         }
-        let mut rows = step.b.chunks(step.b_stride.max(1));
+        let b = Lines::<S::f32s, VECTORS>::new(step.b, step.b_stride, step.depth);
         // Between two rounds of fetching ahead, a cache line of steps.
         for line in (0..step.depth).step_by(LINE) {
             if let Some(ahead) = step.ahead {
                 a.fetch(line, ahead);
             }
-            for (k, b) in (line..step.depth.min(line + LINE)).zip(&mut rows) {
-                let b: &[S::f32s; VECTORS] = S::as_simd_f32s(&b[..width]).0.first_chunk().expect("whole vectors");
+            for k in line..step.depth.min(line + LINE) {
+                let b = b.at(k);
                 for r in 0..ROWS {
                     let a = simd.splat_f32s(a.at(r, k));
                     for v in 0..VECTORS {
@@ -258,6 +259,35 @@ impl<'a, const ROWS: usize> Strided<'a, ROWS> {
         for r in 0..ROWS {
             fetch(self.data, r * self.strides.0 + k * self.strides.1 + ahead);
         }
+    }
+}
+
+/// `VECTORS` vectors at a fixed distance from line to line, all of them known to be inside their slice.
+#[derive(Clone, Copy)]
+struct Lines<'a, V, const VECTORS: usize> {
+    data: &'a [f32],
+    stride: usize,
+    depth: usize,
+    of: PhantomData<V>,
+}
+
+#[allow(unsafe_code, reason = "as above")]
+impl<'a, V: bytemuck::AnyBitPattern, const VECTORS: usize> Lines<'a, V, VECTORS> {
+    #[inline(always)]
+    fn new(data: &'a [f32], stride: usize, depth: usize) -> Self {
+        let (width, last) = (VECTORS * size_of::<V>() / size_of::<f32>(), depth.saturating_sub(1).checked_mul(stride));
+        let inside = last.and_then(|last| last.checked_add(width)).is_some_and(|end| end <= data.len());
+        assert!(inside || depth == 0, "{depth} lines of {width} values at {stride} in {}", data.len());
+        Lines { data, stride, depth, of: PhantomData }
+    }
+
+    /// The vectors of line `k`, which must exist.
+    #[inline(always)]
+    fn at(&self, k: usize) -> [V; VECTORS] {
+        debug_assert!(k < self.depth);
+        // SAFETY: callers are in this file and ask for `k < depth`; `new` checked that the last line is inside. A vector may be
+        // any bits, and is read from wherever it lies.
+        unsafe { self.data.as_ptr().add(k * self.stride).cast::<[V; VECTORS]>().read_unaligned() }
     }
 }
 
