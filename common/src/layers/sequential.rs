@@ -48,6 +48,11 @@ impl Sequential {
         self.layers.iter().rev().skip(1).map(|l| len(l.out_shape())).max().unwrap_or(0)
     }
 
+    /// The first layer with parameters; nobody needs the gradient of its inputs unless somebody needs that of all.
+    fn first(&self) -> usize {
+        self.sizes.iter().position(|&size| size != (0, 0)).unwrap_or(self.layers.len())
+    }
+
     fn inner_scratch(&self, rows: usize, segments: usize) -> usize {
         self.layers.iter().map(|l| l.scratch(rows, segments)).max().unwrap_or(0)
     }
@@ -79,9 +84,9 @@ impl Layer for Sequential {
         self.layers.iter().map(|l| l.multiply_adds()).sum()
     }
 
-    /// Of the first layer: the others' belong to the way there.
+    /// Of the first layer with parameters: the others' belong to the way there.
     fn input_multiply_adds(&self) -> u64 {
-        self.layers.first().map_or(0, |l| l.input_multiply_adds())
+        self.layers.get(self.first()).map_or(0, |l| l.input_multiply_adds())
     }
 
     fn forward(
@@ -139,7 +144,8 @@ impl Layer for Sequential {
         let (mut d_trainable, mut d_running) = (grads.trainable, grads.running);
         let mut between = &*between;
         let mut dx = dx;
-        for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate().rev() {
+        let end = if dx.is_some() { 0 } else { self.first() };
+        for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate().skip(end).rev() {
             let (rest, mine_t) = trainable.split_at(trainable.len() - t);
             trainable = rest;
             let (rest, mine_r) = running.split_at(running.len() - r);
@@ -160,7 +166,7 @@ impl Layer for Sequential {
             let in_len = i.checked_sub(1).map_or(self.in_len, |b| len(self.layers[b].out_shape())) * rows;
             let x = if i == 0 { x } else { &between[between.len() - in_len..] };
             let dy = if last { dy } else { &above[..out_len] };
-            let into = if i == 0 { dx.take() } else { Some(&mut below[..in_len]) };
+            let into = if i == end { dx.take() } else { Some(&mut below[..in_len]) };
             let key = pass.key.with(self.places[i] as u64);
             let pass = Pass { key, first: pass.first + d_trainable.len(), ..*pass };
             let (mine, into_grads) =
