@@ -25,6 +25,9 @@ use unisono_proto::shm::{Piece, Weights};
 /// Values that one pass takes at a time: what it works on stays in the first-level cache.
 const BLOCK: usize = 4096;
 
+/// Copies for the wire that exist at once, at most, where an update makes one: streams that are slower make their own.
+const COPIES: usize = 64;
+
 /// A chunk's weights for the wire: a copy, because the weights' own memory is used again. All streams share it.
 struct Copy {
     step: Step,
@@ -91,10 +94,10 @@ struct Chunk {
     piece: Piece,
     /// Whether the step before is open still: whoever joins or is slow still needs its weights.
     previous: bool,
-    /// What was sent of the version: where there are streams, the update copies what it has just written.
-    sent: Option<Arc<Copy>>,
-    /// What was sent of the one before, while it is still on its way.
-    sent_before: Weak<Copy>,
+    /// The last copies for the wire, of even and of odd steps, while they are on their way.
+    copies: [Weak<Copy>; 2],
+    /// The one that the update made while it had the values at hand, until so many streams have taken it.
+    made: Option<(Arc<Copy>, usize)>,
     slots: Vec<Vec<f32>>,
     open: Open<Part>,
     /// The whole sums, while they wait for the global norm.
@@ -112,18 +115,22 @@ impl Chunk {
 
     /// The weights of `step`, for the wire.
     fn send(&mut self, step: Step, spare: &Arc<Spare>) -> Sent {
-        let there = self.sent.clone().into_iter().chain(self.sent_before.upgrade()).find(|copy| copy.step == step);
-        let copy = there.unwrap_or_else(|| {
+        let last = &mut self.copies[step.0 as usize % 2];
+        let copy = last.upgrade().filter(|copy| copy.step == step).unwrap_or_else(|| {
             let mut copy = Copying::of(step, self.piece.of_step(step.0).len(), spare);
             copy.add(self.piece.of_step(step.0));
             let copy = copy.end();
-            if step == self.version {
-                self.sent = Some(copy.clone());
-            } else {
-                self.sent_before = Arc::downgrade(&copy);
-            }
+            *last = Arc::downgrade(&copy);
             copy
         });
+        if let Some((made, streams)) = &mut self.made
+            && made.step == step
+        {
+            *streams -= 1;
+            if *streams == 0 {
+                self.made = None;
+            }
+        }
         Sent { step, crc: copy.crc, bytes: Bytes::from_owner(Shared(copy)) }
     }
 }
@@ -238,8 +245,8 @@ impl Store {
                     version: step,
                     piece,
                     previous: false,
-                    sent: None,
-                    sent_before: Weak::new(),
+                    copies: Default::default(),
+                    made: None,
                     slots,
                     open: Open::new(partitions),
                     reduced: None,
@@ -362,7 +369,10 @@ impl Store {
         let Chunk { piece, slots, .. } = chunk;
         let vectors = slots.len();
         let (old, new) = piece.update(step.0);
-        let mut copy = (self.changed.receiver_count() > 0).then(|| Copying::of(step.next(), range.len(), &self.spare));
+        // Each copy holds the spare buffers, beside this store.
+        let (streams, copies) = (self.changed.receiver_count(), Arc::strong_count(&self.spare) - 1);
+        let wanted = streams > 0 && copies < COPIES;
+        let mut copy = wanted.then(|| Copying::of(step.next(), range.len(), &self.spare));
         let mut block = [0.0; BLOCK];
         let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
         let (mut reading, mut timed) = (Duration::ZERO, Duration::ZERO);
@@ -399,8 +409,10 @@ impl Store {
             let read = whole.mul_f64(reading.as_secs_f64() / timed.as_secs_f64().max(1e-9)).min(whole);
             timers.add(read, whole - read);
         }
-        let before = std::mem::replace(&mut chunk.sent, copy.map(Copying::end));
-        chunk.sent_before = before.map_or(Weak::new(), |before| Arc::downgrade(&before));
+        chunk.made = copy.map(|copy| (copy.end(), streams));
+        if let Some((made, _)) = &chunk.made {
+            chunk.copies[made.step.0 as usize % 2] = Arc::downgrade(made);
+        }
         chunk.previous = true;
         chunk.version = step.next();
     }
