@@ -26,7 +26,7 @@ use unisono_proto::shm::{Piece, Weights};
 const BLOCK: usize = 4096;
 
 /// Copies for the wire that exist at once, at most, where an update makes one: streams that are slower make their own.
-const COPIES: usize = 64;
+const COPIES: usize = 16;
 
 /// A chunk's weights for the wire: a copy, because the weights' own memory is used again. All streams share it.
 struct Copy {
