@@ -24,7 +24,7 @@ pub use tile::{Finish, Start};
 use pulp::{Simd, WithSimd};
 use std::cell::Cell;
 use std::ops::Range;
-use tile::Step;
+use tile::Strip;
 
 /// A matrix in a slice: row-major with a row stride, or the transpose of one.
 #[derive(Clone, Copy)]
@@ -145,14 +145,34 @@ pub fn pack_rows<'a, S: Simd>(
     out: &mut [f32],
     row: impl Fn(usize) -> &'a [f32],
 ) {
-    for some in even(depth, 1, TOGETHER) {
-        for panel in panels::<S>(columns) {
-            let width = whole::<S>(panel.len());
-            let to = &mut out[panel.start * depth + some.start * width..][..some.len() * width];
-            for (i, to) in some.clone().zip(to.chunks_exact_mut(width)) {
-                copy(simd, &row(i)[panel.clone()], to);
-            }
+    let width = panels::<S>(columns).next().map_or(0, |panel| whole::<S>(panel.len()));
+    let (most, rest) = (columns - columns % width.max(1), columns % width.max(1));
+    let (panels, last) = out.split_at_mut(most * depth);
+    for i in 0..depth {
+        if i + AHEAD < depth {
+            let row = row(i + AHEAD);
+            (0..columns).step_by(LINE).for_each(|at| tile::fetch(row, at));
         }
+        let row = row(i);
+        match width / S::F32_LANES {
+            1 => copy_apart::<S, 1>(&row[..most], panels, i, depth),
+            2 => copy_apart::<S, 2>(&row[..most], panels, i, depth),
+            3 => copy_apart::<S, 3>(&row[..most], panels, i, depth),
+            _ => {}
+        }
+        if rest > 0 {
+            let width = whole::<S>(rest);
+            copy(simd, &row[most..columns], &mut last[i * width..][..width]);
+        }
+    }
+}
+
+/// Every `N` vectors of `row` become line `i` of a panel of `depth` lines.
+#[inline(always)]
+fn copy_apart<S: Simd, const N: usize>(row: &[f32], panels: &mut [f32], i: usize, depth: usize) {
+    let panels = S::as_mut_simd_f32s(panels).0.chunks_exact_mut(N * depth);
+    for (from, panel) in S::as_simd_f32s(row).0.chunks_exact(N).zip(panels) {
+        panel[i * N..][..N].copy_from_slice(from);
     }
 }
 
@@ -172,8 +192,8 @@ pub fn pack_columns<'a, S: Simd>(
     }
 }
 
-/// Rows that are packed at once: few, as each may be on a memory page of its own.
-const TOGETHER: usize = 16;
+/// Rows between that which is packed, and that which is fetched.
+const AHEAD: usize = 4;
 
 /// Rows of a tile, at most.
 const ROWS: usize = 8;
@@ -208,15 +228,6 @@ fn whole<S: Simd>(columns: usize) -> usize {
 fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
     let (vectors, tail) = S::as_simd_f32s(from);
     let (to, _) = S::as_mut_simd_f32s(to);
-    // The usual panels.
-    if let (Ok(to), Ok(from)) = (<&mut [S::f32s; 3]>::try_from(&mut *to), <&[S::f32s; 3]>::try_from(vectors)) {
-        *to = *from;
-        return;
-    }
-    if let (Ok(to), Ok(from)) = (<&mut [S::f32s; 2]>::try_from(&mut *to), <&[S::f32s; 2]>::try_from(vectors)) {
-        *to = *from;
-        return;
-    }
     let (whole, rest) = to.split_at_mut(vectors.len());
     whole.iter_mut().zip(vectors).for_each(|(to, from)| *to = *from);
     if let [last] = rest {
@@ -374,6 +385,24 @@ pub(super) fn even(len: usize, unit: usize, most: usize) -> impl Iterator<Item =
     (0..len.div_ceil(each).max(1)).map(move |i| i * each..((i + 1) * each).min(len))
 }
 
+/// Packs a block, in code of its own.
+struct Pack<'a, S, R> {
+    simd: S,
+    right: &'a R,
+    k: Range<usize>,
+    columns: Range<usize>,
+    out: &'a mut [f32],
+}
+
+impl<S: Simd, R: Right> WithSimd for Pack<'_, S, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<T: Simd>(self, _: T) {
+        self.right.pack(self.simd, self.k, self.columns, self.out);
+    }
+}
+
 impl<R: Right> WithSimd for Product<'_, R> {
     type Output = ();
 
@@ -408,11 +437,13 @@ impl<R: Right> Product<'_, R> {
         let (packed_right, packed_left) = pack[begin..].split_at_mut(right_len);
 
         for columns in even(right.columns(), panel_max, block) {
+            let panel = panels::<S>(columns.len()).next().map_or(1, |panel| whole::<S>(panel.len()));
             for k in even(left.cols, 1, depth_max.max(1)) {
                 let (first, last) = (k.start == 0, k.end == left.cols);
                 let unpacked = right.unpacked::<S>(left.rows);
                 if unpacked.is_none() {
-                    right.pack(simd, k.clone(), columns.clone(), packed_right);
+                    let (k, columns, out) = (k.clone(), columns.clone(), &mut *packed_right);
+                    simd.vectorize(Pack { simd, right: &right, k, columns, out });
                 }
                 for some in even(left.rows, rows_max, together) {
                     let rows =
@@ -426,44 +457,35 @@ impl<R: Right> Product<'_, R> {
                         }
                     }
                     for (rows, packed) in rows().zip((0..tiles).cycle().map(|i| i * left_each)) {
-                        let (a, a_strides) = if in_rows {
-                            (&left.data[rows.start * left.strides.0 + k.start..], (left.strides.0, 1))
+                        let at = if across {
+                            columns.start * c_stride + rows.start
                         } else {
-                            (&packed_left[packed..], (1, rows.len()))
+                            rows.start * c_stride + columns.start
                         };
-                        for panel in panels::<S>(columns.len()) {
-                            let (b, b_stride) = match unpacked {
-                                Some((b, stride)) => (&b[k.start * stride + columns.start + panel.start..], stride),
-                                None => (&packed_right[panel.start * k.len()..], whole::<S>(panel.len())),
-                            };
-                            let panel = columns.start + panel.start..columns.start + panel.end;
-                            let at = if across {
-                                panel.start * c_stride + rows.start
+                        let strip = Strip {
+                            a: if in_rows {
+                                &left.data[rows.start * left.strides.0 + k.start..]
                             } else {
-                                rows.start * c_stride + panel.start
-                            };
-                            let ahead = in_rows && panel.start == columns.start;
-                            let step = Step {
-                                a,
-                                a_strides,
-                                ahead: ahead.then_some(rows.len() * left.strides.0),
-                                b,
-                                b_stride,
-                                depth: k.len(),
-                                c: &mut c[at..],
-                                c_stride,
-                                across,
-                                columns: panel.len(),
-                                start: match start {
-                                    _ if !first => Start::Old,
-                                    Start::Columns(bias) => Start::Columns(&bias[panel.clone()]),
-                                    Start::Rows(bias) => Start::Rows(&bias[rows.clone()]),
-                                    same @ (Start::Zero | Start::Old) => same,
-                                },
-                                finish: if last { finish } else { Finish::Keep },
-                            };
-                            step.run(simd, rows.len(), panel.len().div_ceil(lanes));
-                        }
+                                &packed_left[packed..]
+                            },
+                            a_stride: in_rows.then_some(left.strides.0),
+                            ahead: in_rows.then_some(rows.len() * left.strides.0),
+                            b: unpacked.map_or(&*packed_right, |(b, stride)| &b[k.start * stride + columns.start..]),
+                            b_stride: unpacked.map(|(_, stride)| stride),
+                            depth: k.len(),
+                            c_stride,
+                            across,
+                            columns: columns.len(),
+                            panel,
+                            start: match start {
+                                _ if !first => Start::Old,
+                                Start::Columns(bias) => Start::Columns(&bias[columns.clone()]),
+                                Start::Rows(bias) => Start::Rows(&bias[rows.clone()]),
+                                same @ (Start::Zero | Start::Old) => same,
+                            },
+                            finish: if last { finish } else { Finish::Keep },
+                        };
+                        strip.run(simd, rows.len(), &mut c[at..]);
                     }
                 }
             }

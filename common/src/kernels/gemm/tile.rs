@@ -3,6 +3,7 @@
 use super::LINE;
 use pulp::{Simd, WithSimd};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// What a sum starts with.
 #[derive(Clone, Copy, Debug)]
@@ -77,133 +78,240 @@ impl Finish {
     }
 }
 
-/// `c = finish(start + a b)` for a few rows and a few vectors of columns.
-pub struct Step<'a> {
-    /// `a[r * a_strides.0 + k * a_strides.1]`.
+/// `c = finish(start + a b)` for a few rows and all columns of a block of `b`, panel by panel.
+#[derive(Clone, Copy)]
+pub struct Strip<'a> {
     pub a: &'a [f32],
-    pub a_strides: (usize, usize),
-    /// Values of `a` between these rows and those of the next tile, to fetch them early.
+    /// Values between rows of `a`, whose values lie side by side; without, it is packed: a column after the other.
+    pub a_stride: Option<usize>,
+    /// Values of `a` between these rows and those of the next strip, to fetch them early.
     pub ahead: Option<usize>,
-    /// `(depth, vectors of columns)`.
     pub b: &'a [f32],
-    /// Values between rows of `b`.
-    pub b_stride: usize,
-    /// Rows of `b`.
+    /// Values between rows of a panel; without, it is as wide as its vectors.
+    pub b_stride: Option<usize>,
+    /// Steps of `k`.
     pub depth: usize,
-    pub c: &'a mut [f32],
     /// Values between rows of `c`; between columns, where `across`.
     pub c_stride: usize,
-    /// Whether the tile is to be stored as its transpose.
+    /// Whether `c` is the product's transpose.
     pub across: bool,
-    /// Columns that exist.
     pub columns: usize,
-    /// Of this tile's rows and columns.
+    /// Columns of all panels but the last, which may have fewer: whole vectors.
+    pub panel: usize,
+    /// Of these rows and columns.
     pub start: Start<'a>,
     pub finish: Finish,
 }
 
-impl Step<'_> {
-    /// For `rows` in `1..=8` and `vectors` in `1..=3`, each pair of which has its own loop.
+impl Strip<'_> {
+    /// For `rows` in `1..=8` and panels of up to 3 vectors, or what [`super::tile`] says; each pair has its own loop.
     #[inline(always)]
-    pub fn run<S: Simd>(self, simd: S, rows: usize, vectors: usize) {
+    pub fn run<S: Simd>(self, simd: S, rows: usize, c: &mut [f32]) {
+        let most = super::tile::<S>();
         macro_rules! tiles {
-            ($($rows:literal),+; $vectors:tt) => {
+            ($panels:expr, $($rows:literal),+; $vectors:tt) => {
                 match rows {
-                    $($rows => tiles!($rows, $vectors),)+
+                    $($rows if $rows <= most.0 => tiles!($panels, $rows, $vectors),)+
                     _ => unreachable!("{rows} rows"),
                 }
             };
-            ($rows:literal, [$($vectors:literal),+]) => {
-                match vectors {
-                    $($vectors => simd.vectorize(Tile::<S, $rows, $vectors> { simd, step: self }),)+
-                    _ => unreachable!("{vectors} vectors"),
+            ($panels:expr, $rows:literal, [$($vectors:literal),+]) => {{
+                let (strip, panels): (Self, std::ops::Range<usize>) = (self, $panels);
+                match (strip.columns.min(panels.start + strip.panel) - panels.start).div_ceil(S::F32_LANES) {
+                    $($vectors if $vectors <= most.1 => {
+                        simd.vectorize(Panels::<S, $rows, $vectors> { simd, strip, panels, c: &mut *c })
+                    })+
+                    vectors => unreachable!("{vectors} vectors"),
                 }
-            };
+            }};
         }
-        tiles!(1, 2, 3, 4, 5, 6, 7, 8; [1, 2, 3]);
+        let whole = self.columns / self.panel * self.panel;
+        for panels in [0..whole, whole..self.columns] {
+            if !panels.is_empty() {
+                tiles!(panels, 1, 2, 3, 4, 5, 6, 7, 8; [1, 2, 3]);
+            }
+        }
     }
 }
 
-/// A step for `ROWS` rows and `VECTORS` vectors.
-struct Tile<'a, S: Simd, const ROWS: usize, const VECTORS: usize> {
+/// The columns `panels` of a strip with `ROWS` rows, in panels of `VECTORS` vectors.
+struct Panels<'a, S: Simd, const ROWS: usize, const VECTORS: usize> {
     simd: S,
-    step: Step<'a>,
+    strip: Strip<'a>,
+    panels: Range<usize>,
+    c: &'a mut [f32],
 }
 
-impl<S: Simd, const ROWS: usize, const VECTORS: usize> WithSimd for Tile<'_, S, ROWS, VECTORS> {
+impl<S: Simd, const ROWS: usize, const VECTORS: usize> WithSimd for Panels<'_, S, ROWS, VECTORS> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<T: Simd>(self, _: T) {
-        let Tile { simd, step } = self;
+        let Strip { a, a_stride, depth, .. } = self.strip;
+        match a_stride {
+            Some(stride) => self.run(Rows::<ROWS, false>::new(a, stride, depth)),
+            None => self.run(Rows::<ROWS, true>::new(a, 1, depth)),
+        }
+    }
+}
+
+impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTORS> {
+    #[inline(always)]
+    fn run<const PACKED: bool>(self, a: Rows<'_, ROWS, PACKED>) {
+        let Panels { simd, strip, panels, c } = self;
         let width = VECTORS * S::F32_LANES;
-        let zero = [simd.splat_f32s(0.0); VECTORS];
-        let mut sums = match step.start {
-            Start::Zero => [zero; ROWS],
-            Start::Rows(values) => {
-                let values: &[f32; ROWS] = values.try_into().expect("a value a row");
-                values.map(|value| [simd.splat_f32s(value); VECTORS])
-            }
-            Start::Columns(values) => [load(simd, values, step.columns); ROWS],
-            Start::Old if step.across => {
-                let mut lines = [[0.0; MOST]; ROWS];
-                for j in 0..step.columns {
-                    let from = &step.c[j * step.c_stride..][..ROWS];
-                    for r in 0..ROWS {
-                        lines[r][j] = from[r];
-                    }
+        for from in panels.clone().step_by(width) {
+            let columns = width.min(panels.end - from);
+            let b = match strip.b_stride {
+                Some(stride) => Lines::<S::f32s, VECTORS>::new(&strip.b[from..], stride, strip.depth),
+                None => Lines::<S::f32s, VECTORS>::new(&strip.b[from * strip.depth..], width, strip.depth),
+            };
+            let c = if strip.across { &mut c[from * strip.c_stride..] } else { &mut c[from..] };
+            let mut tile = Tile::<S, ROWS, VECTORS> { simd, c, stride: strip.c_stride, columns };
+            let start = match strip.start {
+                Start::Columns(values) => Start::Columns(&values[from..][..columns]),
+                same => same,
+            };
+            let sums = if strip.across {
+                tile.load_across(start)
+            } else {
+                if strip.depth > 2 * LINE {
+                    tile.fetch();
                 }
-                lines.map(|line| load(simd, &line, width))
-            }
-            Start::Old => std::array::from_fn(|r| load(simd, &step.c[r * step.c_stride..], step.columns)),
-        };
-
-        let a = Strided::<ROWS>::new(step.a, step.a_strides, step.depth);
-        if !step.across && step.depth > 2 * LINE {
-            for r in 0..ROWS {
-                fetch_all(&step.c[r * step.c_stride..][..step.columns]);
-            }
+                tile.load(start)
+            };
+            let ahead = strip.ahead.filter(|_| from == 0);
+            let sums = multiply_add(simd, a, b, ahead, sums);
+            // By value, so that the sums above are never indexed at run time, and live in registers.
+            let sums = sums.map(|row| row.map(|x| strip.finish.of_vector(simd, x)));
+            if strip.across { tile.store_across(sums) } else { tile.store(sums) }
         }
-        let b = Lines::<S::f32s, VECTORS>::new(step.b, step.b_stride, step.depth);
-        // Between two rounds of fetching ahead, a cache line of steps.
-        for line in (0..step.depth).step_by(LINE) {
-            if let Some(ahead) = step.ahead {
-                a.fetch(line, ahead);
-            }
-            for k in line..step.depth.min(line + LINE) {
-                let b = b.at(k);
-                for r in 0..ROWS {
-                    let a = simd.splat_f32s(a.at(r, k));
-                    for v in 0..VECTORS {
-                        sums[r][v] = simd.mul_add_f32s(a, b[v], sums[r][v]);
-                    }
-                }
-            }
-        }
+    }
+}
 
-        // By value, so that the sums above are never indexed at run time, and live in registers.
-        let sums = sums.map(|row| row.map(|x| step.finish.of_vector(simd, x)));
-        if step.across {
-            let mut lines = [[0.0; MOST]; ROWS];
-            lines.iter_mut().zip(sums).for_each(|(line, row)| store(simd, line, width, row));
-            for j in 0..step.columns {
-                let to = &mut step.c[j * step.c_stride..][..ROWS];
-                for r in 0..ROWS {
-                    to[r] = lines[r][j];
-                }
-            }
-        } else if step.columns == width {
-            for (r, row) in sums.into_iter().enumerate() {
-                let to = S::as_mut_simd_f32s(&mut step.c[r * step.c_stride..][..width]).0;
-                let to: &mut [S::f32s; VECTORS] = to.try_into().expect("whole vectors");
-                *to = row;
-            }
-        } else {
-            for (r, row) in sums.into_iter().enumerate() {
-                store(simd, &mut step.c[r * step.c_stride..], step.columns, row);
+/// `ROWS` rows of `VECTORS` vectors, of which only `columns` values may exist.
+type Sums<S, const ROWS: usize, const VECTORS: usize> = [[<S as Simd>::f32s; VECTORS]; ROWS];
+
+/// Where a tile's sums come from, and go.
+struct Tile<'a, S: Simd, const ROWS: usize, const VECTORS: usize> {
+    simd: S,
+    c: &'a mut [f32],
+    stride: usize,
+    columns: usize,
+}
+
+impl<S: Simd, const ROWS: usize, const VECTORS: usize> Tile<'_, S, ROWS, VECTORS> {
+    const WIDTH: usize = VECTORS * S::F32_LANES;
+
+    #[inline(always)]
+    fn fetch(&self) {
+        for r in 0..ROWS {
+            for at in (0..Self::WIDTH).step_by(LINE) {
+                fetch(self.c, r * self.stride + at);
             }
         }
     }
+
+    /// What the sums start with, but for old values.
+    #[inline(always)]
+    fn first(&self, start: Start<'_>) -> Option<Sums<S, ROWS, VECTORS>> {
+        let simd = self.simd;
+        match start {
+            Start::Zero => Some([[simd.splat_f32s(0.0); VECTORS]; ROWS]),
+            Start::Rows(values) => {
+                let values: &[f32; ROWS] = values.try_into().expect("a value a row");
+                Some(values.map(|value| [simd.splat_f32s(value); VECTORS]))
+            }
+            Start::Columns(values) => Some([load(simd, values, self.columns); ROWS]),
+            Start::Old => None,
+        }
+    }
+
+    #[inline(always)]
+    fn load(&self, start: Start<'_>) -> Sums<S, ROWS, VECTORS> {
+        let row = |r| load(self.simd, &self.c[r * self.stride..], self.columns);
+        self.first(start).unwrap_or_else(|| std::array::from_fn(row))
+    }
+
+    #[inline(always)]
+    fn load_across(&self, start: Start<'_>) -> Sums<S, ROWS, VECTORS> {
+        self.first(start).unwrap_or_else(|| {
+            let mut lines = [[0.0; MOST]; ROWS];
+            for j in 0..self.columns {
+                let from = &self.c[j * self.stride..][..ROWS];
+                for r in 0..ROWS {
+                    lines[r][j] = from[r];
+                }
+            }
+            lines.map(|line| load(self.simd, &line, Self::WIDTH))
+        })
+    }
+
+    #[inline(always)]
+    fn store(&mut self, sums: Sums<S, ROWS, VECTORS>) {
+        for (r, row) in sums.into_iter().enumerate() {
+            let to = &mut self.c[r * self.stride..][..self.columns];
+            match <&mut [S::f32s; VECTORS]>::try_from(S::as_mut_simd_f32s(to).0) {
+                Ok(whole) => *whole = row,
+                Err(_) => store(self.simd, to, row),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn store_across(&mut self, sums: Sums<S, ROWS, VECTORS>) {
+        let mut lines = [[0.0; MOST]; ROWS];
+        lines.iter_mut().zip(sums).for_each(|(line, row)| store(self.simd, &mut line[..Self::WIDTH], row));
+        for j in 0..self.columns {
+            let to = &mut self.c[j * self.stride..][..ROWS];
+            for r in 0..ROWS {
+                to[r] = lines[r][j];
+            }
+        }
+    }
+}
+
+/// Steps of `k` whose code is written out.
+const UNROLLED: usize = 4;
+
+/// `sums + a b`.
+#[inline(always)]
+fn multiply_add<S: Simd, const ROWS: usize, const VECTORS: usize, const PACKED: bool>(
+    simd: S,
+    a: Rows<'_, ROWS, PACKED>,
+    b: Lines<'_, S::f32s, VECTORS>,
+    ahead: Option<usize>,
+    mut sums: [[S::f32s; VECTORS]; ROWS],
+) -> [[S::f32s; VECTORS]; ROWS] {
+    macro_rules! add {
+        ($k:expr) => {
+            let b = b.at($k);
+            for r in 0..ROWS {
+                let a = simd.splat_f32s(a.at(r, $k));
+                for v in 0..VECTORS {
+                    sums[r][v] = simd.mul_add_f32s(a, b[v], sums[r][v]);
+                }
+            }
+        };
+    }
+    // Between two rounds of fetching ahead, a cache line of steps.
+    for line in (0..a.depth).step_by(LINE) {
+        if let Some(ahead) = ahead {
+            a.fetch(line, ahead);
+        }
+        let end = a.depth.min(line + LINE);
+        let mut k = line;
+        while k + UNROLLED <= end {
+            for i in 0..UNROLLED {
+                add!(k + i);
+            }
+            k += UNROLLED;
+        }
+        for k in k..end {
+            add!(k);
+        }
+    }
+    sums
 }
 
 /// Columns of the widest tile.
@@ -219,30 +327,38 @@ fn load<S: Simd, const VECTORS: usize>(simd: S, from: &[f32], len: usize) -> [S:
     }
 }
 
-/// The first `len` values of the vectors.
+/// The first values of the vectors.
 #[inline(always)]
-fn store<S: Simd, const VECTORS: usize>(simd: S, to: &mut [f32], len: usize, vectors: [S::f32s; VECTORS]) {
+fn store<S: Simd, const VECTORS: usize>(simd: S, to: &mut [f32], vectors: [S::f32s; VECTORS]) {
     for (v, vector) in vectors.into_iter().enumerate() {
-        simd.partial_store_f32s(&mut to[len.min(v * S::F32_LANES)..len], vector);
+        let from = to.len().min(v * S::F32_LANES);
+        simd.partial_store_f32s(&mut to[from..], vector);
     }
 }
 
-/// `ROWS` rows of values at fixed distances, all of them known to be inside their slice.
+/// `ROWS` rows of `depth` values, all of them known to be inside their slice: `stride` apart, or, `PACKED`, side by side.
 #[derive(Clone, Copy)]
-struct Strided<'a, const ROWS: usize> {
+struct Rows<'a, const ROWS: usize, const PACKED: bool> {
     data: &'a [f32],
-    strides: (usize, usize),
+    stride: usize,
     depth: usize,
 }
 
 #[allow(unsafe_code, reason = "a check a value would cost as much as the multiply-adds")]
-impl<'a, const ROWS: usize> Strided<'a, ROWS> {
+impl<'a, const ROWS: usize, const PACKED: bool> Rows<'a, ROWS, PACKED> {
     #[inline(always)]
-    fn new(data: &'a [f32], strides: (usize, usize), depth: usize) -> Self {
-        let last = (ROWS - 1).checked_mul(strides.0).zip(depth.saturating_sub(1).checked_mul(strides.1));
+    fn new(data: &'a [f32], stride: usize, depth: usize) -> Self {
+        let (rows, columns) = if PACKED { (1, ROWS) } else { (stride, 1) };
+        let last = (ROWS - 1).checked_mul(rows).zip(depth.saturating_sub(1).checked_mul(columns));
         let inside = last.and_then(|(r, k)| r.checked_add(k)).is_some_and(|last| last < data.len());
-        assert!(inside || depth == 0, "{ROWS} rows of {depth} values at {strides:?} in {}", data.len());
-        Strided { data, strides, depth }
+        assert!(inside || depth == 0, "{ROWS} rows of {depth} values, {rows} and {columns} apart, in {}", data.len());
+        Rows { data, stride, depth }
+    }
+
+    /// The place of value `k` of row `r`.
+    #[inline(always)]
+    fn place(&self, r: usize, k: usize) -> usize {
+        if PACKED { k * ROWS + r } else { r * self.stride + k }
     }
 
     /// The value `k` of row `r`, both of which must exist.
@@ -250,14 +366,14 @@ impl<'a, const ROWS: usize> Strided<'a, ROWS> {
     fn at(&self, r: usize, k: usize) -> f32 {
         debug_assert!(r < ROWS && k < self.depth);
         // SAFETY: callers are in this file and ask for `r < ROWS`, `k < depth`; `new` checked that the last of them is inside.
-        unsafe { *self.data.get_unchecked(r * self.strides.0 + k * self.strides.1) }
+        unsafe { *self.data.get_unchecked(self.place(r, k)) }
     }
 
     /// Brings what is `ahead` values behind `(0.., k)` closer.
     #[inline(always)]
     fn fetch(&self, k: usize, ahead: usize) {
         for r in 0..ROWS {
-            fetch(self.data, r * self.strides.0 + k * self.strides.1 + ahead);
+            fetch(self.data, self.place(r, k) + ahead);
         }
     }
 }
@@ -294,7 +410,7 @@ impl<'a, V: bytemuck::AnyBitPattern, const VECTORS: usize> Lines<'a, V, VECTORS>
 /// Asks for the cache line of `data[at]`, which need not exist.
 #[inline(always)]
 #[allow(unsafe_code, reason = "the only door to the instruction, which has no effect but time")]
-fn fetch(data: &[f32], at: usize) {
+pub fn fetch(data: &[f32], at: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -303,12 +419,4 @@ fn fetch(data: &[f32], at: usize) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (data, at);
-}
-
-/// Asks for the cache lines of `data`.
-#[inline(always)]
-fn fetch_all(data: &[f32]) {
-    for at in (0..data.len()).step_by(LINE) {
-        fetch(data, at);
-    }
 }
