@@ -342,7 +342,13 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
 fn main() -> ExitCode {
     let started = Instant::now();
     let cli = Cli::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    // A worker's streams are its own, and one thread serves them without waking another; a coordinator has those of all.
+    let mut runtime = match cli.command {
+        Cmd::Worker { .. } => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let runtime = match runtime.worker_threads((cores / 2).clamp(1, 8)).enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
             eprintln!("unisono: cannot start: {e}");
