@@ -105,9 +105,10 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
     while let Some(part) = reader.part().await? {
         match part {
             Part::Short(v1::push_part::Kind::Node(header)) => {
+                spent = None;
                 push.begin(shared, &wire::header(&header, shared.job.train.partitions)?)?;
             }
-            Part::Short(v1::push_part::Kind::Spent(said)) => spent = Some(wire::spent(&said)),
+            Part::Short(v1::push_part::Kind::Spent(said)) if spent.is_none() => spent = Some(wire::spent(&said)),
             Part::Chunk(head, len) => {
                 wire::check_head(layout, head.index, len)?;
                 // Room first: a worker whose chunks wait is not read from.
@@ -119,7 +120,9 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 }
             }
             Part::Short(_) => {
-                return Err(Status::invalid_argument("a push holds nodes and chunks after its first message"));
+                return Err(Status::invalid_argument(
+                    "a push holds nodes, their chunks, and what each took, once, after its first message",
+                ));
             }
         }
     }

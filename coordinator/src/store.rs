@@ -190,7 +190,7 @@ pub struct Store {
     weights: Arc<Weights>,
     chunks: Vec<Mutex<Chunk>>,
     /// Buffers of a chunk's length.
-    pub spare: Arc<Spare>,
+    spare: Arc<Spare>,
     /// Learning rate of the open step.
     lr: Mutex<f32>,
     pending: AtomicUsize,
@@ -563,9 +563,26 @@ mod tests {
         assert_eq!(version(0, Some(Step(8))), Some((Step(9), value(-3.0))));
         assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
         assert_eq!(on_its_way.bytes[..4], value(-1.0));
+        assert!(lock(&store.chunks[0]).made.is_none(), "all streams have taken it");
         assert!(!store.keep(Step(8), &keep) && !store.keep(Step(9), &keep), "half a step would be kept");
         store.flush();
         store.flush();
         assert_eq!(*lock(&kept.0), [(0, -1.0), (1, -1.0)]);
+        push(Step(8), 1, 5);
+        drop(store.next(1, Some(Step(8))));
+        // Where nothing gets through, updates make no more than so many.
+        let mut stuck = vec![on_its_way];
+        for step in 9..9 + COPIES as u64 {
+            store.begin(1.0);
+            push(Step(step), 0, CHUNK);
+            push(Step(step), 1, 5);
+            drop(store.next(1, Some(Step(step))));
+            let made = lock(&store.chunks[0]).made.is_some();
+            assert_eq!(made, stuck.len() < COPIES, "{} are on their way", stuck.len());
+            stuck.extend(store.next(0, Some(Step(step))));
+        }
+        assert!(stuck.len() > COPIES);
+        drop(stuck);
+        assert_eq!(Arc::strong_count(&store.spare), 1, "all buffers are back");
     }
 }

@@ -81,11 +81,13 @@ fn wrong(what: impl std::fmt::Display) -> Status {
     Status::invalid_argument(format!("a message cannot be read: {what}"))
 }
 
-/// Reads messages from a body. Whoever stops waiting for it loses nothing: the next call goes on where it was.
+/// Reads messages from a body. Whoever stops waiting for a chunk or its values loses nothing: the next call goes on where it
+/// was.
 pub struct Reader<B> {
     body: B,
-    /// What has come and was not read.
+    /// What has come and was not read, of a frame of so many bytes.
     rest: Bytes,
+    frame: usize,
     /// The frame and the beginning of the open message, of which `have` bytes have come.
     head: [u8; PREFIX + HEAD],
     have: usize,
@@ -104,7 +106,7 @@ where
     /// Reads from the beginning of `body`.
     pub fn new(body: B) -> Reader<B> {
         let (rest, last, pieces) = Default::default();
-        Reader { body, rest, head: [0; PREFIX + HEAD], have: 0, last, taken: 0, pieces, left: 0 }
+        Reader { body, rest, frame: 0, head: [0; PREFIX + HEAD], have: 0, last, taken: 0, pieces, left: 0 }
     }
 
     /// Waits for bytes; false at the body's end.
@@ -112,7 +114,7 @@ where
         while self.rest.is_empty() {
             let Some(frame) = self.body.frame().await else { return Ok(false) };
             match frame.map_err(|e| Status::from_error(e.into()))?.into_data() {
-                Ok(data) => self.rest = data,
+                Ok(data) => (self.frame, self.rest) = (data.len(), data),
                 Err(trailers) => return ended(trailers),
             }
         }
@@ -153,7 +155,7 @@ where
             return Err(wrong(format_args!("it must be at most {SHORT} bytes")));
         }
         self.hold(0, length, length)?;
-        M::decode(self.values().await?).map_err(wrong)
+        M::decode(&*self.values().await?).map_err(wrong)
     }
 
     /// The next message, which must be short.
@@ -244,7 +246,8 @@ where
         Ok(())
     }
 
-    /// The values of the message whose head came last: in the memory they came in, where they came in one piece.
+    /// The values of the message whose head came last: in the memory they came in, where they came in one piece that is not
+    /// much longer. Whoever keeps them keeps no more than twice as much.
     ///
     /// # Errors
     /// A broken connection.
@@ -261,7 +264,8 @@ where
                 return Err(wrong("it ends too early"));
             }
         }
-        Ok(self.rest.split_to(std::mem::take(&mut self.left)))
+        let values = self.rest.split_to(std::mem::take(&mut self.left));
+        Ok(if self.frame <= 2 * values.len() { values } else { Bytes::copy_from_slice(&values) })
     }
 }
 
@@ -311,6 +315,12 @@ mod tests {
         StreamBody::new(tokio_stream::iter(pieces))
     }
 
+    /// Some pieces, each in a frame of its own.
+    fn frames(pieces: &[Bytes]) -> impl Body<Data = Bytes, Error = Status> + Unpin + use<> {
+        let frames: Vec<_> = pieces.iter().map(|piece| Ok(Frame::data(piece.clone()))).collect();
+        StreamBody::new(tokio_stream::iter(frames))
+    }
+
     fn now<T>(future: impl Future<Output = T>) -> T {
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         let mut future = std::pin::pin!(future);
@@ -335,6 +345,16 @@ mod tests {
                 let chunk = v1::GradientChunk { index, crc, values: values.clone() };
                 let message = v1::PushPart { kind: Some(v1::push_part::Kind::Chunk(chunk)) };
                 assert_eq!(v1::PushPart::decode(&sent_push.concat()[PREFIX..]).expect("a message"), message);
+                // As they are sent; nobody copies them. In a frame that is much longer they are not kept from where they came.
+                let mut reader = Reader::new(frames(&sent_push));
+                assert!(matches!(now(reader.part()), Ok(Some(Part::Chunk(_, got))) if got == len));
+                let got = now(reader.values()).expect("readable");
+                assert!(got == values && (len == 0 || got.as_ptr() == values.as_ptr()), "{len}");
+                let padded: Bytes = [&sent_push.concat()[..], &vec![0; 2 * len + 100]].concat().into();
+                let mut reader = Reader::new(frames(std::slice::from_ref(&padded)));
+                assert!(matches!(now(reader.part()), Ok(Some(Part::Chunk(_, got))) if got == len));
+                let got = now(reader.values()).expect("readable");
+                assert!(got == values && !padded.as_ptr_range().contains(&got.as_ptr()), "{len}");
                 let header = v1::PushPart { kind: Some(v1::push_part::Kind::Node(v1::NodeHeader::default())) };
                 for cut in [1, 7, 50, 1 << 16, 1 << 22].into_iter().filter(|cut| len < 100 || *cut > 7) {
                     let mut reader = Reader::new(body(&[sent.concat().into(), sent.concat().into()], cut));

@@ -119,3 +119,41 @@ impl Layer for Linear {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Segments;
+    use super::*;
+    use crate::rng::{Key, Purpose};
+    use std::cell::RefCell;
+
+    /// The weights' gradient comes in parts where nobody wants that of the inputs: in several, and with the same bits.
+    #[test]
+    fn a_gradients_parts_are_those_of_the_whole() {
+        let (rows, inputs, outputs) = (7, 784, 300);
+        let layer = Linear { inputs, outputs: [outputs], bias: true, init: Init::Constant(0.0), finish: Finish::Relu };
+        let values = |salt, n: usize| -> Vec<f32> {
+            let key = Key::new(salt, Purpose::Synthetic);
+            (0..n as u64).map(|i| key.normal(i)).collect()
+        };
+        let (x, y, dy) = (values(1, rows * inputs), values(2, rows * outputs), values(3, rows * outputs));
+        let parameters = values(4, (inputs + 1) * outputs);
+        let segments = Segments { lo: 0, starts: vec![0, 3, rows] };
+        let run = |dx: Option<&mut [f32]>| {
+            let starts = RefCell::new(Vec::new());
+            let finished = |from: usize, _: &[f32]| starts.borrow_mut().push(from);
+            let key = Key::new(0, Purpose::Dropout);
+            let pass = Pass { segments: &segments, train: true, key, first: 0, finished: &finished };
+            let mut gradient = vec![f32::NAN; parameters.len()];
+            let grads = Grads { trainable: &mut gradient, running: &mut [] };
+            let params = Params { trainable: &parameters, running: &[] };
+            let mut scratch = vec![f32::NAN; layer.scratch(rows, segments.len())];
+            layer.backward(&pass, params, &x, &y, &dy, dx, grads, &mut [], &mut scratch);
+            assert!(gradient.iter().all(|g| g.is_finite()));
+            (starts.into_inner().len(), gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+        };
+        let (parts, gradient) = run(None);
+        let (whole, same) = run(Some(&mut vec![0.0; rows * inputs]));
+        assert!(parts > whole && gradient == same, "{parts} and {whole} parts");
+    }
+}

@@ -122,7 +122,7 @@ pub trait Layer: Send + Sync {
         0
     }
 
-    /// Those for the input's gradient, which the first layer of a model is not asked for.
+    /// Those for the input's gradient, which a model's first layer with parameters is not asked for.
     fn input_multiply_adds(&self) -> u64 {
         self.multiply_adds()
     }

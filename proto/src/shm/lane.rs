@@ -128,13 +128,13 @@ impl Lane {
     /// Waits for the next order; `None` when the lane is closed, or what came was none. Where it has not come yet,
     /// `meanwhile` is run first.
     pub fn next_order(&self, meanwhile: impl FnOnce()) -> Option<Order> {
-        let frame: [u32; FRAME] = match self.down().pop() {
-            Some(frame) => frame,
-            None => {
-                meanwhile();
-                self.wait_for(|| self.down().pop())?
-            }
-        };
+        let mut meanwhile = Some(meanwhile);
+        let frame: [u32; FRAME] = self.wait_for(|| {
+            self.down().pop().or_else(|| {
+                meanwhile.take()?();
+                self.down().pop()
+            })
+        })?;
         Order::from_frame(&frame).ok()
     }
 
@@ -243,7 +243,7 @@ mod tests {
         let lane = Arc::new(Lane::create(10).expect("memory"));
         for step in 0..1000 {
             assert!(lane.order(order(step)));
-            assert_eq!(lane.next_order(|| ()), Some(order(step)));
+            assert_eq!(lane.next_order(|| panic!("an order is there")), Some(order(step)));
             let slot = lane.take_slot().expect("free");
             assert_eq!(slot, 0);
             lane.slot(slot).fill(step as f32);
@@ -259,12 +259,21 @@ mod tests {
         }
         assert_eq!(lane.report(), Ok(None));
         assert!(Hold::of(&lane, 0).is_none() && Hold::of(&lane, SLOTS).is_none());
+        // What is done meanwhile may take until the order comes.
+        let mut times = 0;
+        let came = lane.next_order(|| {
+            times += 1;
+            assert!(lane.order(order(7)));
+        });
+        assert_eq!((came, times), (Some(order(7)), 1));
         let waiting = std::thread::spawn({
             let lane = lane.clone();
             move || lane.next_order(|| ())
         });
         lane.close();
         assert_eq!(waiting.join().expect("no panic"), None);
+        assert!(lane.order(order(8)));
+        assert_eq!(lane.next_order(|| ()), None, "a closed lane gives no orders");
         assert!((0..=FRAMES as u64).any(|step| !lane.order(order(step))), "a worker that takes no orders is noticed");
     }
 }

@@ -12,10 +12,11 @@
 //! number of threads and partitions, and machines with different instruction sets train together.
 //!
 //! The structure is that of BLIS (Van Zee and van de Geijn, "BLIS: A Framework for Rapidly Instantiating BLAS
-//! Functionality", ACM TOMS 41(3), 2015, section 5): the right matrix is packed into panels a few vectors wide that stay in the second-level
-//! cache ([`Right::pack`]), and a tile of sums in registers (`tile.rs`) runs over a panel and a few rows of the left matrix,
-//! which stay in the first-level one. Rows that lie in memory as they are read are not packed at all.
-//! Which of the two matrices is the right one is free, as a product is the transpose of the transposes' product.
+//! Functionality", ACM TOMS 41(3), 2015, section 5): the right matrix is packed into panels a few vectors wide that stay in
+//! the second-level cache ([`Right::pack`]), and a tile of sums in registers (`tile.rs`) runs over a panel and a few rows of
+//! the left matrix, which stay in the first-level one. What can be read as fast where it lies is not packed
+//! ([`Right::unpacked`]). Which of the two matrices is the right one is free, as a product is the transpose of the
+//! transposes' product.
 
 mod tile;
 
