@@ -2,6 +2,7 @@
 
 use super::activation::masked;
 use super::{Blocks, Grads, Layer, Params, Pass, over_rows, tree_spare, tree_sum};
+use crate::kernels::gemm::{Packed, product_with};
 use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm, product};
 use crate::layout::{CHUNK, Init, Role, Tensor};
 
@@ -30,6 +31,11 @@ impl Linear {
     fn strip(&self) -> usize {
         let rows = (CHUNK / self.inputs.max(1)).max(self.outputs[0].div_ceil(16)).max(96);
         rows.next_multiple_of(8 * kernels::lanes())
+    }
+
+    /// Room for the inputs of `rows` samples in `segments` segments, packed for all parts of the weights' gradient.
+    fn packed(&self, rows: usize, segments: usize) -> usize {
+        if self.strip() < self.outputs[0] { Packed::room(rows, self.inputs) + segments * Packed::room(0, 0) } else { 0 }
     }
 }
 
@@ -61,7 +67,8 @@ impl Layer for Linear {
     /// The sums' gradient, where it is not the output's, then what the parameters' gradients need.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
         let masked = if self.finish == Finish::Keep { 0 } else { rows * self.outputs[0] };
-        masked + self.blocks(self.outputs[0]).scratch(segments).max(tree_spare(segments, self.outputs[0]))
+        let sums = self.blocks(self.outputs[0]).scratch(segments).max(tree_spare(segments, self.outputs[0]));
+        masked + self.packed(rows, segments) + sums
     }
 
     fn multiply_adds(&self) -> u64 {
@@ -101,15 +108,34 @@ impl Layer for Linear {
             pass.finish_from(dw_oi.len(), db_o);
         }
         // The first layer's gradient comes last of all: part by part, so that its update need not wait for the whole.
-        let strip = if dx.is_none() { self.strip() } else { o };
-        for (n, out) in dw_oi.chunks_mut((strip * i).max(1)).enumerate().rev() {
-            let from = n * strip;
-            self.blocks(out.len() / i).sum(segments.len(), out, scratch, |segment, block, out, _| {
-                let rows = segments.rows(segment);
-                let (n, dy, x) = (rows.len(), &dy[rows.start * o..rows.end * o], &x[rows.start * i..rows.end * i]);
-                gemm(out, Mat::columns(dy, n, o, from + block.start, block.len()).t(), Mat::new(x, n, i), false);
+        let of = |segment: usize| {
+            let rows = segments.rows(segment);
+            let (dy, x) = (&dy[rows.start * o..rows.end * o], &x[rows.start * i..rows.end * i]);
+            (Mat::new(dy, rows.len(), o), Mat::new(x, rows.len(), i))
+        };
+        if dx.is_none() && self.strip() < o {
+            let (mut room, scratch) = scratch.split_at_mut(self.packed(segments.total(), segments.len()));
+            let pack = |segment| {
+                let (mine, rest) =
+                    std::mem::take(&mut room).split_at_mut(Packed::room(segments.rows(segment).len(), i));
+                room = rest;
+                Packed::of(of(segment).1, self.strip(), mine)
+            };
+            let xs: Vec<_> = (0..segments.len()).map(pack).collect();
+            for (n, out) in dw_oi.chunks_mut((self.strip() * i).max(1)).enumerate().rev() {
+                let from = n * self.strip();
+                self.blocks(out.len() / i).sum(segments.len(), out, scratch, |segment, block, out, _| {
+                    let dy = of(segment).0.part(from + block.start, block.len());
+                    product_with(out, dy.t(), xs[segment], Start::Zero, Finish::Keep);
+                });
+                pass.finish_from(from * i, out);
+            }
+        } else {
+            self.blocks(o).sum(segments.len(), dw_oi, scratch, |segment, block, out, _| {
+                let (dy, x) = of(segment);
+                gemm(out, dy.part(block.start, block.len()).t(), x, false);
             });
-            pass.finish_from(from * i, out);
+            pass.finish_from(0, dw_oi);
         }
         if let Some(dx) = dx {
             let w_oi = Mat::new(params.trainable, o, i);

@@ -43,10 +43,10 @@ impl<'a> Mat<'a> {
         Mat { data: &data[..rows * cols], rows, cols, strides: (cols, 1) }
     }
 
-    /// The columns `from..from + cols` of a row-major matrix whose rows are `stride` long.
-    pub fn columns(data: &'a [f32], rows: usize, stride: usize, from: usize, cols: usize) -> Mat<'a> {
-        assert!(from + cols <= stride, "columns {from}..{} of {stride}", from + cols);
-        Mat { data: &data[from.min(rows * stride)..rows * stride], rows, cols, strides: (stride, 1) }
+    /// The columns `from..from + cols` of a matrix that is not a transpose.
+    pub fn part(self, from: usize, cols: usize) -> Mat<'a> {
+        assert!(self.strides.1 == 1 && from + cols <= self.cols, "columns {from}..{} of {}", from + cols, self.cols);
+        Mat { data: &self.data[from.min(self.data.len())..], cols, ..self }
     }
 
     /// The transpose; nothing is moved.
@@ -104,6 +104,11 @@ pub trait Right {
         None
     }
 
+    /// What [`Right::pack`] would put out for a block, where it is there already.
+    fn packed<S: Simd>(&self, _k: Range<usize>, _columns: Range<usize>) -> Option<&[f32]> {
+        None
+    }
+
     /// `out`: the panels of `columns` one after another, each `(k.len(), its width)`; zeros behind the last column.
     fn pack<S: Simd>(&self, simd: S, k: Range<usize>, columns: Range<usize>, out: &mut [f32]);
 }
@@ -134,6 +139,77 @@ impl Right for Mat<'_> {
             let column = |j| &self.data[(columns.start + j) * self.strides.1..][k.clone()];
             pack_columns(simd, k.len(), columns.len(), out, column);
         }
+    }
+}
+
+/// A right matrix for several products, packed once.
+#[derive(Clone, Copy)]
+pub struct Packed<'a> {
+    mat: Mat<'a>,
+    /// All blocks one after another; nothing, where it is read as it lies.
+    blocks: &'a [f32],
+    /// The panels that it was packed for.
+    panel: usize,
+}
+
+impl<'a> Packed<'a> {
+    /// Values that a `(k, n)` matrix needs.
+    pub fn room(k: usize, n: usize) -> usize {
+        k * n.next_multiple_of(LINE) + LINE
+    }
+
+    /// Packs `mat` for left matrices of about `rows` rows into `room`, of [`Packed::room`].
+    pub fn of(mat: Mat<'a>, rows: usize, room: &'a mut [f32]) -> Packed<'a> {
+        super::isa::arch().dispatch(PackAll { mat, rows, room })
+    }
+}
+
+/// [`Packed::of`].
+struct PackAll<'a> {
+    mat: Mat<'a>,
+    rows: usize,
+    room: &'a mut [f32],
+}
+
+impl<'a> WithSimd for PackAll<'a> {
+    type Output = Packed<'a>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Packed<'a> {
+        let PackAll { mat, rows, room } = self;
+        let panel = tile::<S>().1 * S::F32_LANES;
+        if mat.unpacked::<S>(rows).is_some() {
+            return Packed { mat, blocks: &[], panel };
+        }
+        let begin = room.as_ptr().align_offset(64).min(LINE);
+        let blocks = &mut room[begin..];
+        for (columns, k) in self::blocks::<S>(mat.rows, mat.cols) {
+            let at = columns.start * mat.rows + k.start * whole::<S>(columns.len());
+            mat.pack(simd, k.clone(), columns.clone(), &mut blocks[at..][..k.len() * whole::<S>(columns.len())]);
+        }
+        Packed { mat, blocks, panel }
+    }
+}
+
+impl Right for Packed<'_> {
+    fn columns(&self) -> usize {
+        self.mat.cols
+    }
+
+    #[inline(always)]
+    fn unpacked<S: Simd>(&self, rows: usize) -> Option<(&[f32], usize)> {
+        self.mat.unpacked::<S>(rows)
+    }
+
+    #[inline(always)]
+    fn packed<S: Simd>(&self, k: Range<usize>, columns: Range<usize>) -> Option<&[f32]> {
+        let there = !self.blocks.is_empty() && self.panel == tile::<S>().1 * S::F32_LANES;
+        there.then(|| &self.blocks[columns.start * self.mat.rows + k.start * whole::<S>(columns.len())..])
+    }
+
+    #[inline(always)]
+    fn pack<S: Simd>(&self, simd: S, k: Range<usize>, columns: Range<usize>, out: &mut [f32]) {
+        self.mat.pack(simd, k, columns, out);
     }
 }
 
@@ -362,6 +438,15 @@ fn depth<S: Simd>(columns: usize) -> usize {
     DEPTH.max(PACKED / whole::<S>(columns).max(1))
 }
 
+/// The blocks of a `(k, n)` right matrix that are packed at once: their columns, and steps of `k`.
+#[inline(always)]
+fn blocks<S: Simd>(k: usize, n: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    let panel = tile::<S>().1 * S::F32_LANES;
+    let depth = k.min(depth::<S>(n)).max(1);
+    let most = (PACKED / depth / panel).max(1) * panel;
+    even(n, panel, most).flat_map(move |columns| even(k, 1, depth).map(move |k| (columns.clone(), k)))
+}
+
 thread_local! {
     /// The packed block of the right matrix, and the packed rows of the left one: taken while a product runs.
     static PACK: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
@@ -419,12 +504,11 @@ impl<R: Right> Product<'_, R> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S, pack: &mut Vec<f32>) {
         let Product { c, c_stride, across, left, right, start, finish } = self;
-        let lanes = S::F32_LANES;
-        let (rows_max, vectors_max) = tile::<S>();
-        let panel_max = lanes * vectors_max;
-        let depth_max = left.cols.min(depth::<S>(right.columns()));
-        let block = (PACKED / depth_max.max(1) / panel_max).max(1) * panel_max;
-        let right_len = whole::<S>(right.columns()).min(block) * depth_max;
+        let rows_max = tile::<S>().0;
+        let blocks = || blocks::<S>(left.cols, right.columns());
+        // The first one is the largest.
+        let (depth_max, right_len) =
+            blocks().next().map_or((0, 0), |(columns, k)| (k.len(), k.len() * whole::<S>(columns.len())));
         // A cache line to begin on.
         let left_each = rows_max * depth_max + ROWS;
         let tiles = (LEFT / left_each).clamp(1, TILES);
@@ -437,57 +521,59 @@ impl<R: Right> Product<'_, R> {
         let begin = pack.as_ptr().align_offset(64).min(LINE);
         let (packed_right, packed_left) = pack[begin..].split_at_mut(right_len);
 
-        for columns in even(right.columns(), panel_max, block) {
+        for (columns, k) in blocks() {
             let panel = panels::<S>(columns.len()).next().map_or(1, |panel| whole::<S>(panel.len()));
-            for k in even(left.cols, 1, depth_max.max(1)) {
-                let (first, last) = (k.start == 0, k.end == left.cols);
-                let unpacked = right.unpacked::<S>(left.rows);
-                if unpacked.is_none() {
-                    let (k, columns, out) = (k.clone(), columns.clone(), &mut *packed_right);
-                    simd.vectorize(Pack { simd, right: &right, k, columns, out });
-                }
-                for some in even(left.rows, rows_max, together) {
-                    let rows =
-                        || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
-                    if !in_rows {
-                        for (i, k) in k.clone().enumerate() {
-                            for (rows, to) in rows().zip(packed_left.chunks_exact_mut(left_each)) {
-                                let from = &left.data[k * left.strides.1 + rows.start..];
-                                copy_short(from, &mut to[i * rows.len()..], rows.len());
-                            }
+            let (first, last) = (k.start == 0, k.end == left.cols);
+            let packed = right.packed::<S>(k.clone(), columns.clone());
+            let unpacked = right.unpacked::<S>(left.rows).filter(|_| packed.is_none());
+            if packed.is_none() && unpacked.is_none() {
+                let (k, columns, out) = (k.clone(), columns.clone(), &mut *packed_right);
+                simd.vectorize(Pack { simd, right: &right, k, columns, out });
+            }
+            let (b, b_stride) = match unpacked {
+                Some((b, stride)) => (&b[k.start * stride + columns.start..], Some(stride)),
+                None => (packed.unwrap_or(packed_right), None),
+            };
+            for some in even(left.rows, rows_max, together) {
+                let rows = || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
+                if !in_rows {
+                    for (i, k) in k.clone().enumerate() {
+                        for (rows, to) in rows().zip(packed_left.chunks_exact_mut(left_each)) {
+                            let from = &left.data[k * left.strides.1 + rows.start..];
+                            copy_short(from, &mut to[i * rows.len()..], rows.len());
                         }
                     }
-                    for (rows, packed) in rows().zip((0..tiles).cycle().map(|i| i * left_each)) {
-                        let at = if across {
-                            columns.start * c_stride + rows.start
+                }
+                for (rows, at_left) in rows().zip((0..tiles).cycle().map(|i| i * left_each)) {
+                    let at = if across {
+                        columns.start * c_stride + rows.start
+                    } else {
+                        rows.start * c_stride + columns.start
+                    };
+                    let strip = Strip {
+                        a: if in_rows {
+                            &left.data[rows.start * left.strides.0 + k.start..]
                         } else {
-                            rows.start * c_stride + columns.start
-                        };
-                        let strip = Strip {
-                            a: if in_rows {
-                                &left.data[rows.start * left.strides.0 + k.start..]
-                            } else {
-                                &packed_left[packed..]
-                            },
-                            a_stride: in_rows.then_some(left.strides.0),
-                            ahead: in_rows.then_some(rows.len() * left.strides.0),
-                            b: unpacked.map_or(&*packed_right, |(b, stride)| &b[k.start * stride + columns.start..]),
-                            b_stride: unpacked.map(|(_, stride)| stride),
-                            depth: k.len(),
-                            c_stride,
-                            across,
-                            columns: columns.len(),
-                            panel,
-                            start: match start {
-                                _ if !first => Start::Old,
-                                Start::Columns(bias) => Start::Columns(&bias[columns.clone()]),
-                                Start::Rows(bias) => Start::Rows(&bias[rows.clone()]),
-                                same @ (Start::Zero | Start::Old) => same,
-                            },
-                            finish: if last { finish } else { Finish::Keep },
-                        };
-                        strip.run(simd, rows.len(), &mut c[at..]);
-                    }
+                            &packed_left[at_left..]
+                        },
+                        a_stride: in_rows.then_some(left.strides.0),
+                        ahead: in_rows.then_some(rows.len() * left.strides.0),
+                        b,
+                        b_stride,
+                        depth: k.len(),
+                        c_stride,
+                        across,
+                        columns: columns.len(),
+                        panel,
+                        start: match start {
+                            _ if !first => Start::Old,
+                            Start::Columns(bias) => Start::Columns(&bias[columns.clone()]),
+                            Start::Rows(bias) => Start::Rows(&bias[rows.clone()]),
+                            same @ (Start::Zero | Start::Old) => same,
+                        },
+                        finish: if last { finish } else { Finish::Keep },
+                    };
+                    strip.run(simd, rows.len(), &mut c[at..]);
                 }
             }
         }
