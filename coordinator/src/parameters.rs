@@ -121,7 +121,7 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
             }
             Part::Short(_) => {
                 return Err(Status::invalid_argument(
-                    "a push holds nodes, their chunks, and what each took, once, after its first message",
+                    "after its first message a push holds nodes and chunks, and what a node took, once",
                 ));
             }
         }

@@ -151,7 +151,7 @@ pub async fn run(
     let (progress, watching) = watch::channel(Progress::default());
     let shown = view.show(watching);
     let trained = workers.train(ready, options, progress, watch::Sender::default()).await;
-    shown.end().await;
+    shown.end();
     let (summary, interrupted) = trained?;
     show::summary(&summary, args.json)?;
     Ok(show::exit_code(&summary, interrupted))

@@ -306,7 +306,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             let shown = view.show(watching);
             let interrupted = interruption();
             let summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()).await;
-            shown.end().await;
+            shown.end();
             let summary = summary?;
             show::summary(&summary, args.json)?;
             Ok(show::exit_code(&summary, *interrupted.borrow()))
@@ -342,7 +342,8 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
 fn main() -> ExitCode {
     let started = Instant::now();
     let cli = Cli::parse();
-    // A worker's streams are its own, and one thread serves them without waking another; a coordinator has those of all.
+    // A worker's streams are its own, and one thread serves them without waking another. A coordinator has those of all
+    // workers, beside as many threads that reduce.
     let mut runtime = match cli.command {
         Cmd::Worker { .. } => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),

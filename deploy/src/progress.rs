@@ -4,6 +4,8 @@ use crate::JobArgs;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::watch;
 use tracing::Level;
@@ -23,8 +25,8 @@ pub fn write(bytes: &[u8]) -> std::io::Result<()> {
     LINES.get().map_or_else(write, |lines| lines.suspend(write))
 }
 
-/// Progress lines that are being drawn.
-pub struct Shown(Option<tokio::task::JoinHandle<()>>);
+/// Progress lines that are being drawn, by a thread of their own: a terminal may keep whoever writes to it.
+pub struct Shown(Option<(mpsc::Sender<()>, JoinHandle<()>)>);
 
 impl View {
     /// By the terminal and the options; starts the log.
@@ -40,23 +42,28 @@ impl View {
 
     /// Begins to draw.
     pub fn show(&self, progress: watch::Receiver<Progress>) -> Shown {
-        Shown(self.lines.then(|| tokio::spawn(draw(progress))))
+        let begin = || {
+            let (stop, stopped) = mpsc::channel();
+            let thread = std::thread::Builder::new().name("draw".into());
+            thread.spawn(move || draw(&progress, &stopped)).ok().map(|thread| (stop, thread))
+        };
+        Shown(self.lines.then(begin).flatten())
     }
 }
 
 impl Shown {
     /// Takes the lines away.
-    pub async fn end(self) {
-        if let Some(task) = self.0 {
-            task.abort();
-            task.await.ok();
+    pub fn end(self) {
+        if let Some((stop, thread)) = self.0 {
+            drop(stop);
+            thread.join().ok();
             LINES.get().map(MultiProgress::clear);
         }
     }
 }
 
 /// A progress line for the run, and one for each worker, ten times a second until it is stopped.
-async fn draw(progress: watch::Receiver<Progress>) {
+fn draw(progress: &watch::Receiver<Progress>, stopped: &mpsc::Receiver<()>) {
     let style =
         |template: &str| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let lines = LINES.get_or_init(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
@@ -66,9 +73,7 @@ async fn draw(progress: watch::Receiver<Progress>) {
     let template = format!("{bar}{{pos}}/{{len}}, {{eta}} left, {{wide_msg}}");
     let run = lines.add(ProgressBar::new(0).with_style(style(&template)));
     let mut workers: Vec<ProgressBar> = Vec::new();
-    let mut tick = tokio::time::interval(Duration::from_millis(100));
-    loop {
-        tick.tick().await;
+    while stopped.recv_timeout(Duration::from_millis(100)) == Err(RecvTimeoutError::Timeout) {
         let p = progress.borrow().clone();
         if p.total_steps == 0 {
             continue; // not begun

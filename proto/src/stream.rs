@@ -246,8 +246,8 @@ where
         Ok(())
     }
 
-    /// The values of the message whose head came last: in the memory they came in, where they came in one piece that is not
-    /// much longer. Whoever keeps them keeps no more than twice as much.
+    /// The values of the message whose head came last: in the memory they came in, where that is one frame of at most twice
+    /// their length, so that whoever keeps them keeps little else.
     ///
     /// # Errors
     /// A broken connection.

@@ -142,6 +142,10 @@ pub struct Patches<'a> {
 }
 
 impl Right for Patches<'_> {
+    fn rows(&self) -> usize {
+        self.window.patch()
+    }
+
     fn columns(&self) -> usize {
         self.window.positions()
     }
@@ -158,6 +162,10 @@ impl Right for Patches<'_> {
 pub struct PatchesT<'a>(pub Patches<'a>);
 
 impl Right for PatchesT<'_> {
+    fn rows(&self) -> usize {
+        self.0.window.positions()
+    }
+
     fn columns(&self) -> usize {
         self.0.window.patch()
     }

@@ -5,6 +5,7 @@ use super::{Blocks, Grads, Layer, Params, Pass, over_rows, tree_spare, tree_sum}
 use crate::kernels::gemm::{Packed, product_with};
 use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm, product};
 use crate::layout::{CHUNK, Init, Role, Tensor};
+use rayon::prelude::*;
 
 /// `y = finish(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`.
 pub struct Linear {
@@ -33,7 +34,8 @@ impl Linear {
         rows.next_multiple_of(8 * kernels::lanes())
     }
 
-    /// Room for the inputs of `rows` samples in `segments` segments, packed for all parts of the weights' gradient.
+    /// Room for the inputs of `rows` samples in `segments` segments, packed for all parts of the weights' gradient; it is
+    /// needed where this is the first layer.
     fn packed(&self, rows: usize, segments: usize) -> usize {
         if self.strip() < self.outputs[0] { Packed::room(rows, self.inputs) + segments * Packed::room(0, 0) } else { 0 }
     }
@@ -115,13 +117,13 @@ impl Layer for Linear {
         };
         if dx.is_none() && self.strip() < o {
             let (mut room, scratch) = scratch.split_at_mut(self.packed(segments.total(), segments.len()));
-            let pack = |segment| {
-                let (mine, rest) =
-                    std::mem::take(&mut room).split_at_mut(Packed::room(segments.rows(segment).len(), i));
-                room = rest;
-                Packed::of(of(segment).1, self.strip(), mine)
+            let mut split = |segment| {
+                let len = Packed::room(segments.rows(segment).len(), i);
+                room.split_off_mut(..len).unwrap_or_default()
             };
-            let xs: Vec<_> = (0..segments.len()).map(pack).collect();
+            let rooms: Vec<_> = (0..segments.len()).map(|segment| (segment, split(segment))).collect();
+            let pack = |(segment, room)| Packed::of(of(segment).1, self.strip(), room);
+            let xs: Vec<_> = rooms.into_par_iter().map(pack).collect();
             for (n, out) in dw_oi.chunks_mut((self.strip() * i).max(1)).enumerate().rev() {
                 let from = n * self.strip();
                 self.blocks(out.len() / i).sum(segments.len(), out, scratch, |segment, block, out, _| {
@@ -164,7 +166,7 @@ mod tests {
         };
         let (x, y, dy) = (values(1, rows * inputs), values(2, rows * outputs), values(3, rows * outputs));
         let parameters = values(4, (inputs + 1) * outputs);
-        let segments = Segments { lo: 0, starts: vec![0, 3, rows] };
+        let segments = Segments { lo: 0, starts: vec![0, 3, 3, rows] };
         let run = |dx: Option<&mut [f32]>| {
             let starts = RefCell::new(Vec::new());
             let finished = |from: usize, _: &[f32]| starts.borrow_mut().push(from);
@@ -178,8 +180,11 @@ mod tests {
             assert!(gradient.iter().all(|g| g.is_finite()));
             (starts.into_inner().len(), gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
         };
-        let (parts, gradient) = run(None);
-        let (whole, same) = run(Some(&mut vec![0.0; rows * inputs]));
-        assert!(parts > whole && gradient == same, "{parts} and {whole} parts");
+        for threads in [1, 2] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+            let (parts, gradient) = pool.install(|| run(None));
+            let (whole, same) = pool.install(|| run(Some(&mut vec![0.0; rows * inputs])));
+            assert!(parts > whole && gradient == same, "{parts} and {whole} parts");
+        }
     }
 }

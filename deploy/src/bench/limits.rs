@@ -46,9 +46,13 @@ fn best(mut work: impl FnMut() -> usize) -> f64 {
 impl Limits {
     /// Measures for about four seconds.
     pub async fn measure() -> Result<Limits> {
-        let blocking = tokio::task::spawn_blocking(|| Ok::<_, anyhow::Error>((products(), copies(), loopback()?)));
-        let (gemm, copy, tcp) = blocking.await??;
-        let grpc = streams().await.context("cannot measure gRPC")?;
+        let measure = || {
+            // A thread for each side, as two processes have.
+            let sides = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+            let grpc = || sides.block_on(streams()).context("cannot measure gRPC");
+            Ok::<_, anyhow::Error>((products(), copies(), loopback()?, grpc()?))
+        };
+        let (gemm, copy, tcp, grpc) = tokio::task::spawn_blocking(measure).await??;
         Ok(Limits {
             gemm_gflops: gemm / 1e9,
             copy_gb_per_second: copy / 1e9,

@@ -80,6 +80,7 @@ pub fn product(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, start: Start<'_>, finish: 
 /// # Panics
 /// Where the shapes do not fit.
 pub fn product_with<R: Right>(c: &mut [f32], a: Mat<'_>, right: R, start: Start<'_>, finish: Finish) {
+    assert_eq!(a.cols, right.rows(), "a product of {} columns and {} rows", a.cols, right.rows());
     let c_stride = right.columns();
     let c = &mut c[..a.rows * c_stride];
     if !c.is_empty() {
@@ -96,6 +97,9 @@ pub(super) fn multiply<S: Simd>(simd: S, c: &mut [f32], a: Mat<'_>, b: Mat<'_>, 
 
 /// The right matrix of a product, `(k, n)`, wherever it is.
 pub trait Right {
+    /// Its rows.
+    fn rows(&self) -> usize;
+
     /// Its columns.
     fn columns(&self) -> usize;
 
@@ -114,6 +118,10 @@ pub trait Right {
 }
 
 impl Right for Mat<'_> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
     fn columns(&self) -> usize {
         self.cols
     }
@@ -192,6 +200,10 @@ impl<'a> WithSimd for PackAll<'a> {
 }
 
 impl Right for Packed<'_> {
+    fn rows(&self) -> usize {
+        self.mat.rows
+    }
+
     fn columns(&self) -> usize {
         self.mat.cols
     }
