@@ -222,7 +222,7 @@ async fn wrong_joins(client: &mut Client) {
 
 /// Pushes that must be refused, or, where they are only late or unknown, change nothing.
 async fn wrong_pushes(client: &mut Client) {
-    use v1::push_part::Kind::{Chunk, Node};
+    use v1::push_part::Kind::{Chunk, Node, Spent};
     let (job, layout, join) = honest_join(client).await;
     let zeros = vec![0.0; layout.chunk(0).len()];
     let every = || (0..layout.chunks()).map(|i| Chunk(chunk(i as u32, &vec![7.0; layout.chunk(i).len()])));
@@ -257,6 +257,7 @@ async fn wrong_pushes(client: &mut Client) {
         (vec![Node(v1::NodeHeader { weight: -1.0, ..header(1, 0, 1) })], vec!["out of range".into()]),
         (vec![Node(v1::NodeHeader { samples: u64::MAX, ..header(1, 0, 1) })], vec!["out of range".into()]),
         (vec![of(&[1; 16])], vec!["nodes and chunks".into()]),
+        (vec![Node(header(0, 0, p)), Spent(Default::default()), Spent(Default::default())], vec!["once".into()]),
     ];
     for (parts, words) in cases {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
