@@ -343,7 +343,7 @@ fn main() -> ExitCode {
     let started = Instant::now();
     let cli = Cli::parse();
     // A worker's streams are its own, and one thread serves them without waking another. A coordinator has those of all
-    // workers, beside as many threads that reduce.
+    // workers, and leaves cores to the threads that reduce.
     let mut runtime = match cli.command {
         Cmd::Worker { .. } => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),

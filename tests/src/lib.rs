@@ -1,6 +1,8 @@
 //! What the whole-system tests share: running the real program, and reading its summary.
 
 pub use rustix::process::Signal;
+pub mod cluster;
+
 use rustix::process::{Pid, kill_process};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -98,4 +100,11 @@ pub fn signal(child: &Child, signal: Signal) {
 pub fn signal_id(id: u32, signal: Signal) {
     let id = Pid::from_raw(id as i32).expect("an id");
     kill_process(id, signal).expect("the process is there");
+}
+
+/// The most memory that a process has held, in MiB; `None` where the system does not say, or it is gone.
+pub fn peak(child: &Child) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
+    let kib: f64 = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib / 1024.0)
 }

@@ -3,7 +3,7 @@
 //! memory the weights are there once for all.
 
 use std::process::Child;
-use unisono_tests::{finish, free_port, start};
+use unisono_tests::{finish, free_port, peak, start};
 
 /// 20 million parameters and nothing else of size.
 const JOB: &str = r#"
@@ -15,13 +15,6 @@ checkpoint = { dir = "kept", every_steps = 3 }
 
 /// The program itself, its samples, activations, and what is on the way, in MiB.
 const ELSE: f64 = 64.0;
-
-/// The most memory that a process has held, in MiB; `None` where the system does not say, or it is gone.
-fn peak(child: &Child) -> Option<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
-    let kib: f64 = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(kib / 1024.0)
-}
 
 /// What a process holds now, in MiB, memory that `n` share counted as one `n`-th for each.
 fn share(child: &Child) -> Option<f64> {

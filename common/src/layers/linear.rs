@@ -109,12 +109,12 @@ impl Layer for Linear {
             });
             pass.finish_from(dw_oi.len(), db_o);
         }
-        // The first layer's gradient comes last of all: part by part, so that its update need not wait for the whole.
         let of = |segment: usize| {
             let rows = segments.rows(segment);
             let (dy, x) = (&dy[rows.start * o..rows.end * o], &x[rows.start * i..rows.end * i]);
             (Mat::new(dy, rows.len(), o), Mat::new(x, rows.len(), i))
         };
+        // The first layer's gradient comes last of all: part by part, so that its update need not wait for the whole.
         if dx.is_none() && self.strip() < o {
             let (mut room, scratch) = scratch.split_at_mut(self.packed(segments.total(), segments.len()));
             let mut split = |segment| {
