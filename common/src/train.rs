@@ -8,6 +8,7 @@ use crate::rng::{Key, Purpose};
 use crate::tree::Node;
 use ndarray::ArrayView2;
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// All memory that a step needs, planned once for the largest batch.
 pub struct Workspace {
@@ -26,6 +27,18 @@ impl Workspace {
             saved: vec![0.0; model.net().saved(rows, segments)],
             scratch: vec![0.0; model.net().scratch(rows, segments)],
         }
+    }
+}
+
+/// Where a pass gets its parameters from, some of which may still be on their way.
+pub trait Source {
+    /// Those at `range` of the flat vector, as soon as they are there; `None` where they will not come.
+    fn get(&self, range: Range<usize>) -> Option<&[f32]>;
+}
+
+impl Source for [f32] {
+    fn get(&self, range: Range<usize>) -> Option<&[f32]> {
+        self.get(range)
     }
 }
 
@@ -49,19 +62,29 @@ pub fn gradient(
     grads: &mut [f32],
     finished: &mut dyn FnMut(usize, Final<'_>),
 ) -> LossSums {
-    forward(model, params, batch, segments, key, workspace);
+    forward(model, params, batch, segments, key, workspace).expect("all parameters are there");
     backward(model, loss, params, batch, segments, key, workspace, grads, finished)
 }
 
 /// The outputs of a training step, and what [`backward`] needs of the way to them, into `workspace`.
-pub fn forward(model: &Model, params: &[f32], batch: &Batch, segments: &Segments, key: Key, workspace: &mut Workspace) {
+///
+/// Parameters are asked for layer by layer, from the first to the last, so that it may begin before all have come; `None`
+/// where some do not.
+pub fn forward(
+    model: &Model,
+    params: &(impl Source + ?Sized),
+    batch: &Batch,
+    segments: &Segments,
+    key: Key,
+    workspace: &mut Workspace,
+) -> Option<()> {
     let Workspace { logits, saved, scratch, .. } = workspace;
     let (net, rows, parts) = (model.net(), batch.samples, segments.len());
     let logits = &mut logits[..rows * model.outputs()];
     let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
-    let (trainable, running) = params.split_at(model.layout().trainable());
     let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
-    net.forward(&pass, Params { trainable, running }, &batch.inputs, logits, saved, scratch);
+    let of_layer = |trainable, _| Some(Params { trainable: params.get(trainable)?, running: &[] });
+    net.run(&pass, of_layer, &batch.inputs, logits, saved, scratch)
 }
 
 /// Loss and gradients of what [`forward`] computed from the same arguments.

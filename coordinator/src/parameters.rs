@@ -138,29 +138,24 @@ fn add_up(shared: Arc<Shared>, chunk: Chunk, values: Bytes, turn: tokio::sync::O
     shared.clone().store.pool.spawn(move || accept(&shared));
 }
 
-/// Sends every version of every chunk as it is ready, until nobody listens or the session is over.
+/// Sends every version of every chunk as it is ready, the first chunks first, until nobody listens or the session is over.
 async fn broadcast(shared: Arc<Shared>, session: Bytes, send: mpsc::Sender<Result<Frame<Bytes>, Status>>) {
     let mut changes = shared.store.changes();
     let mut sent = vec![None; shared.store.layout().chunks()];
     while shared.member(&session).is_ok() {
         changes.borrow_and_update();
-        let mut idle = true;
-        for (index, sent) in sent.iter_mut().enumerate() {
-            let Some(next) = shared.store.next(index, *sent) else { continue };
-            shared.store.bytes_pulled.fetch_add(next.bytes.len() as u64, Ordering::Relaxed);
-            *sent = Some(next.step);
-            let head = ChunkHead { step: next.step.0, index: index as u32, crc: next.crc };
-            for part in stream::weights(head, &next.bytes) {
-                if send.send(Ok(Frame::data(part))).await.is_err() {
-                    return;
-                }
-            }
-            idle = false;
-        }
-        if idle {
+        let Some((index, next)) = shared.store.next(&sent) else {
             tokio::select! {
-                _ = changes.changed() => {}
+                _ = changes.changed() => continue,
                 () = send.closed() => return,
+            }
+        };
+        shared.store.bytes_pulled.fetch_add(next.bytes.len() as u64, Ordering::Relaxed);
+        sent[index] = Some(next.step);
+        let head = ChunkHead { step: next.step.0, index: index as u32, crc: next.crc };
+        for part in stream::weights(head, &next.bytes) {
+            if send.send(Ok(Frame::data(part))).await.is_err() {
+                return;
             }
         }
     }

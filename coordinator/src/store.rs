@@ -189,6 +189,8 @@ pub struct Store {
     partitions: u32,
     weights: Arc<Weights>,
     chunks: Vec<Mutex<Chunk>>,
+    /// The version of each chunk, to look at while others work on it.
+    versions: Vec<AtomicU64>,
     /// Buffers of a chunk's length.
     spare: Arc<Spare>,
     /// Learning rate of the open step.
@@ -256,6 +258,7 @@ impl Store {
             .collect();
         Ok(Store {
             pending: AtomicUsize::new(chunks.len()),
+            versions: chunks.iter().map(|_| AtomicU64::new(step.0)).collect(),
             chunks,
             layout,
             optimizer,
@@ -415,6 +418,7 @@ impl Store {
         }
         chunk.previous = true;
         chunk.version = step.next();
+        self.versions[index].store(chunk.version.0, Ordering::Release);
     }
 
     /// Running statistics of a block that begins at `start`: they follow the means over the step's samples.
@@ -457,9 +461,17 @@ impl Store {
         self.changed.subscribe()
     }
 
+    /// Of the chunks with a newer version than was sent the first one, with its next version: a pass over the weights begins
+    /// with it.
+    pub fn next(&self, sent: &[Option<Step>]) -> Option<(usize, Sent)> {
+        let newer = |i: usize, sent: Option<Step>| sent.is_none_or(|s| s.0 < self.versions[i].load(Ordering::Acquire));
+        let mut chunks = sent.iter().enumerate().filter(|(i, sent)| newer(*i, **sent));
+        chunks.find_map(|(i, sent)| Some((i, self.next_of(i, *sent)?)))
+    }
+
     /// The next version of chunk `index` after `than`. While a step is open that is never a version that would leave out
     /// the open step's.
-    pub fn next(&self, index: usize, than: Option<Step>) -> Option<Sent> {
+    fn next_of(&self, index: usize, than: Option<Step>) -> Option<Sent> {
         let mut chunk = lock(&self.chunks[index]);
         let (version, newer) = (chunk.version, |step| than.is_none_or(|than| than < step));
         let before = version.0.checked_sub(1).map(Step).filter(|_| chunk.previous);
@@ -528,7 +540,7 @@ mod tests {
             store.accept(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Sum(vec![4.0; len]));
         };
         let version = |index, than| {
-            let sent = store.next(index, than)?;
+            let sent = store.next_of(index, than)?;
             assert_eq!(sent.crc, unisono_proto::crc(&sent.bytes));
             Some((sent.step, sent.bytes[..4].to_vec()))
         };
@@ -558,7 +570,7 @@ mod tests {
         assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
         // Where somebody listens, an update makes what is sent; what is on its way stays as it was.
         let _stream = store.changes();
-        let on_its_way = store.next(0, None).expect("there is a version");
+        let on_its_way = store.next_of(0, None).expect("there is a version");
         push(Step(8), 0, CHUNK);
         assert_eq!(version(0, Some(Step(8))), Some((Step(9), value(-3.0))));
         assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
@@ -568,18 +580,21 @@ mod tests {
         store.flush();
         store.flush();
         assert_eq!(*lock(&kept.0), [(0, -1.0), (1, -1.0)]);
+        let of_all = |sent: [u64; 2]| store.next(&sent.map(Step).map(Some)).map(|(index, sent)| (index, sent.step.0));
+        assert_eq!((of_all([7, 7]), of_all([8, 7]), of_all([9, 8])), (Some((0, 8)), Some((0, 9)), None));
         push(Step(8), 1, 5);
-        drop(store.next(1, Some(Step(8))));
+        assert_eq!((of_all([8, 8]), of_all([9, 8]), of_all([9, 9])), (Some((0, 9)), Some((1, 9)), None));
+        drop(store.next_of(1, Some(Step(8))));
         // Where nothing gets through, updates make no more than so many.
         let mut stuck = vec![on_its_way];
         for step in 9..9 + COPIES as u64 {
             store.begin(1.0);
             push(Step(step), 0, CHUNK);
             push(Step(step), 1, 5);
-            drop(store.next(1, Some(Step(step))));
+            drop(store.next_of(1, Some(Step(step))));
             let made = lock(&store.chunks[0]).made.is_some();
             assert_eq!(made, stuck.len() < COPIES, "{} are on their way", stuck.len());
-            stuck.extend(store.next(0, Some(Step(step))));
+            stuck.extend(store.next_of(0, Some(Step(step))));
         }
         assert!(stuck.len() > COPIES);
         drop(stuck);

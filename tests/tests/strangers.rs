@@ -285,7 +285,7 @@ async fn wrong_knocks(client: &mut Client) {
         assert!(knock(&joined.door, &[7; 16], layout.len()).is_err(), "let in without the secret");
         assert!(knock(&joined.door, &joined.session, layout.len() + 5000).is_err(), "let in with another layout");
         let (weights, lane, bell) = knock(&joined.door, &joined.session, layout.len()).expect("let in");
-        assert!(weights.of_step(0).len() == layout.len());
+        assert!(weights.of_step(0, 0..layout.len()).len() == layout.len());
         says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used }))).expect("it is read");
         if used {
             lane.tell(Report::Ready { slot: 9, from: 0, to: u32::MAX, spent: None });

@@ -2,6 +2,7 @@
 
 use crate::link::Link;
 use crate::samples::Samples;
+use crate::weights::Reading;
 use anyhow::{Context, Result};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use unisono_common::loss::{Loss, LossSums};
 use unisono_common::metrics::{EvalKind, EvalSums};
 use unisono_common::model::Model;
 use unisono_common::rng::{Key, Purpose};
-use unisono_common::train::{self, Final, Workspace};
+use unisono_common::train::{self, Final, Source, Workspace};
 use unisono_common::tree::Node;
 use unisono_proto::shm::frame::Spent;
 use unisono_proto::{self as wire, v1};
@@ -96,15 +97,15 @@ impl Compute {
     }
 
     /// The gradient sums of one node, into `out`, and what that took; `ready` hears which trainable values are final, from the
-    /// last to the first.
+    /// last to the first. `None` where the weights do not come.
     fn gradient(
         &mut self,
         step: u64,
         node: Node,
-        weights: &[f32],
+        weights: &Reading<'_>,
         out: &mut [f32],
         ready: &mut dyn FnMut(usize, Final<'_>),
-    ) -> (LossSums, Spent) {
+    ) -> Option<(LossSums, Spent)> {
         let began = Instant::now();
         self.fill(step, node);
         let rows = (node.len() as usize * self.job.train.micro_batch).max(EVAL_ROWS);
@@ -114,17 +115,18 @@ impl Compute {
         let key = Key::new(self.job.seed, Purpose::Dropout).with(step);
         let (model, loss, batch) = (&self.model, &self.loss, &self.batch);
         let filled = Instant::now();
-        train::forward(model, weights, batch, segments, key, workspace);
+        train::forward(model, weights, batch, segments, key, workspace)?;
+        let weights_all = weights.get(0..model.layout().len())?;
         let forwarded = Instant::now();
-        let sums = train::backward(model, loss, weights, batch, segments, key, workspace, out, ready);
+        let sums = train::backward(model, loss, weights_all, batch, segments, key, workspace, out, ready);
         let nanos = |time: Duration| time.as_nanos() as u64;
         let spent = Spent {
             data: nanos(filled - began),
-            forward: nanos(forwarded - filled),
+            forward: nanos((forwarded - filled).saturating_sub(weights.waited())),
             backward: nanos(forwarded.elapsed()),
             ..Default::default()
         };
-        (sums, spent)
+        Some((sums, spent))
     }
 
     /// The evaluation sums of one node, partition by partition.
@@ -148,13 +150,13 @@ impl Compute {
     }
 
     /// The first partition of `node` whose loss or gradient is not finite, and the tensor's name.
-    fn blame(&mut self, step: u64, node: Node, weights: &[f32]) -> v1::Diverged {
+    fn blame(&mut self, step: u64, node: Node, weights: &Reading<'_>) -> v1::Diverged {
         let diverged =
             |node, tensor: &str| v1::Diverged { step, node: Some(wire::to_wire(node)), tensor: tensor.into() };
         // Rare, and the slot may be read by others: it gets memory of its own.
         let mut gradient = vec![0.0; self.model.layout().len()];
         for leaf in (node.lo..node.hi).map(Node::leaf) {
-            let (sums, _) = self.gradient(step, leaf, weights, &mut gradient, &mut |_, _| {});
+            let Some((sums, _)) = self.gradient(step, leaf, weights, &mut gradient, &mut |_, _| {}) else { break };
             if !sums.loss.is_finite() {
                 return diverged(leaf, "loss");
             }
@@ -185,8 +187,11 @@ impl Compute {
             let tell = |kind| session.send(v1::FromWorker { kind: Some(kind) }).ok().context("the session ended");
             let (step, node) = (order.step, order.node);
             self.fetch(&link, node, order.evaluate)?;
+            let Some(weights) = link.weights(&order) else { continue };
             if order.evaluate {
-                let sums = self.evaluate(node, link.weights(&order));
+                let Some(all) = weights.get(0..self.model.layout().len()) else { continue };
+                let sums = self.evaluate(node, all);
+                drop(weights);
                 if !sums.is_finite() {
                     let (node, tensor) = (Some(wire::to_wire(node)), "loss of the evaluation".into());
                     tell(v1::from_worker::Kind::Diverged(v1::Diverged { step, node, tensor }))?;
@@ -207,16 +212,20 @@ impl Compute {
                 announcement.ready(from, part.sums);
                 telling += began.elapsed();
             };
-            let (sums, mut spent) = self.gradient(step, node, link.weights(&order), link.gradient(slot), &mut ready);
+            let computed = self.gradient(step, node, &weights, link.gradient(slot), &mut ready);
+            let Some((sums, mut spent)) = computed else {
+                link.drop_slot(slot);
+                continue;
+            };
             if sums.loss.is_finite() {
-                // Before the last announcement: the next step's weights come into this memory.
-                drop(order);
+                // Before the last announcement: then others may be written over them.
+                drop(weights);
                 let telling = telling.as_nanos() as u64;
                 (spent.backward, spent.encode) = (spent.backward.saturating_sub(telling), telling);
                 announcement.finish(sums, spent);
             } else {
                 link.drop_slot(slot);
-                tell(v1::from_worker::Kind::Diverged(self.blame(step, node, link.weights(&order))))?;
+                tell(v1::from_worker::Kind::Diverged(self.blame(step, node, &weights)))?;
             }
         }
         Ok(())

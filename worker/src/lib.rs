@@ -7,10 +7,12 @@ pub mod link;
 mod push;
 pub mod samples;
 pub mod session;
+mod weights;
 
 use anyhow::{Result, bail};
 pub use connect::{endpoint, plain, unreachable};
 use session::{End, Kept};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 /// Pauses between attempts to join.
@@ -42,6 +44,11 @@ pub struct Options {
     pub patience: Duration,
     /// Where partitions that the coordinator sends are kept from run to run.
     pub cache: Option<std::path::PathBuf>,
+}
+
+/// Locks a mutex whose holders leave what they guard as it should be, whatever happens to them.
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// Finds mistakes in the options before anything starts.

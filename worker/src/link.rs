@@ -4,12 +4,14 @@
 //! still being computed. Over shared memory the coordinator reads it there; over streams its chunks are sent from there.
 
 use crate::session::FetchOrder;
+use crate::weights::{Coming, Reading};
 use anyhow::{Context, Result};
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::mpsc;
+use unisono_common::ids::Step;
 use unisono_common::layout::{CHUNK, Layout};
 use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
@@ -18,14 +20,12 @@ use unisono_proto::shm::memory::BellMemory;
 use unisono_proto::shm::{Hold, Lane, Part, Weights};
 
 /// One order: this node, with the weights of this step.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub struct Order {
     pub step: u64,
     pub generation: u64,
     pub node: Node,
     pub evaluate: bool,
-    /// The weights; `None` where they are in shared memory.
-    pub weights: Option<Arc<Vec<f32>>>,
 }
 
 /// What the push stream sends.
@@ -44,7 +44,7 @@ pub struct Link {
 
 enum Way {
     Shared { weights: Weights, coordinator: BellMemory, fetch: mpsc::UnboundedSender<FetchOrder> },
-    Streams { orders: std::sync::mpsc::Receiver<Order>, push: mpsc::UnboundedSender<Piece> },
+    Streams { orders: std::sync::mpsc::Receiver<Order>, coming: Arc<Coming>, push: mpsc::UnboundedSender<Piece> },
 }
 
 impl Link {
@@ -62,9 +62,10 @@ impl Link {
     pub fn streams(
         lane: Arc<Lane>,
         orders: std::sync::mpsc::Receiver<Order>,
+        coming: Arc<Coming>,
         push: mpsc::UnboundedSender<Piece>,
     ) -> Link {
-        Link { lane, way: Way::Streams { orders, push } }
+        Link { lane, way: Way::Streams { orders, coming, push } }
     }
 
     /// Waits for the next order; `None` when the session is over. Where it has not come yet, `meanwhile` is run first.
@@ -72,7 +73,7 @@ impl Link {
         match &self.way {
             Way::Shared { .. } => {
                 let frame::Order { step, generation, node, evaluate } = self.lane.next_order(meanwhile)?;
-                Some(Order { step, generation, node, evaluate, weights: None })
+                Some(Order { step, generation, node, evaluate })
             }
             Way::Streams { orders, .. } => orders.try_recv().ok().or_else(|| {
                 meanwhile();
@@ -81,12 +82,11 @@ impl Link {
         }
     }
 
-    /// The weights that an order is computed with.
-    pub fn weights<'a>(&'a self, order: &'a Order) -> &'a [f32] {
-        match (&self.way, &order.weights) {
-            (_, Some(weights)) => weights,
-            (Way::Shared { weights, .. }, None) => weights.of_step(order.step),
-            (Way::Streams { .. }, None) => &[],
+    /// The weights that an order is computed with; `None` where nobody waits for what would be computed.
+    pub fn weights(&self, order: &Order) -> Option<Reading<'_>> {
+        match &self.way {
+            Way::Shared { weights, .. } => Some(Reading::whole(weights, Step(order.step))),
+            Way::Streams { coming, .. } => Reading::coming(coming, Step(order.step)),
         }
     }
 

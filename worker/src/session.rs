@@ -6,6 +6,7 @@ use crate::connect::{Client, answer, call, endpoint, plain, unreachable};
 use crate::link::{Link, Order};
 use crate::push;
 use crate::samples::{Samples, Sent};
+use crate::weights::{Coming, Incoming};
 use crate::{Options, Transport};
 use anyhow::{Context, Result, bail};
 use http_body_util::Full;
@@ -27,7 +28,7 @@ use unisono_common::protocol::Kind;
 use unisono_common::protocol::worker::{Command, Event, Machine, Work};
 use unisono_common::tree::Node;
 use unisono_proto::shm::Lane;
-use unisono_proto::stream::{ChunkHead, Reader};
+use unisono_proto::stream::Reader;
 use unisono_proto::{self as wire, v1};
 
 /// How a session ended.
@@ -135,58 +136,63 @@ pub struct FetchOrder {
 
 /// Weights in and gradients out where there is no shared memory.
 struct Streams {
-    broadcast: Reader<Body>,
-    /// The chunk that is coming.
-    head: Option<(ChunkHead, usize)>,
+    receiving: JoinHandle<String>,
     pushing: JoinHandle<Result<(), tonic::Status>>,
     machine: Machine,
-    /// The weights that are coming, and those that are computed with.
-    coming: Vec<f32>,
-    weights: Arc<Vec<f32>>,
+    coming: Arc<Coming>,
     orders: std::sync::mpsc::Sender<Order>,
 }
 
 impl Streams {
-    /// The next chunk of weights, or why no more come.
-    async fn next(streams: &mut Option<Streams>, layout: &Layout) -> Result<Event, String> {
-        let Some(streams) = streams else { return std::future::pending().await };
+    /// Waits until one of the streams ends, and says why.
+    async fn end(streams: &mut Option<Streams>) -> String {
+        let Some(Streams { receiving, pushing, .. }) = streams else { return std::future::pending().await };
         tokio::select! {
-            chunk = weights(&mut streams.broadcast, &mut streams.head, &mut streams.coming, layout) => chunk,
-            pushed = &mut streams.pushing => Err(match pushed {
+            why = receiving => why.unwrap_or_else(|_| "the broadcast ended".into()),
+            pushed = pushing => match pushed {
                 Ok(Err(refused)) => format!("the coordinator took no more pushes: {}", refused.message()),
                 Ok(Ok(())) | Err(_) => "the pushes ended".into(),
-            }),
+            },
         }
-    }
-
-    /// The weights that came are computed with from now on.
-    fn adopt(&mut self) {
-        // Compute let go of the old ones before its last push; they are filled by the next step's chunks.
-        let spare = Arc::try_unwrap(std::mem::take(&mut self.weights)).unwrap_or_default();
-        let spare = if spare.is_empty() { vec![0.0; self.coming.len()] } else { spare };
-        self.weights = Arc::new(std::mem::replace(&mut self.coming, spare));
     }
 }
 
-/// The next chunk of weights, into its place. What is broken off goes on with the next call.
-async fn weights(
-    broadcast: &mut Reader<Body>,
-    head: &mut Option<(ChunkHead, usize)>,
-    coming: &mut [f32],
-    layout: &Layout,
-) -> Result<Event, String> {
-    let broke = |e: tonic::Status| format!("the broadcast broke: {}", e.message());
-    if head.is_none() {
-        *head = broadcast.weights().await.map_err(broke)?;
+impl Drop for Streams {
+    fn drop(&mut self) {
+        self.receiving.abort();
+        self.pushing.abort();
+        self.coming.close();
     }
-    let (chunk, len) = head.ok_or("the broadcast ended")?;
-    let index = wire::check_head(layout, chunk.index, len).map_err(|e| e.to_string())?;
-    let values = broadcast.values().await.map_err(broke)?;
-    *head = None;
-    let to = le_bytes_mut(&mut coming[layout.chunk(index)]);
-    let copy = |at: usize, block: &[u8]| to[at..at + block.len()].copy_from_slice(block);
-    wire::check_chunk(layout, chunk, &values, copy).map_err(|e| e.to_string())?;
-    Ok(Event::Chunk { index, step: Step(chunk.step) })
+}
+
+/// Puts the chunks of a broadcast into their places, until it ends; gives why it does.
+async fn receive(mut broadcast: Reader<Body>, mut incoming: Incoming, layout: Layout) -> String {
+    loop {
+        match receive_chunk(&mut broadcast, &mut incoming, &layout).await {
+            Ok(true) => {}
+            Ok(false) => return "the broadcast ended".into(),
+            Err(e) => return format!("the broadcast broke: {}", e.message()),
+        }
+    }
+}
+
+/// The next chunk of weights; false where none comes.
+async fn receive_chunk(
+    broadcast: &mut Reader<Body>,
+    incoming: &mut Incoming,
+    layout: &Layout,
+) -> Result<bool, tonic::Status> {
+    let Some((chunk, len)) = broadcast.weights().await? else { return Ok(false) };
+    let index = wire::check_head(layout, chunk.index, len)?;
+    let values = broadcast.values().await?;
+    let step = Step(chunk.step);
+    let room = incoming.room(index, step).ok_or_else(|| {
+        tonic::Status::invalid_argument(format!("chunk {index} of step {step} came when it was not its turn"))
+    })?;
+    let to = le_bytes_mut(room);
+    wire::check_chunk(layout, chunk, &values, |at, block| to[at..at + block.len()].copy_from_slice(block))?;
+    incoming.arrived(index, step);
+    Ok(true)
 }
 
 /// Runs one membership.
@@ -268,16 +274,16 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
             let other = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
             let request = wire::stream::short(&v1::BroadcastRequest { session: joined.session.clone() });
             let broadcast = call(other, "Broadcast", Body::new(Full::new(request)));
+            let broadcast = answer(options, broadcast).await?;
+            let (coming, incoming) = Coming::new(&layout).context("no memory for the weights")?;
             let streams = Streams {
-                broadcast: answer(options, broadcast).await?,
-                head: None,
+                receiving: tokio::spawn(receive(broadcast, incoming, layout.clone())),
                 pushing: push::start(channel, joined.session.clone(), layout.clone(), pieces, &to_coordinator),
-                machine: Machine::new(layout.chunks(), fetcher.as_ref().map(|f| f.sent.at_hand())),
-                coming: vec![0.0; layout.len()],
-                weights: Arc::default(),
+                machine: Machine::new(fetcher.as_ref().map(|f| f.sent.at_hand())),
+                coming: coming.clone(),
                 orders,
             };
-            (Link::streams(lane.clone(), taken, push), lane, Some(streams))
+            (Link::streams(lane.clone(), taken, coming, push), lane, Some(streams))
         }
     };
     let (fetched_in, mut fetched) = mpsc::unbounded_channel();
@@ -314,10 +320,7 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
                 Ok(None) => break End::Again("the coordinator closed the session".into()),
                 Err(e) => break End::Again(format!("the session broke: {}", e.message())),
             },
-            came = Streams::next(&mut streams, &layout) => match came {
-                Ok(event) => event,
-                Err(why) => break End::Again(why),
-            },
+            why = Streams::end(&mut streams) => break End::Again(why),
             Some(result) = fetched.recv() => match result {
                 Ok(()) => Event::Fetched,
                 Err(e) => break End::Again(format!("cannot fetch a partition: {e:#}")),
@@ -345,7 +348,6 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
         let Some(streams) = &mut streams else { continue };
         for command in streams.machine.handle(event) {
             match command {
-                Command::Adopt { .. } => streams.adopt(),
                 Command::Fetch { kind, partitions } => {
                     let Some(fetcher) = fetcher.clone() else { continue };
                     let done = fetched_in.clone();
@@ -355,19 +357,16 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
                 }
                 Command::Compute(Work { step, generation, kind, nodes }) => {
                     for node in nodes {
-                        let (evaluate, weights) = (kind == Kind::Evaluate, Some(streams.weights.clone()));
+                        let evaluate = kind == Kind::Evaluate;
                         // Where compute has ended, the loop hears of it.
-                        streams.orders.send(Order { step: step.0, generation, node, evaluate, weights }).ok();
+                        streams.orders.send(Order { step: step.0, generation, node, evaluate }).ok();
                     }
                 }
             }
         }
     };
     lane.close();
-    if let Some(streams) = streams {
-        streams.pushing.abort();
-    }
-    drop((incoming, to_coordinator, to_fetch));
+    drop((streams, incoming, to_coordinator, to_fetch));
     // The compute thread ends when its channels do; the next session's begins with an idle machine.
     tokio::time::timeout(Duration::from_secs(60), compute_over.recv()).await.ok();
     Ok(end)

@@ -160,7 +160,16 @@ pub trait Layer: Send + Sync {
 #[derive(Clone, Copy)]
 pub struct Params<'a> {
     pub trainable: &'a [f32],
+    /// Running statistics; nothing in a forward pass of training, which does not read them.
     pub running: &'a [f32],
+}
+
+impl<'a> Params<'a> {
+    /// Those at these places; of running statistics where there are any.
+    fn part(self, trainable: Range<usize>, running: Range<usize>) -> Params<'a> {
+        let running = if self.running.is_empty() { self.running } else { &self.running[running] };
+        Params { trainable: &self.trainable[trainable], running }
+    }
 }
 
 /// Where a layer's gradients and statistics go.

@@ -2,6 +2,7 @@
 
 use super::{Grads, Layer, Params, Pass, over_rows};
 use crate::layout::{Role, Tensor};
+use std::ops::Range;
 
 /// `y = layers[n-1](... layers[0](x))`; tensors are named `index.name`, as PyTorch's `nn.Sequential` does
 /// with the job's layers.
@@ -56,6 +57,44 @@ impl Sequential {
     fn inner_scratch(&self, rows: usize, segments: usize) -> usize {
         self.layers.iter().map(|l| l.scratch(rows, segments)).max().unwrap_or(0)
     }
+
+    /// [`Layer::forward`] with parameters that each layer gets when its turn comes: `params(trainable, running)` gives those
+    /// at these places among all of the chain's. `None` where it gives none: then `y` is not there.
+    pub(crate) fn run<'p>(
+        &self,
+        pass: &Pass<'_>,
+        mut params: impl FnMut(Range<usize>, Range<usize>) -> Option<Params<'p>>,
+        x: &[f32],
+        y: &mut [f32],
+        saved: &mut [f32],
+        scratch: &mut [f32],
+    ) -> Option<()> {
+        let (rows, segments) = (pass.segments.total(), pass.segments.len());
+        let (mut between, mut kept) = saved.split_at_mut(self.between() * rows);
+        let (mut trainable, mut running) = (0, 0);
+        let mut x = x;
+        let mut y = Some(y);
+        for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate() {
+            let mine = params(trainable..trainable + t, running..running + r)?;
+            (trainable, running) = (trainable + t, running + r);
+            let (saved, rest) = kept.split_at_mut(layer.saved(rows, segments));
+            kept = rest;
+            let out: &mut [f32] = if i + 1 == self.layers.len() {
+                y.take().unwrap_or_default()
+            } else {
+                let (out, rest) = between.split_at_mut(len(layer.out_shape()) * rows);
+                between = rest;
+                out
+            };
+            let pass = Pass { key: pass.key.with(self.places[i] as u64), ..*pass };
+            layer.forward(&pass, mine, x, out, saved, &mut scratch[..layer.scratch(rows, segments)]);
+            x = out;
+        }
+        if let Some(y) = y {
+            y.copy_from_slice(x); // no layers at all
+        }
+        Some(())
+    }
 }
 
 impl Layer for Sequential {
@@ -98,30 +137,8 @@ impl Layer for Sequential {
         saved: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (rows, segments) = (pass.segments.total(), pass.segments.len());
-        let (mut between, mut kept) = saved.split_at_mut(self.between() * rows);
-        let (mut trainable, mut running) = (params.trainable, params.running);
-        let mut x = x;
-        let mut y = Some(y);
-        for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate() {
-            let mine = Params { trainable: &trainable[..t], running: &running[..r] };
-            (trainable, running) = (&trainable[t..], &running[r..]);
-            let (saved, rest) = kept.split_at_mut(layer.saved(rows, segments));
-            kept = rest;
-            let out: &mut [f32] = if i + 1 == self.layers.len() {
-                y.take().unwrap_or_default()
-            } else {
-                let (out, rest) = between.split_at_mut(len(layer.out_shape()) * rows);
-                between = rest;
-                out
-            };
-            let pass = Pass { key: pass.key.with(self.places[i] as u64), ..*pass };
-            layer.forward(&pass, mine, x, out, saved, &mut scratch[..layer.scratch(rows, segments)]);
-            x = out;
-        }
-        if let Some(y) = y {
-            y.copy_from_slice(x); // no layers at all
-        }
+        let part = |t, r| Some(params.part(t, r));
+        self.run(pass, part, x, y, saved, scratch).expect("all parameters are there");
     }
 
     fn backward(

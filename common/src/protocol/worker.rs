@@ -1,21 +1,89 @@
-//! The worker's machine: which weights are whole, which partitions are at hand, and so which work can begin.
+//! The worker's machines: which weights have come, and which work can begin.
 //!
-//! Weights come chunk by chunk, a newer version of one chunk perhaps before the old version of another has come. As soon
-//! as all chunks are of one step they are *adopted*; only then may the next version be written. A whole version of step
-//! `s + 1` exists only where step `s` was committed, so work for an older step is of no use to anybody and is dropped.
+//! Weights come chunk by chunk into two buffers, those of step `s` into buffer `s % 2`: a chunk of step `s + 1` may come before
+//! the last one of step `s`. A pass over step `s` begins with the first chunks and asks for more as it goes. A chunk of step
+//! `s + 2` exists only where step `s` was committed, so that no work of it is left: then its buffer is written again.
 
 use super::Kind;
 use crate::ids::Step;
 use crate::tree::Node;
 use std::collections::{BTreeSet, VecDeque};
 
+/// Which chunks of which step's weights are in the two buffers.
+#[derive(Debug)]
+pub struct Arrivals {
+    buffers: [Buffer; 2],
+    /// The step that is computed with.
+    read: Option<Step>,
+}
+
+#[derive(Debug)]
+struct Buffer {
+    step: Option<Step>,
+    there: Vec<bool>,
+    /// So many are there from the first one on.
+    leading: usize,
+}
+
+impl Arrivals {
+    /// None yet of so many chunks.
+    pub fn new(chunks: usize) -> Arrivals {
+        let empty = || Buffer { step: None, there: vec![false; chunks], leading: 0 };
+        Arrivals { buffers: [empty(), empty()], read: None }
+    }
+
+    /// The buffer of even or of odd steps.
+    fn buffer(&mut self, step: Step) -> &mut Buffer {
+        &mut self.buffers[(step.0 % 2) as usize]
+    }
+
+    /// Whether chunk `index` of `step` may be written: not what is read, what is there, or what is older.
+    pub fn admit(&mut self, index: usize, step: Step) -> bool {
+        let read = self.read;
+        let buffer = self.buffer(step);
+        if buffer.step < Some(step) && (buffer.step.is_none() || buffer.step != read) {
+            (buffer.step, buffer.leading) = (Some(step), 0);
+            buffer.there.fill(false);
+        }
+        buffer.step == Some(step) && !buffer.there[index]
+    }
+
+    /// Chunk `index` of `step`, which was admitted, is written.
+    pub fn arrived(&mut self, index: usize, step: Step) {
+        let buffer = self.buffer(step);
+        buffer.there[index] = true;
+        buffer.leading += buffer.there[buffer.leading..].iter().take_while(|there| **there).count();
+    }
+
+    /// Begins to compute with the weights of `step`, whether they have come or not; false where it is over for all workers.
+    pub fn begin(&mut self, step: Step) -> bool {
+        let next = self.buffer(step.next());
+        let over = next.step == Some(step.next()) && next.leading == next.there.len();
+        let open = !over && self.leading(step).is_some();
+        self.read = open.then_some(step);
+        open
+    }
+
+    /// Nothing is computed with any weights.
+    pub fn end(&mut self) {
+        self.read = None;
+    }
+
+    /// How many chunks of `step` are there from the first one on; `None` where they were written over.
+    pub fn leading(&mut self, step: Step) -> Option<usize> {
+        let buffer = self.buffer(step);
+        if buffer.step > Some(step) {
+            return None;
+        }
+        Some(if buffer.step == Some(step) { buffer.leading } else { 0 })
+    }
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The coordinator asks for these nodes.
     Work(Work),
-    /// A chunk of the weights of `step` came and was written into the memory for incoming weights.
-    Chunk { index: usize, step: Step },
     /// All partitions of the last [`Command::Fetch`] are at hand.
     Fetched,
 }
@@ -32,22 +100,15 @@ pub struct Work {
 /// What to do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
-    /// The incoming weights are whole: compute with them from now on, and take the next ones into the memory of the last.
-    Adopt { step: Step },
     /// Get these partitions; [`Event::Fetched`] follows.
     Fetch { kind: Kind, partitions: Vec<u32> },
-    /// Compute with the adopted weights.
+    /// Compute this.
     Compute(Work),
 }
 
-/// The worker's machine.
+/// Which partitions are at hand, and so which work can begin, in the order in which it came.
 #[derive(Debug)]
 pub struct Machine {
-    versions: Vec<Option<Step>>,
-    /// The newest version that came, and the number of chunks that have it.
-    newest: Option<Step>,
-    count: usize,
-    adopted: Option<Step>,
     waiting: VecDeque<Work>,
     /// Partitions at hand, by whether they are of the test set; `None` where the worker reads all data itself.
     at_hand: Option<BTreeSet<(u32, bool)>>,
@@ -55,17 +116,9 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine for weights in `chunks` chunks, that has these partitions (`None`: all).
-    pub fn new(chunks: usize, at_hand: Option<BTreeSet<(u32, bool)>>) -> Machine {
-        Machine {
-            versions: vec![None; chunks],
-            newest: None,
-            count: 0,
-            adopted: None,
-            waiting: VecDeque::new(),
-            at_hand,
-            fetching: None,
-        }
+    /// A machine that has these partitions (`None`: all).
+    pub fn new(at_hand: Option<BTreeSet<(u32, bool)>>) -> Machine {
+        Machine { waiting: VecDeque::new(), at_hand, fetching: None }
     }
 
     /// Takes one event and says what follows from it.
@@ -73,46 +126,24 @@ impl Machine {
         let mut out = Vec::new();
         match event {
             Event::Work(work) => self.waiting.push_back(work),
-            Event::Chunk { index, step } => {
-                if self.newest.is_none_or(|newest| step > newest) {
-                    (self.newest, self.count) = (Some(step), 0);
-                }
-                let before = self.versions[index].replace(step);
-                self.count += usize::from(Some(step) == self.newest && before != self.newest);
-                if self.count == self.versions.len() && self.adopted != self.newest {
-                    self.adopted = self.newest;
-                    out.push(Command::Adopt { step });
-                }
-            }
             Event::Fetched => {
                 if let (Some(at_hand), Some((kind, partitions))) = (&mut self.at_hand, self.fetching.take()) {
                     at_hand.extend(partitions.into_iter().map(|p| (p, kind == Kind::Evaluate)));
                 }
             }
         }
-        self.start(&mut out);
-        out
-    }
-
-    fn start(&mut self, out: &mut Vec<Command>) {
         while let Some(work) = self.waiting.front() {
-            if self.adopted.is_some_and(|adopted| adopted > work.step) {
-                self.waiting.pop_front(); // that step is committed
-                continue;
-            }
-            let missing = self.missing(work);
+            let (kind, missing) = (work.kind, self.missing(work));
             if !missing.is_empty() {
                 if self.fetching.is_none() {
-                    self.fetching = Some((work.kind, missing.clone()));
-                    out.push(Command::Fetch { kind: work.kind, partitions: missing });
+                    self.fetching = Some((kind, missing.clone()));
+                    out.push(Command::Fetch { kind, partitions: missing });
                 }
-                return;
-            }
-            if self.adopted != Some(work.step) {
-                return;
+                break;
             }
             out.extend(self.waiting.pop_front().map(Command::Compute));
         }
+        out
     }
 
     fn missing(&self, work: &Work) -> Vec<u32> {
@@ -127,47 +158,79 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn work(step: u64, kind: Kind) -> Work {
-        Work { step: Step(step), generation: 1, kind, nodes: vec![Node { lo: 0, hi: 2 }] }
+    #[test]
+    fn work_waits_for_its_partitions() {
+        let work = |step, kind| Work { step: Step(step), generation: 1, kind, nodes: vec![Node { lo: 0, hi: 2 }] };
+        let fetch = |kind| Command::Fetch { kind, partitions: vec![0, 1] };
+        let mut m = Machine::new(Some(BTreeSet::new()));
+        assert_eq!(m.handle(Event::Work(work(5, Kind::Train))), [fetch(Kind::Train)]);
+        assert_eq!(m.handle(Event::Work(work(5, Kind::Evaluate))), []);
+        let next = [Command::Compute(work(5, Kind::Train)), fetch(Kind::Evaluate)];
+        assert_eq!(m.handle(Event::Fetched), next);
+        assert_eq!(m.handle(Event::Fetched), [Command::Compute(work(5, Kind::Evaluate))]);
+        assert_eq!(m.handle(Event::Work(work(6, Kind::Train))), [Command::Compute(work(6, Kind::Train))]);
+        let all = Machine::new(None).handle(Event::Work(work(5, Kind::Train)));
+        assert_eq!(all, [Command::Compute(work(5, Kind::Train))]);
     }
 
     #[test]
-    fn work_waits_for_its_weights_and_its_partitions() {
-        let mut m = Machine::new(2, Some(BTreeSet::new()));
-        let chunk = |index, step| Event::Chunk { index, step: Step(step) };
-        let fetch = |kind| Command::Fetch { kind, partitions: vec![0, 1] };
-        assert_eq!(m.handle(Event::Work(work(5, Kind::Train))), [fetch(Kind::Train)]);
-        assert_eq!(m.handle(chunk(0, 5)), []);
-        assert_eq!(m.handle(Event::Fetched), []);
-        let begin = [Command::Adopt { step: Step(5) }, Command::Compute(work(5, Kind::Train))];
-        assert_eq!(m.handle(chunk(1, 5)), begin);
-        // Given anew while the next version is on its way: the adopted weights are still there.
-        assert_eq!(m.handle(chunk(1, 6)), []);
-        assert_eq!(m.handle(Event::Work(work(5, Kind::Train))), [Command::Compute(work(5, Kind::Train))]);
-        assert_eq!(m.handle(chunk(0, 6)), [Command::Adopt { step: Step(6) }]);
-        // Too late: nobody waits for it, and what is behind it goes on.
-        assert_eq!(m.handle(Event::Work(work(5, Kind::Train))), []);
-        assert_eq!(m.handle(Event::Work(work(6, Kind::Evaluate))), [fetch(Kind::Evaluate)]);
-        assert_eq!(m.handle(Event::Fetched), [Command::Compute(work(6, Kind::Evaluate))]);
+    fn what_is_computed_with_stays_until_it_is_over() {
+        let mut a = Arrivals::new(2);
+        let put = |a: &mut Arrivals, index, step| {
+            let admitted = a.admit(index, Step(step));
+            if admitted {
+                a.arrived(index, Step(step));
+            }
+            admitted
+        };
+        assert!(a.begin(Step(5)), "its weights may come yet");
+        assert_eq!(a.leading(Step(5)), Some(0));
+        assert!(put(&mut a, 1, 5));
+        assert_eq!(a.leading(Step(5)), Some(0), "the first is missing");
+        assert!(put(&mut a, 0, 5) && !put(&mut a, 0, 5));
+        assert_eq!(a.leading(Step(5)), Some(2));
+        // The next step's lie beside them, those after it would lie over them.
+        assert!(put(&mut a, 1, 6) && !put(&mut a, 1, 7));
+        assert_eq!(a.leading(Step(5)), Some(2));
+        a.end();
+        assert!(a.begin(Step(5)), "a part of the work may be given anew");
+        a.end();
+        assert!(put(&mut a, 0, 6) && !a.begin(Step(5)), "all of it was committed");
+        assert!(put(&mut a, 1, 7) && !put(&mut a, 0, 5));
+        assert_eq!((a.leading(Step(5)), a.leading(Step(7)), a.leading(Step(9))), (None, Some(0), Some(0)));
+        assert!(a.begin(Step(6)) && put(&mut a, 0, 7) && !put(&mut a, 0, 8));
     }
 
     proptest! {
-        /// However the versions of the chunks interleave, weights are adopted in order, whole, and as often as they come.
+        /// However chunks come: what a reader was told is there is never written again while it reads.
         #[test]
-        fn every_whole_version_is_adopted_once(chunks in 1usize..6, order in prop::collection::vec(0usize..6, 0..200)) {
-            let mut m = Machine::new(chunks, None);
-            let mut versions = vec![0u64; chunks];
-            let mut adopted = 0;
-            for index in order.into_iter().map(|i| i % chunks) {
-                // No chunk runs ahead of a commit: versions differ by one at most.
-                if versions[index] > *versions.iter().min().expect("there are chunks") { continue; }
-                versions[index] += 1;
-                let got = m.handle(Event::Chunk { index, step: Step(versions[index]) });
-                if versions.iter().all(|v| *v == versions[0]) {
-                    adopted += 1;
-                    prop_assert_eq!(got, [Command::Adopt { step: Step(adopted) }]);
-                } else {
-                    prop_assert_eq!(got, []);
+        fn no_read_chunk_is_written(
+            chunks in 1usize..4,
+            events in prop::collection::vec((0u8..4, 0usize..4, 0u64..6), 0..200),
+        ) {
+            let mut a = Arrivals::new(chunks);
+            // What the memory would hold.
+            let mut buffers = [vec![None; chunks], vec![None; chunks]];
+            let mut reading: Option<(u64, usize)> = None;
+            for (what, index, step) in events {
+                match what {
+                    0 => reading = a.begin(Step(step)).then_some((step, 0)),
+                    1 => { a.end(); reading = None; }
+                    _ if a.admit(index % chunks, Step(step)) => {
+                        buffers[(step % 2) as usize][index % chunks] = Some(step);
+                        a.arrived(index % chunks, Step(step));
+                    }
+                    _ => {}
+                }
+                let Some((step, told)) = &mut reading else { continue };
+                match a.leading(Step(*step)) {
+                    None => prop_assert_eq!(*told, 0, "what was there went away"),
+                    Some(now) => {
+                        prop_assert!(now >= *told);
+                        *told = now;
+                        let all = buffers[(*step % 2) as usize][..now].iter().all(|held| *held == Some(*step));
+                        prop_assert!(all, "{buffers:?} at step {step}");
+                    }
                 }
             }
         }

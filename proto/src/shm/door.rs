@@ -151,7 +151,7 @@ mod linux {
             assert_eq!(Door::ask(&mut stream).expect("a secret"), [7; SECRET]);
             Door::give(&stream, [weights.memory(), lane.memory(), bell.memory()]).expect("it takes them");
             let (theirs, their_lane, _) = worker.join().expect("no panic").expect("memory");
-            assert_eq!(theirs.of_step(0), [0.0; 3]);
+            assert_eq!(theirs.of_step(0, 0..3), [0.0; 3]);
             let order = Order { step: 5, generation: 0, node: Node { lo: 0, hi: 1 }, evaluate: true };
             assert!(lane.order(order));
             assert_eq!(their_lane.next_order(|| ()), Some(order));

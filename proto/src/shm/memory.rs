@@ -211,6 +211,14 @@ impl Weights {
         Ok(Weights { memory: Memory::create("unisono-weights", Weights::bytes(len), true)?, len })
     }
 
+    /// Memory for `len` weights of this process alone.
+    ///
+    /// # Errors
+    /// Where the system has not so much memory to give.
+    pub fn private(len: usize) -> io::Result<Weights> {
+        Ok(Weights { memory: Memory::private(Weights::bytes(len))?, len })
+    }
+
     /// `len` weights in a memory of [`Weights::bytes`] that another process gave.
     pub fn of(memory: Memory, len: usize) -> Weights {
         Weights { memory, len }
@@ -225,10 +233,11 @@ impl Weights {
         if step.is_multiple_of(2) { 0 } else { whole_pages(self.len * 4) }
     }
 
-    /// The weights of `step`, which the coordinator has ordered something to be computed with.
-    pub fn of_step(&self, step: u64) -> &[f32] {
+    /// The weights of `step` at `range`, which have come, and which the coordinator has ordered something to be computed with.
+    pub fn of_step(&self, step: u64, range: Range<usize>) -> &[f32] {
+        assert!(range.end <= self.len, "{range:?} of {} weights", self.len);
         // SAFETY: no update writes them before all orders of this step are answered; see the module's documentation.
-        unsafe { self.memory.values(self.buffer(step), 0..self.len) }
+        unsafe { self.memory.values(self.buffer(step), range) }
     }
 
     /// Cuts the weights, which become their parts' alone.
@@ -259,9 +268,10 @@ impl Piece {
         unsafe { self.weights.memory.values(self.weights.buffer(step), self.range.clone()) }
     }
 
-    /// The values of the first step of all, to be written.
+    /// The values of `step`, to be written: those of the first step of all, and those that come from elsewhere.
     pub fn begin(&mut self, step: u64) -> &mut [f32] {
-        // SAFETY: this piece, which is borrowed, is the only one with this range; and nothing was ordered yet.
+        // SAFETY: this piece, which is borrowed, is the only one with this range; nothing was ordered yet, or nobody was told
+        // that these values are there.
         unsafe { self.weights.memory.values_mut(self.weights.buffer(step), self.range.clone()) }
     }
 
@@ -291,8 +301,8 @@ mod tests {
                 assert!(old.iter().all(|v| *v == step as f32), "{step}: {old:?}");
                 new.fill(step as f32 + 1.0);
             }
-            assert_eq!(weights.of_step(step + 1), [step as f32 + 1.0; 5]);
-            assert_eq!(weights.of_step(step), [step as f32; 5]);
+            assert_eq!(weights.of_step(step + 1, 0..5), [step as f32 + 1.0; 5]);
+            assert_eq!(weights.of_step(step, 1..4), [step as f32; 3]);
         }
     }
 
@@ -305,7 +315,7 @@ mod tests {
         assert!(Memory::open(file(), 2 * PAGE, true).is_err(), "for writing");
         assert!(rustix::fs::ftruncate(file(), 0).is_err(), "it can be resized");
         let other = Weights::of(Memory::open(file(), Weights::bytes(5), false).expect("for reading"), 5);
-        assert_eq!(other.of_step(0), [0.0; 5]);
+        assert_eq!(other.of_step(0, 0..5), [0.0; 5]);
         let bell = BellMemory::create().expect("memory");
         let file = bell.memory().file().expect("a file").try_clone_to_owned().expect("a second handle");
         let theirs = BellMemory::of(Memory::open(file, BELL_BYTES, true).expect("for writing"));

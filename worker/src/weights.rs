@@ -1,0 +1,198 @@
+//! The weights that a worker computes with: in the coordinator's memory, or in its own while they come by a stream.
+
+use crate::lock;
+use std::cell::Cell;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+use unisono_common::ids::Step;
+use unisono_common::layout::{CHUNK, Layout};
+use unisono_common::protocol::worker::Arrivals;
+use unisono_common::train::Source;
+use unisono_proto::shm::{Piece, Weights};
+
+/// Weights that come by a stream, and are computed with from the first chunk on.
+pub struct Coming {
+    weights: Arc<Weights>,
+    /// `None` when no more come.
+    arrivals: Mutex<Option<Arrivals>>,
+    changed: Condvar,
+}
+
+/// Where the chunks of a stream are put.
+pub struct Incoming {
+    coming: Arc<Coming>,
+    chunks: Vec<Piece>,
+}
+
+impl Coming {
+    /// Memory for the weights of two steps, and the end that fills it.
+    ///
+    /// # Errors
+    /// Where the system has not so much memory to give.
+    pub fn new(layout: &Layout) -> io::Result<(Arc<Coming>, Incoming)> {
+        let weights = Arc::new(Weights::private(layout.len())?);
+        let chunks = weights.pieces((0..layout.chunks()).map(|i| layout.chunk(i)));
+        let arrivals = Mutex::new(Some(Arrivals::new(layout.chunks())));
+        let coming = Arc::new(Coming { weights, arrivals, changed: Condvar::new() });
+        Ok((coming.clone(), Incoming { coming, chunks }))
+    }
+
+    /// No more come: nobody waits for them any more.
+    pub fn close(&self) {
+        *lock(&self.arrivals) = None;
+        self.changed.notify_all();
+    }
+
+    /// Waits until the first `chunks` chunks of `step` are there, and adds the time to `waited`; `None` where they will not be.
+    fn wait(&self, step: Step, chunks: usize, waited: &Cell<Duration>) -> Option<()> {
+        let mut arrivals = lock(&self.arrivals);
+        let mut began = None;
+        while arrivals.as_mut()?.leading(step)? < chunks {
+            began = began.or_else(|| Some(Instant::now()));
+            arrivals = self.changed.wait(arrivals).unwrap_or_else(|e| e.into_inner());
+        }
+        waited.set(waited.get() + began.map_or(Duration::ZERO, |began| began.elapsed()));
+        Some(())
+    }
+}
+
+impl Incoming {
+    /// Where chunk `index` of `step` belongs; `None` where that is no time for it.
+    pub fn room(&mut self, index: usize, step: Step) -> Option<&mut [f32]> {
+        let admitted = lock(&self.coming.arrivals).as_mut()?.admit(index, step);
+        admitted.then(|| self.chunks[index].begin(step.0))
+    }
+
+    /// Chunk `index` of `step` is where it belongs.
+    pub fn arrived(&self, index: usize, step: Step) {
+        if let Some(arrivals) = lock(&self.coming.arrivals).as_mut() {
+            arrivals.arrived(index, step);
+        }
+        self.coming.changed.notify_all();
+    }
+}
+
+/// The weights of one step, which stay as they are until this is dropped.
+pub struct Reading<'a> {
+    weights: &'a Weights,
+    step: Step,
+    /// Where they come by a stream.
+    coming: Option<&'a Coming>,
+    waited: Cell<Duration>,
+}
+
+impl<'a> Reading<'a> {
+    /// Weights that are all there.
+    pub fn whole(weights: &'a Weights, step: Step) -> Reading<'a> {
+        Reading { weights, step, coming: None, waited: Cell::default() }
+    }
+
+    /// Weights that come; `None` where those of `step` are of no use to anybody.
+    pub fn coming(coming: &'a Coming, step: Step) -> Option<Reading<'a>> {
+        let begun = lock(&coming.arrivals).as_mut()?.begin(step);
+        begun.then(|| Reading { weights: &coming.weights, step, coming: Some(coming), waited: Cell::default() })
+    }
+
+    /// How long it was waited for them.
+    pub fn waited(&self) -> Duration {
+        self.waited.get()
+    }
+}
+
+impl Source for Reading<'_> {
+    fn get(&self, range: Range<usize>) -> Option<&[f32]> {
+        if let (Some(coming), false) = (self.coming, range.is_empty()) {
+            coming.wait(self.step, range.end.div_ceil(CHUNK), &self.waited)?;
+        }
+        Some(self.weights.of_step(self.step.0, range))
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        if let Some(coming) = self.coming {
+            lock(&coming.arrivals).as_mut().map(Arrivals::end);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use unisono_common::data::{Batch, Targets};
+    use unisono_common::job::{Activation, Model as Spec};
+    use unisono_common::layers::Segments;
+    use unisono_common::model::Model;
+    use unisono_common::rng::{Key, Purpose};
+    use unisono_common::train::{self, Workspace};
+
+    /// Says what it was asked for, and when it has answered.
+    struct Told<'a>(Reading<'a>, mpsc::Sender<(Range<usize>, bool)>);
+
+    impl Source for Told<'_> {
+        fn get(&self, range: Range<usize>) -> Option<&[f32]> {
+            let tell = |there| self.1.send((range.clone(), there)).expect("somebody listens");
+            tell(false);
+            let values = self.0.get(range.clone())?;
+            tell(true);
+            Some(values)
+        }
+    }
+
+    #[test]
+    fn a_forward_pass_runs_as_far_as_weights_have_come() {
+        let spec = Spec::Mlp { hidden: vec![300, 300], activation: Activation::Relu, dropout: 0.0 };
+        let model = Model::build(&spec, &[500], 3).expect("a model");
+        let (layout, whole) = (model.layout(), model.layout().init(1));
+        let batch = Batch { inputs: vec![0.5; 1000], targets: Targets::Class(vec![0, 2]), samples: 2 };
+        let (segments, key) = (Segments::one(2), Key::new(1, Purpose::Dropout));
+        let mut workspace = Workspace::new(&model, 2, 1);
+        assert_eq!(layout.chunks(), 4);
+        let layers = [0..500 * 300 + 300, 150_300..150_300 + 300 * 300 + 300, 240_600..layout.len()];
+
+        let (coming, mut incoming) = Coming::new(layout).expect("memory");
+        let mut put = |index, step| {
+            incoming.room(index, step).expect("its turn").copy_from_slice(&whole[layout.chunk(index)]);
+            incoming.arrived(index, step);
+        };
+        let (tell, told) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let pass = scope.spawn(|| {
+                let source = Told(Reading::coming(&coming, Step(7)).expect("it is open"), tell);
+                train::forward(&model, &source, &batch, &segments, key, &mut workspace)?;
+                Some(source.0.waited())
+            });
+            // Each layer runs as soon as its last chunk is there, and the next one waits for its own.
+            for (layer, chunks) in layers.into_iter().zip([vec![1, 0, 2], vec![3], vec![]]) {
+                let next = || told.recv().expect("the pass runs");
+                assert_eq!(next(), (layer.clone(), false));
+                for chunk in chunks {
+                    let early = told.recv_timeout(Duration::from_millis(20));
+                    assert!(early.is_err(), "chunk {chunk} has not come: {early:?}");
+                    put(chunk, Step(7));
+                }
+                assert_eq!(next(), (layer, true));
+            }
+            assert!(pass.join().expect("no panic").expect("all came") > Duration::ZERO);
+        });
+        // Those of the step after the next would lie over them; whose reader has gone, may.
+        let reading = Reading::coming(&coming, Step(7)).expect("it is open");
+        assert_eq!(reading.get(0..layout.len()), Some(&whole[..]));
+        assert!(incoming.room(0, Step(9)).is_none() && incoming.room(0, Step(7)).is_none());
+        drop(reading);
+        assert!(incoming.room(0, Step(9)).is_some());
+        assert!(Reading::coming(&coming, Step(7)).is_none());
+
+        // The session ends while a pass waits.
+        std::thread::scope(|scope| {
+            let reading = Reading::coming(&coming, Step(10)).expect("it may come");
+            let waiting = scope.spawn(move || reading.get(0..1).is_some());
+            coming.close();
+            assert!(!waiting.join().expect("no panic"));
+        });
+        assert!(incoming.room(0, Step(10)).is_none());
+    }
+}
