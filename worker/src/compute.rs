@@ -38,6 +38,8 @@ pub struct Compute {
     batch: Batch,
     /// Whose samples the batch holds.
     filled: Option<Filled>,
+    /// Instead of computing a gradient: how long it takes.
+    simulated: Option<Duration>,
 }
 
 /// A node's samples in a step, as a batch.
@@ -60,6 +62,7 @@ impl Compute {
         Ok(Compute {
             batch: Batch::empty(),
             filled: None,
+            simulated: None,
             workspace: None,
             eval_kind: EvalKind::of(prepared.classes.as_ref().map(Vec::len)),
             feeder: Feeder::new(train_parts.clone(), job.seed, job.train.micro_batch),
@@ -71,6 +74,11 @@ impl Compute {
             train_parts,
             test_parts,
         })
+    }
+
+    /// Takes this long for a gradient instead of computing it.
+    pub fn simulating(self, simulated: Option<Duration>) -> Compute {
+        Compute { simulated, ..self }
     }
 
     fn workspace(&mut self, rows: usize) -> &mut Workspace {
@@ -106,6 +114,12 @@ impl Compute {
         out: &mut [f32],
         ready: &mut dyn FnMut(usize, Final<'_>),
     ) -> Option<(LossSums, Spent)> {
+        if let Some(time) = self.simulated {
+            weights.get(0..out.len())?;
+            std::thread::sleep(time);
+            let samples = (node.lo..node.hi).map(|p| self.feeder.positions(step, p).len() as u64).sum();
+            return Some((LossSums { loss: 0.0, weight: samples as f64, samples }, Spent::default()));
+        }
         let began = Instant::now();
         self.fill(step, node);
         let rows = (node.len() as usize * self.job.train.micro_batch).max(EVAL_ROWS);

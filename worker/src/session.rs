@@ -289,10 +289,11 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     let (fetched_in, mut fetched) = mpsc::unbounded_channel();
     let (over, mut compute_over) = mpsc::channel::<()>(1);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(*threads).build()?;
-    let session_out = to_coordinator.clone();
+    let (session_out, simulated) = (to_coordinator.clone(), options.simulated);
     std::thread::Builder::new().name("compute".into()).spawn(move || {
         let _over = over;
-        let ended = pool.install(|| Compute::new(job, samples, prepared, model)?.serve(link, session_out));
+        let ended = pool
+            .install(|| Compute::new(job, samples, prepared, model)?.simulating(simulated).serve(link, session_out));
         if let Err(e) = ended {
             tracing::debug!("compute ended: {e:#}");
         }

@@ -1,5 +1,6 @@
 //! What this machine can do at most, measured with as little around it as possible.
 
+use super::Workload;
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use serde::Serialize;
@@ -8,11 +9,12 @@ use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use unisono_common::kernels::{Mat, gemm};
 use unisono_common::layout::CHUNK;
+use unisono_coordinator::{Options, Window};
 use unisono_proto::v1;
 
 /// The best of several rounds each.
@@ -26,6 +28,8 @@ pub struct Limits {
     pub tcp_gb_per_second: f64,
     /// Chunks through gRPC over loopback, both ways at once, in GB/s each way.
     pub grpc_gb_per_second: f64,
+    /// The same for gradients and weights of a run whose worker computes nothing, reduced, updated and checked on their way.
+    pub push_broadcast_gb_per_second: f64,
 }
 
 const ROUNDS: usize = 4;
@@ -44,20 +48,22 @@ fn best(mut work: impl FnMut() -> usize) -> f64 {
 }
 
 impl Limits {
-    /// Measures for about four seconds.
+    /// Measures for about six seconds.
     pub async fn measure() -> Result<Limits> {
         let measure = || {
             // A thread for each side, as two processes have.
             let sides = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-            let grpc = || sides.block_on(streams()).context("cannot measure gRPC");
-            Ok::<_, anyhow::Error>((products(), copies(), loopback()?, grpc()?))
+            let grpc = sides.block_on(streams()).context("cannot measure gRPC")?;
+            let wire = sides.block_on(exchange()).context("cannot measure pushes and broadcasts")?;
+            Ok::<_, anyhow::Error>((products(), copies(), loopback()?, grpc, wire))
         };
-        let (gemm, copy, tcp, grpc) = tokio::task::spawn_blocking(measure).await??;
+        let (gemm, copy, tcp, grpc, wire) = tokio::task::spawn_blocking(measure).await??;
         Ok(Limits {
             gemm_gflops: gemm / 1e9,
             copy_gb_per_second: copy / 1e9,
             tcp_gb_per_second: tcp / 1e9,
             grpc_gb_per_second: grpc / 1e9,
+            push_broadcast_gb_per_second: wire / 1e9,
         })
     }
 }
@@ -169,4 +175,33 @@ async fn streams() -> Result<f64> {
     up.abort();
     server.abort();
     Ok(best)
+}
+
+/// Gradients up and weights down in a run of mlp-wide, whose one worker computes nothing: bytes a second each way.
+async fn exchange() -> Result<f64> {
+    let ready = unisono_coordinator::prepare_unkept(Workload::MlpWide.job(1)?)?;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let worker = unisono_worker::Options {
+        url: format!("http://{}", listener.local_addr()?),
+        threads: 1,
+        transport: unisono_worker::Transport::Grpc,
+        name: "simulated".into(),
+        patience: Duration::from_secs(10),
+        cache: None,
+        simulated: Some(Duration::ZERO),
+    };
+    let options = Options {
+        started: Instant::now(),
+        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        shared_memory: false,
+        patience: Default::default(),
+        window: Some(Window { warm_steps: 2, warm: ROUND, length: ROUND * ROUNDS as u32, after: Duration::ZERO }),
+    };
+    let (progress, _) = watch::channel(Default::default());
+    let (_interrupt, interrupted) = watch::channel(false);
+    let worker = tokio::spawn(unisono_worker::run(worker));
+    let summary = unisono_coordinator::run(ready, options, listener, progress, interrupted).await?;
+    worker.await??;
+    let measured = summary.measured.context("the run ended too soon")?;
+    Ok((measured.bytes_pushed + measured.bytes_pulled) as f64 / 2.0 / measured.seconds)
 }

@@ -118,6 +118,7 @@ fn print_limits(limits: &Limits) {
     row("memory copy, 1 thread", limits.copy_gb_per_second, "GB/s read and written");
     row("TCP over loopback", limits.tcp_gb_per_second, "GB/s one way");
     row("gRPC over loopback", limits.grpc_gb_per_second, "GB/s each way at once");
+    row("... of gradients and weights", limits.push_broadcast_gb_per_second, "GB/s each way at once");
 }
 
 /// Prints what the machine can do, alone.
