@@ -12,7 +12,7 @@ use unisono_common::layers::{BatchNorm, Dropout, Grads, Layer, LayerNorm, Params
 use unisono_common::layout::{CHUNK, Role, Tensor};
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
-use unisono_common::optim::{self, Optimizer};
+use unisono_common::optim::{self, Optimizer, Sums};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::train::{Workspace, gradient};
 
@@ -203,6 +203,6 @@ fn optimizer(bencher: Bencher<'_, '_>, name: &str) {
     let mut slots = vec![vec![0.1; CHUNK]; optimizer.slots()];
     bencher.counter(BytesCount::new(4 * CHUNK * (3 + 2 * slots.len()))).bench_local(|| {
         let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
-        optimizer.update(2, lr, black_box(&weights), &grads, &mut state, black_box(&mut out));
+        optimizer.at(2, lr).run(black_box(&weights), Sums::mean(&grads), &mut state, black_box(&mut out));
     });
 }

@@ -4,7 +4,11 @@
 //! element looks at another, so chunks may be updated in any order, on any thread.
 
 use crate::job;
-use crate::kernels::vectorized;
+use crate::kernels::{self, vectorized};
+use crate::layout::le_bytes;
+
+/// State vectors of an optimizer, at most.
+pub const MAX_SLOTS: usize = 3;
 
 /// An optimizer, built from its part of the job.
 #[derive(Clone, Debug)]
@@ -56,32 +60,126 @@ impl Optimizer {
         }
     }
 
-    /// One step on one chunk: `out` gets the new weights. `step` counts from 1; `grads` is the mean gradient.
-    pub fn update(
-        &self,
-        step: u64,
-        lr: f32,
-        weights: &[f32],
-        grads: &[f32],
-        state: &mut [&mut [f32]],
-        out: &mut [f32],
-    ) {
+    /// What it does in `step`, which counts from 1.
+    pub fn at(&self, step: u64, lr: f32) -> Update<'_> {
+        let (mut rate, mut root) = (lr, 1.0);
+        match self.0 {
+            job::Optimizer::Adam { beta1, beta2, .. } | job::Optimizer::AdamW { beta1, beta2, .. } => {
+                let correction = |beta: f32| 1.0 - libm::pow(beta as f64, step as f64);
+                rate = (lr as f64 / correction(beta1)) as f32;
+                root = libm::sqrt(correction(beta2)) as f32;
+            }
+            job::Optimizer::Adagrad { lr_decay, .. } => rate = lr / (1.0 + (step - 1) as f32 * lr_decay),
+            job::Optimizer::Sgd { .. } | job::Optimizer::RmsProp { .. } => {}
+        }
+        Update { optimizer: &self.0, first: step == 1, lr, rate, root }
+    }
+}
+
+/// A gradient on its way to the weights.
+#[derive(Clone, Copy)]
+pub struct Sums<'a> {
+    /// Little-endian f32, wherever they lie: of the whole tree, or of the root's two halves, which are still to be added.
+    pub halves: [Option<&'a [u8]>; 2],
+    /// What makes a mean of the sum.
+    pub factor: f32,
+    /// The mean is clamped to `-limit..=limit`.
+    pub limit: Option<f32>,
+}
+
+impl<'a> Sums<'a> {
+    /// A gradient that is used as it is.
+    pub fn mean(values: &'a [f32]) -> Sums<'a> {
+        Sums { halves: [Some(le_bytes(values)), None], factor: 1.0, limit: None }
+    }
+}
+
+/// Values whose passes follow each other so closely that they overlap in the processor: for it they are one, over memory.
+const TOGETHER: usize = 64;
+
+/// So many, in whole cache lines: what lies across two is slow to read where it was just written.
+#[repr(align(64))]
+struct Few<T>([T; TOGETHER]);
+
+/// An optimizer in one step.
+pub struct Update<'a> {
+    optimizer: &'a job::Optimizer,
+    /// Whether the step is the first of all.
+    first: bool,
+    lr: f32,
+    /// Adam's and Adagrad's learning rate of the step, and the root of Adam's second correction.
+    rate: f32,
+    root: f32,
+}
+
+impl Update<'_> {
+    /// New weights from a gradient of the same length, into `out`, in one pass; false where a sum or a new weight is not
+    /// finite.
+    pub fn run(&self, weights: &[f32], sums: Sums<'_>, state: &mut [&mut [f32]], out: &mut [f32]) -> bool {
         vectorized(
             #[inline(always)]
-            || self.loops(step, lr, weights, grads, state, out),
-        );
+            || self.pass(weights, sums, state, out),
+        )
     }
 
     #[inline(always)]
-    fn loops(&self, step: u64, lr: f32, w: &[f32], g: &[f32], state: &mut [&mut [f32]], out: &mut [f32]) {
-        let n = out.len();
+    fn pass(&self, weights: &[f32], sums: Sums<'_>, state: &mut [&mut [f32]], out: &mut [f32]) -> bool {
+        let rest = out.len() % TOGETHER;
+        let mut infinite = Few([0; TOGETHER]);
+        for from in (0..out.len() - rest).step_by(TOGETHER) {
+            self.few(from, TOGETHER, weights, sums, state, out, &mut infinite);
+        }
+        self.few(out.len() - rest, rest, weights, sums, state, out, &mut infinite);
+        infinite.0.iter().all(|infinite| *infinite == 0)
+    }
+
+    /// [`Update::pass`] over `len` values from `from` on.
+    #[inline(always)]
+    fn few(
+        &self,
+        from: usize,
+        len: usize,
+        weights: &[f32],
+        sums: Sums<'_>,
+        state: &mut [&mut [f32]],
+        out: &mut [f32],
+        infinite: &mut Few<u32>,
+    ) {
+        let mut room = Few([0.0; TOGETHER]);
+        let g = &mut room.0[..len];
+        let [first, second] = sums.halves.map(|half| half.map(|half| &half.as_chunks::<4>().0[from..][..len]));
+        if let Some(first) = first {
+            g.iter_mut().zip(first).for_each(|(g, a)| *g = f32::from_le_bytes(*a));
+        }
+        if let Some(second) = second {
+            g.iter_mut().zip(second).for_each(|(g, a)| *g += f32::from_le_bytes(*a));
+        }
+        g.iter_mut().for_each(|g| *g *= sums.factor);
+        if let Some(limit) = sums.limit {
+            // Where an infinite gradient does not make an infinite weight or NaN.
+            kernels::note_infinite(g, &mut infinite.0);
+            g.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
+        }
+        let mut states: [&mut [f32]; MAX_SLOTS] = Default::default();
+        let vectors = state.len();
+        for (to, state) in states.iter_mut().zip(state.iter_mut()) {
+            *to = &mut state[from..][..len];
+        }
+        let out = &mut out[from..][..len];
+        self.block(&weights[from..][..len], g, &mut states[..vectors], out);
+        kernels::note_infinite(out, &mut infinite.0);
+    }
+
+    #[inline(always)]
+    fn block(&self, w: &[f32], g: &[f32], state: &mut [&mut [f32]], out: &mut [f32]) {
+        let (n, lr) = (out.len(), self.lr);
         let (w, g) = (&w[..n], &g[..n]);
-        match self.0 {
+        match *self.optimizer {
             job::Optimizer::Sgd { momentum, dampening, nesterov, weight_decay, .. } => match state {
                 [buffer] => {
                     // The first step's buffer is the gradient itself (dampening starts with the second).
-                    let keep = if step == 1 { 0.0 } else { momentum };
-                    let take = if step == 1 { 1.0 } else { 1.0 - dampening };
+                    let keep = if self.first { 0.0 } else { momentum };
+                    let take = if self.first { 1.0 } else { 1.0 - dampening };
                     let buffer = &mut buffer[..n];
                     for i in 0..n {
                         let grad = g[i] + weight_decay * w[i];
@@ -98,20 +196,19 @@ impl Optimizer {
             },
             job::Optimizer::Adam { beta1, beta2, eps, weight_decay, .. } => {
                 let [first, second] = state else { return };
-                adam(step, lr, [beta1, beta2, eps], weight_decay, 1.0, w, g, first, second, out);
+                self.adam([beta1, beta2, eps], weight_decay, 1.0, w, g, first, second, out);
             }
             job::Optimizer::AdamW { beta1, beta2, eps, weight_decay, .. } => {
                 let [first, second] = state else { return };
-                adam(step, lr, [beta1, beta2, eps], 0.0, 1.0 - lr * weight_decay, w, g, first, second, out);
+                self.adam([beta1, beta2, eps], 0.0, 1.0 - lr * weight_decay, w, g, first, second, out);
             }
-            job::Optimizer::Adagrad { lr_decay, eps, weight_decay, .. } => {
-                let rate = lr / (1.0 + (step - 1) as f32 * lr_decay);
+            job::Optimizer::Adagrad { eps, weight_decay, .. } => {
                 let [sum] = state else { return };
                 let sum = &mut sum[..n];
                 for i in 0..n {
                     let grad = g[i] + weight_decay * w[i];
                     sum[i] += grad * grad;
-                    out[i] = w[i] - rate * grad / (sum[i].sqrt() + eps);
+                    out[i] = w[i] - self.rate * grad / (sum[i].sqrt() + eps);
                 }
             }
             job::Optimizer::RmsProp { alpha, eps, momentum, centered, weight_decay, .. } => {
@@ -124,6 +221,30 @@ impl Optimizer {
                 };
                 rms_prop(lr, [alpha, eps, momentum], weight_decay, w, g, square, average, buffer, out);
             }
+        }
+    }
+
+    /// Adam (Kingma and Ba, 2015, algorithm 1) and AdamW (Loshchilov and Hutter, 2019, algorithm 2) in PyTorch's order of
+    /// operations; `shrink` is AdamW's factor on the weights.
+    #[inline(always)]
+    fn adam(
+        &self,
+        [beta1, beta2, eps]: [f32; 3],
+        weight_decay: f32,
+        shrink: f32,
+        w: &[f32],
+        g: &[f32],
+        first: &mut [f32],
+        second: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let n = out.len();
+        let (first, second) = (&mut first[..n], &mut second[..n]);
+        for i in 0..n {
+            let grad = g[i] + weight_decay * w[i];
+            first[i] += (1.0 - beta1) * (grad - first[i]);
+            second[i] = beta2 * second[i] + (1.0 - beta2) * grad * grad;
+            out[i] = w[i] * shrink - self.rate * (first[i] / (second[i].sqrt() / self.root + eps));
         }
     }
 }
@@ -165,42 +286,6 @@ fn rms_prop(
     }
 }
 
-/// Adam (Kingma and Ba, 2015, algorithm 1) and AdamW (Loshchilov and Hutter, 2019, algorithm 2) in PyTorch's order of
-/// operations; `shrink` is AdamW's factor on the weights.
-#[inline(always)]
-fn adam(
-    step: u64,
-    lr: f32,
-    [beta1, beta2, eps]: [f32; 3],
-    weight_decay: f32,
-    shrink: f32,
-    w: &[f32],
-    g: &[f32],
-    first: &mut [f32],
-    second: &mut [f32],
-    out: &mut [f32],
-) {
-    let n = out.len();
-    let (first, second) = (&mut first[..n], &mut second[..n]);
-    let correction = |beta: f32| 1.0 - libm::pow(beta as f64, step as f64);
-    let size = (lr as f64 / correction(beta1)) as f32;
-    let root = libm::sqrt(correction(beta2)) as f32;
-    for i in 0..n {
-        let grad = g[i] + weight_decay * w[i];
-        first[i] += (1.0 - beta1) * (grad - first[i]);
-        second[i] = beta2 * second[i] + (1.0 - beta2) * grad * grad;
-        out[i] = w[i] * shrink - size * (first[i] / (second[i].sqrt() / root + eps));
-    }
-}
-
-/// Clamps every value to `-limit..=limit`.
-pub fn clip_value(grads: &mut [f32], limit: f32) {
-    vectorized(
-        #[inline(always)]
-        || grads.iter_mut().for_each(|g| *g = g.clamp(-limit, limit)),
-    );
-}
-
 /// Sum of squares, in 16 fixed lanes: the same bits at any vector width.
 pub fn sum_squares(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; 16];
@@ -229,10 +314,9 @@ pub fn clip_factor(norm: f32, max: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// Minimises (w - 3)^2 with every optimizer.
-    #[test]
-    fn every_optimizer_finds_a_minimum_and_does_not_mind_the_cut() {
-        let all = [
+    /// One of each kind.
+    fn all() -> Vec<job::Optimizer> {
+        vec![
             job::Optimizer::Sgd { lr: 0.1, momentum: 0.0, dampening: 0.0, nesterov: false, weight_decay: 0.0 },
             job::Optimizer::Sgd { lr: 0.05, momentum: 0.9, dampening: 0.0, nesterov: true, weight_decay: 0.0 },
             job::Optimizer::Adam { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 },
@@ -246,8 +330,13 @@ mod tests {
                 centered: true,
                 weight_decay: 0.0,
             },
-        ];
-        for kind in all {
+        ]
+    }
+
+    /// Minimises (w - 3)^2 with every optimizer.
+    #[test]
+    fn every_optimizer_finds_a_minimum_and_does_not_mind_the_cut() {
+        for kind in all() {
             let optimizer = Optimizer::new(&kind);
             let lr = Optimizer::lr(&kind);
             let run = |n: usize| {
@@ -258,7 +347,7 @@ mod tests {
                     let g: Vec<f32> = w.iter().map(|w| 2.0 * (w - 3.0)).collect();
                     let mut out = vec![0.0; n];
                     let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
-                    optimizer.update(step, lr, &w, &g, &mut state, &mut out);
+                    assert!(optimizer.at(step, lr).run(&w, Sums::mean(&g), &mut state, &mut out));
                     w = out;
                 }
                 w
@@ -267,6 +356,42 @@ mod tests {
             assert!(whole.iter().all(|w| (w - 3.0).abs() < 0.1), "{kind:?}: {whole:?}");
             for n in 0..37 {
                 assert_eq!(run(n), whole[..n], "{kind:?}");
+            }
+        }
+    }
+
+    /// Whatever comes: two halves are their sum, factor and limit do what they say, and what is not finite is noticed.
+    #[test]
+    fn every_optimizer_takes_halves_and_notices_what_is_not_finite() {
+        for (kind, limit) in all().into_iter().flat_map(|kind| [(kind.clone(), None), (kind, Some(0.75))]) {
+            let optimizer = Optimizer::new(&kind);
+            let slots = || (0..optimizer.slots()).map(|s| vec![optimizer.init_slot(s); 150]).collect::<Vec<_>>();
+            let run = |step, w: &[f32], sums: Sums<'_>, slots: &mut [Vec<f32>]| {
+                let mut out = vec![0.0; w.len()];
+                let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
+                let finite = optimizer.at(step, 0.1).run(w, sums, &mut state, &mut out);
+                (out, finite)
+            };
+            let weights: Vec<f32> = (0..150).map(|i| i as f32 * 0.01 - 0.5).collect();
+            let (left, right): (Vec<f32>, Vec<f32>) = (0..150).map(|i| (0.1 * i as f32, 3.0 - i as f32)).unzip();
+            let mean = |g: f32| limit.map_or(g * 0.5, |limit: f32| (g * 0.5).clamp(-limit, limit));
+            let means: Vec<f32> = left.iter().zip(&right).map(|(a, b)| mean(a + b)).collect();
+            // As they come over the wire: anywhere in memory.
+            let bytes = [&[7], le_bytes(&right)].concat();
+            let sums = Sums { halves: [Some(le_bytes(&left)), Some(&bytes[1..])], factor: 0.5, limit };
+            let (mut of_halves, mut of_means) = (slots(), slots());
+            for step in 1..3 {
+                let got = run(step, &weights, sums, &mut of_halves);
+                assert!(got.1 && got == run(step, &weights, Sums::mean(&means), &mut of_means), "{kind:?}, {limit:?}");
+                assert_eq!(of_halves, of_means);
+            }
+            for (bad, at) in [(f32::NAN, 0), (f32::INFINITY, 63), (f32::NEG_INFINITY, 64), (f32::INFINITY, 149)] {
+                let mut left = left.clone();
+                left[at] = bad;
+                let sums = Sums { halves: [Some(le_bytes(&left)), Some(&bytes[1..])], factor: 0.5, limit };
+                for step in [1, 3] {
+                    assert!(!run(step, &weights, sums, &mut of_halves.clone()).1, "{kind:?}, {limit:?}: {bad} at {at}");
+                }
             }
         }
     }
@@ -280,7 +405,7 @@ mod tests {
         let (mut rw, mut rm, mut rv) = (0.5f64, 0.0f64, 0.0f64);
         for (step, g) in [(1u64, 0.3f32), (2, -0.7)] {
             let mut out = vec![0.0];
-            optimizer.update(step, 0.01, &w, &[g], &mut [&mut m, &mut v], &mut out);
+            assert!(optimizer.at(step, 0.01).run(&w, Sums::mean(&[g]), &mut [&mut m, &mut v], &mut out));
             w = out;
             let g = g as f64;
             rm = 0.9 * rm + 0.1 * g;

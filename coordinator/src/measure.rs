@@ -37,7 +37,8 @@ pub struct Phases {
     pub encode: f64,
     /// From its order to its last chunk's arrival, without the phases above: orders, weights and gradients on their way.
     pub wire: f64,
-    /// From the last chunk's arrival to the commit, as far as gradients were added up.
+    /// From the last chunk's arrival to the commit, as far as gradients were added up. The last addition is a part of the
+    /// update's pass: it gets its share of the bytes of that pass' time.
     pub reduce: f64,
     /// ... and as far as the weights were updated.
     pub optimizer: f64,

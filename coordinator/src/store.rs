@@ -10,6 +10,7 @@ use crate::sum::{Gradient, Part, Spare};
 use anyhow::Context;
 use bytes::Bytes;
 use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use unisono_common::ids::Step;
 use unisono_common::kernels;
 use unisono_common::layout::{Layout, Role, le_bytes};
 use unisono_common::loss::LossSums;
-use unisono_common::optim::{self, Optimizer};
+use unisono_common::optim::{self, MAX_SLOTS, Optimizer, Sums};
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
 
@@ -149,18 +150,12 @@ fn inverse(sums: LossSums) -> f32 {
     if sums.weight > 0.0 { (1.0 / sums.weight) as f32 } else { 0.0 }
 }
 
-/// State vectors of an optimizer, at most.
-const MAX_SLOTS: usize = 3;
-
 /// How long all threads together have added gradients up, and have updated weights.
 #[derive(Default)]
 pub struct Timers {
     reduce: AtomicU64,
     optimizer: AtomicU64,
 }
-
-/// One block of so many is timed: looking at the clock takes a part of a block's own time.
-const TIMED: usize = 16;
 
 impl Timers {
     fn add(&self, reduce: Duration, optimizer: Duration) {
@@ -370,47 +365,42 @@ impl Store {
         let (step, lr) = (chunk.version, *lock(&self.lr));
         let (range, trained) = (self.layout.chunk(index), self.layout.trainable_of(index).len());
         let Chunk { piece, slots, .. } = chunk;
-        let vectors = slots.len();
         let (old, new) = piece.update(step.0);
         // Each copy holds the spare buffers, beside this store.
         let (streams, copies) = (self.changed.receiver_count(), Arc::strong_count(&self.spare) - 1);
         let wanted = streams > 0 && copies < COPIES;
         let mut copy = wanted.then(|| Copying::of(step.next(), range.len(), &self.spare));
-        let mut block = [0.0; BLOCK];
         let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
-        let (mut reading, mut timed) = (Duration::ZERO, Duration::ZERO);
-        for (n, from) in (0..range.len()).step_by(BLOCK).enumerate() {
-            let block_began = began.filter(|_| n % TIMED == 0).map(|_| Instant::now());
+        let update = self.optimizer.at(step.0 + 1, lr);
+        for from in (0..range.len()).step_by(BLOCK) {
             let at = from..(from + BLOCK).min(range.len());
-            let (g, new, old) = (&mut block[..at.len()], &mut new[at.clone()], &old[at.clone()]);
-            gradient.read(at.clone(), g);
-            reading += block_began.map_or(Duration::ZERO, |began| began.elapsed());
-            self.check_at(range.start + from, g);
-            let trained = trained.clamp(at.start, at.end) - at.start;
-            kernels::scale(&mut g[..trained], factor);
-            if let Some(limit) = self.clip.value {
-                kernels::vectorized(|| optim::clip_value(&mut g[..trained], limit));
-            }
-            let slot_end = self.layout.trainable_of(index).len();
+            let part = at.start.min(trained)..at.end.min(trained);
             let mut state: [&mut [f32]; MAX_SLOTS] = Default::default();
+            let vectors = slots.len();
             for (state, slot) in state.iter_mut().zip(slots.iter_mut()) {
-                *state = &mut slot[at.start.min(slot_end)..][..trained];
+                *state = &mut slot[part.clone()];
             }
-            let (w, out) = (&old[..trained], &mut new[..trained]);
-            self.optimizer.update(step.0 + 1, lr, w, &g[..trained], &mut state[..vectors], out);
-            if trained < at.len() {
-                self.blend_running(range.start + from, sums, g, old, new);
+            let sums_of_part = Sums { halves: gradient.halves(part.clone()), factor, limit: self.clip.value };
+            let mut finite =
+                update.run(&old[part.clone()], sums_of_part, &mut state[..vectors], &mut new[part.clone()]);
+            if part.end < at.end {
+                finite &= self.blend_running(range.start, part.end..at.end, sums, gradient, old, new);
             }
-            self.check_at(range.start + from, new);
+            if !finite {
+                let mut read = vec![0.0; at.len()];
+                gradient.read(at.clone(), &mut read);
+                self.check_at(range.start + from, &read);
+                self.check_at(range.start + from, &new[at.clone()]);
+            }
             if let Some(copy) = &mut copy {
-                copy.add(new);
+                copy.add(&new[at]);
             }
-            timed += block_began.map_or(Duration::ZERO, |began| began.elapsed());
         }
         if let Some((timers, began)) = began {
-            let whole = began.elapsed();
-            let read = whole.mul_f64(reading.as_secs_f64() / timed.as_secs_f64().max(1e-9)).min(whole);
-            timers.add(read, whole - read);
+            // One pass does both: its time goes to each by the bytes that it moves.
+            let (halves, whole) = (gradient.halves(0..0).iter().flatten().count(), began.elapsed());
+            let reduce = whole.mul_f64(halves as f64 / (halves + 2 + 2 * slots.len()) as f64);
+            timers.add(reduce, whole - reduce);
         }
         chunk.made = copy.map(|copy| (copy.end(), streams));
         if let Some((made, _)) = &chunk.made {
@@ -421,16 +411,28 @@ impl Store {
         self.versions[index].store(chunk.version.0, Ordering::Release);
     }
 
-    /// Running statistics of a block that begins at `start`: they follow the means over the step's samples.
-    fn blend_running(&self, start: usize, sums: LossSums, g: &[f32], old: &[f32], new: &mut [f32]) {
-        for (tensor, at) in self.layout.tensors() {
+    /// Running statistics at `at` of a chunk that begins at `start`: they follow the means over the step's samples. False where
+    /// a value is not finite.
+    fn blend_running(
+        &self,
+        start: usize,
+        at: Range<usize>,
+        sums: LossSums,
+        gradient: &Gradient,
+        old: &[f32],
+        new: &mut [f32],
+    ) -> bool {
+        let mut g = vec![0.0; at.len()];
+        gradient.read(at.clone(), &mut g);
+        for (tensor, range) in self.layout.tensors() {
             let Role::Running { momentum } = tensor.role else { continue };
-            for i in at.start.max(start)..at.end.min(start + g.len()) {
+            for i in range.start.max(start + at.start)..range.end.min(start + at.end) {
                 let i = i - start;
-                let mean = g[i] / sums.samples as f32;
+                let mean = g[i - at.start] / sums.samples as f32;
                 new[i] = (1.0 - momentum) * old[i] + momentum * mean;
             }
         }
+        kernels::all_finite(&g) && kernels::all_finite(&new[at])
     }
 
     fn check(&self, index: usize, values: &[f32]) {

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Mutex;
 use unisono_common::kernels;
-use unisono_common::layout::{CHUNK, le_bytes_mut};
+use unisono_common::layout::{CHUNK, le_bytes, le_bytes_mut};
 use unisono_common::loss::LossSums;
 use unisono_proto::shm;
 
@@ -34,22 +34,33 @@ impl Gradient {
     /// Copies the values at `range` into `out`.
     pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
         match self {
-            Gradient::Slot(part) => out.copy_from_slice(&part.values()[range]),
-            Gradient::Wire(values) => le_bytes_mut(out).copy_from_slice(&values[4 * range.start..4 * range.end]),
-            Gradient::Sum(sum) => out.copy_from_slice(&sum[range]),
             Gradient::Both(both) => {
                 both[0].read(range.clone(), out);
                 both[1].add_to(range, out);
             }
+            one => le_bytes_mut(out).copy_from_slice(one.bytes(range)),
         }
     }
 
     /// Adds the values at `range` to `out`.
     fn add_to(&self, range: Range<usize>, out: &mut [f32]) {
+        kernels::add_bytes_into(out, self.bytes(range));
+    }
+
+    /// The bytes at `range` of the values that are still to be added up, one or two.
+    pub fn halves(&self, range: Range<usize>) -> [Option<&[u8]>; 2] {
         match self {
-            Gradient::Slot(part) => kernels::add_into(out, &part.values()[range]),
-            Gradient::Wire(values) => kernels::add_bytes_into(out, &values[4 * range.start..4 * range.end]),
-            Gradient::Sum(sum) => kernels::add_into(out, &sum[range]),
+            Gradient::Both(both) => [Some(both[0].bytes(range.clone())), Some(both[1].bytes(range))],
+            one => [Some(one.bytes(range)), None],
+        }
+    }
+
+    /// The bytes of the values at `range`.
+    fn bytes(&self, range: Range<usize>) -> &[u8] {
+        match self {
+            Gradient::Slot(part) => le_bytes(&part.values()[range]),
+            Gradient::Wire(values) => &values[4 * range.start..4 * range.end],
+            Gradient::Sum(sum) => le_bytes(&sum[range]),
             Gradient::Both(_) => unreachable!("only the root's two halves wait to be added"),
         }
     }

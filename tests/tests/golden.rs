@@ -7,7 +7,7 @@ use unisono_common::layers::Segments;
 use unisono_common::layout::Role;
 use unisono_common::loss::Loss;
 use unisono_common::model::Model;
-use unisono_common::optim::{Optimizer, clip_factor, clip_value, sum_squares};
+use unisono_common::optim::{Optimizer, Sums, clip_factor, sum_squares};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::schedule::{PlateauState, factor};
 use unisono_common::train::{Workspace, evaluate, gradient};
@@ -81,17 +81,15 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
                 }
             }
         }
+        let mut sums = Sums::mean(&grads[..trainable]);
         if let Some(norm) = case["clip_norm"].as_f64() {
-            let factor = clip_factor(sum_squares(&grads[..trainable]).sqrt() as f32, norm as f32);
-            grads[..trainable].iter_mut().for_each(|g| *g *= factor);
+            sums.factor = clip_factor(sum_squares(&grads[..trainable]).sqrt() as f32, norm as f32);
         }
-        if let Some(value) = case["clip_value"].as_f64() {
-            clip_value(&mut grads[..trainable], value as f32);
-        }
+        sums.limit = case["clip_value"].as_f64().map(|value| value as f32);
         let mut out = vec![0.0; trainable];
         let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
         let lr = Optimizer::lr(&optimizer_job);
-        optimizer.update(step, lr, &weights[..trainable], &grads[..trainable], &mut state, &mut out);
+        assert!(optimizer.at(step, lr).run(&weights[..trainable], sums, &mut state, &mut out), "{name}");
         weights[..trainable].copy_from_slice(&out);
     }
     for (step, (got, want)) in losses.iter().zip(floats(&case["losses"])).enumerate() {
