@@ -79,8 +79,10 @@ impl Optimizer {
 /// A gradient on its way to the weights.
 #[derive(Clone, Copy)]
 pub struct Sums<'a> {
-    /// Little-endian f32, wherever they lie: of the whole tree, or of the root's two halves, which are still to be added.
-    pub halves: [Option<&'a [u8]>; 2],
+    /// Little-endian f32, wherever they lie: of the whole tree, or of the root's first half,
+    pub first: &'a [u8],
+    /// to which those of its second are still to be added.
+    pub second: Option<&'a [u8]>,
     /// What makes a mean of the sum.
     pub factor: f32,
     /// The mean is clamped to `-limit..=limit`.
@@ -90,7 +92,7 @@ pub struct Sums<'a> {
 impl<'a> Sums<'a> {
     /// A gradient that is used as it is.
     pub fn mean(values: &'a [f32]) -> Sums<'a> {
-        Sums { halves: [Some(le_bytes(values)), None], factor: 1.0, limit: None }
+        Sums { first: le_bytes(values), second: None, factor: 1.0, limit: None }
     }
 }
 
@@ -147,11 +149,10 @@ impl Update<'_> {
     ) {
         let mut room = Few([0.0; TOGETHER]);
         let g = &mut room.0[..len];
-        let [first, second] = sums.halves.map(|half| half.map(|half| &half.as_chunks::<4>().0[from..][..len]));
-        if let Some(first) = first {
-            g.iter_mut().zip(first).for_each(|(g, a)| *g = f32::from_le_bytes(*a));
-        }
-        if let Some(second) = second {
+        let first = &sums.first.as_chunks::<4>().0[from..][..len];
+        g.iter_mut().zip(first).for_each(|(g, a)| *g = f32::from_le_bytes(*a));
+        if let Some(second) = sums.second {
+            let second = &second.as_chunks::<4>().0[from..][..len];
             g.iter_mut().zip(second).for_each(|(g, a)| *g += f32::from_le_bytes(*a));
         }
         g.iter_mut().for_each(|g| *g *= sums.factor);
@@ -378,7 +379,7 @@ mod tests {
             let means: Vec<f32> = left.iter().zip(&right).map(|(a, b)| mean(a + b)).collect();
             // As they come over the wire: anywhere in memory.
             let bytes = [&[7], le_bytes(&right)].concat();
-            let sums = Sums { halves: [Some(le_bytes(&left)), Some(&bytes[1..])], factor: 0.5, limit };
+            let sums = Sums { first: le_bytes(&left), second: Some(&bytes[1..]), factor: 0.5, limit };
             let (mut of_halves, mut of_means) = (slots(), slots());
             for step in 1..3 {
                 let got = run(step, &weights, sums, &mut of_halves);
@@ -388,7 +389,7 @@ mod tests {
             for (bad, at) in [(f32::NAN, 0), (f32::INFINITY, 63), (f32::NEG_INFINITY, 64), (f32::INFINITY, 149)] {
                 let mut left = left.clone();
                 left[at] = bad;
-                let sums = Sums { halves: [Some(le_bytes(&left)), Some(&bytes[1..])], factor: 0.5, limit };
+                let sums = Sums { first: le_bytes(&left), second: Some(&bytes[1..]), factor: 0.5, limit };
                 for step in [1, 3] {
                     assert!(!run(step, &weights, sums, &mut of_halves.clone()).1, "{kind:?}, {limit:?}: {bad} at {at}");
                 }

@@ -380,7 +380,8 @@ impl Store {
             for (state, slot) in state.iter_mut().zip(slots.iter_mut()) {
                 *state = &mut slot[part.clone()];
             }
-            let sums_of_part = Sums { halves: gradient.halves(part.clone()), factor, limit: self.clip.value };
+            let (first, second) = gradient.halves(part.clone());
+            let sums_of_part = Sums { first, second, factor, limit: self.clip.value };
             let mut finite =
                 update.run(&old[part.clone()], sums_of_part, &mut state[..vectors], &mut new[part.clone()]);
             if part.end < at.end {
@@ -398,7 +399,7 @@ impl Store {
         }
         if let Some((timers, began)) = began {
             // One pass does both: its time goes to each by the bytes that it moves.
-            let (halves, whole) = (gradient.halves(0..0).iter().flatten().count(), began.elapsed());
+            let (halves, whole) = (1 + usize::from(gradient.halves(0..0).1.is_some()), began.elapsed());
             let reduce = whole.mul_f64(halves as f64 / (halves + 2 + 2 * slots.len()) as f64);
             timers.add(reduce, whole - reduce);
         }
@@ -422,8 +423,9 @@ impl Store {
         old: &[f32],
         new: &mut [f32],
     ) -> bool {
-        let mut g = vec![0.0; at.len()];
-        gradient.read(at.clone(), &mut g);
+        let mut block = [0.0; BLOCK];
+        let g = &mut block[..at.len()];
+        gradient.read(at.clone(), g);
         for (tensor, range) in self.layout.tensors() {
             let Role::Running { momentum } = tensor.role else { continue };
             for i in range.start.max(start + at.start)..range.end.min(start + at.end) {
@@ -432,7 +434,7 @@ impl Store {
                 new[i] = (1.0 - momentum) * old[i] + momentum * mean;
             }
         }
-        kernels::all_finite(&g) && kernels::all_finite(&new[at])
+        kernels::all_finite(g) && kernels::all_finite(&new[at])
     }
 
     fn check(&self, index: usize, values: &[f32]) {

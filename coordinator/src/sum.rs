@@ -48,10 +48,10 @@ impl Gradient {
     }
 
     /// The bytes at `range` of the values that are still to be added up, one or two.
-    pub fn halves(&self, range: Range<usize>) -> [Option<&[u8]>; 2] {
+    pub fn halves(&self, range: Range<usize>) -> (&[u8], Option<&[u8]>) {
         match self {
-            Gradient::Both(both) => [Some(both[0].bytes(range.clone())), Some(both[1].bytes(range))],
-            one => [Some(one.bytes(range)), None],
+            Gradient::Both(both) => (both[0].bytes(range.clone()), Some(both[1].bytes(range))),
+            one => (one.bytes(range), None),
         }
     }
 

@@ -324,7 +324,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             let name = format!("{}:{}", host.trim(), std::process::id());
             let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
             let (url, transport) = (coordinator, transport.into());
-            let options = unisono_worker::Options { url, threads, transport, name, patience, cache, simulated: None };
+            let options = unisono_worker::Options { url, threads, transport, name, patience, cache, simulated: false };
             unisono_worker::check(&options).map_err(Wrong)?;
             unisono_worker::run(options).await?;
             Ok(ExitCode::SUCCESS)

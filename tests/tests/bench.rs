@@ -115,7 +115,8 @@ fn the_transport_is_what_was_asked_for_and_limits_come_with_it() {
     for name in ["data", "forward", "backward", "encode", "wire", "reduce", "optimizer"] {
         assert!(phase(name, "percent_of_limit") > 0.0, "{name}: {summary}");
     }
-    for limit in ["gemm_gflops", "copy_gb_per_second", "tcp_gb_per_second", "grpc_gb_per_second"] {
+    let rates = ["copy", "tcp", "grpc", "push_broadcast"].map(|what| format!("{what}_gb_per_second"));
+    for limit in rates.iter().map(String::as_str).chain(["gemm_gflops"]) {
         assert!(number(&summary["limits"][limit]) > 0.0, "{limit}: {summary}");
     }
 }

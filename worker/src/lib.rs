@@ -44,8 +44,8 @@ pub struct Options {
     pub patience: Duration,
     /// Where partitions that the coordinator sends are kept from run to run.
     pub cache: Option<std::path::PathBuf>,
-    /// Computes no gradients: takes this long for one instead, and pushes zeros, to see what the rest can do.
-    pub simulated: Option<Duration>,
+    /// Computes no gradients and pushes zeros, to measure what the rest can do: alone among these it changes the result.
+    pub simulated: bool,
 }
 
 /// Locks a mutex whose holders leave what they guard as it should be, whatever happens to them.

@@ -36,7 +36,7 @@ impl Sent {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PartitionOf, Arc<Dataset>>> {
-        self.came.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        crate::lock(&self.came)
     }
 
     /// The partitions that have come.

@@ -186,13 +186,24 @@ mod tests {
         assert!(incoming.room(0, Step(9)).is_some());
         assert!(Reading::coming(&coming, Step(7)).is_none());
 
-        // The session ends while a pass waits.
-        std::thread::scope(|scope| {
-            let reading = Reading::coming(&coming, Step(10)).expect("it may come");
-            let waiting = scope.spawn(move || reading.get(0..1).is_some());
-            coming.close();
-            assert!(!waiting.join().expect("no panic"));
+        // A pass waits for ever neither where its step was committed without it, nor where the session ends.
+        let ends = |step, end: &mut dyn FnMut()| {
+            std::thread::scope(|scope| {
+                let reading = Reading::coming(&coming, step).expect("it may come");
+                let waiting = scope.spawn(move || reading.get(0..1).is_some());
+                std::thread::sleep(Duration::from_millis(20));
+                assert!(!waiting.is_finished(), "nothing has come");
+                end();
+                assert!(!waiting.join().expect("no panic"));
+            });
+        };
+        ends(Step(10), &mut || {
+            for index in 0..layout.chunks() {
+                incoming.room(index, Step(11)).expect("its turn");
+                incoming.arrived(index, Step(11));
+            }
         });
-        assert!(incoming.room(0, Step(10)).is_none());
+        ends(Step(12), &mut || coming.close());
+        assert!(incoming.room(0, Step(12)).is_none());
     }
 }

@@ -94,21 +94,23 @@ pub fn all_finite(a: &[f32]) -> bool {
 
 /// [`all_finite`], of little-endian values wherever they lie.
 pub fn all_finite_bytes(a: &[u8]) -> bool {
-    // Without branches.
-    let not_finite = |v: &[u8; 4]| u32::from(u32::from_le_bytes(*v) & EXPONENT == EXPONENT);
-    vectorized(|| a.as_chunks::<4>().0.iter().fold(0, |bad, v| bad | not_finite(v))) == 0
+    vectorized(|| a.as_chunks::<4>().0.iter().fold(0, |bad, v| bad | not_finite(u32::from_le_bytes(*v)))) == 0
 }
 
 /// Where `a` has an infinite value or NaN, the same place of `noted` becomes other than 0.
 #[inline(always)]
 pub(crate) fn note_infinite(a: &[f32], noted: &mut [u32]) {
     for (noted, a) in noted.iter_mut().zip(a) {
-        *noted |= u32::from(a.to_bits() & EXPONENT == EXPONENT);
+        *noted |= not_finite(a.to_bits());
     }
 }
 
-/// The bits of an f32 that are all ones where it is not finite.
-const EXPONENT: u32 = 0x7f80_0000;
+/// 1 where these are the bits of an infinite value or NaN, without a branch: the exponent's are all ones.
+#[inline(always)]
+fn not_finite(bits: u32) -> u32 {
+    const EXPONENT: u32 = 0x7f80_0000;
+    u32::from(bits & EXPONENT == EXPONENT)
+}
 
 /// [`add_into`], of little-endian values wherever they lie.
 pub fn add_bytes_into(out: &mut [f32], a: &[u8]) {

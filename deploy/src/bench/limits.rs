@@ -28,7 +28,8 @@ pub struct Limits {
     pub tcp_gb_per_second: f64,
     /// Chunks through gRPC over loopback, both ways at once, in GB/s each way.
     pub grpc_gb_per_second: f64,
-    /// The same for gradients and weights of a run whose worker computes nothing, reduced, updated and checked on their way.
+    /// The same for gradients and weights of a run whose worker computes nothing, checked and updated on their way: a mean over
+    /// as long.
     pub push_broadcast_gb_per_second: f64,
 }
 
@@ -188,7 +189,7 @@ async fn exchange() -> Result<f64> {
         name: "simulated".into(),
         patience: Duration::from_secs(10),
         cache: None,
-        simulated: Some(Duration::ZERO),
+        simulated: true,
     };
     let options = Options {
         started: Instant::now(),
@@ -199,9 +200,8 @@ async fn exchange() -> Result<f64> {
     };
     let (progress, _) = watch::channel(Default::default());
     let (_interrupt, interrupted) = watch::channel(false);
-    let worker = tokio::spawn(unisono_worker::run(worker));
-    let summary = unisono_coordinator::run(ready, options, listener, progress, interrupted).await?;
-    worker.await??;
+    let coordinator = unisono_coordinator::run(ready, options, listener, progress, interrupted);
+    let (summary, ()) = tokio::try_join!(coordinator, unisono_worker::run(worker))?;
     let measured = summary.measured.context("the run ended too soon")?;
     Ok((measured.bytes_pushed + measured.bytes_pulled) as f64 / 2.0 / measured.seconds)
 }
