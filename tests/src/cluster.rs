@@ -24,7 +24,7 @@ impl<'a> Cluster<'a> {
     pub fn start(dir: &'a Path, steps: u64) -> Cluster<'a> {
         let job = root().join("examples/digits-mlp.toml").display().to_string();
         let address = format!("127.0.0.1:{}", free_port());
-        let options = ["--json", "--quiet", "--heartbeat-timeout", "2", "--set", &train(steps)];
+        let options = ["--json", "--quiet", "--heartbeat-timeout", "5", "--set", &train(steps)];
         let coordinator = [&["coordinator", &job, "--listen", &address], &options[..]].concat();
         let coordinator = Some(start(dir, &coordinator));
         let worker = start(dir, &["worker", "--coordinator", &address]);
