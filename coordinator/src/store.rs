@@ -23,7 +23,7 @@ use unisono_common::optim::{self, MAX_SLOTS, Optimizer, Sums};
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
 
-/// Values that one pass takes at a time: what it works on stays in the first-level cache.
+/// Values that are updated before they are copied for the wire: they are in the first-level cache still.
 const BLOCK: usize = 4096;
 
 /// Copies for the wire that exist at once, at most, where an update makes one: streams that are slower make their own.

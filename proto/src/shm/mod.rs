@@ -13,8 +13,8 @@
 //! reads that buffer and writes the other; an order to compute step `s` is sent after all updates of `s - 1` were written,
 //! and step `s` is committed, so that buffer `s % 2` may be written again, only when no member owes it anything. Who was
 //! given up may still read; what it computes is refused. A worker to which weights come by a stream has such buffers of its
-//! own: it reads a chunk when it has come, and writes none that it may be reading, whatever comes. A gradient is written by its worker until the frame `Ready` says
-//! that it is final, and from then on only read, until the coordinator frees the slot.
+//! own: it reads a chunk when it has come, and writes none that it may be reading, whatever comes. A gradient is written by its
+//! worker until the frame `Ready` says that it is final, and from then on only read, until the coordinator frees the slot.
 
 pub mod door;
 pub mod frame;
