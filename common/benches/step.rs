@@ -11,7 +11,7 @@ use unisono_common::kernels::conv::Window;
 use unisono_common::layers::{BatchNorm, Dropout, Grads, Layer, LayerNorm, Params, Pass, Pool2d, Segments};
 use unisono_common::layout::{CHUNK, Role, Tensor};
 use unisono_common::loss::Loss;
-use unisono_common::model::Model;
+use unisono_common::model::{Model, Signature};
 use unisono_common::optim::{self, Optimizer, Sums};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::train::{Workspace, gradient};
@@ -60,7 +60,7 @@ fn workload(name: &str) -> (Spec, Vec<usize>, usize) {
 #[divan::bench(args = ["softmax", "mlp", "mlp-wide", "cnn"])]
 fn step(bencher: Bencher<'_, '_>, name: &str) {
     let (spec, shape, samples) = workload(name);
-    let model = Model::build(&spec, &shape, 10).expect("it fits");
+    let model = Model::build(&spec, &Signature::new(&shape, 10)).expect("it fits");
     let inputs = values(samples * model.input_len());
     let batch = Batch { inputs, targets: labels(samples, 10), samples };
     let (loss, segments) = (cross_entropy(10), Segments::one(samples));
@@ -98,6 +98,7 @@ fn fill(bencher: Bencher<'_, '_>, name: &str) {
         digest: String::new(),
         columns: Vec::new(),
         missing: String::new(),
+        tokens: None,
     };
     let parts = Partitions::new(samples, 1, None).expect("it can be cut");
     let mut feeder = Feeder::new(parts, 1, rows);
@@ -106,7 +107,7 @@ fn fill(bencher: Bencher<'_, '_>, name: &str) {
     bencher.counter(BytesCount::new(2 * rows * WIDTH * 4)).bench_local(|| {
         step = (step + 1) % (samples / rows) as u64;
         let positions = feeder.positions(step, 0).iter().map(|&i| i as usize);
-        batch.fill(black_box(&data), &prepared, positions, false);
+        batch.fill(black_box(&data), &prepared, positions, None, false);
     });
 }
 
@@ -135,7 +136,7 @@ fn layer(name: &str) -> (Box<dyn Layer>, usize, usize) {
         "max-pool 3 stride 2" => (Box::new(pool(Window { kernel: 3, ..window }, true)), 64 * 24 * 24, 64),
         "avg-pool 2" => (Box::new(pool(window, false)), 64 * 24 * 24, 64),
         "dropout" => (Box::new(Dropout { rate: 0.3, shape: vec![4096] }), 4096, 128),
-        "layer-norm" => (Box::new(LayerNorm { shape: vec![1024], eps: 1e-5 }), 1024, 256),
+        "layer-norm" => (Box::new(LayerNorm { shape: vec![1024], dims: 1, centered: true, eps: 1e-5 }), 1024, 256),
         _ => (Box::new(BatchNorm { shape: vec![64, 24, 24], momentum: 0.1, eps: 1e-5 }), 64 * 24 * 24, 64),
     }
 }

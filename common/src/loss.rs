@@ -2,7 +2,7 @@
 
 use crate::data::Targets;
 use crate::job;
-use crate::kernels::{LANES, math, vectorized};
+use crate::kernels::{LANES, largest, math, vectorized};
 use ndarray::ArrayView2;
 use std::ops::Range;
 
@@ -44,7 +44,7 @@ pub enum LossError {
     Class { sample: usize, class: u32, classes: usize },
 }
 
-/// A loss over `outputs` logits a sample.
+/// A loss over `outputs` logits a target; where a sample has one target, targets are samples.
 #[derive(Clone, Debug)]
 pub struct Loss {
     kind: job::Loss,
@@ -103,12 +103,16 @@ impl Loss {
                 }
             }
             (Targets::Value(_), _) => Ok(()),
+            (Targets::Next, job::Loss::CrossEntropy { .. }) => Ok(()),
+            (Targets::Next, _) => {
+                Err(LossError::Targets { loss: self.name(), need: "one target a sample, not the next token of each" })
+            }
         }
     }
 
     /// Loss sums of `rows`, and the gradient of the **sum** with respect to their logits.
     ///
-    /// `logits` and `d_logits` are `(batch, outputs)`; other rows are not touched.
+    /// `logits` and `d_logits` are `(targets, outputs)`; other rows are not touched.
     pub fn forward_backward(
         &self,
         logits: &[f32],
@@ -136,7 +140,19 @@ impl Loss {
         sums
     }
 
-    /// Loss sums of `logits`, `(samples, outputs)`.
+    /// The loss without smoothing and weights, where it has them: the surprise, in nats.
+    pub fn plain(&self) -> Option<Loss> {
+        match &self.kind {
+            job::Loss::CrossEntropy { label_smoothing, class_weights } => {
+                let plain = *label_smoothing == 0.0 && class_weights.is_none();
+                let kind = job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
+                (!plain).then_some(Loss { kind, outputs: self.outputs })
+            }
+            _ => None,
+        }
+    }
+
+    /// Loss sums of `logits`, `(targets, outputs)`.
     pub fn forward(&self, logits: ArrayView2<'_, f32>, targets: &Targets) -> LossSums {
         let (rows, logits) = (logits.nrows(), logits.as_standard_layout());
         let mut d_logits = vec![0.0; logits.len()];
@@ -149,11 +165,9 @@ impl Loss {
         let value = |_: usize| match targets {
             Targets::Class(c) => c[row] as f32,
             Targets::Value(v) => v[row],
+            Targets::Next => panic!("a batch has classes instead"),
         };
-        let class = || match targets {
-            Targets::Class(c) => c[row] as usize,
-            Targets::Value(v) => v[row] as usize,
-        };
+        let class = || value(0) as usize;
         let each = |d: &mut [f32], f: &dyn Fn(f32) -> (f64, f32)| {
             let mut loss = 0.0;
             for (i, (d, &x)) in d.iter_mut().zip(x).enumerate() {
@@ -272,19 +286,6 @@ impl CrossEntropy<'_> {
             sums.weight += weight;
         }
     }
-}
-
-/// The largest value; NaN is passed over.
-#[inline(always)]
-fn largest(x: &[f32]) -> f32 {
-    let pick = |top: f32, x: f32| if x > top { x } else { top };
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (blocks, tail) = x.as_chunks::<LANES>();
-    for block in blocks {
-        lanes.iter_mut().zip(block).for_each(|(lane, x)| *lane = pick(*lane, *x));
-    }
-    let top = if blocks.is_empty() { f32::NEG_INFINITY } else { lanes.into_iter().fold(f32::NEG_INFINITY, pick) };
-    tail.iter().copied().fold(top, pick)
 }
 
 /// `sum f(i, x[i])` in fixed lanes, then the tail in order.

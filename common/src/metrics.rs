@@ -1,6 +1,6 @@
 //! Evaluation: sums that add up over partitions, and the metrics that come of them.
 
-use crate::data::Targets;
+use crate::data::{Prepared, Targets, Tokens};
 use crate::job::Metric;
 use crate::loss::{Loss, LossSums};
 use ndarray::{ArrayView1, ArrayView2};
@@ -11,22 +11,29 @@ use std::fmt;
 const BINS: usize = 8192;
 
 /// Which metrics a task has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum EvalKind {
     Regression,
     /// Two classes, from one logit or two: accuracy and AUC.
     Binary,
     /// More classes: accuracy.
     Classes,
+    /// The next token: accuracy, perplexity, and bits per character, of which a token is not one always.
+    Next {
+        tokens_per_character: f64,
+    },
 }
 
 impl EvalKind {
-    /// The kind for data of so many classes; `None` is regression.
-    pub fn of(classes: Option<usize>) -> EvalKind {
-        match classes {
-            None => EvalKind::Regression,
-            Some(2) => EvalKind::Binary,
-            Some(_) => EvalKind::Classes,
+    /// The kind for these data.
+    pub fn of(prepared: &Prepared) -> EvalKind {
+        match (&prepared.classes, &prepared.tokens) {
+            (None, Some(Tokens { tokens_per_character, .. })) => {
+                EvalKind::Next { tokens_per_character: *tokens_per_character }
+            }
+            (None, None) => EvalKind::Regression,
+            (Some(classes), _) if classes.len() == 2 => EvalKind::Binary,
+            (Some(_), _) => EvalKind::Classes,
         }
     }
 
@@ -36,15 +43,19 @@ impl EvalKind {
             EvalKind::Regression => &[Metric::Loss, Metric::Rmse, Metric::Mae],
             EvalKind::Binary => &[Metric::Loss, Metric::Accuracy, Metric::Auc],
             EvalKind::Classes => &[Metric::Loss, Metric::Accuracy],
+            EvalKind::Next { .. } => &[Metric::Loss, Metric::Perplexity, Metric::BitsPerCharacter, Metric::Accuracy],
         }
     }
 }
 
-/// Sums over samples.
+/// Sums over targets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvalSums {
     kind: EvalKind,
+    /// Its `samples` are targets.
     loss: LossSums,
+    /// Of the loss without smoothing and weights; 0 unless tokens are predicted.
+    surprise: f64,
     correct: u64,
     squared: f64,
     absolute: f64,
@@ -63,12 +74,16 @@ impl EvalSums {
     pub fn new(kind: EvalKind) -> EvalSums {
         let bins = if kind == EvalKind::Binary { 2 * BINS } else { 0 };
         let histogram = vec![0; bins];
-        EvalSums { kind, loss: LossSums::default(), correct: 0, squared: 0.0, absolute: 0.0, histogram }
+        EvalSums { kind, loss: LossSums::default(), surprise: 0.0, correct: 0, squared: 0.0, absolute: 0.0, histogram }
     }
 
-    /// Adds the rows of `logits`, `(samples, outputs)`.
+    /// Adds the rows of `logits`, `(targets, outputs)`.
     pub fn add_batch(&mut self, loss: &Loss, logits: ArrayView2<'_, f32>, targets: &Targets) {
-        self.loss = self.loss + loss.forward(logits, targets);
+        let sums = loss.forward(logits, targets);
+        self.loss = self.loss + sums;
+        if let EvalKind::Next { .. } = self.kind {
+            self.surprise += loss.plain().map_or(sums, |plain| plain.forward(logits, targets)).loss;
+        }
         for (row, x) in logits.rows().into_iter().enumerate() {
             match targets {
                 Targets::Class(labels) => {
@@ -84,6 +99,7 @@ impl EvalSums {
                     self.squared += error * error;
                     self.absolute += error.abs();
                 }
+                Targets::Next => panic!("a batch has classes instead"),
             }
         }
     }
@@ -91,6 +107,7 @@ impl EvalSums {
     /// Both together.
     pub fn merge(mut self, other: EvalSums) -> EvalSums {
         self.loss = self.loss + other.loss;
+        self.surprise += other.surprise;
         self.correct += other.correct;
         self.squared += other.squared;
         self.absolute += other.absolute;
@@ -101,17 +118,17 @@ impl EvalSums {
     /// For the wire.
     pub fn to_parts(&self) -> (Vec<f64>, Vec<u64>) {
         let counts = [self.loss.samples, self.correct].into_iter().chain(self.histogram.iter().copied()).collect();
-        (vec![self.loss.loss, self.loss.weight, self.squared, self.absolute], counts)
+        (vec![self.loss.loss, self.loss.weight, self.surprise, self.squared, self.absolute], counts)
     }
 
     /// Whether no sum has overflowed or become NaN.
     pub fn is_finite(&self) -> bool {
-        [self.loss.loss, self.squared, self.absolute].iter().all(|sum| sum.is_finite())
+        [self.loss.loss, self.surprise, self.squared, self.absolute].iter().all(|sum| sum.is_finite())
     }
 
     /// From the wire; `None` where lengths are wrong, a sum is impossible, or counts exceed the samples.
     pub fn from_parts(kind: EvalKind, sums: &[f64], counts: &[u64]) -> Option<EvalSums> {
-        let (&[loss, weight, squared, absolute], [samples, correct, histogram @ ..]) = (sums, counts) else {
+        let (&[loss, weight, surprise, squared, absolute], [samples, correct, histogram @ ..]) = (sums, counts) else {
             return None;
         };
         let empty = EvalSums::new(kind);
@@ -124,6 +141,7 @@ impl EvalSums {
             && (histogram.is_empty() || counted == *samples);
         sound.then(|| EvalSums {
             loss: LossSums { loss, weight, samples: *samples },
+            surprise,
             correct: *correct,
             squared,
             absolute,
@@ -132,8 +150,8 @@ impl EvalSums {
         })
     }
 
-    /// Samples in the sums.
-    pub fn samples(&self) -> u64 {
+    /// Targets in the sums: as many as samples, unless tokens are predicted.
+    pub fn targets(&self) -> u64 {
         self.loss.samples
     }
 
@@ -154,8 +172,17 @@ impl EvalSums {
     pub fn summary(&self) -> EvalSummary {
         let n = (self.loss.samples as f64).max(1.0);
         let classes = self.kind != EvalKind::Regression;
+        let (surprise, tokens) = (
+            self.surprise / n,
+            match self.kind {
+                EvalKind::Next { tokens_per_character } => Some(tokens_per_character),
+                _ => None,
+            },
+        );
         EvalSummary {
             loss: self.loss.loss / self.loss.weight.max(f64::MIN_POSITIVE),
+            perplexity: tokens.map(|_| libm::exp(surprise)),
+            bits_per_character: tokens.map(|tokens| surprise * tokens / std::f64::consts::LN_2),
             accuracy: classes.then_some(self.correct as f64 / n),
             auc: self.auc(),
             rmse: (!classes).then(|| libm::sqrt(self.squared / n)),
@@ -176,6 +203,11 @@ pub fn predicted(x: ArrayView1<'_, f32>) -> usize {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EvalSummary {
     pub loss: f64,
+    /// `e` to the surprise of a token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_character: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accuracy: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -191,6 +223,8 @@ impl EvalSummary {
     pub fn get(&self, metric: Metric) -> Option<f64> {
         match metric {
             Metric::Loss => Some(self.loss),
+            Metric::Perplexity => self.perplexity,
+            Metric::BitsPerCharacter => self.bits_per_character,
             Metric::Accuracy => self.accuracy,
             Metric::Auc => self.auc,
             Metric::Rmse => self.rmse,
@@ -202,6 +236,11 @@ impl EvalSummary {
 impl fmt::Display for EvalSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "loss {:.4}", self.loss)?;
+        for (name, value) in [("perplexity", self.perplexity), ("bits per character", self.bits_per_character)] {
+            if let Some(v) = value {
+                write!(f, ", {name} {v:.3}")?;
+            }
+        }
         if let Some(a) = self.accuracy {
             write!(f, ", accuracy {:.2}%", a * 100.0)?;
         }

@@ -13,6 +13,7 @@ pub enum Purpose {
     Synthetic = 4,
     Partition = 5,
     Split = 6,
+    Augment = 7,
 }
 
 /// The key of one stream of numbers.

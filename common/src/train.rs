@@ -21,9 +21,10 @@ pub struct Workspace {
 impl Workspace {
     /// Room for batches of up to `rows` samples in up to `segments` partitions, on the current thread pool.
     pub fn new(model: &Model, rows: usize, segments: usize) -> Workspace {
+        let logits = rows * model.targets() * model.outputs();
         Workspace {
-            logits: vec![0.0; rows * model.outputs()],
-            d_logits: vec![0.0; rows * model.outputs()],
+            logits: vec![0.0; logits],
+            d_logits: vec![0.0; logits],
             saved: vec![0.0; model.net().saved(rows, segments)],
             scratch: vec![0.0; model.net().scratch(rows, segments)],
         }
@@ -80,7 +81,7 @@ pub fn forward(
 ) -> Option<()> {
     let Workspace { logits, saved, scratch, .. } = workspace;
     let (net, rows, parts) = (model.net(), batch.samples, segments.len());
-    let logits = &mut logits[..rows * model.outputs()];
+    let logits = &mut logits[..rows * model.targets() * model.outputs()];
     let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
     let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
     let of_layer = |trainable, _| Some(Params { trainable: params.get(trainable)?, running: &[] });
@@ -107,15 +108,18 @@ pub fn backward(
     finished: &mut dyn FnMut(usize, Final<'_>),
 ) -> LossSums {
     let Workspace { logits, d_logits, saved, scratch } = workspace;
-    let (net, outputs, trainable) = (model.net(), model.outputs(), model.layout().trainable());
+    let (net, targets, trainable) = (model.net(), model.targets(), model.layout().trainable());
     let (rows, parts) = (batch.samples, segments.len());
-    let (logits, d_logits) = (&mut logits[..rows * outputs], &mut d_logits[..rows * outputs]);
+    let values = rows * targets * model.outputs();
+    let (logits, d_logits) = (&mut logits[..values], &mut d_logits[..values]);
     let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
     let (w, running) = params.split_at(trainable);
     let (dw, d_running) = grads.split_at_mut(trainable);
 
     let sums = loss_sums(Node { lo: 0, hi: parts as u32 }, &mut |segment| {
-        loss.forward_backward(logits, &batch.targets, segments.rows(segment), d_logits)
+        let samples = segments.rows(segment);
+        let rows = samples.start * targets..samples.end * targets;
+        LossSums { samples: samples.len() as u64, ..loss.forward_backward(logits, &batch.targets, rows, d_logits) }
     });
     let open = RefCell::new((trainable, finished));
     let announce = |from: usize, values: &[f32]| {
@@ -141,27 +145,30 @@ fn loss_sums(node: Node, leaf: &mut impl FnMut(usize) -> LossSums) -> LossSums {
     }
 }
 
-/// The model's outputs for `batch`, `(samples, outputs)`, in evaluation mode.
+/// The model's outputs for `batch`, `(targets, outputs)`, in evaluation mode.
 pub fn evaluate<'w>(model: &Model, params: &[f32], batch: &Batch, workspace: &'w mut Workspace) -> ArrayView2<'w, f32> {
     let Workspace { logits, saved, scratch, .. } = workspace;
     let (net, rows) = (model.net(), batch.samples);
     let segments = Segments::one(rows);
-    let logits = &mut logits[..rows * model.outputs()];
+    let targets = rows * model.targets();
+    let logits = &mut logits[..targets * model.outputs()];
     let (saved, scratch) = (&mut saved[..net.saved(rows, 1)], &mut scratch[..net.scratch(rows, 1)]);
     let (trainable, running) = params.split_at(model.layout().trainable());
     let pass =
         Pass { segments: &segments, train: false, key: Key::new(0, Purpose::Dropout), first: 0, finished: &|_, _| {} };
     net.forward(&pass, Params { trainable, running }, &batch.inputs, logits, saved, scratch);
-    ArrayView2::from_shape((rows, model.outputs()), logits).expect("as long as its shape")
+    ArrayView2::from_shape((targets, model.outputs()), logits).expect("as long as its shape")
 }
 
-/// Digest of the gradients of a small model with every kind of layer: machines that disagree cannot train together.
+/// Digest of the gradients of two small models, with every kind of layer between them: machines that disagree cannot train
+/// together.
 pub fn fingerprint() -> [u8; 32] {
     use crate::data::Targets;
     use crate::job::{Activation, Layer as Op, Loss as LossKind, Model as Spec};
+    use crate::model::Signature;
     let act = |activation| Op::Activation { activation };
     let linear = |units| Op::Linear { units, bias: true, init: None };
-    let layers = vec![
+    let images = vec![
         Op::Conv2d { filters: 17, kernel: 3, stride: 1, padding: 1, bias: true, init: None },
         Op::BatchNorm { momentum: 0.1, eps: 1e-5 },
         act(Activation::Gelu),
@@ -176,32 +183,55 @@ pub fn fingerprint() -> [u8; 32] {
         Op::Flatten,
         linear(300),
         act(Activation::Relu),
-        Op::LayerNorm { eps: 1e-5 },
+        Op::LayerNorm { dims: None, eps: 1e-5 },
         Op::Dropout { rate: 0.3 },
         linear(65),
         act(Activation::Sigmoid),
         linear(10),
     ];
-    let samples = 13;
-    let kind = LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None };
-    let (Ok(model), Ok(loss)) = (Model::build(&Spec::Layers { layers }, &[2, 12, 11], 10), Loss::new(&kind, 10)) else {
-        return [0; 32];
-    };
-    let key = Key::new(1, Purpose::Synthetic);
-    let batch = Batch {
-        inputs: (0..samples * model.input_len()).map(|i| key.normal(i as u64)).collect(),
-        targets: Targets::Class((0..samples as u32).map(|i| i % 10).collect()),
-        samples,
-    };
-    let segments = Segments { lo: 2, starts: vec![0, 5, 6, samples] };
-    let params = model.layout().init(1);
-    let mut grads = vec![0.0; params.len()];
-    let mut workspace = Workspace::new(&model, samples, 3);
-    let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads, &mut |_, _| {});
+    let attention = |rotary: Option<f64>| Op::Attention { heads: 2, causal: rotary.is_some(), rotary };
+    let text = vec![Op::TiedEmbedding {
+        width: 20,
+        init: None,
+        layers: vec![
+            Op::Positions { init: None },
+            Op::RmsNorm { dims: Some(1), eps: 1e-5 },
+            linear(60),
+            attention(Some(10_000.0)),
+            linear(60),
+            attention(None),
+            linear(40),
+            Op::Swiglu,
+            act(Activation::Silu),
+        ],
+    }];
+    let (samples, key) = (13, Key::new(1, Purpose::Synthetic));
+    let (words, positions) = (33, 70);
+    let tokens = Signature { input: vec![positions], vocabulary: Some(words), output: vec![positions, words] };
     let mut digest = blake3::Hasher::new();
-    digest.update(&sums.loss.to_le_bytes());
-    grads.iter().for_each(|g| {
-        digest.update(&g.to_le_bytes());
-    });
+    for (layers, signature) in [(images, Signature::new(&[2, 12, 11], 10)), (text, tokens)] {
+        let kind = LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None };
+        let outputs = signature.output[signature.output.len() - 1];
+        let model = Model::build(&Spec::Layers { layers }, &signature);
+        let (Ok(model), Ok(loss)) = (model, Loss::new(&kind, outputs)) else { return [0; 32] };
+        let input = |i: u64| match signature.vocabulary {
+            Some(vocabulary) => key.below(i, vocabulary as u64) as f32,
+            None => key.normal(i),
+        };
+        let batch = Batch {
+            inputs: (0..(samples * model.input_len()) as u64).map(input).collect(),
+            targets: Targets::Class((0..(samples * model.targets()) as u32).map(|i| i % outputs as u32).collect()),
+            samples,
+        };
+        let segments = Segments { lo: 2, starts: vec![0, 5, 6, samples] };
+        let params = model.layout().init(1);
+        let mut grads = vec![0.0; params.len()];
+        let mut workspace = Workspace::new(&model, samples, 3);
+        let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads, &mut |_, _| {});
+        digest.update(&sums.loss.to_le_bytes());
+        grads.iter().for_each(|g| {
+            digest.update(&g.to_le_bytes());
+        });
+    }
     *digest.finalize().as_bytes()
 }

@@ -10,7 +10,7 @@ use unisono_common::job::{Activation, Layer, Loss as LossKind, Model as Spec};
 use unisono_common::layers::Segments;
 use unisono_common::layout::{CHUNK, Role};
 use unisono_common::loss::Loss;
-use unisono_common::model::Model;
+use unisono_common::model::{Model, Signature};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::train::{Final, Workspace, gradient};
 use unisono_common::tree::Node;
@@ -46,29 +46,57 @@ fn params(model: &Model, salt: u64) -> Vec<f32> {
     values
 }
 
+/// Targets of any kind that `loss` can take.
+fn targets(kind: &LossKind, count: usize, classes: u64, salt: u64) -> Targets {
+    let random = Key::new(salt, Purpose::Synthetic).with(9);
+    let below = |n: u64| Targets::Class((0..count as u64).map(|i| random.below(i, n) as u32).collect());
+    match kind {
+        LossKind::CrossEntropy { .. } => below(classes),
+        LossKind::BinaryCrossEntropy { .. } | LossKind::Hinge => below(2),
+        _ => Targets::Value((0..count as u64).map(|i| random.normal(i)).collect()),
+    }
+}
+
 /// Outputs and gradients of `layers` and a last linear layer, against the oracle's outputs and slopes.
 fn check(shape: &[usize], layers: Vec<Layer>, kind: &LossKind, rows: usize, salt: u64) -> Result<(), TestCaseError> {
     // A layer before those that are looked at: its gradients show that theirs for their inputs are right.
-    let before = vec![Layer::Residual { layers: vec![Layer::LayerNorm { eps: 1e-3 }] }];
+    let before = vec![Layer::Residual { layers: vec![Layer::LayerNorm { dims: None, eps: 1e-3 }] }];
     let outputs = if matches!(kind, LossKind::CrossEntropy { .. }) { 4 } else { 1 };
     let layers = [before, layers, vec![Layer::Flatten, linear(outputs)]].concat();
-    let model = Model::build(&Spec::Layers { layers: layers.clone() }, shape, outputs).expect("the model fits");
-    let loss = Loss::new(kind, outputs).expect("it fits");
+    let batch = batch(shape, rows, targets(kind, rows, 4, salt), salt);
+    agree(layers, &Signature::new(shape, outputs), kind, &batch, salt)
+}
+
+/// The same of tokens, each of which has a target; `layers` are all.
+fn check_tokens(layers: Vec<Layer>, positions: usize, rows: usize, salt: u64) -> Result<(), TestCaseError> {
+    let (vocabulary, key) = (7, Key::new(salt, Purpose::Synthetic));
+    let signature =
+        Signature { input: vec![positions], vocabulary: Some(vocabulary), output: vec![positions, vocabulary] };
+    let kind = LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None };
+    let inputs = (0..(rows * positions) as u64).map(|i| key.below(i, vocabulary as u64) as f32).collect();
+    let targets = targets(&kind, rows * positions, vocabulary as u64, salt);
+    agree(layers, &signature, &kind, &Batch { inputs, targets, samples: rows }, salt)
+}
+
+/// A model against the oracle.
+fn agree(
+    layers: Vec<Layer>,
+    signature: &Signature,
+    kind: &LossKind,
+    batch: &Batch,
+    salt: u64,
+) -> Result<(), TestCaseError> {
+    let model = Model::build(&Spec::Layers { layers: layers.clone() }, signature).expect("the model fits");
+    let loss = Loss::new(kind, model.outputs()).expect("it fits");
     let random = Key::new(salt, Purpose::Synthetic).with(9);
-    let targets = match kind {
-        LossKind::CrossEntropy { .. } => Targets::Class((0..rows as u64).map(|i| random.below(i, 4) as u32).collect()),
-        LossKind::BinaryCrossEntropy { .. } | LossKind::Hinge => {
-            Targets::Class((0..rows as u64).map(|i| random.below(i, 2) as u32).collect())
-        }
-        _ => Targets::Value((0..rows as u64).map(|i| random.normal(i)).collect()),
-    };
-    let batch = batch(shape, rows, targets, salt);
+    let rows = batch.samples;
     let segments = Segments { lo: 3, starts: vec![0, rows / 2, rows] };
     let weights = params(&model, salt);
-    let oracle = Oracle { layers: &layers, shape, segments: &segments, key: random, margin: f64::INFINITY.into() };
+    let (shape, margin) = (&signature.input[..], f64::INFINITY.into());
+    let oracle = Oracle { layers: &layers, shape, segments: &segments, key: random, margin };
     let expected = |tensors: &Tensors| -> f64 {
         let logits = oracle.forward(tensors, &batch.inputs);
-        let losses = logits.iter().enumerate().map(|(row, x)| {
+        let losses = logits.iter().flat_map(|x| x.chunks(model.outputs())).enumerate().map(|(row, x)| {
             let (loss, _, margin) = oracle::loss(kind, x, &batch.targets, row);
             oracle.margin.set(oracle.margin.get().min(margin));
             loss
@@ -81,7 +109,8 @@ fn check(shape: &[usize], layers: Vec<Layer>, kind: &LossKind, rows: usize, salt
 
     let mut grads = vec![0.0; weights.len()];
     let mut workspace = Workspace::new(&model, rows, 2);
-    let sums = gradient(&model, &loss, &weights, &batch, &segments, random, &mut workspace, &mut grads, &mut |_, _| {});
+    let sums = gradient(&model, &loss, &weights, batch, &segments, random, &mut workspace, &mut grads, &mut |_, _| {});
+    prop_assert_eq!(sums.samples as usize, rows);
     prop_assert!((sums.loss - want).abs() < TOLERANCE * (1.0 + want.abs()), "{layers:?}: {} {want}", sums.loss);
     let largest = |got: &[f32]| got.iter().fold(0.0f64, |m, g| m.max(g.abs() as f64));
     let floor = 0.1 * largest(&grads[..model.layout().trainable()]);
@@ -126,12 +155,36 @@ proptest! {
             vec![Layer::Flatten, linear(5), act(Activation::LeakyRelu { slope: 0.1 })],
             vec![Layer::Flatten, linear(5), act(Activation::Gelu)],
             vec![Layer::Flatten, linear(5), act(Activation::Tanh), linear(3), act(Activation::Sigmoid)],
-            vec![Layer::Flatten, linear(6), Layer::Dropout { rate: 0.3 }, Layer::LayerNorm { eps: 1e-2 }],
+            vec![Layer::Flatten, linear(6), Layer::Dropout { rate: 0.3 }, Layer::LayerNorm { dims: None, eps: 1e-2 }],
             vec![Layer::Residual { layers: vec![conv(channels, 3, 1, 1), act(Activation::Tanh)] }],
         ];
         for layers in cases {
             check(&image, layers, &LossKind::Mse, rows, salt)?;
         }
+    }
+
+    #[test]
+    fn layers_of_sequences_are_their_oracles_and_their_gradients_the_slopes(
+        positions in prop_oneof![1usize..9, 60usize..70, 125usize..132], heads in 1usize..4, half in 1usize..4,
+        rows in 1usize..4, salt in any::<u64>(), causal in any::<bool>(), rotary in any::<bool>(), tied in any::<bool>(),
+    ) {
+        let width = heads * 2 * half;
+        let attention = Layer::Attention { heads, causal, rotary: rotary.then_some(100.0) };
+        let norm = Layer::LayerNorm { dims: Some(1), eps: 1e-2 };
+        let of_blocks = vec![
+            Layer::Positions { init: None },
+            Layer::Residual { layers: vec![norm, linear(3 * width), attention, linear(width)] },
+            Layer::RmsNorm { dims: Some(1), eps: 1e-2 },
+            linear(2 * width),
+            Layer::Swiglu,
+            act(Activation::Silu),
+        ];
+        let layers = if tied {
+            vec![Layer::TiedEmbedding { width, init: None, layers: of_blocks }]
+        } else {
+            [vec![Layer::Embedding { width, init: None }], of_blocks, vec![linear(7)]].concat()
+        };
+        check_tokens(layers, positions, rows, salt)?;
     }
 
     #[test]
@@ -158,13 +211,13 @@ proptest! {
         let inner = Layer::Residual { layers: vec![norm.clone(), conv(2, 3, 1, 1)] };
         let deep = vec![
             conv(2, 3, 1, 1), norm.clone(), Layer::Residual { layers: vec![conv(2, 1, 1, 0), inner, act(Activation::Tanh)] },
-            Layer::Flatten, Layer::Residual { layers: vec![] }, linear(6), Layer::LayerNorm { eps: 1e-5 }, linear(3),
+            Layer::Flatten, Layer::Residual { layers: vec![] }, linear(6), Layer::LayerNorm { dims: None, eps: 1e-5 }, linear(3),
         ];
         // A first layer of more than a chunk is announced in parts.
         let wide = vec![Layer::Flatten, linear(2 * CHUNK / 40), linear(3)];
         for layers in [deep, wide] {
             let parts = if layers.len() == 3 { 2 } else { 1 };
-            let model = Model::build(&Spec::Layers { layers }, &[2, 4, 5], 3).expect("the model fits");
+            let model = Model::build(&Spec::Layers { layers }, &Signature::new(&[2, 4, 5], 3)).expect("the model fits");
             let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
             let batch = batch(&[2, 4, 5], rows, Targets::Class(vec![1; rows]), salt);
             let (weights, segments) = (params(&model, salt), Segments { lo: 0, starts: vec![0, rows / 2, rows] });
@@ -192,52 +245,89 @@ proptest! {
     fn a_batchs_gradient_is_the_tree_sum_of_its_partitions(
         sizes in prop::collection::vec(0usize..20, 1..9), lo in 0u32..5, salt in any::<u64>(), threads in 1usize..5,
     ) {
-        let layers = vec![
+        let images = vec![
             conv(5, 3, 1, 1), Layer::BatchNorm { momentum: 0.1, eps: 1e-5 }, act(Activation::Relu),
             Layer::MaxPool2d { size: 2, stride: 2 },
             Layer::Residual { layers: vec![conv(5, 3, 1, 1), act(Activation::Gelu)] },
             // Few channels and many, by minimal filtering and not.
             conv(16, 1, 1, 0), conv(64, 3, 1, 0), act(Activation::Relu), conv(80, 3, 1, 1), conv(410, 1, 1, 0),
-            Layer::Flatten, linear(96), Layer::LayerNorm { eps: 1e-5 }, act(Activation::Tanh),
+            Layer::Flatten, linear(96), Layer::LayerNorm { dims: None, eps: 1e-5 }, act(Activation::Tanh),
             Layer::Dropout { rate: 0.4 }, linear(4),
         ];
-        let shape = [2, 6, 8];
-        let model = Model::build(&Spec::Layers { layers }, &shape, 4).expect("the model fits");
-        let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None }, 4).expect("it fits");
-        let rows: usize = sizes.iter().sum();
-        let labels = |n: usize| Targets::Class((0..n as u32).map(|i| i % 4).collect());
-        let all = batch(&shape, rows, labels(rows), salt);
-        let mut starts = vec![0];
-        sizes.iter().for_each(|n| starts.push(starts[starts.len() - 1] + n));
-        let weights = params(&model, salt);
-        let key = Key::new(salt, Purpose::Dropout);
-        let run = |batch: &Batch, segments: &Segments, threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
-            pool.install(|| {
-                let mut grads = vec![f32::NAN; weights.len()];
-                let mut workspace = Workspace::new(&model, rows.max(1), sizes.len());
-                let sums = gradient(&model, &loss, &weights, batch, segments, key, &mut workspace, &mut grads, &mut |_, _| {});
-                (sums, grads)
-            })
-        };
-        let whole = run(&all, &Segments { lo, starts: starts.clone() }, threads);
-        let alone = |i: usize| {
-            let inputs = all.inputs[starts[i] * 96..starts[i + 1] * 96].to_vec();
-            let Targets::Class(labels) = &all.targets else { panic!("labels") };
-            let targets = Targets::Class(labels[starts[i]..starts[i + 1]].to_vec());
-            let part = Batch { inputs, targets, samples: sizes[i] };
-            run(&part, &Segments { lo: lo + i as u32, starts: vec![0, sizes[i]] }, 1)
-        };
-        fn tree(node: Node, leaf: &impl Fn(usize) -> Vec<f32>) -> Vec<f32> {
-            match node.children() {
-                None => leaf(node.lo as usize),
-                Some((l, r)) => tree(l, leaf).iter().zip(tree(r, leaf)).map(|(a, b)| a + b).collect(),
-            }
+        let norm = Layer::LayerNorm { dims: Some(1), eps: 1e-5 };
+        let attention = Layer::Attention { heads: 2, causal: true, rotary: Some(1e4) };
+        let inner = vec![
+            Layer::Positions { init: None },
+            Layer::Residual { layers: vec![norm, linear(36), attention, linear(12)] },
+            linear(400), Layer::Swiglu, Layer::RmsNorm { dims: Some(1), eps: 1e-5 }, Layer::Dropout { rate: 0.2 },
+            linear(12),
+        ];
+        let tied = vec![Layer::TiedEmbedding { width: 12, init: None, layers: inner.clone() }];
+        // A table of several blocks.
+        let apart = [vec![Layer::Embedding { width: 12, init: None }], inner, vec![linear(4)]].concat();
+        let tokens = |vocabulary, outputs| Signature { input: vec![5], vocabulary: Some(vocabulary), output: vec![5, outputs] };
+        let of_images = Signature::new(&[2, 6, 8], 4);
+        for (layers, signature) in [(images, of_images), (tied, tokens(50, 50)), (apart, tokens(40_000, 4))] {
+            of_parts_and_whole(layers, &signature, &sizes, lo, salt, threads)?;
         }
-        let parts = tree(Node::root(sizes.len() as u32), &|i| alone(i).1);
-        for (i, (a, b)) in whole.1.iter().zip(&parts).enumerate() {
-            prop_assert_eq!(a.to_bits(), b.to_bits(), "value {} of {:?}", i, model.layout().tensor_at(i).map(|t| &t.name));
-        }
-        prop_assert_eq!(whole.0.samples as usize, rows);
     }
+}
+
+/// A batch's gradient, and the tree sum of its partitions'.
+fn of_parts_and_whole(
+    layers: Vec<Layer>,
+    signature: &Signature,
+    sizes: &[usize],
+    lo: u32,
+    salt: u64,
+    threads: usize,
+) -> Result<(), TestCaseError> {
+    let model = Model::build(&Spec::Layers { layers }, signature).expect("the model fits");
+    let kind = LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None };
+    let loss = Loss::new(&kind, model.outputs()).expect("it fits");
+    let rows: usize = sizes.iter().sum();
+    let (outputs, each) = (model.outputs() as u32, model.targets());
+    let labels = Targets::Class((0..(rows * each) as u32).map(|i| i * 7 % outputs).collect());
+    let mut all = batch(&signature.input, rows, labels, salt);
+    if let Some(vocabulary) = signature.vocabulary {
+        let key = Key::new(salt, Purpose::Synthetic);
+        // Many of few tokens, and some of any.
+        let below = |i: u64| if i.is_multiple_of(3) { vocabulary as u64 } else { 5 };
+        all.inputs.iter_mut().zip(0..).for_each(|(x, i)| *x = key.below(i, below(i)) as f32);
+    }
+    let mut starts = vec![0];
+    sizes.iter().for_each(|n| starts.push(starts[starts.len() - 1] + n));
+    let weights = params(&model, salt);
+    let key = Key::new(salt, Purpose::Dropout);
+    let run = |batch: &Batch, segments: &Segments, threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        pool.install(|| {
+            let mut grads = vec![f32::NAN; weights.len()];
+            let mut workspace = Workspace::new(&model, rows.max(1), sizes.len());
+            let sums =
+                gradient(&model, &loss, &weights, batch, segments, key, &mut workspace, &mut grads, &mut |_, _| {});
+            (sums, grads)
+        })
+    };
+    let whole = run(&all, &Segments { lo, starts: starts.clone() }, threads);
+    let alone = |i: usize| {
+        let len = model.input_len();
+        let inputs = all.inputs[starts[i] * len..starts[i + 1] * len].to_vec();
+        let Targets::Class(labels) = &all.targets else { panic!("labels") };
+        let targets = Targets::Class(labels[starts[i] * each..starts[i + 1] * each].to_vec());
+        let part = Batch { inputs, targets, samples: sizes[i] };
+        run(&part, &Segments { lo: lo + i as u32, starts: vec![0, sizes[i]] }, 1)
+    };
+    fn tree(node: Node, leaf: &impl Fn(usize) -> Vec<f32>) -> Vec<f32> {
+        match node.children() {
+            None => leaf(node.lo as usize),
+            Some((l, r)) => tree(l, leaf).iter().zip(tree(r, leaf)).map(|(a, b)| a + b).collect(),
+        }
+    }
+    let parts = tree(Node::root(sizes.len() as u32), &|i| alone(i).1);
+    for (i, (a, b)) in whole.1.iter().zip(&parts).enumerate() {
+        prop_assert_eq!(a.to_bits(), b.to_bits(), "value {} of {:?}", i, model.layout().tensor_at(i).map(|t| &t.name));
+    }
+    prop_assert_eq!(whole.0.samples as usize, rows);
+    Ok(())
 }

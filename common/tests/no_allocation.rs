@@ -4,7 +4,7 @@ use unisono_common::data::{Batch, Targets};
 use unisono_common::job::{Activation, Layer, Loss as LossKind, Model as Spec};
 use unisono_common::layers::Segments;
 use unisono_common::loss::Loss;
-use unisono_common::model::Model;
+use unisono_common::model::{Model, Signature};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::train::{Workspace, gradient};
 
@@ -22,12 +22,12 @@ fn a_gradient_allocates_nothing_after_the_first() {
         Layer::AvgPool2d { size: 2, stride: 1 },
         Layer::Flatten,
         linear(40),
-        Layer::LayerNorm { eps: 1e-5 },
+        Layer::LayerNorm { dims: None, eps: 1e-5 },
         act(Activation::Tanh),
         Layer::Dropout { rate: 0.3 },
         linear(10),
     ];
-    let model = Model::build(&Spec::Layers { layers }, &[2, 10, 10], 10).expect("the model fits");
+    let model = Model::build(&Spec::Layers { layers }, &Signature::new(&[2, 10, 10], 10)).expect("the model fits");
     let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None }, 10).expect("it fits");
     let samples = 9;
     let key = Key::new(1, Purpose::Synthetic);

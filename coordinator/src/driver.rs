@@ -279,8 +279,9 @@ impl Driver {
                     return Ok(None);
                 }
                 let samples = |parts: &Partitions| (node.lo..node.hi).map(|p| parts.len(p) as u64).sum::<u64>();
-                let want = self.shared.test_parts.as_ref().map_or(0, samples);
-                let sums = EvalSums::from_parts(self.eval_kind, &sums, &counts).filter(|sums| sums.samples() == want);
+                let each = self.shared.prepared.targets() as u64;
+                let want = each * self.shared.test_parts.as_ref().map_or(0, samples);
+                let sums = EvalSums::from_parts(self.eval_kind, &sums, &counts).filter(|sums| sums.targets() == want);
                 let Some(sums) = sums else {
                     let why = "its evaluation sums are not those of its partitions".into();
                     return self.take(Input::Broken { worker, why });

@@ -187,9 +187,8 @@ pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
 /// The same for a run that writes no checkpoints.
 pub fn prepare_unkept(job: Job) -> Result<Ready> {
     let opened = data::open(&job.data, job.seed)?;
-    let outputs = opened.prepared.outputs(&job.train.loss);
-    let model = Model::build(&job.model, &opened.prepared.shape, outputs)?;
-    let loss = Loss::new(&job.train.loss, outputs)?;
+    let model = Model::build(&job.model, &opened.prepared.signature(&job.train.loss))?;
+    let loss = Loss::new(&job.train.loss, model.outputs())?;
     loss.check_targets(&opened.train.targets)?;
     if let Some(test) = &opened.test {
         loss.check_targets(&test.targets)?;
@@ -200,7 +199,7 @@ pub fn prepare_unkept(job: Job) -> Result<Ready> {
         Some(test) => Some(Partitions::new(test.samples(), p, None).context("the test set")?),
         None => None,
     };
-    let kind = EvalKind::of(opened.prepared.classes.as_ref().map(Vec::len));
+    let kind = EvalKind::of(&opened.prepared);
     let plateau = match job.train.schedule.kind {
         ScheduleKind::Plateau { metric, .. } => Some(("train.schedule", metric)),
         _ => None,
@@ -332,7 +331,7 @@ pub async fn run(
     )?;
     drop((weights, slots));
     store.timers = options.window.map(|_| Default::default());
-    let eval_kind = EvalKind::of(opened.prepared.classes.as_ref().map(Vec::len));
+    let eval_kind = EvalKind::of(&opened.prepared);
     let shared = Arc::new(Shared {
         fingerprint: unisono_common::train::fingerprint(),
         prepared: opened.prepared.clone(),

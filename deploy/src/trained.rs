@@ -41,8 +41,7 @@ fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
         found.with_context(|| format!("there is no whole checkpoint in {}", path.display()))?
     };
     let manifest = loaded.manifest.clone();
-    let outputs = manifest.prepared.outputs(&manifest.job.train.loss);
-    let model = Model::build(&manifest.job.model, &manifest.prepared.shape, outputs)?;
+    let model = Model::build(&manifest.job.model, &manifest.prepared.signature(&manifest.job.train.loss))?;
     let weights = weights_from_safetensors(model.layout(), &loaded.weights)
         .with_context(|| format!("{}", loaded.path.display()))?;
     let digest = model.layout().weights_digest(&weights);
@@ -328,7 +327,7 @@ impl<'a> Predictor<'a> {
             targets: Targets::Value(vec![0.0; rows.len()]),
         };
         self.batch.clear();
-        self.batch.fill(&data, prepared, 0..rows.len(), true);
+        self.batch.fill(&data, prepared, 0..rows.len(), None, true);
         let columns: Vec<&str> = self.columns().collect();
         let logits = train::evaluate(model, weights, &self.batch, &mut self.workspace);
         let answer = |x: ArrayView1<'_, f32>| {

@@ -6,7 +6,7 @@ use unisono_common::job::{self, Metric, ScheduleKind};
 use unisono_common::layers::Segments;
 use unisono_common::layout::Role;
 use unisono_common::loss::Loss;
-use unisono_common::model::Model;
+use unisono_common::model::{Model, Signature};
 use unisono_common::optim::{Optimizer, Sums, clip_factor, sum_squares};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::schedule::{PlateauState, factor};
@@ -41,7 +41,7 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
     let loss: job::Loss = serde_json::from_value(case["loss"].clone()).expect("a loss");
     let optimizer_job: job::Optimizer = serde_json::from_value(case["optimizer"].clone()).expect("an optimizer");
     let outputs = floats(&case["outputs"]).len() / rows;
-    let model = Model::build(&job::Model::Layers { layers }, &shape, outputs).expect("the model fits");
+    let model = Model::build(&job::Model::Layers { layers }, &Signature::new(&shape, outputs)).expect("the model fits");
     let loss = Loss::new(&loss, outputs).expect("the loss fits");
     let optimizer = Optimizer::new(&optimizer_job);
     let (layout, trainable) = (model.layout(), model.layout().trainable());

@@ -50,7 +50,7 @@ async fn honest_join(client: &mut Client) -> (Job, Layout, v1::Join) {
         .into_inner();
     let job: Job = serde_json::from_str(&reply.job).expect("a job");
     let prepared: unisono_common::data::Prepared = serde_json::from_str(&reply.prepared).expect("prepared");
-    let model = Model::build(&job.model, &prepared.shape, prepared.outputs(&job.train.loss)).expect("a model");
+    let model = Model::build(&job.model, &prepared.signature(&job.train.loss)).expect("a model");
     let join = v1::Join {
         version: wire::VERSION.into(),
         job_digest: job.digest().to_vec().into(),

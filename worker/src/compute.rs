@@ -20,8 +20,8 @@ use unisono_common::tree::Node;
 use unisono_proto::shm::frame::Spent;
 use unisono_proto::{self as wire, v1};
 
-/// Rows of the test set that are evaluated at once.
-const EVAL_ROWS: usize = 256;
+/// Targets of the test set that are evaluated at once, at least those of one sample.
+const EVAL_TARGETS: usize = 256;
 
 /// Everything that a worker computes with.
 pub struct Compute {
@@ -64,7 +64,7 @@ impl Compute {
             filled: None,
             simulated: false,
             workspace: None,
-            eval_kind: EvalKind::of(prepared.classes.as_ref().map(Vec::len)),
+            eval_kind: EvalKind::of(&prepared),
             feeder: Feeder::new(train_parts.clone(), job.seed, job.train.micro_batch),
             job,
             samples,
@@ -89,6 +89,11 @@ impl Compute {
         &mut self.workspace.as_mut().expect("just made").1
     }
 
+    /// Samples of the test set that are evaluated at once.
+    fn eval_rows(&self) -> usize {
+        (EVAL_TARGETS / self.model.targets()).max(1)
+    }
+
     /// Puts a node's samples into the batch, where they are not in it.
     fn fill(&mut self, step: u64, node: Node) {
         if self.filled.as_ref().is_some_and(|filled| (filled.step, filled.node) == (step, node)) {
@@ -96,9 +101,10 @@ impl Compute {
         }
         let mut segments = Segments { lo: node.lo, starts: vec![0] };
         self.batch.clear();
+        let draw = Key::new(self.job.seed, Purpose::Augment).with(self.feeder.epoch(step));
         for partition in node.lo..node.hi {
             let rows = self.feeder.positions(step, partition).iter().map(|&i| i as usize);
-            self.samples.fill(&mut self.batch, &self.prepared, &self.train_parts, (partition, false), rows);
+            self.samples.fill(&mut self.batch, &self.prepared, &self.train_parts, (partition, false), rows, Some(draw));
             segments.starts.push(self.batch.samples);
         }
         self.filled = Some(Filled { step, node, segments });
@@ -122,7 +128,7 @@ impl Compute {
         }
         let began = Instant::now();
         self.fill(step, node);
-        let rows = (node.len() as usize * self.job.train.micro_batch).max(EVAL_ROWS);
+        let rows = (node.len() as usize * self.job.train.micro_batch).max(self.eval_rows());
         self.workspace(rows);
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
         let segments = &self.filled.as_ref().expect("filled above").segments;
@@ -150,13 +156,14 @@ impl Compute {
         }
         let mut sums = EvalSums::new(self.eval_kind);
         let Some(count) = self.test_parts.as_ref().map(|parts| parts.len(node.lo)) else { return sums };
-        self.workspace(EVAL_ROWS);
+        let eval_rows = self.eval_rows();
+        self.workspace(eval_rows);
         let (Some(parts), Some((_, workspace))) = (&self.test_parts, &mut self.workspace) else { return sums };
-        for at in (0..count).step_by(EVAL_ROWS) {
-            let rows = at..(at + EVAL_ROWS).min(count);
+        for at in (0..count).step_by(eval_rows) {
+            let rows = at..(at + eval_rows).min(count);
             self.filled = None;
             self.batch.clear();
-            self.samples.fill(&mut self.batch, &self.prepared, parts, (node.lo, true), rows.clone());
+            self.samples.fill(&mut self.batch, &self.prepared, parts, (node.lo, true), rows, None);
             let logits = train::evaluate(&self.model, weights, &self.batch, workspace);
             sums.add_batch(&self.loss, logits, &self.batch.targets);
         }

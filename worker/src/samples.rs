@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use unisono_common::data::partition::Partitions;
 use unisono_common::data::{Batch, Dataset, Opened, Prepared};
 use unisono_common::loss::Loss;
+use unisono_common::rng::Key;
 use unisono_proto::{self as wire, v1};
 
 /// A partition's number, and whether it is one of the test set.
@@ -60,13 +61,9 @@ impl Sent {
         let (partition, test) = of;
         let decode = |bytes: &[u8]| -> Result<Dataset> {
             let data = Dataset::from_bytes(bytes).with_context(|| format!("partition {partition}"))?;
-            if data.shape != prepared.shape || data.samples() != expected {
-                bail!(
-                    "partition {partition} has {} samples of shape {:?}; the job says {expected} of {:?}",
-                    data.samples(),
-                    data.shape,
-                    prepared.shape
-                );
+            prepared.check_samples(&data).with_context(|| format!("partition {partition}"))?;
+            if data.samples() != expected {
+                bail!("partition {partition} has {} samples; the job says {expected}", data.samples());
             }
             loss.check_targets(&data.targets)?;
             Ok(data)
@@ -79,8 +76,8 @@ impl Sent {
             Some(data) => data,
             None => {
                 let request = v1::FetchRequest { session: session.clone(), partition, test };
-                // Kinds and sizes, then at most a word a feature and one a target.
-                let most = 1024 + 4 * expected as u64 * (1 + prepared.shape.iter().product::<usize>() as u64);
+                // Kinds and sizes, then at most a word a value and one a target; of tokens, two windows are stored.
+                let most = 1024 + 4 * expected as u64 * (1 + 2 * prepared.shape.iter().product::<usize>() as u64);
                 let bytes = download(client, request, most).await?;
                 let data = decode(&bytes)?;
                 if let Some(cache) = &self.cache {
@@ -120,7 +117,7 @@ async fn download(client: &mut Client, request: v1::FetchRequest, most: u64) -> 
 }
 
 impl Samples {
-    /// Appends samples to `batch`: positions within one partition.
+    /// Appends samples to `batch`: positions within one partition, as they are in the epoch whose key is `draw`.
     ///
     /// # Panics
     /// Where the partition was neither read nor sent: the session waits for it before it gives the order.
@@ -131,16 +128,17 @@ impl Samples {
         parts: &Partitions,
         of: PartitionOf,
         positions: impl Iterator<Item = usize>,
+        draw: Option<Key>,
     ) {
         match self {
             Samples::Read(opened) => {
                 let data = if of.1 { opened.test.as_ref() } else { Some(&opened.train) };
                 let data = data.expect("the test set is there when it is evaluated");
-                batch.fill(data, prepared, positions.map(|i| parts.sample(of.0, i)), true);
+                batch.fill(data, prepared, positions.map(|i| parts.sample(of.0, i)), draw, true);
             }
             Samples::Sent(sent) => {
                 let data = sent.lock().get(&of).cloned().expect("the session fetched it");
-                batch.fill(&data, prepared, positions, true);
+                batch.fill(&data, prepared, positions, draw, true);
             }
         }
     }

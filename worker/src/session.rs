@@ -83,7 +83,10 @@ async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Res
             }
             Err(e)
                 if job.data.ship == Some(false)
-                    || matches!(job.data.source, Source::Digits | Source::Synthetic { .. }) =>
+                    || matches!(
+                        job.data.source,
+                        Source::Digits | Source::Synthetic { .. } | Source::SyntheticText { .. }
+                    ) =>
             {
                 return Ok(Err(format!("this worker cannot read the job's data: {e}")));
             }
@@ -93,8 +96,7 @@ async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Res
             }
         }
     };
-    let outputs = prepared.outputs(&job.train.loss);
-    let model = Arc::new(Model::build(&job.model, &prepared.shape, outputs)?);
+    let model = Arc::new(Model::build(&job.model, &prepared.signature(&job.train.loss))?);
     kept.job = Some(KeptJob { text: reply.job, job, prepared, samples, model });
     Ok(Ok(()))
 }

@@ -125,7 +125,7 @@ mod tests {
     use unisono_common::data::{Batch, Targets};
     use unisono_common::job::{Activation, Model as Spec};
     use unisono_common::layers::Segments;
-    use unisono_common::model::Model;
+    use unisono_common::model::{Model, Signature};
     use unisono_common::rng::{Key, Purpose};
     use unisono_common::train::{self, Workspace};
 
@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn a_forward_pass_runs_as_far_as_weights_have_come() {
         let spec = Spec::Mlp { hidden: vec![300, 300], activation: Activation::Relu, dropout: 0.0 };
-        let model = Model::build(&spec, &[500], 3).expect("a model");
+        let model = Model::build(&spec, &Signature::new(&[500], 3)).expect("a model");
         let (layout, whole) = (model.layout(), model.layout().init(1));
         let batch = Batch { inputs: vec![0.5; 1000], targets: Targets::Class(vec![0, 2]), samples: 2 };
         let (segments, key) = (Segments::one(2), Key::new(1, Purpose::Dropout));

@@ -1,6 +1,6 @@
 //! Tables of text: numbers as they are, categories one-hot encoded over the training set's values.
 
-use super::{Column, DataError, Dataset, Features, Prepared, Raw, Scale, Targets, find, reader};
+use super::{Column, DataError, Dataset, Features, Prepared, Raw, Scale, Targets, find, newlines, read_text};
 use crate::job::{self, Task};
 use ::csv::{ReaderBuilder, StringRecord, Trim};
 use std::collections::BTreeSet;
@@ -25,15 +25,7 @@ impl<'a> Table<'a> {
         if !spec.separator.is_ascii() || ['"', '\n', '\r'].contains(&spec.separator) {
             return Err(DataError::Separator { separator: spec.separator });
         }
-        let mut bytes = Vec::new();
-        reader(&found).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(DataError::read(&path))?;
-        let mut text = String::from_utf8(bytes).map_err(|e| {
-            let line = 1 + newlines(&e.as_bytes()[..e.utf8_error().valid_up_to()]);
-            DataError::NotText { path: path.clone(), line }
-        })?;
-        if text.starts_with('\u{feff}') {
-            text.remove(0);
-        }
+        let text = read_text(&found)?;
         let mut table = Table { path, text, names: Vec::new(), spec };
         table.names = match (&spec.columns, spec.header) {
             (Some(names), _) => names.clone(),
@@ -121,10 +113,6 @@ impl<'a> Table<'a> {
             (cell, Task::Regression) => Ok(cell),
         }
     }
-}
-
-fn newlines(bytes: &[u8]) -> usize {
-    bytes.iter().filter(|b| **b == b'\n').count()
 }
 
 fn is_missing(cell: &str, missing: &str) -> bool {
@@ -318,14 +306,10 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Csv) -> Result<Raw, DataErro
             Some(plan.encode(&test)?)
         }
     };
-    Ok(Raw {
-        train: plan.encode(&train)?,
-        test,
-        classes: plan.classes,
-        columns: plan.columns.into_iter().map(|(_, column)| column).collect(),
-        missing: spec.missing.clone(),
-        scale: Scale { per_feature: true, unit: 1.0 },
-    })
+    let train = plan.encode(&train)?;
+    let columns = plan.columns.into_iter().map(|(_, column)| column).collect();
+    let raw = Raw::new(train, test, plan.classes, Scale { per_feature: true, unit: 1.0 });
+    Ok(Raw { columns, missing: spec.missing.clone(), ..raw })
 }
 
 #[cfg(test)]
@@ -530,7 +514,7 @@ mod tests {
     fn every_feature_is_normalised() {
         let Opened { train, prepared, .. } = one(spec(), TABLE).unwrap().prepare(true);
         let mut batch = Batch::empty();
-        batch.fill(&train, &prepared, 0..4, true);
+        batch.fill(&train, &prepared, 0..4, None, true);
         for f in 0..4 {
             let column = || batch.inputs.iter().skip(f).step_by(4).map(|&x| x as f64);
             let (mean, square) = (column().sum::<f64>() / 4.0, column().map(|x| x * x).sum::<f64>() / 4.0);

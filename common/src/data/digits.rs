@@ -24,14 +24,8 @@ pub(super) fn read(seed: u64) -> Raw {
     let all = all();
     let key = Key::new(seed, Purpose::Split);
     let (test, train): (Vec<usize>, Vec<usize>) = (0..all.samples()).partition(|&i| key.below(i as u64, 5) == 0);
-    Raw {
-        train: all.select(&train),
-        test: Some(all.select(&test)),
-        classes: Some(numbered(10)),
-        columns: Vec::new(),
-        missing: String::new(),
-        scale: Scale { per_feature: false, unit: 1.0 / 16.0 },
-    }
+    let scale = Scale { per_feature: false, unit: 1.0 / 16.0 };
+    Raw::new(all.select(&train), Some(all.select(&test)), Some(numbered(10)), scale)
 }
 
 #[cfg(test)]

@@ -49,6 +49,14 @@ pub enum DataError {
     )]
     LoneLabel { path: String, sample: usize, label: u8, used: usize },
 
+    #[error(
+        "{path} gives {tokens} tokens; windows of data.context = {context} need at least {least}: use more text, or a \
+         smaller context"
+    )]
+    ShortText { path: String, tokens: usize, context: usize, least: usize },
+    #[error("the character {character:?} is in no text that the model was trained on; leave it out")]
+    Character { character: char },
+
     #[error("{path}:{line}: this is not UTF-8 text; convert the file to UTF-8")]
     NotText { path: String, line: usize },
     #[error("data.separator is {separator:?}; it must be one ASCII character, not a quote and not a line end")]

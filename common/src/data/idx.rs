@@ -130,14 +130,8 @@ pub(super) fn read(
             Some(dataset(images, labels))
         }
     };
-    Ok(Raw {
-        test,
-        classes: Some(numbered(last as usize + 1)),
-        columns: Vec::new(),
-        missing: String::new(),
-        scale: Scale { per_feature: train_shape.len() == 1, unit: 1.0 / 255.0 },
-        train: dataset(images, labels),
-    })
+    let scale = Scale { per_feature: train_shape.len() == 1, unit: 1.0 / 255.0 };
+    Ok(Raw::new(dataset(images, labels), test, Some(numbered(last as usize + 1)), scale))
 }
 
 #[cfg(test)]

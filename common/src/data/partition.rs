@@ -132,10 +132,15 @@ impl Feeder {
         }
     }
 
+    /// The epoch that `step` belongs to.
+    pub fn epoch(&self, step: u64) -> u64 {
+        step / self.steps_per_epoch
+    }
+
     /// The samples that `partition` gives to `step`, as positions within the partition ([`Partitions::sample`] says where
     /// they are in the data set); allocates where the epoch is another.
     pub fn positions(&mut self, step: u64, partition: u32) -> &[u32] {
-        let (epoch, step) = (step / self.steps_per_epoch, step % self.steps_per_epoch);
+        let (epoch, step) = (self.epoch(step), step % self.steps_per_epoch);
         let (parts, key) = (&self.parts, self.key);
         let order = &mut self.orders[partition as usize];
         if order.as_ref().is_none_or(|(of, _)| *of != epoch) {

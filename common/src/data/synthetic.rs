@@ -1,6 +1,7 @@
 //! Samples made from a seed, for measuring; a planted linear teacher decides the targets, so that a loss can fall.
 
-use super::{DataError, Dataset, Features, Raw, Scale, Targets, numbered};
+use super::text::windows;
+use super::{DataError, Dataset, Features, Raw, Scale, Targets, Tokens, numbered};
 use crate::job::Task;
 use crate::rng::{Key, Purpose};
 
@@ -111,14 +112,39 @@ pub(super) fn make(
     }
     let key = Key::new(seed, Purpose::Synthetic);
     let make = |from, samples| split(key, task, shape, classes, from, samples);
-    Ok(Raw {
-        train: make(0, samples)?,
-        test: if test_samples > 0 { Some(make(samples, test_samples)?) } else { None },
-        classes: (task == Task::Classification).then(|| numbered(classes)),
-        columns: Vec::new(),
-        missing: String::new(),
-        scale: Scale { per_feature: true, unit: 1.0 },
-    })
+    let test = if test_samples > 0 { Some(make(samples, test_samples)?) } else { None };
+    let classes = (task == Task::Classification).then(|| numbered(classes));
+    Ok(Raw::new(make(0, samples)?, test, classes, Scale { per_feature: true, unit: 1.0 }))
+}
+
+/// Makes windows of `context` tokens of a made-up language: half of its tokens are a function of the two before them, the
+/// others are any.
+pub(super) fn text(
+    seed: u64,
+    vocabulary: usize,
+    context: usize,
+    samples: usize,
+    test_samples: usize,
+) -> Result<Raw, DataError> {
+    let too_large = || DataError::TooLarge { samples, features: context };
+    let all = samples.checked_add(test_samples).and_then(|n| n.checked_add(2)?.checked_mul(context));
+    let mut tokens: Vec<u32> = Vec::new();
+    tokens.try_reserve_exact(all.ok_or_else(too_large)?).map_err(|_| too_large())?;
+    let key = Key::new(seed, Purpose::Synthetic);
+    let (rule, noise) = (key.named("rule"), key.named("noise"));
+    let (mut before, mut last) = (0, 0);
+    for i in 0..tokens.capacity().min(all.unwrap_or(0)) as u64 {
+        let of = |key: Key, i: u64| key.below(i, vocabulary as u64) as u32;
+        let token =
+            if noise.u64(i) & 1 == 0 { of(rule.with(before as u64).with(last as u64), 0) } else { of(noise, i) };
+        (before, last) = (last, token);
+        tokens.push(token);
+    }
+    let (train, test) = tokens.split_at((samples + 1) * context);
+    let test = (test_samples > 0).then(|| windows(test, vocabulary, context, true));
+    let scale = Scale { per_feature: false, unit: 1.0 };
+    let tokens = Some(Tokens { tokenizer: None, vocabulary, tokens_per_character: 1.0 });
+    Ok(Raw { tokens, ..Raw::new(windows(train, vocabulary, context, true), test, None, scale) })
 }
 
 #[cfg(test)]

@@ -77,10 +77,18 @@ pub enum Source {
         classes: Option<usize>,
     },
     Csv(Csv),
+    Text(Text),
     Synthetic {
         task: Task,
         shape: Vec<usize>,
         classes: usize,
+        samples: usize,
+        test_samples: usize,
+    },
+    /// `synthetic` with `task = "language"`.
+    SyntheticText {
+        vocabulary: usize,
+        context: usize,
         samples: usize,
         test_samples: usize,
     },
@@ -116,6 +124,28 @@ pub struct Csv {
     pub task: Task,
 }
 
+/// Windows of a plain text, each of whose tokens is to be predicted from those before it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Text {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// The share of the training text, at its end, that is the test set; only where `test` is none.
+    pub holdout: Option<f64>,
+    pub tokenizer: Tokenizer,
+    /// Tokens of a window.
+    pub context: usize,
+}
+
+/// What a token of a text is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tokenizer {
+    Bytes,
+    Characters,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Task {
@@ -123,13 +153,58 @@ pub enum Task {
     Regression,
 }
 
-/// `[model]`; `linear` and `mlp` are short for `layers`, and are expanded by the parser only in [`crate::model`].
+/// `[model]`; all other kinds are short for `layers`, and are expanded in [`crate::model`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Model {
     Linear,
     Mlp { hidden: Vec<usize>, activation: Activation, dropout: f32 },
+    Gpt(Gpt),
     Layers { layers: Vec<Layer> },
+}
+
+/// A decoder of blocks of causal attention and a feed-forward network, each normalised before and added to its input
+/// (Radford et al., 2019, section 2.3).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gpt {
+    /// Blocks.
+    pub layers: usize,
+    /// Attention heads of a block.
+    pub heads: usize,
+    /// Values of a position.
+    pub width: usize,
+    /// Values of a position inside the feed-forward network.
+    pub hidden: usize,
+    pub feed_forward: FeedForward,
+    pub norm: Norm,
+    pub positions: PositionKind,
+    /// Whether the linear layers of the blocks have a bias.
+    pub bias: bool,
+    /// Whether the logits are products with the embedding's table, instead of with a table of their own.
+    pub tie: bool,
+    pub dropout: f32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FeedForward {
+    Gelu,
+    Swiglu,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Norm {
+    LayerNorm,
+    RmsNorm,
+}
+
+/// How a model knows where in its context a token is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PositionKind {
+    Learned,
+    Rotary,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -138,6 +213,7 @@ pub enum Activation {
     Relu,
     LeakyRelu { slope: f32 },
     Gelu,
+    Silu,
     Tanh,
     Sigmoid,
 }
@@ -183,8 +259,39 @@ pub enum Layer {
         eps: f32,
     },
     LayerNorm {
+        /// How many of the last dimensions are normalised together; `None`: all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        dims: Option<usize>,
         eps: f32,
     },
+    RmsNorm {
+        dims: Option<usize>,
+        eps: f32,
+    },
+    /// `[positions]` tokens to `[positions, width]`.
+    Embedding {
+        width: usize,
+        init: Option<WeightInit>,
+    },
+    /// [`Layer::Embedding`], `layers`, and the products with the embedding's table: `[positions, vocabulary]`.
+    TiedEmbedding {
+        width: usize,
+        init: Option<WeightInit>,
+        layers: Vec<Layer>,
+    },
+    /// Adds a learnt value to each.
+    Positions {
+        init: Option<WeightInit>,
+    },
+    /// `[positions, 3 width]`, queries, keys and values, to `[positions, width]`.
+    Attention {
+        heads: usize,
+        causal: bool,
+        /// The base of rotary position embedding, where there is one.
+        rotary: Option<f64>,
+    },
+    /// Halves the last dimension.
+    Swiglu,
     /// `y = x + body(x)`.
     Residual {
         layers: Vec<Layer>,
@@ -199,6 +306,10 @@ pub enum WeightInit {
     KaimingNormal,
     XavierUniform,
     XavierNormal,
+    /// Weights of this deviation around 0; the bias begins at 0.
+    Normal {
+        std: f32,
+    },
 }
 
 /// `[train]`
@@ -338,6 +449,8 @@ pub enum Metric {
     Auc,
     Rmse,
     Mae,
+    Perplexity,
+    BitsPerCharacter,
 }
 
 impl Metric {
@@ -354,6 +467,8 @@ impl Metric {
             Metric::Auc => "auc",
             Metric::Rmse => "rmse",
             Metric::Mae => "mae",
+            Metric::Perplexity => "perplexity",
+            Metric::BitsPerCharacter => "bits-per-character",
         }
     }
 }

@@ -56,7 +56,8 @@ const FORMATS: &Kinds = &[
     ("digits", &[]),
     ("idx", &["train", "test", "classes"]),
     ("csv", &["train", "test", "header", "columns", "target", "categorical", "ignore", "missing", "separator", "task"]),
-    ("synthetic", &["task", "shape", "classes", "samples", "test_samples"]),
+    ("text", &["train", "test", "holdout", "tokenizer", "context"]),
+    ("synthetic", &["task", "shape", "classes", "vocabulary", "context", "samples", "test_samples"]),
 ];
 
 fn data(node: &Node, base: &str) -> Result<Data> {
@@ -73,10 +74,11 @@ fn data(node: &Node, base: &str) -> Result<Data> {
             classes: r.integer("classes", 2..=256)?.optional().map(|n| n as usize),
         },
         "csv" => Source::Csv(csv(&r, base)?),
+        "text" => Source::Text(plain_text(&r, base)?),
         _ => synthetic(&r)?,
     };
     let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
-    let normalize = r.flag("normalize")?.or(!matches!(source, Source::Synthetic { .. }));
+    let normalize = r.flag("normalize")?.or(!matches!(source, Source::Synthetic { .. } | Source::SyntheticText { .. }));
     Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed })
 }
 
@@ -120,29 +122,54 @@ fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
     })
 }
 
+fn plain_text(r: &Reader<'_>, base: &str) -> Result<Text> {
+    let test = r.text("test")?.optional();
+    let holdout = r.f64("holdout", &BETWEEN)?.optional();
+    if test.is_some() && holdout.is_some() {
+        return r.refuse("holdout", "and `data.test` are both given; keep one of them");
+    }
+    let tokenizer = match r.word("tokenizer", "tokenizer", &["bytes", "characters"])?.or("bytes") {
+        "characters" => Tokenizer::Characters,
+        _ => Tokenizer::Bytes,
+    };
+    Ok(Text {
+        base: base.into(),
+        train: r.text("train")?.needed("train = \"book.txt\"")?,
+        test,
+        holdout,
+        tokenizer,
+        context: r.integer("context", 1..=1 << 20)?.needed("context = 64")? as usize,
+    })
+}
+
 fn synthetic(r: &Reader<'_>) -> Result<Source> {
-    let task = task(r)?;
+    let task = r.word("task", "task", &["classification", "regression", "language"])?.or("classification");
+    let samples = r.integer("samples", COUNT)?.needed("samples = 65536")?;
+    let test_samples = r.integer("test_samples", COUNT_OR_0)?.or((samples / 8).max(1));
+    let (samples, test_samples) = (samples as usize, test_samples as usize);
+    let not_for = |keys: &[&'static str]| match keys.iter().find(|key| r.node(key).optional().is_some()) {
+        Some(key) => r.refuse(key, &format!("is not for `data.task = {task:?}`; leave it out, or change `data.task`")),
+        None => Ok(()),
+    };
+    if task == "language" {
+        not_for(&["shape", "classes"])?;
+        let vocabulary = r.integer("vocabulary", 2..=1 << 24)?.needed("vocabulary = 65")? as usize;
+        let context = r.integer("context", 1..=1 << 20)?.needed("context = 64")? as usize;
+        return Ok(Source::SyntheticText { vocabulary, context, samples, test_samples });
+    }
+    not_for(&["vocabulary", "context"])?;
     let shape = r.list("shape", SIZE, size)?.needed("shape = [784]")?;
     if !matches!(shape.len(), 1 | 3) || shape.iter().map(|&d| d as u128).product::<u128>() > 1 << 31 {
         return r
             .refuse("shape", "must be [features] or [channels, height, width], with at most 2147483648 values in all");
     }
-    let classes = match task {
-        Task::Classification => r.integer("classes", 2..=1 << 24)?.needed("classes = 10")?,
-        Task::Regression if r.node("classes").optional().is_some() => {
-            return r.refuse("classes", "is for classification; leave it out, or change `data.task`");
-        }
-        Task::Regression => 0,
+    let (task, classes) = if task == "regression" {
+        not_for(&["classes"])?;
+        (Task::Regression, 0)
+    } else {
+        (Task::Classification, r.integer("classes", 2..=1 << 24)?.needed("classes = 10")? as usize)
     };
-    let samples = r.integer("samples", COUNT)?.needed("samples = 65536")?;
-    let test_samples = r.integer("test_samples", COUNT_OR_0)?.or((samples / 8).max(1));
-    Ok(Source::Synthetic {
-        task,
-        shape,
-        classes: classes as usize,
-        samples: samples as usize,
-        test_samples: test_samples as usize,
-    })
+    Ok(Source::Synthetic { task, shape, classes, samples, test_samples })
 }
 
 /// `"name"` or `{ kind = "name", ... }`.
@@ -160,19 +187,25 @@ fn choice<T>(
 }
 
 const ACTIVATIONS: &Kinds =
-    &[("relu", &[]), ("leaky-relu", &["slope"]), ("gelu", &[]), ("tanh", &[]), ("sigmoid", &[])];
+    &[("relu", &[]), ("leaky-relu", &["slope"]), ("gelu", &[]), ("silu", &[]), ("tanh", &[]), ("sigmoid", &[])];
 
 fn activation(name: &str, r: &Reader<'_>) -> Result<Activation> {
     Ok(match name {
         "relu" => Activation::Relu,
         "leaky-relu" => Activation::LeakyRelu { slope: r.f32("slope", &ANY)?.or(0.01) },
         "gelu" => Activation::Gelu,
+        "silu" => Activation::Silu,
         "tanh" => Activation::Tanh,
         _ => Activation::Sigmoid,
     })
 }
 
-const MODELS: &Kinds = &[("linear", &[]), ("mlp", &["hidden", "activation", "dropout"]), ("layers", &["layers"])];
+const MODELS: &Kinds = &[
+    ("linear", &[]),
+    ("mlp", &["hidden", "activation", "dropout"]),
+    ("gpt", &["layers", "heads", "width", "hidden", "feed_forward", "norm", "positions", "bias", "tie", "dropout"]),
+    ("layers", &["layers"]),
+];
 
 fn model(node: &Node) -> Result<Model> {
     let r = Reader::new(node, "model")?;
@@ -190,10 +223,51 @@ fn model(node: &Node) -> Result<Model> {
                 dropout: r.f32("dropout", &FRACTION)?.or(0.0),
             }
         }
+        "gpt" => Model::Gpt(gpt(&r)?),
         _ => {
             let list = r.node("layers").needed("layers = [{ op = \"linear\", units = 10 }]")?;
             Model::Layers { layers: layers(list, "model.layers")? }
         }
+    })
+}
+
+fn gpt(r: &Reader<'_>) -> Result<Gpt> {
+    let (width, heads) = (r.size("width")?.needed("width = 128")?, r.size("heads")?.needed("heads = 4")?);
+    if !width.is_multiple_of(heads) {
+        return r.refuse("heads", &format!("must divide `model.width`, which is {width}"));
+    }
+    let feed_forward = match r.word("feed_forward", "feed-forward network", &["gelu", "swiglu"])?.or("gelu") {
+        "swiglu" => FeedForward::Swiglu,
+        _ => FeedForward::Gelu,
+    };
+    let positions = match r.word("positions", "kind of positions", &["learned", "rotary"])?.or("learned") {
+        "rotary" if !(width / heads).is_multiple_of(2) => {
+            let need =
+                format!("\"rotary\" needs heads of an even width, not of {}; change `model.heads`", width / heads);
+            return r.refuse("positions", &need);
+        }
+        "rotary" => PositionKind::Rotary,
+        _ => PositionKind::Learned,
+    };
+    // Of the same size either way (Shazeer, 2020, section 3): a gated network has three matrices instead of two.
+    let hidden = match feed_forward {
+        FeedForward::Gelu => 4 * width,
+        FeedForward::Swiglu => (8 * width).div_ceil(3),
+    };
+    Ok(Gpt {
+        layers: r.size("layers")?.needed("layers = 4")?,
+        heads,
+        width,
+        hidden: r.size("hidden")?.or(hidden),
+        feed_forward,
+        norm: match r.word("norm", "norm", &["layer-norm", "rms-norm"])?.or("layer-norm") {
+            "rms-norm" => Norm::RmsNorm,
+            _ => Norm::LayerNorm,
+        },
+        positions,
+        bias: r.flag("bias")?.or(true),
+        tie: r.flag("tie")?.or(false),
+        dropout: r.f32("dropout", &FRACTION)?.or(0.0),
     })
 }
 
@@ -217,11 +291,18 @@ const LAYERS: &Kinds = &[
     ("relu", &[]),
     ("leaky-relu", &["slope"]),
     ("gelu", &[]),
+    ("silu", &[]),
     ("tanh", &[]),
     ("sigmoid", &[]),
+    ("swiglu", &[]),
     ("dropout", &["rate"]),
     ("batch-norm", &["momentum", "eps"]),
-    ("layer-norm", &["eps"]),
+    ("layer-norm", &["dims", "eps"]),
+    ("rms-norm", &["dims", "eps"]),
+    ("embedding", &["width", "init"]),
+    ("tied-embedding", &["width", "init", "layers"]),
+    ("positions", &["init"]),
+    ("attention", &["heads", "causal", "rotary"]),
     ("residual", &["layers"]),
 ];
 
@@ -248,7 +329,21 @@ fn layer(node: &Node, path: &str) -> Result<Layer> {
         "flatten" => Layer::Flatten,
         "dropout" => Layer::Dropout { rate: r.f32("rate", &FRACTION)?.or(0.5) },
         "batch-norm" => Layer::BatchNorm { momentum: r.f32("momentum", &UP_TO_ONE)?.or(0.1), eps: eps()? },
-        "layer-norm" => Layer::LayerNorm { eps: eps()? },
+        "layer-norm" => Layer::LayerNorm { dims: r.size("dims")?.optional(), eps: eps()? },
+        "rms-norm" => Layer::RmsNorm { dims: r.size("dims")?.optional(), eps: eps()? },
+        "embedding" => Layer::Embedding { width: r.size("width")?.needed("width = 128")?, init: init(&r)? },
+        "tied-embedding" => {
+            let body = r.node("layers").needed("layers = [{ op = \"layer-norm\", dims = 1 }]")?;
+            let layers = layers(body, &format!("{path}.layers"))?;
+            Layer::TiedEmbedding { width: r.size("width")?.needed("width = 128")?, init: init(&r)?, layers }
+        }
+        "positions" => Layer::Positions { init: init(&r)? },
+        "attention" => Layer::Attention {
+            heads: r.size("heads")?.needed("heads = 4")?,
+            causal: r.flag("causal")?.or(false),
+            rotary: r.f64("rotary", &POSITIVE)?.optional(),
+        },
+        "swiglu" => Layer::Swiglu,
         "residual" => {
             let body = r.node("layers").needed("layers = [{ op = \"relu\" }]")?;
             Layer::Residual { layers: layers(body, &format!("{path}.layers"))? }
@@ -257,14 +352,27 @@ fn layer(node: &Node, path: &str) -> Result<Layer> {
     })
 }
 
+const INITS: &Kinds = &[
+    ("kaiming-uniform", &[]),
+    ("kaiming-normal", &[]),
+    ("xavier-uniform", &[]),
+    ("xavier-normal", &[]),
+    ("normal", &["std"]),
+];
+
 fn init(r: &Reader<'_>) -> Result<Option<WeightInit>> {
-    let known = ["kaiming-uniform", "kaiming-normal", "xavier-uniform", "xavier-normal"];
-    Ok(r.word("init", "init", &known)?.optional().map(|name| match name {
-        "kaiming-uniform" => WeightInit::KaimingUniform,
-        "kaiming-normal" => WeightInit::KaimingNormal,
-        "xavier-uniform" => WeightInit::XavierUniform,
-        _ => WeightInit::XavierNormal,
-    }))
+    let one = |node| {
+        choice(node, "init", &r.full("init"), INITS, &[], |name, r| {
+            Ok(match name {
+                "kaiming-uniform" => WeightInit::KaimingUniform,
+                "kaiming-normal" => WeightInit::KaimingNormal,
+                "xavier-uniform" => WeightInit::XavierUniform,
+                "xavier-normal" => WeightInit::XavierNormal,
+                _ => WeightInit::Normal { std: r.f32("std", &POSITIVE)?.needed("std = 0.02")? },
+            })
+        })
+    };
+    r.node("init").optional().map(one).transpose()
 }
 
 fn train(node: &Node) -> Result<Train> {
@@ -444,12 +552,16 @@ fn schedule(node: &Node) -> Result<Schedule> {
     })
 }
 
+const METRICS: [&str; 7] = ["loss", "accuracy", "auc", "rmse", "mae", "perplexity", "bits-per-character"];
+
 fn metric(r: &Reader<'_>) -> Result<Metric> {
-    Ok(match r.word("metric", "metric", &["loss", "accuracy", "auc", "rmse", "mae"])?.or("loss") {
+    Ok(match r.word("metric", "metric", &METRICS)?.or("loss") {
         "accuracy" => Metric::Accuracy,
         "auc" => Metric::Auc,
         "rmse" => Metric::Rmse,
         "mae" => Metric::Mae,
+        "perplexity" => Metric::Perplexity,
+        "bits-per-character" => Metric::BitsPerCharacter,
         _ => Metric::Loss,
     })
 }

@@ -250,7 +250,8 @@ impl<'a> Reader<'a> {
         self.find(key).unwrap_or(self.node).error(format!("`{}` {message}", self.full(key)))
     }
 
-    fn full(&self, key: &str) -> String {
+    /// A key's dotted name.
+    pub fn full(&self, key: &str) -> String {
         if self.path.is_empty() { key.into() } else { format!("{}.{key}", self.path) }
     }
 

@@ -77,6 +77,19 @@ pub fn sum_squared_from(a: &[f32], center: f32) -> f32 {
     reduce(a, a, |a, _| (a - center) * (a - center))
 }
 
+/// The largest value; NaN is passed over.
+#[inline(always)]
+pub(crate) fn largest(x: &[f32]) -> f32 {
+    let pick = |top: f32, x: f32| if x > top { x } else { top };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    for block in blocks {
+        lanes.iter_mut().zip(block).for_each(|(lane, x)| *lane = pick(*lane, *x));
+    }
+    let top = if blocks.is_empty() { f32::NEG_INFINITY } else { lanes.into_iter().fold(f32::NEG_INFINITY, pick) };
+    tail.iter().copied().fold(top, pick)
+}
+
 /// `out[i] += a[i]`.
 pub fn add_into(out: &mut [f32], a: &[f32]) {
     vectorized(|| out.iter_mut().zip(a).for_each(|(o, a)| *o += a));

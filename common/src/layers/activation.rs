@@ -1,6 +1,6 @@
 //! Element-wise non-linearities.
 
-use super::{Grads, Layer, Params, Pass};
+use super::{Grads, Layer, Params, Pass, over_rows};
 use crate::job;
 use crate::kernels::{Finish, math, vectorized};
 use rayon::prelude::*;
@@ -42,7 +42,7 @@ pub(crate) fn finish(kind: job::Activation) -> Option<Finish> {
         job::Activation::Relu => Some(Finish::Relu),
         job::Activation::LeakyRelu { slope } if slope > 0.0 => Some(Finish::LeakyRelu { slope }),
         job::Activation::LeakyRelu { .. } => None,
-        job::Activation::Gelu | job::Activation::Tanh | job::Activation::Sigmoid => None,
+        job::Activation::Gelu | job::Activation::Silu | job::Activation::Tanh | job::Activation::Sigmoid => None,
     }
 }
 
@@ -80,6 +80,8 @@ impl Layer for Activation {
             job::Activation::Gelu => {
                 map(y, x, |x| 0.5 * x * (1.0 + math::erf(x * std::f32::consts::FRAC_1_SQRT_2)));
             }
+            // Elfwing et al., 2018, eq. 5.
+            job::Activation::Silu => map(y, x, |x| x * math::sigmoid(x)),
             job::Activation::Tanh => map(y, x, math::tanh),
             job::Activation::Sigmoid => map(y, x, math::sigmoid),
         }
@@ -108,8 +110,88 @@ impl Layer for Activation {
                 let density = 0.398_942_3 * math::exp(-0.5 * x * x);
                 d * (below + x * density)
             }),
+            job::Activation::Silu => map2(dx, x, dy, |x, d| d * silu_slope(x)),
             job::Activation::Tanh => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
             job::Activation::Sigmoid => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
         }
+    }
+}
+
+#[inline(always)]
+fn silu_slope(x: f32) -> f32 {
+    let s = math::sigmoid(x);
+    s * (1.0 + x * (1.0 - s))
+}
+
+/// Gated halves (Shazeer, "GLU Variants Improve Transformer", 2020, eq. 5): a row `[a, b]` becomes `silu(a) * b`.
+pub struct Swiglu {
+    /// Of the outputs: the last dimension is half that of the inputs.
+    pub shape: Vec<usize>,
+}
+
+impl Swiglu {
+    /// Outputs of a row.
+    fn width(&self) -> usize {
+        self.shape[self.shape.len() - 1]
+    }
+
+    /// Rows of a batch.
+    fn rows(&self, pass: &Pass<'_>) -> usize {
+        pass.segments.total() * self.shape[..self.shape.len() - 1].iter().product::<usize>()
+    }
+}
+
+impl Layer for Swiglu {
+    fn out_shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn forward(&self, pass: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
+        let width = self.width();
+        over_rows(self.rows(pass), (y, width), (x, 2 * width), |_, y, x| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(2 * width)) {
+                        let (a, b) = x.split_at(width);
+                        y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = a * math::sigmoid(*a) * b);
+                    }
+                },
+            );
+        });
+    }
+
+    fn backward(
+        &self,
+        pass: &Pass<'_>,
+        _: Params<'_>,
+        x: &[f32],
+        _: &[f32],
+        dy: &[f32],
+        dx: Option<&mut [f32]>,
+        _: Grads<'_>,
+        _: &mut [f32],
+        _: &mut [f32],
+    ) {
+        let Some(dx) = dx else { return };
+        let width = self.width();
+        over_rows(self.rows(pass), (dx, 2 * width), (dy, width), |first, dx, dy| {
+            let x = &x[first * 2 * width..][..dx.len()];
+            vectorized(
+                #[inline(always)]
+                || {
+                    let rows =
+                        dx.chunks_exact_mut(2 * width).zip(x.chunks_exact(2 * width)).zip(dy.chunks_exact(width));
+                    for ((dx, x), dy) in rows {
+                        let ((a, b), (da, db)) = (x.split_at(width), dx.split_at_mut(width));
+                        let values = a.iter().zip(b).zip(dy);
+                        for ((da, db), ((a, b), dy)) in da.iter_mut().zip(db).zip(values) {
+                            *da = dy * b * silu_slope(*a);
+                            *db = dy * (a * math::sigmoid(*a));
+                        }
+                    }
+                },
+            );
+        });
     }
 }

@@ -7,19 +7,31 @@ use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm, product};
 use crate::layout::{CHUNK, Init, Role, Tensor};
 use rayon::prelude::*;
 
-/// `y = finish(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`.
+/// `y = finish(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`. Of a sample of shape `[positions, inputs]`, each
+/// position is a row of its own.
 pub struct Linear {
     pub inputs: usize,
-    pub outputs: [usize; 1],
-    pub bias: bool,
+    /// `[outputs]`, or `[positions, outputs]`.
+    pub out_shape: Vec<usize>,
     pub init: Init,
+    /// How the bias begins, where there is one.
+    pub bias: Option<Init>,
     /// The activation behind it, if it is one that is computed with the product.
     pub finish: Finish,
 }
 
 impl Linear {
+    fn outputs(&self) -> usize {
+        self.out_shape[self.out_shape.len() - 1]
+    }
+
+    /// Rows of a sample.
+    fn positions(&self) -> usize {
+        self.out_shape[..self.out_shape.len() - 1].iter().product()
+    }
+
     fn weights(&self) -> usize {
-        self.inputs * self.outputs[0]
+        self.inputs * self.outputs()
     }
 
     /// Of so many rows of the weights' gradient.
@@ -30,20 +42,20 @@ impl Linear {
     /// Rows of the weights' gradient that are announced together: about a chunk of them, but enough of them to be computed
     /// well, and no more than 16 times.
     fn strip(&self) -> usize {
-        let rows = (CHUNK / self.inputs.max(1)).max(self.outputs[0].div_ceil(16)).max(96);
+        let rows = (CHUNK / self.inputs.max(1)).max(self.outputs().div_ceil(16)).max(96);
         rows.next_multiple_of(8 * kernels::lanes())
     }
 
-    /// Room for the inputs of `rows` samples in `segments` segments, packed for all parts of the weights' gradient; it is
+    /// Room for the inputs of `rows` rows in `segments` segments, packed for all parts of the weights' gradient; it is
     /// needed where this is the first layer.
     fn packed(&self, rows: usize, segments: usize) -> usize {
-        if self.strip() < self.outputs[0] { Packed::room(rows, self.inputs) + segments * Packed::room(0, 0) } else { 0 }
+        if self.strip() < self.outputs() { Packed::room(rows, self.inputs) + segments * Packed::room(0, 0) } else { 0 }
     }
 }
 
 impl Layer for Linear {
     fn out_shape(&self) -> &[usize] {
-        &self.outputs
+        &self.out_shape
     }
 
     fn tensors(&self) -> Vec<Tensor> {
@@ -53,11 +65,8 @@ impl Layer for Linear {
             role: Role::Trainable,
             init,
         };
-        let mut all = vec![tensor("weight", &[self.outputs[0], self.inputs], self.init)];
-        if self.bias {
-            let bound = 1.0 / libm::sqrtf(self.inputs as f32);
-            all.push(tensor("bias", &self.outputs, Init::Uniform { bound }));
-        }
+        let mut all = vec![tensor("weight", &[self.outputs(), self.inputs], self.init)];
+        all.extend(self.bias.map(|init| tensor("bias", &[self.outputs()], init)));
         all
     }
 
@@ -68,20 +77,21 @@ impl Layer for Linear {
 
     /// The sums' gradient, where it is not the output's, then what the parameters' gradients need.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
-        let masked = if self.finish == Finish::Keep { 0 } else { rows * self.outputs[0] };
-        let sums = self.blocks(self.outputs[0]).scratch(segments).max(tree_spare(segments, self.outputs[0]));
+        let (rows, outputs) = (rows * self.positions(), self.outputs());
+        let masked = if self.finish == Finish::Keep { 0 } else { rows * outputs };
+        let sums = self.blocks(outputs).scratch(segments).max(tree_spare(segments, outputs));
         masked + self.packed(rows, segments) + sums
     }
 
     fn multiply_adds(&self) -> u64 {
-        self.weights() as u64
+        (self.positions() * self.weights()) as u64
     }
 
     fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
-        let (i, o) = (self.inputs, self.outputs[0]);
+        let (i, o, positions) = (self.inputs, self.outputs(), self.positions());
         let (w_oi, b_o) = params.trainable.split_at(self.weights());
-        over_rows(pass.segments.total(), (y, o), (x, i), |_, y, x| {
-            let start = if self.bias { Start::Columns(b_o) } else { Start::Zero };
+        over_rows(pass.segments.total() * positions, (y, o), (x, i), |_, y, x| {
+            let start = if self.bias.is_some() { Start::Columns(b_o) } else { Start::Zero };
             product(y, Mat::new(x, x.len() / i, i), Mat::new(w_oi, o, i).t(), start, self.finish);
         });
     }
@@ -98,27 +108,31 @@ impl Layer for Linear {
         _: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (i, o) = (self.inputs, self.outputs[0]);
+        let (i, o, positions) = (self.inputs, self.outputs(), self.positions());
         let (dw_oi, db_o) = grads.trainable.split_at_mut(self.weights());
         let segments = pass.segments;
+        let rows_of = |segment| {
+            let samples = segments.rows(segment);
+            samples.start * positions..samples.end * positions
+        };
         let (dy, scratch) = masked(self.finish, y, dy, scratch);
-        if self.bias {
+        if self.bias.is_some() {
             tree_sum(0, segments.len(), db_o, scratch, &mut |segment, out| {
-                let rows = segments.rows(segment);
+                let rows = rows_of(segment);
                 column_sums(&dy[rows.start * o..rows.end * o], out);
             });
             pass.finish_from(dw_oi.len(), db_o);
         }
         let of = |segment: usize| {
-            let rows = segments.rows(segment);
+            let rows = rows_of(segment);
             let (dy, x) = (&dy[rows.start * o..rows.end * o], &x[rows.start * i..rows.end * i]);
             (Mat::new(dy, rows.len(), o), Mat::new(x, rows.len(), i))
         };
         // The first layer's gradient comes last of all: part by part, so that its update need not wait for the whole.
         if dx.is_none() && self.strip() < o {
-            let (mut room, scratch) = scratch.split_at_mut(self.packed(segments.total(), segments.len()));
+            let (mut room, scratch) = scratch.split_at_mut(self.packed(segments.total() * positions, segments.len()));
             let mut split = |segment| {
-                let len = Packed::room(segments.rows(segment).len(), i);
+                let len = Packed::room(rows_of(segment).len(), i);
                 room.split_off_mut(..len).unwrap_or_default()
             };
             let rooms: Vec<_> = (0..segments.len()).map(|segment| (segment, split(segment))).collect();
@@ -141,7 +155,7 @@ impl Layer for Linear {
         }
         if let Some(dx) = dx {
             let w_oi = Mat::new(params.trainable, o, i);
-            over_rows(segments.total(), (dx, i), (dy, o), |_, dx, dy| {
+            over_rows(segments.total() * positions, (dx, i), (dy, o), |_, dx, dy| {
                 gemm(dx, Mat::new(dy, dy.len() / o, o), w_oi, false);
             });
         }
@@ -159,7 +173,8 @@ mod tests {
     #[test]
     fn a_gradients_parts_are_those_of_the_whole() {
         let (rows, inputs, outputs) = (7, 784, 300);
-        let layer = Linear { inputs, outputs: [outputs], bias: true, init: Init::Constant(0.0), finish: Finish::Relu };
+        let zero = Init::Constant(0.0);
+        let layer = Linear { inputs, out_shape: vec![outputs], init: zero, bias: Some(zero), finish: Finish::Relu };
         let values = |salt, n: usize| -> Vec<f32> {
             let key = Key::new(salt, Purpose::Synthetic);
             (0..n as u64).map(|i| key.normal(i)).collect()

@@ -9,19 +9,25 @@
 //! how many while it runs (`scratch`), and gets slices of exactly that length.
 
 mod activation;
+mod attention;
+mod batch_norm;
 mod conv2d;
 mod dropout;
+mod embedding;
+mod layer_norm;
 mod linear;
-mod norm;
 mod pool;
 mod sequential;
 
-pub use activation::Activation;
 pub(crate) use activation::finish;
+pub use activation::{Activation, Swiglu};
+pub use attention::{Attention, Rotary};
+pub use batch_norm::BatchNorm;
 pub use conv2d::Conv2d;
 pub use dropout::Dropout;
+pub use embedding::{Embedding, Positions, TiedEmbedding};
+pub use layer_norm::LayerNorm;
 pub use linear::Linear;
-pub use norm::{BatchNorm, LayerNorm};
 pub use pool::{GlobalAvgPool, Pool2d};
 pub use sequential::{Flatten, Residual, Sequential};
 

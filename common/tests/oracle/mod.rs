@@ -32,7 +32,7 @@ pub fn tensors(model: &Model, values: &[f32]) -> Tensors {
 }
 
 impl Oracle<'_> {
-    /// The model's outputs.
+    /// The model's outputs, a row a sample.
     pub fn forward(&self, tensors: &Tensors, inputs: &[f32]) -> Rows {
         let len: usize = self.shape.iter().product();
         let rows = inputs.chunks_exact(len).map(|row| row.iter().map(|v| *v as f64).collect()).collect();
@@ -63,12 +63,13 @@ impl Oracle<'_> {
         let each = |f: &dyn Fn(&[f64]) -> Vec<f64>| -> Rows { x.iter().map(|x| f(x)).collect() };
         match layer {
             Layer::Linear { units, bias, .. } => {
-                let (w, n) = (tensor("weight"), shape[0]);
+                let (w, n) = (tensor("weight"), shape[shape.len() - 1]);
                 let unit = |x: &[f64], o: usize| -> f64 {
                     let sum: f64 = (0..n).map(|i| w[o * n + i] * x[i]).sum();
                     sum + if *bias { tensor("bias")[o] } else { 0.0 }
                 };
-                (vec![*units], each(&|x| (0..*units).map(|o| unit(x, o)).collect()))
+                let rows = |x: &[f64]| x.chunks(n).flat_map(|x| (0..*units).map(|o| unit(x, o))).collect();
+                ([&shape[..shape.len() - 1], &[*units]].concat(), each(&rows))
             }
             Layer::Conv2d { filters, kernel, stride, padding, bias, .. } => {
                 let (w, patch) = (tensor("weight"), shape[0] * kernel * kernel);
@@ -118,6 +119,7 @@ impl Oracle<'_> {
                         if x > 0.0 { x } else { *slope as f64 * x }
                     }
                     Activation::Gelu => 0.5 * x * (1.0 + libm::erf(x / 2f64.sqrt())),
+                    Activation::Silu => x / (1.0 + (-x).exp()),
                     Activation::Tanh => x.tanh(),
                     Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
                 };
@@ -152,11 +154,52 @@ impl Oracle<'_> {
                 }
                 (shape, y)
             }
-            Layer::LayerNorm { eps } => {
+            Layer::LayerNorm { eps, .. } => {
                 let (w, b) = (tensor("weight"), tensor("bias"));
-                let out =
-                    |x: &[f64]| normal(x, *eps).iter().zip(w.iter().zip(b)).map(|(x, (w, b))| x * w + b).collect();
-                (shape, each(&out))
+                let group = |x: &[f64]| -> Vec<f64> {
+                    normal(x, *eps).iter().zip(w.iter().zip(b)).map(|(x, (w, b))| x * w + b).collect()
+                };
+                (shape, each(&|x| x.chunks(w.len()).flat_map(group).collect()))
+            }
+            Layer::RmsNorm { eps, .. } => {
+                let w = tensor("weight");
+                let group = |x: &[f64]| -> Vec<f64> {
+                    let square = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+                    x.iter().zip(w).map(|(x, w)| x / (square + *eps as f64).sqrt() * w).collect()
+                };
+                (shape, each(&|x| x.chunks(w.len()).flat_map(group).collect()))
+            }
+            Layer::Embedding { width, .. } => {
+                let w = tensor("weight");
+                let row = |token: &f64| w[*token as usize * width..][..*width].to_vec();
+                (vec![shape[0], *width], each(&|x| x.iter().flat_map(row).collect()))
+            }
+            Layer::TiedEmbedding { width, layers, .. } => {
+                let w = tensor("weight");
+                let row = |token: &f64| w[*token as usize * width..][..*width].to_vec();
+                let rows = each(&|x| x.iter().flat_map(row).collect());
+                let body = self.chain(t, layers, name, vec![shape[0], *width], rows, key);
+                let logit = |x: &[f64], w: &[f64]| x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>();
+                let logits = |x: &Vec<f64>| {
+                    x.chunks(*width).flat_map(|x| w.chunks(*width).map(|w| logit(x, w)).collect::<Vec<_>>()).collect()
+                };
+                (vec![shape[0], w.len() / width], body.iter().map(logits).collect())
+            }
+            Layer::Positions { .. } => {
+                let w = tensor("weight");
+                (shape, each(&|x| x.iter().zip(w).map(|(x, w)| x + w).collect()))
+            }
+            Layer::Attention { heads, causal, rotary } => {
+                let (positions, width) = (shape[0], shape[1] / 3);
+                let out = |x: &[f64]| attention(x, width, *heads, *causal, *rotary);
+                (vec![positions, width], each(&out))
+            }
+            Layer::Swiglu => {
+                let (rest, width) = (&shape[..shape.len() - 1], shape[shape.len() - 1] / 2);
+                let row = |x: &[f64]| -> Vec<f64> {
+                    (0..width).map(|i| x[i] / (1.0 + (-x[i]).exp()) * x[width + i]).collect()
+                };
+                ([rest, &[width]].concat(), each(&|x| x.chunks(2 * width).flat_map(row).collect()))
             }
             Layer::Residual { layers } => {
                 let body = self.chain(t, layers, name, shape.clone(), x.clone(), key);
@@ -164,6 +207,33 @@ impl Oracle<'_> {
             }
         }
     }
+}
+
+/// Attention as its formula has it, of one sample.
+fn attention(x: &[f64], width: usize, heads: usize, causal: bool, rotary: Option<f64>) -> Vec<f64> {
+    let (d, positions) = (width / heads, x.len() / 3 / width);
+    let part = |t: usize, which: usize, h: usize| x[t * 3 * width + which * width + h * d..][..d].to_vec();
+    let turned = |t: usize, which: usize, h: usize| {
+        let (x, half) = (part(t, which, h), d / 2);
+        let Some(base) = rotary else { return x };
+        let turn = |i: usize| (t as f64 * base.powf(-2.0 * (i % half) as f64 / d as f64)).sin_cos();
+        let (first, second) = x.split_at(half);
+        let low = (0..half).map(|i| first[i] * turn(i).1 - second[i] * turn(i).0);
+        low.chain((0..half).map(|i| first[i] * turn(i).0 + second[i] * turn(i).1)).collect()
+    };
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mut y = vec![0.0; positions * width];
+    for (h, t) in (0..heads).flat_map(|h| (0..positions).map(move |t| (h, t))) {
+        let seen = if causal { t + 1 } else { positions };
+        let q = turned(t, 0, h);
+        let weights: Vec<f64> = (0..seen).map(|s| (dot(&q, &turned(s, 1, h)) / (d as f64).sqrt()).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        for (s, weight) in weights.iter().enumerate() {
+            let y = &mut y[t * width + h * d..][..d];
+            y.iter_mut().zip(part(s, 2, h)).for_each(|(y, v)| *y += weight / sum * v);
+        }
+    }
+    y
 }
 
 /// `(x - mean) / sqrt(variance + eps)`.
@@ -210,6 +280,7 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
     let (class, value) = match targets {
         Targets::Class(classes) => (classes[row] as usize, classes[row] as f64),
         Targets::Value(values) => (0, values[row] as f64),
+        Targets::Next => panic!("a batch has classes instead"),
     };
     let all = |f: &dyn Fn(f64) -> f64| x.iter().map(|x| f(x - value)).sum::<f64>();
     let smooth = f64::INFINITY;

@@ -38,10 +38,13 @@ enum Workload {
     MlpWide,
     /// Two convolutions and two linear layers on 28 x 28 pixels, 1.2 million parameters, batches of 64
     Cnn,
+    /// A decoder of 4 layers, 4 heads and width 128 on 64 of 65 tokens, 0.8 million parameters, batches of 12
+    Gpt,
 }
 
 impl Workload {
-    const ALL: [Workload; 4] = [Workload::Softmax, Workload::Mlp, Workload::MlpWide, Workload::Cnn];
+    const ALL: [Workload; 5] =
+        [Workload::Softmax, Workload::Mlp, Workload::MlpWide, Workload::Cnn, Workload::Gpt];
 
     fn name(self) -> &'static str {
         match self {
@@ -49,6 +52,7 @@ impl Workload {
             Workload::Mlp => "mlp",
             Workload::MlpWide => "mlp-wide",
             Workload::Cnn => "cnn",
+            Workload::Gpt => "gpt",
         }
     }
 
@@ -58,6 +62,7 @@ impl Workload {
             Workload::Mlp => include_str!("mlp.toml"),
             Workload::MlpWide => include_str!("mlp-wide.toml"),
             Workload::Cnn => include_str!("cnn.toml"),
+            Workload::Gpt => include_str!("gpt.toml"),
         }
     }
 
@@ -156,7 +161,7 @@ mod tests {
 
     #[test]
     fn workloads_are_the_peers() {
-        let parameters = [7_850, 535_818, 20_037_642, 1_199_882];
+        let parameters = [7_850, 535_818, 20_037_642, 1_199_882, 818_176];
         for (workload, parameters) in Workload::ALL.into_iter().zip(parameters) {
             let job = workload.job(3).expect("a job");
             assert_eq!((job.train.partitions, job.name), (3, format!("bench-{}", workload.name())));
@@ -173,5 +178,10 @@ mod tests {
             unisono_coordinator::prepare_unkept(Workload::Cnn.job(1).expect("a job")).expect("it can be trained");
         let (first, forward) = (194_688, 194_688 + 4_718_592 + 1_179_648 + 1_280);
         assert_eq!(ready.model().multiply_adds(), [forward, 2 * forward - first]);
+        // Twelve matrices of 128 x 128 a layer and position, and 64 x 64 products of 128 values twice; then the head.
+        let ready =
+            unisono_coordinator::prepare_unkept(Workload::Gpt.job(1).expect("a job")).expect("it can be trained");
+        let forward = 4 * (12 * 128 * 128 * 64 + 2 * 64 * 64 * 128) + 128 * 65 * 64;
+        assert_eq!(ready.model().multiply_adds(), [forward, 2 * forward]);
     }
 }

@@ -151,8 +151,8 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
         ("op = \"dropout\", rate = 0", Layer::Dropout { rate: 0.0 }),
         ("op = \"batch-norm\"", Layer::BatchNorm { momentum: 0.1, eps: 1e-5 }),
         ("op = \"batch-norm\", momentum = 1, eps = 0.5", Layer::BatchNorm { momentum: 1.0, eps: 0.5 }),
-        ("op = \"layer-norm\"", Layer::LayerNorm { eps: 1e-5 }),
-        ("op = \"layer-norm\", eps = 0.5", Layer::LayerNorm { eps: 0.5 }),
+        ("op = \"layer-norm\"", Layer::LayerNorm { dims: None, eps: 1e-5 }),
+        ("op = \"layer-norm\", eps = 0.5", Layer::LayerNorm { dims: None, eps: 0.5 }),
         ("op = \"residual\", layers = [{ op = \"tanh\" }]", Layer::Residual { layers: vec![act(Activation::Tanh)] }),
     ];
     for (text, layer) in cases {
@@ -349,7 +349,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "\"parquet\""),
-            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `csv`, `synthetic`",
+            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `csv`, `text`, `synthetic`",
         ),
         (
             with(

@@ -1,9 +1,8 @@
-//! Normalisation with learnt scale and shift.
+//! Normalisation over the samples of a partition, with learnt scale and shift.
 
-use super::{Grads, Layer, Params, Pass, over_samples, rows_each, tree_spare, tree_sum};
+use super::{Grads, Layer, Params, Pass, tree_spare, tree_sum};
 use crate::kernels::{self, vectorized};
 use crate::layout::{Init, Role, Tensor};
-use rayon::prelude::*;
 
 fn tensor(name: &str, shape: &[usize], role: Role, value: f32) -> Tensor {
     Tensor { name: name.into(), shape: shape.into(), role, init: Init::Constant(value) }
@@ -197,133 +196,5 @@ impl Layer for BatchNorm {
                 },
             );
         }
-    }
-}
-
-/// Layer normalisation (Ba, Kiros and Hinton, 2016) over all values of a sample.
-pub struct LayerNorm {
-    pub shape: Vec<usize>,
-    pub eps: f32,
-}
-
-impl LayerNorm {
-    fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Mean and `1 / sqrt(variance + eps)` of a sample.
-    fn statistics(&self, x: &[f32]) -> [f32; 2] {
-        let n = x.len() as f32;
-        let mean = vectorized(
-            #[inline(always)]
-            || kernels::sum(x),
-        ) / n;
-        [
-            mean,
-            1.0 / (vectorized(
-                #[inline(always)]
-                || kernels::sum_squared_from(x, mean),
-            ) / n
-                + self.eps)
-                .sqrt(),
-        ]
-    }
-}
-
-impl Layer for LayerNorm {
-    fn out_shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn tensors(&self) -> Vec<Tensor> {
-        vec![tensor("weight", &self.shape, Role::Trainable, 1.0), tensor("bias", &self.shape, Role::Trainable, 0.0)]
-    }
-
-    /// The statistics of each sample.
-    fn saved(&self, rows: usize, _: usize) -> usize {
-        2 * rows
-    }
-
-    fn scratch(&self, _: usize, segments: usize) -> usize {
-        tree_spare(segments, 2 * self.len())
-    }
-
-    fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], saved: &mut [f32], _: &mut [f32]) {
-        let n = self.len();
-        let (gamma, beta) = params.trainable.split_at(n);
-        let (saved, _) = saved.as_chunks_mut::<2>();
-        let each = rows_each(pass.segments.total());
-        let lanes = y.par_chunks_mut(each * n).zip(x.par_chunks(each * n)).zip(saved.par_chunks_mut(each));
-        lanes.for_each(|((y, x), saved)| {
-            for ((y, x), saved) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)).zip(saved) {
-                *saved = self.statistics(x);
-                let [mean, inv] = *saved;
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for ((y, x), (gamma, beta)) in y.iter_mut().zip(x).zip(gamma.iter().zip(beta)) {
-                            *y = (x - mean) * inv * gamma + beta;
-                        }
-                    },
-                );
-            }
-        });
-    }
-
-    fn backward(
-        &self,
-        pass: &Pass<'_>,
-        params: Params<'_>,
-        x: &[f32],
-        _: &[f32],
-        dy: &[f32],
-        dx: Option<&mut [f32]>,
-        grads: Grads<'_>,
-        saved: &mut [f32],
-        scratch: &mut [f32],
-    ) {
-        let n = self.len();
-        let gamma = &params.trainable[..n];
-        let (saved, _) = saved.as_chunks::<2>();
-        tree_sum(0, pass.segments.len(), grads.trainable, scratch, &mut |i, out| {
-            out.fill(0.0);
-            let (dscale, dshift) = out.split_at_mut(n);
-            for row in pass.segments.rows(i) {
-                let (x, dy, [mean, inv]) = (&x[row * n..(row + 1) * n], &dy[row * n..(row + 1) * n], saved[row]);
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for ((dscale, dshift), (x, dy)) in dscale.iter_mut().zip(&mut *dshift).zip(x.iter().zip(dy)) {
-                            *dscale += dy * ((x - mean) * inv);
-                            *dshift += dy;
-                        }
-                    },
-                );
-            }
-        });
-        pass.finish(grads.trainable);
-        let Some(dx) = dx else { return };
-        over_samples(pass.segments.total(), (dx, n), (dy, n), |row, dx, dy| {
-            let (x, [mean, inv]) = (&x[row * n..(row + 1) * n], saved[row]);
-            vectorized(
-                #[inline(always)]
-                || dx.iter_mut().zip(dy.iter().zip(gamma)).for_each(|(dx, (dy, gamma))| *dx = dy * gamma),
-            );
-            let a = vectorized(
-                #[inline(always)]
-                || kernels::sum(dx),
-            ) / n as f32;
-            let b = vectorized(
-                #[inline(always)]
-                || kernels::reduce(dx, x, |d, x| d * (x - mean)),
-            ) * inv
-                / n as f32;
-            vectorized(
-                #[inline(always)]
-                || {
-                    dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = inv * (*dx - a - (x - mean) * inv * b));
-                },
-            );
-        });
     }
 }

@@ -1,0 +1,153 @@
+//! Plain text, as windows of tokens whose next ones are to be predicted.
+
+use super::tokenizer::Tokenizer;
+use super::{DataError, Dataset, Features, Prepared, Raw, Scale, Targets, Tokens, find, read_text};
+use crate::job;
+use std::path::Path;
+
+/// The tokens of a stored window: its own, and as many of what follows, so that an epoch may begin its windows anywhere.
+pub(super) fn stored(context: usize) -> usize {
+    2 * context
+}
+
+/// Cuts `tokens` into windows that begin `context` tokens apart; one whose tokens end too early is left out (`whole`), or
+/// filled up with zeros, which evaluation does not look at.
+pub(super) fn windows(tokens: &[u32], vocabulary: usize, context: usize, whole: bool) -> Dataset {
+    let least = if whole { stored(context) } else { context + 1 };
+    let count = if tokens.len() < least { 0 } else { (tokens.len() - least) / context + 1 };
+    let mut all = Vec::with_capacity(count * stored(context));
+    for from in (0..count).map(|i| i * context) {
+        let window = &tokens[from..tokens.len().min(from + stored(context))];
+        all.extend_from_slice(window);
+        all.resize(all.len() + stored(context) - window.len(), 0);
+    }
+    let features = if vocabulary <= 256 {
+        Features::U8(all.into_iter().map(|token| token as u8).collect())
+    } else {
+        Features::U32(all)
+    };
+    Dataset { shape: vec![stored(context)], features, targets: Targets::Next }
+}
+
+/// Reads a job's text; what is tested is a file of its own, or the last part of the only one.
+pub(super) fn read(root: Option<&Path>, spec: &job::Text) -> Result<Raw, DataError> {
+    let job::Text { base, train, test, holdout, tokenizer, context } = spec;
+    let open =
+        |path: &str| find(root, base, path).and_then(|found| Ok((read_text(&found)?, found.display().to_string())));
+    let (text, path) = open(train)?;
+    let (train, test, test_path) = match (test, holdout) {
+        (Some(test), _) => {
+            let (test, test_path) = open(test)?;
+            (text, Some(test), test_path)
+        }
+        (None, Some(share)) => {
+            let keep = ((1.0 - share) * text.chars().count() as f64) as usize;
+            let at = text.char_indices().nth(keep).map_or(text.len(), |(at, _)| at);
+            let (train, test) = text.split_at(at);
+            (train.to_string(), Some(test.to_string()), path.clone())
+        }
+        (None, None) => (text, None, path.clone()),
+    };
+    let texts: Vec<&str> = [Some(&train), test.as_ref()].into_iter().flatten().map(|text| text.as_str()).collect();
+    let tokenizer = Tokenizer::learn(tokenizer, &texts);
+    let vocabulary = tokenizer.vocabulary();
+    let cut = |text: &str, path: &str, whole: bool| -> Result<_, DataError> {
+        let tokens = tokenizer.encode(text)?;
+        let data = windows(&tokens, vocabulary, *context, whole);
+        if data.samples() == 0 {
+            let least = if whole { stored(*context) } else { *context + 1 };
+            let (path, tokens) = (path.into(), tokens.len());
+            return Err(DataError::ShortText { path, tokens, context: *context, least });
+        }
+        Ok((data, tokens.len() as f64 / text.chars().count() as f64))
+    };
+    let (train, each) = cut(&train, &path, true)?;
+    let test = test.map(|test| cut(&test, &test_path, false)).transpose()?;
+    let tokens_per_character = test.as_ref().map_or(each, |(_, each)| *each);
+    let tokens = Some(Tokens { tokenizer: Some(tokenizer), vocabulary, tokens_per_character });
+    Ok(Raw { tokens, ..Raw::new(train, test.map(|(test, _)| test), None, Scale { per_feature: false, unit: 1.0 }) })
+}
+
+impl Prepared {
+    /// Where an epoch's windows begin: so many tokens behind where they were stored.
+    pub(super) fn shift(&self, draw: Option<crate::rng::Key>) -> usize {
+        draw.map_or(0, |key| key.below(0, self.shape[0] as u64) as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Batch;
+    use crate::rng::{Key, Purpose};
+    use proptest::prelude::*;
+
+    fn spec(folder: &Path, text: &str) -> job::Text {
+        std::fs::write(folder.join("text.txt"), text).unwrap();
+        job::Text {
+            base: folder.display().to_string(),
+            train: "text.txt".into(),
+            test: None,
+            holdout: None,
+            tokenizer: job::Tokenizer::Characters,
+            context: 4,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn an_epochs_windows_follow_one_another_and_predict_the_next_token(
+            length in 8usize..90, context in 1usize..9, epoch in 0u64..50, large in any::<bool>(),
+        ) {
+            prop_assume!(length >= 2 * context);
+            let tokens: Vec<u32> = (0..length as u32).collect();
+            let vocabulary = if large { 1000 } else { 100 };
+            let data = windows(&tokens, vocabulary, context, true);
+            prop_assert_eq!(data.samples(), length / context - 1);
+            prop_assert_eq!(matches!(data.features, Features::U32(_)), large);
+            let tokens = Tokens { tokenizer: None, vocabulary, tokens_per_character: 1.0 };
+            let scale = Scale { per_feature: false, unit: 1.0 };
+            let raw = Raw { tokens: Some(tokens), ..Raw::new(data.clone(), None, None, scale) };
+            let prepared = raw.prepare(false).prepared;
+            let mut batch = Batch::empty();
+            for draw in [None, Some(Key::new(3, Purpose::Augment).with(epoch))] {
+                batch.fill(&data, &prepared, 0..data.samples(), draw, false);
+                let first = batch.inputs[0];
+                prop_assert!(first < context as f32 && (draw.is_some() || first == 0.0));
+                let Targets::Class(next) = &batch.targets else { panic!("tokens are classes") };
+                prop_assert_eq!((batch.inputs.len(), next.len()), (data.samples() * context, data.samples() * context));
+                for (i, (token, next)) in batch.inputs.iter().zip(next).enumerate() {
+                    prop_assert_eq!((*token, *next), (first + i as f32, first as u32 + i as u32 + 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_text_is_held_out_and_all_of_it_is_tested() {
+        let folder = tempfile::tempdir().unwrap();
+        let text: String = ('a'..='z').chain('A'..='Z').collect();
+        let spec = job::Text { holdout: Some(0.25), ..spec(folder.path(), &text) };
+        let raw = read(None, &spec).unwrap();
+        // 39 characters to train on: the windows at 0, 4, .., 28 and what follows each; 13 to test: three windows of 4 + 1.
+        let test = raw.test.unwrap();
+        assert_eq!((raw.train.samples(), test.samples()), (8, 3));
+        assert_eq!(raw.tokens.unwrap().vocabulary, 52);
+        let Features::U8(tokens) = &test.features else { panic!("a small vocabulary") };
+        let last: String =
+            tokens[2 * 8..].iter().map(|t| (if *t < 26 { b'A' + t } else { b'a' + t - 26 }) as char).collect();
+        assert_eq!(last, "VWXYZAAA"); // zeros behind the end
+    }
+
+    #[test]
+    fn a_text_that_is_too_short_says_how_long_it_must_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let says = |spec: &job::Text, part: &str| {
+            let message = read(None, spec).map(|_| ()).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        };
+        says(&spec(folder.path(), "abcdefg"), "7 tokens");
+        says(&spec(folder.path(), ""), "text.txt");
+        says(&job::Text { holdout: Some(0.1), ..spec(folder.path(), "abcdefghijklmnopqrst") }, "2 tokens");
+    }
+}

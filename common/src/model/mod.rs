@@ -1,0 +1,296 @@
+//! Models: layers built from the job, with every shape checked before anything runs.
+
+mod named;
+
+use crate::job::{self, WeightInit};
+use crate::kernels::{Finish, conv::Window};
+use crate::layers::{
+    Activation, Attention, BatchNorm, Conv2d, Dropout, Embedding, Flatten, GlobalAvgPool, Layer, LayerNorm, Linear,
+    Pool2d, Positions, Residual, Rotary, Sequential, Swiglu, TiedEmbedding, finish,
+};
+use crate::layout::{Init, Layout};
+
+/// Why a model cannot be built on a data set.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ModelError {
+    #[error("model.layers[{at}] ({op}) got samples of shape {got:?}; it needs {need}")]
+    Shape { at: String, op: &'static str, got: Vec<usize>, need: String },
+    #[error(
+        "the model gives values of shape {got:?} a sample, the data and the loss need {want:?}: end it with {{ op = \"linear\", units = {units} }}", units = want[want.len() - 1]
+    )]
+    Outputs { got: Vec<usize>, want: Vec<usize> },
+    #[error(
+        "the data's samples are tokens, which a model takes by {{ op = \"embedding\", width = 128 }} or \"tied-embedding\": \
+         begin model.layers with one of them, or use kind = \"gpt\""
+    )]
+    Tokens,
+    #[error("the model has {0} parameters; at most 2^31 are possible")]
+    TooLarge(u128),
+    #[error("the model has no parameters to train; add for example {{ op = \"linear\", units = {0} }}")]
+    Nothing(usize),
+}
+
+/// What goes into a model, and what has to come out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Signature {
+    /// Of a sample.
+    pub input: Vec<usize>,
+    /// Where a sample's values are tokens: how many there are.
+    pub vocabulary: Option<usize>,
+    /// `[outputs]`, or `[positions, outputs]` where each position has a target.
+    pub output: Vec<usize>,
+}
+
+impl Signature {
+    /// For samples of `shape` that are no tokens and have one target each.
+    pub fn new(shape: &[usize], outputs: usize) -> Signature {
+        Signature { input: shape.into(), vocabulary: None, output: vec![outputs] }
+    }
+}
+
+/// A model: its layers and the layout of their parameters.
+pub struct Model {
+    net: Sequential,
+    layout: Layout,
+    input_len: usize,
+    output: Vec<usize>,
+}
+
+fn product(shape: &[usize]) -> usize {
+    shape.iter().product()
+}
+
+/// PyTorch's `nn.init`, with the gain of relu for Kaiming; `None` is the layers' own default, kaiming_uniform(a = sqrt 5).
+fn init(kind: Option<WeightInit>, fan_in: usize, fan_out: usize) -> Init {
+    let (fan_in, both) = (fan_in as f32, (fan_in + fan_out) as f32);
+    match kind {
+        None => Init::Uniform { bound: 1.0 / libm::sqrtf(fan_in) },
+        Some(WeightInit::KaimingUniform) => Init::Uniform { bound: libm::sqrtf(6.0 / fan_in) },
+        Some(WeightInit::KaimingNormal) => Init::Normal { std: libm::sqrtf(2.0 / fan_in) },
+        Some(WeightInit::XavierUniform) => Init::Uniform { bound: libm::sqrtf(6.0 / both) },
+        Some(WeightInit::XavierNormal) => Init::Normal { std: libm::sqrtf(2.0 / both) },
+        Some(WeightInit::Normal { std }) => Init::Normal { std },
+    }
+}
+
+/// That of a table of embeddings; as PyTorch's `nn.Embedding`, where nothing is said.
+fn table_init(kind: Option<WeightInit>, rows: usize, width: usize) -> Init {
+    kind.map_or(Init::Normal { std: 1.0 }, |kind| init(Some(kind), rows, width))
+}
+
+/// The window of an operation on planes, where it fits.
+fn window(
+    op: &'static str,
+    at: &str,
+    shape: &[usize],
+    kernel: usize,
+    stride: usize,
+    padding: usize,
+) -> Result<Window, ModelError> {
+    let error = |need: String| Err(ModelError::Shape { at: at.into(), op, got: shape.into(), need });
+    let &[channels, height, width] = shape else {
+        return error("[channels, height, width]: put it before \"flatten\", or use image data".into());
+    };
+    if kernel > height + 2 * padding || kernel > width + 2 * padding {
+        return error(format!("height and width of at least {kernel} with their padding"));
+    }
+    Ok(Window { channels, height, width, kernel, stride, padding })
+}
+
+/// What layers are built for.
+struct Builder {
+    vocabulary: Option<usize>,
+}
+
+impl Builder {
+    /// The layer of `spec`, and of the activation behind it where `finish` says that it computes it.
+    fn layer(
+        &self,
+        spec: &job::Layer,
+        finish: Finish,
+        at: &str,
+        shape: &[usize],
+    ) -> Result<Box<dyn Layer>, ModelError> {
+        let whole = || shape.to_vec();
+        let error = |op, need: String| ModelError::Shape { at: at.into(), op, got: shape.into(), need };
+        let wrong = |op, need| Err(error(op, need));
+        let tokens = |op| match (shape, self.vocabulary) {
+            (&[positions], Some(vocabulary)) if at == "0" => Ok((positions, vocabulary)),
+            _ => Err(error(op, "tokens, as text data have them: put it first, once".into())),
+        };
+        Ok(match spec {
+            job::Layer::Linear { units, bias, init: kind } => {
+                let (&[inputs] | &[_, inputs]) = shape else {
+                    let need = "one row of values, or [positions, values]: put { op = \"flatten\" } before it";
+                    return wrong("linear", need.into());
+                };
+                let init = init(*kind, inputs, *units);
+                let bias = bias.then_some(match kind {
+                    Some(WeightInit::Normal { .. }) => Init::Constant(0.0),
+                    _ => Init::Uniform { bound: 1.0 / libm::sqrtf(inputs as f32) },
+                });
+                let out_shape = [&shape[..shape.len() - 1], &[*units]].concat();
+                Box::new(Linear { inputs, out_shape, init, bias, finish })
+            }
+            job::Layer::Conv2d { filters, kernel, stride, padding, bias, init: kind } => {
+                let window = window("conv2d", at, shape, *kernel, *stride, *padding)?;
+                let out_shape = [*filters, window.out_height(), window.out_width()];
+                let init = init(*kind, window.patch(), filters * kernel * kernel);
+                Box::new(Conv2d { window, out_shape, bias: *bias, init, finish })
+            }
+            job::Layer::MaxPool2d { size, stride } | job::Layer::AvgPool2d { size, stride } => {
+                let max = matches!(spec, job::Layer::MaxPool2d { .. });
+                let window = window(if max { "max-pool2d" } else { "avg-pool2d" }, at, shape, *size, *stride, 0)?;
+                let out_shape = [window.channels, window.out_height(), window.out_width()];
+                Box::new(Pool2d { window, out_shape, max })
+            }
+            job::Layer::GlobalAvgPool => {
+                let window = window("global-avg-pool", at, shape, 1, 1, 0)?;
+                Box::new(GlobalAvgPool { channels: [window.channels], plane: window.height * window.width })
+            }
+            job::Layer::Flatten => Box::new(Flatten { len: [product(shape)] }),
+            job::Layer::Activation { activation } => Box::new(Activation { kind: *activation, shape: whole() }),
+            job::Layer::Dropout { rate } => Box::new(Dropout { rate: *rate, shape: whole() }),
+            job::Layer::BatchNorm { momentum, eps } => {
+                Box::new(BatchNorm { shape: whole(), momentum: *momentum, eps: *eps })
+            }
+            job::Layer::LayerNorm { dims, eps } | job::Layer::RmsNorm { dims, eps } => {
+                let centered = matches!(spec, job::Layer::LayerNorm { .. });
+                let dims = dims.unwrap_or(shape.len());
+                if dims > shape.len() {
+                    let op = if centered { "layer-norm" } else { "rms-norm" };
+                    return wrong(op, format!("samples of {dims} dimensions: lower its `dims`"));
+                }
+                Box::new(LayerNorm { shape: whole(), dims, centered, eps: *eps })
+            }
+            job::Layer::Residual { layers } => {
+                let body = self.chain(layers, &format!("{at}].layers["), shape)?;
+                if body.out_shape() != shape {
+                    let need = format!("a body that gives the same shape; its body gives {:?}", body.out_shape());
+                    return wrong("residual", need);
+                }
+                Box::new(Residual { body })
+            }
+            job::Layer::Embedding { width, init } => {
+                let (positions, vocabulary) = tokens("embedding")?;
+                let init = table_init(*init, vocabulary, *width);
+                Box::new(Embedding { vocabulary, shape: [positions, *width], init })
+            }
+            job::Layer::TiedEmbedding { width, init, layers } => {
+                let (positions, vocabulary) = tokens("tied-embedding")?;
+                let init = table_init(*init, vocabulary, *width);
+                let embedding = Embedding { vocabulary, shape: [positions, *width], init };
+                let body = self.chain(layers, &format!("{at}].layers["), &embedding.shape)?;
+                if body.out_shape() != embedding.shape {
+                    let (want, got) = (embedding.shape, body.out_shape());
+                    return wrong("tied-embedding", format!("a body that gives {want:?}; its body gives {got:?}"));
+                }
+                Box::new(TiedEmbedding { embedding, body, shape: [positions, vocabulary] })
+            }
+            job::Layer::Positions { init } => {
+                let width = shape[shape.len() - 1];
+                let init = table_init(*init, product(shape) / width, width);
+                Box::new(Positions { shape: whole(), init })
+            }
+            job::Layer::Attention { heads, causal, rotary } => {
+                let split = |width: usize| (width / 3).is_multiple_of(*heads) && width.is_multiple_of(3);
+                let &[positions, width] = shape else {
+                    let need = "[positions, 3 x width]: put { op = \"linear\", units = 3 x width } before it";
+                    return wrong("attention", need.into());
+                };
+                if !split(width) {
+                    return wrong("attention", format!("queries, keys and values of {heads} heads each"));
+                }
+                let of_head = width / 3 / heads;
+                if rotary.is_some() && !of_head.is_multiple_of(2) {
+                    return wrong("attention", format!("heads of an even width for `rotary`, not of {of_head}"));
+                }
+                let rotary = rotary.map(|base| Rotary::new(positions, of_head, base));
+                Box::new(Attention { shape: [positions, width / 3], heads: *heads, causal: *causal, rotary })
+            }
+            job::Layer::Swiglu => {
+                let (width, rest) = shape.split_last().map_or((0, shape), |(width, rest)| (*width, rest));
+                if !width.is_multiple_of(2) {
+                    return wrong("swiglu", "rows of an even width".into());
+                }
+                Box::new(Swiglu { shape: [rest, &[width / 2]].concat() })
+            }
+        })
+    }
+
+    fn chain(&self, specs: &[job::Layer], path: &str, in_shape: &[usize]) -> Result<Sequential, ModelError> {
+        let mut layers: Vec<Box<dyn Layer>> = Vec::new();
+        let mut i = 0;
+        while let Some(spec) = specs.get(i) {
+            let shape = layers.last().map_or(in_shape, |l| l.out_shape());
+            let finish = match (spec, specs.get(i + 1)) {
+                (
+                    job::Layer::Linear { .. } | job::Layer::Conv2d { .. },
+                    Some(job::Layer::Activation { activation }),
+                ) => finish(*activation).unwrap_or(Finish::Keep),
+                _ => Finish::Keep,
+            };
+            let next = self.layer(spec, finish, &format!("{path}{i}"), shape)?;
+            i += next.span();
+            layers.push(next);
+        }
+        Ok(Sequential::new(in_shape, layers))
+    }
+}
+
+impl Model {
+    /// Builds `spec` for what goes in and has to come out. `linear` and `mlp` take a sample as one row.
+    pub fn build(spec: &job::Model, signature: &Signature) -> Result<Model, ModelError> {
+        let Signature { input, vocabulary, output } = signature;
+        let (specs, shape) = named::layers(spec, signature);
+        let first = specs.first();
+        if vocabulary.is_some()
+            && !matches!(first, Some(job::Layer::Embedding { .. } | job::Layer::TiedEmbedding { .. }))
+        {
+            return Err(ModelError::Tokens);
+        }
+        let net = Builder { vocabulary: *vocabulary }.chain(&specs, "", &shape)?;
+        if net.out_shape() != output {
+            return Err(ModelError::Outputs { got: net.out_shape().into(), want: output.clone() });
+        }
+        let tensors = net.tensors();
+        let size: u128 = tensors.iter().map(|t| t.shape.iter().map(|&d| d as u128).product::<u128>()).sum();
+        if size > 1 << 31 {
+            return Err(ModelError::TooLarge(size));
+        }
+        if size == 0 {
+            return Err(ModelError::Nothing(output[output.len() - 1]));
+        }
+        Ok(Model { layout: Layout::new(tensors), input_len: product(input), output: output.clone(), net })
+    }
+
+    /// Where its parameters lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Values of one input sample.
+    pub fn input_len(&self) -> usize {
+        self.input_len
+    }
+
+    /// Logits, or predicted values, for a target.
+    pub fn outputs(&self) -> usize {
+        self.output[self.output.len() - 1]
+    }
+
+    /// Targets of a sample: positions that each have one, or 1.
+    pub fn targets(&self) -> usize {
+        product(&self.output[..self.output.len() - 1])
+    }
+
+    /// Multiply-adds of a sample in matrix products: forward, and backward (twice as many, without the input's gradient).
+    pub fn multiply_adds(&self) -> [u64; 2] {
+        let forward = self.net.multiply_adds();
+        [forward, 2 * forward - self.net.input_multiply_adds()]
+    }
+
+    pub(crate) fn net(&self) -> &Sequential {
+        &self.net
+    }
+}

@@ -1,0 +1,65 @@
+//! The named kinds of models, as the layers that they are short for.
+
+use super::{Signature, product};
+use crate::job::{Activation, FeedForward, Gpt, Layer, Model, Norm, PositionKind, WeightInit};
+
+fn linear(units: usize) -> Layer {
+    Layer::Linear { units, bias: true, init: None }
+}
+
+/// A model's layers, and the shape of what they take.
+pub(super) fn layers(spec: &Model, signature: &Signature) -> (Vec<Layer>, Vec<usize>) {
+    let Signature { input, output, .. } = signature;
+    let outputs = output[output.len() - 1];
+    let row = vec![product(input)];
+    match spec {
+        Model::Linear => (vec![linear(outputs)], row),
+        Model::Mlp { hidden, activation, dropout } => {
+            let mut layers = Vec::new();
+            for &units in hidden {
+                layers.extend([linear(units), Layer::Activation { activation: *activation }]);
+                layers.extend((*dropout > 0.0).then_some(Layer::Dropout { rate: *dropout }));
+            }
+            layers.push(linear(outputs));
+            (layers, row)
+        }
+        Model::Gpt(gpt) => (gpt_layers(gpt, outputs), input.clone()),
+        Model::Layers { layers } => (layers.clone(), input.clone()),
+    }
+}
+
+/// Weights begin as GPT-2's do: normal with deviation 0.02, and smaller by the root of their number for those whose outputs
+/// are added up along the blocks (Radford et al., 2019, section 2.3).
+fn gpt_layers(gpt: &Gpt, vocabulary: usize) -> Vec<Layer> {
+    let &Gpt { layers, heads, width, hidden, bias, .. } = gpt;
+    let init = |std| Some(WeightInit::Normal { std });
+    let (plain, added) = (init(0.02), init(0.02 / libm::sqrtf(2.0 * layers as f32)));
+    let norm = || match gpt.norm {
+        Norm::LayerNorm => Layer::LayerNorm { dims: Some(1), eps: 1e-5 },
+        Norm::RmsNorm => Layer::RmsNorm { dims: Some(1), eps: 1e-5 },
+    };
+    let dropout = || (gpt.dropout > 0.0).then_some(Layer::Dropout { rate: gpt.dropout });
+    let rotary = (gpt.positions == PositionKind::Rotary).then_some(10_000.0);
+    let linear = |units, init| Layer::Linear { units, bias, init };
+    let mut body = Vec::new();
+    body.extend(rotary.is_none().then_some(Layer::Positions { init: plain }));
+    body.extend(dropout());
+    for _ in 0..layers {
+        let attention = Layer::Attention { heads, causal: true, rotary };
+        let attention = [norm(), linear(3 * width, plain), attention, linear(width, added)];
+        let (inner, between) = match gpt.feed_forward {
+            FeedForward::Gelu => (hidden, Layer::Activation { activation: Activation::Gelu }),
+            FeedForward::Swiglu => (2 * hidden, Layer::Swiglu),
+        };
+        let feed_forward = [norm(), linear(inner, plain), between, linear(width, added)];
+        for part in [attention, feed_forward] {
+            body.push(Layer::Residual { layers: part.into_iter().chain(dropout()).collect() });
+        }
+    }
+    body.push(norm());
+    if gpt.tie {
+        return vec![Layer::TiedEmbedding { width, init: plain, layers: body }];
+    }
+    let head = Layer::Linear { units: vocabulary, bias: false, init: plain };
+    [Layer::Embedding { width, init: plain }].into_iter().chain(body).chain([head]).collect()
+}
