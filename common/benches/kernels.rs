@@ -18,7 +18,7 @@ fn values(n: usize) -> Vec<f32> {
 }
 
 /// `(m, k, n)`: samples, inputs, outputs of linear layers; filters, patch, positions of convolutions.
-const SHAPES: [(usize, usize, usize); 8] = [
+const SHAPES: [(usize, usize, usize); 13] = [
     (512, 512, 512),
     (256, 784, 10),
     (128, 784, 512),
@@ -27,6 +27,12 @@ const SHAPES: [(usize, usize, usize); 8] = [
     (64, 784, 4096),
     (64, 288, 576),
     (64, 9216, 128),
+    // Of gpt: queries, keys and values, the way back, the feed-forward network, and a block of attention.
+    (768, 128, 384),
+    (768, 128, 128),
+    (768, 128, 512),
+    (768, 512, 128),
+    (64, 32, 64),
 ];
 
 /// `y = x w^T`: a linear layer's forward.

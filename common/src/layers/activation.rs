@@ -20,7 +20,11 @@ fn map(y: &mut [f32], x: &[f32], f: impl Fn(f32) -> f32 + Sync) {
     blocks.for_each(|(y, x)| {
         vectorized(
             #[inline(always)]
-            || y.iter_mut().zip(x).for_each(|(y, x)| *y = f(*x)),
+            || {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = f(*x);
+                }
+            },
         )
     });
 }
@@ -31,7 +35,11 @@ fn map2(out: &mut [f32], a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Syn
     blocks.for_each(|(o, (a, b))| {
         vectorized(
             #[inline(always)]
-            || o.iter_mut().zip(a.iter().zip(b)).for_each(|(o, (a, b))| *o = f(*a, *b)),
+            || {
+                for (o, (a, b)) in o.iter_mut().zip(a.iter().zip(b)) {
+                    *o = f(*a, *b);
+                }
+            },
         );
     });
 }
@@ -77,11 +85,19 @@ impl Layer for Activation {
             job::Activation::Relu => map(y, x, |x| Finish::Relu.of(x)),
             job::Activation::LeakyRelu { slope } => map(y, x, move |x| Finish::LeakyRelu { slope }.of(x)),
             // Hendrycks and Gimpel, 2016, eq. 2: x times the normal distribution function.
-            job::Activation::Gelu => {
-                map(y, x, |x| 0.5 * x * (1.0 + math::erf(x * std::f32::consts::FRAC_1_SQRT_2)));
-            }
+            job::Activation::Gelu => map(
+                y,
+                x,
+                #[inline(always)]
+                |x| x * math::normal(x).0,
+            ),
             // Elfwing et al., 2018, eq. 5.
-            job::Activation::Silu => map(y, x, |x| x * math::sigmoid(x)),
+            job::Activation::Silu => map(
+                y,
+                x,
+                #[inline(always)]
+                |x| x * math::sigmoid(x),
+            ),
             job::Activation::Tanh => map(y, x, math::tanh),
             job::Activation::Sigmoid => map(y, x, math::sigmoid),
         }
@@ -105,12 +121,23 @@ impl Layer for Activation {
             job::Activation::LeakyRelu { slope } => {
                 map2(dx, x, dy, move |x, d| if x > 0.0 { d } else { slope * d });
             }
-            job::Activation::Gelu => map2(dx, x, dy, |x, d| {
-                let below = 0.5 * (1.0 + math::erf(x * std::f32::consts::FRAC_1_SQRT_2));
-                let density = 0.398_942_3 * math::exp(-0.5 * x * x);
-                d * (below + x * density)
-            }),
-            job::Activation::Silu => map2(dx, x, dy, |x, d| d * silu_slope(x)),
+            job::Activation::Gelu => map2(
+                dx,
+                x,
+                dy,
+                #[inline(always)]
+                |x, d| {
+                    let (below, density) = math::normal(x);
+                    d * (below + x * density)
+                },
+            ),
+            job::Activation::Silu => map2(
+                dx,
+                x,
+                dy,
+                #[inline(always)]
+                |x, d| d * silu_slope(x),
+            ),
             job::Activation::Tanh => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
             job::Activation::Sigmoid => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
         }
