@@ -14,6 +14,7 @@ pub enum Purpose {
     Partition = 5,
     Split = 6,
     Augment = 7,
+    Generate = 8,
 }
 
 /// The key of one stream of numbers.

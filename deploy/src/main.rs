@@ -1,6 +1,7 @@
 //! `unisono`: a distributed data-parallel trainer for CPUs, in one program.
 
 mod bench;
+mod generate;
 mod local;
 mod operate;
 mod progress;
@@ -166,6 +167,11 @@ enum Cmd {
         /// The format of rows from stdin, or of a file whose name does not say it
         #[arg(long)]
         format: Option<trained::Format>,
+        /// Goes on with a text instead, as a language model was trained to
+        #[arg(long, value_name = "PROMPT", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["input", "format"])]
+        generate: Option<String>,
+        #[command(flatten)]
+        sampling: generate::Sampling,
     },
     /// Writes a checkpoint's weights as safetensors, with PyTorch's names and layouts
     Export {
@@ -331,7 +337,10 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         }
         Cmd::Bench(args) => bench::run(args, started).await,
         Cmd::Eval { checkpoint, job, set, json } => trained::eval(&checkpoint, job.as_ref(), &set, json),
-        Cmd::Predict { checkpoint, input, format } => trained::predict(&checkpoint, input.as_ref(), format),
+        Cmd::Predict { checkpoint, generate: Some(prompt), sampling, .. } => {
+            generate::generate(&checkpoint, &prompt, sampling)
+        }
+        Cmd::Predict { checkpoint, input, format, .. } => trained::predict(&checkpoint, input.as_ref(), format),
         Cmd::Export { checkpoint, to, force } => trained::export(&checkpoint, &to, force),
         Cmd::Status { coordinator, json } => operate::status(&coordinator, json).await,
         Cmd::Drain { worker, coordinator } => operate::drain(&coordinator, worker).await,

@@ -21,15 +21,15 @@ use unisono_worker::compute::Compute;
 use unisono_worker::samples::Samples;
 
 /// A model as a checkpoint holds it.
-struct Trained {
-    path: PathBuf,
-    manifest: Manifest,
-    model: Model,
-    weights: Vec<f32>,
+pub struct Trained {
+    pub path: PathBuf,
+    pub manifest: Manifest,
+    pub model: Model,
+    pub weights: Vec<f32>,
 }
 
 /// Reads a checkpoint, or the newest whole one of a run's folder.
-fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
+pub fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
     if !path.exists() {
         bail!("there is no {}; give a checkpoint (runs/NAME/step-...) or a run's folder (runs/NAME)", path.display());
     }
@@ -61,13 +61,16 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
         None => job.clone(),
     };
     let Opened { train, test, prepared: found } = data::open(&source.data, source.seed).map_err(|e| Wrong(e.into()))?;
-    if found.shape != prepared.shape || found.classes != prepared.classes || found.columns != prepared.columns {
-        let kind = |p: &Prepared| match &p.classes {
-            Some(classes) => format!("samples of shape {:?} in {} classes", p.shape, classes.len()),
-            None => format!("samples of shape {:?} with values", p.shape),
+    let tokens = |p: &Prepared| p.tokens.as_ref().map(|tokens| (tokens.tokenizer.clone(), tokens.vocabulary));
+    let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p)));
+    if form(&found) != form(&prepared) {
+        let kind = |p: &Prepared| match (&p.classes, &p.tokens) {
+            (Some(classes), _) => format!("samples of shape {:?} in {} classes", p.shape, classes.len()),
+            (None, Some(tokens)) => format!("windows of {} of {} tokens", p.shape[0], tokens.vocabulary),
+            (None, None) => format!("samples of shape {:?} with values", p.shape),
         };
         let message = format!(
-            "the data does not fit {}: the model was trained on {}, the data has {} (or other columns or class names)",
+            "the data does not fit {}: the model was trained on {}, the data has {} (or other columns, class names or tokens)",
             path.display(),
             kind(&prepared),
             kind(&found)
@@ -175,6 +178,10 @@ fn features(prepared: &Prepared, fields: &[(String, Value)]) -> Result<Vec<f32>>
 /// `unisono predict`: rows in, the same rows with `prediction` (and `probability`) out.
 pub fn predict(checkpoint: &Path, input: Option<&PathBuf>, format: Option<Format>) -> Result<ExitCode> {
     let (_, trained) = load(checkpoint).map_err(Wrong)?;
+    if trained.manifest.prepared.predicts_next() {
+        let what = "was trained to go on with a text; use --generate PROMPT";
+        return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());
+    }
     let (mut reader, by_name): (Box<dyn Read>, _) = match input {
         None => (Box::new(std::io::stdin()), None),
         Some(path) => {
@@ -199,7 +206,7 @@ pub fn predict(checkpoint: &Path, input: Option<&PathBuf>, format: Option<Format
     }
 }
 
-fn is_broken_pipe(e: &anyhow::Error) -> bool {
+pub fn is_broken_pipe(e: &anyhow::Error) -> bool {
     let kind = |cause: &(dyn std::error::Error + 'static)| {
         let io = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
         let csv = cause.downcast_ref::<csv::Error>().map(csv::Error::kind);

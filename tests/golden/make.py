@@ -9,15 +9,28 @@ and 20 losses. Tests read the file; they need no PyTorch.
 """
 
 import json
+import sys
+import zlib
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-torch.manual_seed(7)
+sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
+from torch_ddp import GPT  # noqa: E402
+
 torch.set_num_threads(1)
 STEPS, ROWS = 20, 6
+
+
+def redraw(name, model):
+    """Weights, and what is drawn after them, as a function of the case's name: other cases do not change them."""
+    torch.manual_seed(zlib.crc32(name.encode()))
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
 
 class Residual(nn.Sequential):
@@ -25,8 +38,75 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
+class Positions(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+
+    def forward(self, x):
+        return x + self.weight
+
+
+class Attention(nn.Module):
+    """Of rows of queries, keys and values; `base` is that of rotary embeddings, where they turn."""
+
+    def __init__(self, heads, causal, base=None):
+        super().__init__()
+        self.heads, self.causal, self.base = heads, causal, base
+
+    def turn(self, x):
+        positions, d = x.shape[-2:]
+        angles = torch.outer(torch.arange(positions), self.base ** (-torch.arange(0, d, 2) / d))
+        turns = torch.polar(torch.ones_like(angles), angles)
+        turned = torch.complex(x[..., : d // 2], x[..., d // 2:]) * turns
+        return torch.cat([turned.real, turned.imag], -1)
+
+    def forward(self, x):
+        split = lambda t: t.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        q, k, v = map(split, x.chunk(3, 2))
+        if self.base:
+            q, k = self.turn(q), self.turn(k)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return y.transpose(1, 2).flatten(2)
+
+
+class Swiglu(nn.Module):
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        return F.silu(a) * b
+
+
+class Tied(nn.Sequential):
+    def __init__(self, vocabulary, width, *body):
+        super().__init__(*body)
+        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+
+    def forward(self, x):
+        return super().forward(F.embedding(x, self.weight)) @ self.weight.T
+
+
 def linear(inputs, units):
     return nn.Linear(inputs, units), {"op": "linear", "units": units, "bias": True, "init": None}
+
+
+def attention(heads, causal, rotary=None):
+    spec = {"op": "attention", "heads": heads, "causal": causal, "rotary": rotary}
+    return Attention(heads, causal, rotary), spec
+
+
+def embedding(vocabulary, width):
+    return nn.Embedding(vocabulary, width), {"op": "embedding", "width": width, "init": None}
+
+
+def tied(vocabulary, width, *body):
+    spec = {"op": "tied-embedding", "width": width, "init": None, "layers": [s for _, s in body]}
+    return Tied(vocabulary, width, *[m for m, _ in body]), spec
 
 
 def conv(channels, filters, kernel, stride=1, padding=0):
@@ -56,6 +136,7 @@ LAYERS = {
     "relu": ([5], [linear(5, 8), act(nn.ReLU(), "relu"), linear(8, 1)]),
     "leaky-relu": ([5], [linear(5, 8), act(nn.LeakyReLU(0.1), {"leaky-relu": {"slope": 0.1}}), linear(8, 1)]),
     "gelu": ([5], [linear(5, 8), act(nn.GELU(), "gelu"), linear(8, 1)]),
+    "silu": ([5], [linear(5, 8), act(nn.SiLU(), "silu"), linear(8, 1)]),
     "tanh": ([5], [linear(5, 8), act(nn.Tanh(), "tanh"), linear(8, 1)]),
     "sigmoid": ([5], [linear(5, 8), act(nn.Sigmoid(), "sigmoid"), linear(8, 1)]),
     "dropout-0": ([5], [linear(5, 8), (nn.Dropout(0.0), {"op": "dropout", "rate": 0.0}), linear(8, 1)]),
@@ -67,6 +148,23 @@ LAYERS = {
     "layer-norm-image": (IMAGE, [(nn.LayerNorm(IMAGE), {"op": "layer-norm", "eps": 1e-5}), flatten(), linear(84, 1)]),
     "residual": ([5], [(Residual(nn.Linear(5, 5), nn.Tanh()),
                         {"op": "residual", "layers": [linear(5, 5)[1], act(None, "tanh")[1]]}), linear(5, 1)]),
+}
+
+WORDS = 11
+# Of tokens, each of which has a target: the positions, and layers that give logits.
+SEQUENCES = {
+    "embedding": (8, [embedding(WORDS, 6), linear(6, WORDS)]),
+    "tied-embedding": (8, [tied(WORDS, 6, linear(6, 6), act(nn.Tanh(), "tanh"))]),
+    "positions": (5, [embedding(WORDS, 6), (Positions(5, 6), {"op": "positions", "init": None}), linear(6, WORDS)]),
+    "layer-norm-last": (5, [embedding(WORDS, 6), (nn.LayerNorm(6), {"op": "layer-norm", "dims": 1, "eps": 1e-5}),
+                            linear(6, WORDS)]),
+    "rms-norm": (5, [embedding(WORDS, 6), (nn.RMSNorm(6, 1e-5), {"op": "rms-norm", "dims": 1, "eps": 1e-5}),
+                     linear(6, WORDS)]),
+    "swiglu": (5, [embedding(WORDS, 6), linear(6, 8), (Swiglu(), {"op": "swiglu"}), linear(4, WORDS)]),
+    "attention": (8, [embedding(WORDS, 6), linear(6, 18), attention(3, False), linear(6, WORDS)]),
+    "attention-causal": (8, [embedding(WORDS, 6), linear(6, 18), attention(1, True), linear(6, WORDS)]),
+    "attention-causal-long": (70, [embedding(WORDS, 4), linear(4, 12), attention(2, True), linear(4, WORDS)]),
+    "attention-rotary": (8, [embedding(WORDS, 8), linear(8, 24), attention(2, True, 100.0), linear(8, WORDS)]),
 }
 
 CLASSES = torch.tensor([0, 3, 1, 2, 3, 0])
@@ -132,32 +230,68 @@ def state(model):
 def case(name, shape, parts, loss, optimizer, clip_norm=None, clip_value=None):
     model = nn.Sequential(*[module for module, _ in parts])
     _, targets, criterion, loss_spec = loss
-    build, spec, translate = optimizer
+    redraw(name, model)
     x = torch.randn(ROWS, *shape)
     y = torch.randn(ROWS) if targets is None else targets
     single = lambda out: out.squeeze(1) if out.shape[1] == 1 else out
+    about = {"name": name, "shape": shape, "model": {"kind": "layers", "layers": [s for _, s in parts]},
+             "loss": loss_spec, "classes": targets is not None, "clip_norm": clip_norm, "clip_value": clip_value}
+    return trained(about, model, x, y, lambda out: criterion(single(out), y), optimizer)
+
+
+def sequences(name, positions, model, spec, optimizer, rename=lambda name: name):
+    """Tokens in, logits of the next ones out."""
+    _, _, criterion, loss_spec = LOSSES["cross-entropy"]
+    redraw(name, model)
+    x, y = torch.randint(WORDS, (2, ROWS, positions))
+    about = {"name": name, "shape": [positions], "vocabulary": WORDS, "model": spec, "loss": loss_spec, "classes": True,
+             "clip_norm": None, "clip_value": None}
+    return trained(about, model, x, y, lambda out: criterion(out.flatten(0, 1), y.flatten()), optimizer, rename)
+
+
+def trained(about, model, x, y, criterion, optimizer, rename=lambda name: name):
+    """What becomes of a model in training; `rename` gives its tensors the names of nn.Sequential."""
+    build, spec, translate = optimizer
+    clip_norm, clip_value = about["clip_norm"], about["clip_value"]
     model.eval()
-    out = {"name": name, "shape": shape, "layers": [s for _, s in parts], "loss": loss_spec, "optimizer": spec,
-           "weights": state(model), "inputs": flat(x), "targets": flat(y.float()), "classes": targets is not None,
-           "clip_norm": clip_norm, "clip_value": clip_value,
+    weights = {rename(k): v for k, v in state(model).items()}
+    out = {**about, "optimizer": spec, "weights": weights, "inputs": flat(x.float()), "targets": flat(y.float()),
            "outputs": flat(model(x)), "losses": []}
     model.train()
-    trained = build(model.parameters(), **translate(spec))
+    stepper = build(model.parameters(), **translate(spec))
     for step in range(STEPS):
-        trained.zero_grad()
-        value = criterion(single(model(x)), y)
+        stepper.zero_grad()
+        value = criterion(model(x))
         value.backward()
         if step == 0:
-            out["gradients"] = {k: flat(p.grad) for k, p in model.named_parameters()}
+            out["gradients"] = {rename(k): flat(p.grad) for k, p in model.named_parameters()}
         out["losses"].append(float(f"{value.item():.9g}"))
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         if clip_value is not None:
             nn.utils.clip_grad_value_(model.parameters(), clip_value)
-        trained.step()
+        stepper.step()
     model.eval()
     out["trained_outputs"] = flat(model(x))
     return out
+
+
+def gpt():
+    """The peers' model, under the names that its layers have here."""
+    positions, width, heads, layers = 8, 12, 3, 2
+    inside = {"l1": "0.0", "qkv": "0.1", "proj": "0.3", "l2": "1.0", "f1": "1.1", "f2": "1.3"}
+
+    def rename(name):
+        path = name.split(".")
+        if path[0] != "b":
+            return {"te": "0", "pe": "1", "ln": str(2 + 2 * layers), "head": str(3 + 2 * layers)}[path[0]] + "." + path[1]
+        part, at = inside[path[2]].split(".")
+        return f"{2 + 2 * int(path[1]) + int(part)}.{at}.{path[3]}"
+
+    spec = {"kind": "gpt", "layers": layers, "heads": heads, "width": width, "hidden": 4 * width, "feed_forward": "gelu",
+            "norm": "layer-norm", "positions": "learned", "bias": True, "tie": False, "dropout": 0.0}
+    model = GPT(vocab=WORDS, T=positions, d=width, h=heads, L=layers)
+    return sequences("gpt", positions, model, spec, OPTIMIZERS["adamw"], rename)
 
 
 def schedules(total=60):
@@ -214,13 +348,15 @@ def schedules(total=60):
 
 
 def main():
-    mse, plain = LOSSES["mse"], sgd()
+    mse, plain = LOSSES["mse"], sgd(lr=0.01)  # small steps: at large ones roundings grow from step to step
     cases = [case(f"layer {n}", shape, parts, mse, plain) for n, (shape, parts) in LAYERS.items()]
     cases += [case(f"loss {n}", [5], [linear(5, l[0])], l, plain) for n, l in LOSSES.items()]
     mlp = lambda: [linear(5, 8), act(nn.Tanh(), "tanh"), linear(8, 1)]
     cases += [case(f"optimizer {n}", [5], mlp(), mse, o) for n, o in OPTIMIZERS.items()]
     cases += [case("clip by norm", [5], mlp(), mse, OPTIMIZERS["sgd-momentum-decay"], clip_norm=0.3),
               case("clip by value", [5], mlp(), mse, OPTIMIZERS["sgd-momentum-decay"], clip_value=0.05)]
+    of_layers = lambda parts: (nn.Sequential(*[m for m, _ in parts]), {"kind": "layers", "layers": [s for _, s in parts]})
+    cases += [sequences(f"layer {n}", t, *of_layers(parts), plain) for n, (t, parts) in SEQUENCES.items()] + [gpt()]
     values = {"torch": torch.__version__, "rows": ROWS, "cases": cases, "schedules": schedules()}
     Path(__file__).with_name("values.json").write_text(json.dumps(values, separators=(",", ":")) + "\n")
 

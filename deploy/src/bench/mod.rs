@@ -43,8 +43,7 @@ enum Workload {
 }
 
 impl Workload {
-    const ALL: [Workload; 5] =
-        [Workload::Softmax, Workload::Mlp, Workload::MlpWide, Workload::Cnn, Workload::Gpt];
+    const ALL: [Workload; 5] = [Workload::Softmax, Workload::Mlp, Workload::MlpWide, Workload::Cnn, Workload::Gpt];
 
     fn name(self) -> &'static str {
         match self {
