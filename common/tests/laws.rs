@@ -215,11 +215,16 @@ proptest! {
         ];
         // A first layer of more than a chunk is announced in parts.
         let wide = vec![Layer::Flatten, linear(2 * CHUNK / 40), linear(3)];
-        for layers in [deep, wide] {
-            let parts = if layers.len() == 3 { 2 } else { 1 };
-            let model = Model::build(&Spec::Layers { layers }, &Signature::new(&[2, 4, 5], 3)).expect("the model fits");
+        let tied = vec![Layer::TiedEmbedding { width: 6, init: None, layers: vec![Layer::Positions { init: None }, linear(6)] }];
+        let images = Signature::new(&[2, 4, 5], 3);
+        let tokens = Signature { input: vec![40], vocabulary: Some(3), output: vec![40, 3] };
+        for (layers, parts, signature) in [(deep, 1, &images), (wide, 2, &images), (tied, 1, &tokens)] {
+            let model = Model::build(&Spec::Layers { layers }, signature).expect("the model fits");
             let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
-            let batch = batch(&[2, 4, 5], rows, Targets::Class(vec![1; rows]), salt);
+            let mut batch = batch(&signature.input, rows, Targets::Class(vec![1; rows * model.targets()]), salt);
+            if signature.vocabulary.is_some() {
+                batch.inputs.iter_mut().for_each(|x| *x = x.abs().min(2.0).floor());
+            }
             let (weights, segments) = (params(&model, salt), Segments { lo: 0, starts: vec![0, rows / 2, rows] });
             let mut grads = vec![f32::NAN; weights.len()];
             let mut workspace = Workspace::new(&model, rows, 2);

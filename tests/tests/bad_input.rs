@@ -230,6 +230,54 @@ fn shapes_that_do_not_fit_are_named_with_the_layer() {
 }
 
 #[test]
+fn texts_and_models_that_do_not_fit_are_named() {
+    let dir = folder();
+    write(dir.path(), "short.txt", "to be");
+    write(dir.path(), "empty.txt", "");
+    write(dir.path(), "latin.txt", b"a\nb \xe9\n");
+    let text = |file: &str, more: &str| format!("format = \"text\"\ntrain = \"{file}\"\ncontext = 4\n{more}");
+    let of =
+        |data: &str, model: &str| with("format = \"digits\"", data).replace("kind = \"mlp\"\nhidden = [16, 16]", model);
+    let gpt = "kind = \"gpt\"\nlayers = 1\nheads = 2\nwidth = 8";
+    for (job, words) in [
+        (of(&text("short.txt", ""), gpt), &["short.txt", "5 tokens", "data.context = 4", "at least 8"][..]),
+        (of(&text("empty.txt", ""), gpt), &["empty.txt", "0 tokens"]),
+        (of(&text("latin.txt", ""), gpt), &["latin.txt:2", "UTF-8"]),
+        (of(&text("none.txt", ""), gpt), &["none.txt", "UNISONO_DATA"]),
+        (
+            of(&text("short.txt", "holdout = 0.5\ntest = \"short.txt\""), gpt),
+            &["job.toml:6", "data.holdout", "data.test"],
+        ),
+        (of(&text("short.txt", "holdout = 1.5"), gpt), &["job.toml:6", "above 0 and below 1"]),
+        (of(&text("short.txt", ""), "kind = \"linear\""), &["5 tokens"]),
+        (of("format = \"digits\"", gpt), &["model.layers[0]", "embedding", "tokens", "first"]),
+        (
+            of("format = \"digits\"", &gpt.replace("heads = 2", "heads = 3")),
+            &["job.toml:7", "model.heads", "divide", "8"],
+        ),
+    ] {
+        refused(dir.path(), &job, words);
+    }
+    let language = "format = \"synthetic\"\ntask = \"language\"\nvocabulary = 9\ncontext = 4\nsamples = 40";
+    for (model, words) in [
+        ("kind = \"linear\"", &["tokens", "embedding", "gpt"][..]),
+        ("kind = \"layers\"\nlayers = [{ op = \"embedding\", width = 8 }]", &["[4, 8]", "[4, 9]", "units = 9"]),
+        (
+            "kind = \"layers\"\nlayers = [{ op = \"embedding\", width = 8 }, { op = \"attention\", heads = 2 }]",
+            &["model.layers[1] (attention)", "[4, 8]", "queries, keys and values of 2 heads"],
+        ),
+        (
+            "kind = \"layers\"\nlayers = [{ op = \"embedding\", width = 9 }, { op = \"embedding\", width = 8 }]",
+            &["model.layers[1] (embedding)", "first"],
+        ),
+    ] {
+        refused(dir.path(), &of(language, model), words);
+    }
+    let mse = of(language, gpt).replace("steps = 20", "steps = 20\nloss = \"mse\"");
+    refused(dir.path(), &mse, &["mse", "next token"]);
+}
+
+#[test]
 fn a_taken_port_is_named() {
     let dir = folder();
     write(dir.path(), "job.toml", JOB);

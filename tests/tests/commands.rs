@@ -126,3 +126,39 @@ fn partitions_that_were_sent_are_kept_by_digest_and_damaged_ones_are_fetched_aga
     assert_eq!(again[damaged].1, *whole, "the damaged partition was not fetched again");
     assert_eq!(again.iter().skip(1).collect::<Vec<_>>(), kept.iter().skip(1).collect::<Vec<_>>(), "fetched twice");
 }
+
+/// A text of two characters that take turns is learnt by heart, and gone on with.
+#[test]
+fn a_language_model_writes_what_it_learnt() {
+    let dir = tempfile::tempdir().expect("a folder");
+    std::fs::write(dir.path().join("book.txt"), "ab\n".repeat(400)).expect("written");
+    let job = dir.path().join("job.toml");
+    let toml = r#"
+        name = "writer"
+        data = { format = "text", train = "book.txt", holdout = 0.1, tokenizer = "characters", context = 8 }
+        model = { kind = "gpt", layers = 1, heads = 2, width = 16 }
+        train = { partitions = 4, micro_batch = 4, steps = 150, optimizer = { kind = "adamw", lr = 1e-2 } }
+    "#;
+    std::fs::write(&job, toml).expect("written");
+    let done = summary(&run(dir.path(), &["local", text(&job), "--quiet", "--json", "--workers", "2"]));
+    // All but the first token of a window is certain: one of 8 is one of three, at best.
+    let eval = &done["eval"];
+    assert!(eval["perplexity"].as_f64() < Some(1.2) && eval["bits_per_character"].as_f64() < Some(0.26), "{done}");
+    let again = summary(&run(dir.path(), &["eval", "runs/writer", "--json"]));
+    assert_eq!(&again["eval"], eval);
+    let write = |more: &[&str]| {
+        let out = run(dir.path(), &[&["predict", "runs/writer", "--generate"], more].concat());
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).expect("text")
+    };
+    assert_eq!(write(&["b\na", "--tokens", "10", "--temperature", "0"]), "b\nab\nab\nab\nab\n");
+    assert_eq!(write(&["--tokens", "5", "--top-k", "1"]), "ab\nab\n");
+    assert_eq!(write(&["--tokens", "20", "--seed", "3"]), write(&["--tokens", "20", "--seed", "3"]));
+    let refuses = |args: &[&str], words| refused(&run(dir.path(), &[&["predict"], args].concat()), words);
+    refuses(&["runs/writer", "--generate", "abc"], &["prompt", "'c'"]);
+    refuses(&["runs/writer", "--generate", "a", "--temperature=-1"], &["--temperature", "-1"]);
+    refuses(&["runs/writer", "--generate", "a", "--top-p", "0"], &["--top-p", "0"]);
+    refuses(&["runs/writer"], &["--generate"]);
+    let (_, digits) = trained(dir.path());
+    refuses(&[text(&digits), "--generate", "a"], &["--generate"]);
+}

@@ -111,6 +111,26 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     assert_eq!((made.source, made.normalize), (source, true));
     let tests = job("format = \"synthetic\", shape = [9], classes = 2, samples = 80, test_samples = 3", LINEAR, "");
     assert!(matches!(tests.data.source, Source::Synthetic { test_samples: 3, .. }));
+
+    let language = "format = \"synthetic\", task = \"language\", vocabulary = 5, context = 4, samples = 80";
+    let source = Source::SyntheticText { vocabulary: 5, context: 4, samples: 80, test_samples: 10 };
+    assert_eq!(job(language, LINEAR, "").data.source, source);
+
+    let plain = "format = \"text\", train = \"a.txt\", context = 4";
+    let text = Text {
+        base: "/base".into(),
+        train: "a.txt".into(),
+        test: None,
+        holdout: None,
+        tokenizer: Tokenizer::Bytes,
+        context: 4,
+    };
+    assert_eq!(job(plain, LINEAR, "").data.source, Source::Text(text.clone()));
+    let characters = Text { tokenizer: Tokenizer::Characters, holdout: Some(0.25), ..text.clone() };
+    let got = job(&format!("{plain}, tokenizer = \"characters\", holdout = 0.25"), LINEAR, "");
+    assert_eq!(got.data.source, Source::Text(characters));
+    let tested = Text { test: Some("b.txt".into()), ..text };
+    assert_eq!(job(&format!("{plain}, test = \"b.txt\""), LINEAR, "").data.source, Source::Text(tested));
 }
 
 #[test]
@@ -122,6 +142,34 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
     assert_eq!(mlp(", activation = \"leaky-relu\""), want(Activation::LeakyRelu { slope: 0.01 }, 0.0));
     let leaky = ", activation = { kind = \"leaky-relu\", slope = 0.25 }";
     assert_eq!(mlp(leaky), want(Activation::LeakyRelu { slope: 0.25 }, 0.0));
+
+    let gpt = |keys: &str| job(DIGITS, &format!("kind = \"gpt\", layers = 2, heads = 3, width = 12{keys}"), "").model;
+    let plain = Gpt {
+        layers: 2,
+        heads: 3,
+        width: 12,
+        hidden: 48,
+        feed_forward: FeedForward::Gelu,
+        norm: Norm::LayerNorm,
+        positions: PositionKind::Learned,
+        bias: true,
+        tie: false,
+        dropout: 0.0,
+    };
+    assert_eq!(gpt(""), Model::Gpt(plain.clone()));
+    let keys = ", feed_forward = \"swiglu\", norm = \"rms-norm\", positions = \"rotary\", bias = false, tie = true, dropout = 0.5";
+    let llama = Gpt {
+        hidden: 32,
+        feed_forward: FeedForward::Swiglu,
+        norm: Norm::RmsNorm,
+        positions: PositionKind::Rotary,
+        bias: false,
+        tie: true,
+        dropout: 0.5,
+        ..plain
+    };
+    assert_eq!(gpt(keys), Model::Gpt(llama.clone()));
+    assert_eq!(gpt(&format!("{keys}, hidden = 7")), Model::Gpt(Gpt { hidden: 7, ..llama }));
 
     let act = |activation| Layer::Activation { activation };
     let conv = |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, bias, init };
@@ -153,6 +201,26 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
         ("op = \"batch-norm\", momentum = 1, eps = 0.5", Layer::BatchNorm { momentum: 1.0, eps: 0.5 }),
         ("op = \"layer-norm\"", Layer::LayerNorm { dims: None, eps: 1e-5 }),
         ("op = \"layer-norm\", eps = 0.5", Layer::LayerNorm { dims: None, eps: 0.5 }),
+        ("op = \"layer-norm\", dims = 1", Layer::LayerNorm { dims: Some(1), eps: 1e-5 }),
+        ("op = \"rms-norm\"", Layer::RmsNorm { dims: None, eps: 1e-5 }),
+        ("op = \"rms-norm\", dims = 2, eps = 0.5", Layer::RmsNorm { dims: Some(2), eps: 0.5 }),
+        ("op = \"silu\"", act(Activation::Silu)),
+        ("op = \"swiglu\"", Layer::Swiglu),
+        ("op = \"embedding\", width = 8", Layer::Embedding { width: 8, init: None }),
+        (
+            "op = \"embedding\", width = 8, init = { kind = \"normal\", std = 0.5 }",
+            Layer::Embedding { width: 8, init: Some(WeightInit::Normal { std: 0.5 }) },
+        ),
+        (
+            "op = \"tied-embedding\", width = 8, layers = [{ op = \"swiglu\" }]",
+            Layer::TiedEmbedding { width: 8, init: None, layers: vec![Layer::Swiglu] },
+        ),
+        ("op = \"positions\"", Layer::Positions { init: None }),
+        ("op = \"attention\", heads = 2", Layer::Attention { heads: 2, causal: false, rotary: None }),
+        (
+            "op = \"attention\", heads = 2, causal = true, rotary = 100",
+            Layer::Attention { heads: 2, causal: true, rotary: Some(100.0) },
+        ),
         ("op = \"residual\", layers = [{ op = \"tanh\" }]", Layer::Residual { layers: vec![act(Activation::Tanh)] }),
     ];
     for (text, layer) in cases {
@@ -402,7 +470,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "1979-05-27"),
-            "job.toml:4: `data.format` must be one of `digits`, `idx`, `csv`, `synthetic`, not a date",
+            "job.toml:4: `data.format` must be one of `digits`, `idx`, `csv`, `text`, `synthetic`, not a date",
         ),
         (with("[8]", "[8"), "job.toml:8: this is not TOML: missing comma between array elements"),
         (with("seed = 7", "seed = 7\nseed = 8"), "job.toml:3: this is not TOML: duplicate key"),
