@@ -8,7 +8,9 @@ use unisono_common::data::partition::{Feeder, Partitions};
 use unisono_common::data::{Batch, Dataset, Features, Prepared, Targets};
 use unisono_common::job::{self, Activation as Act, Layer as Op, Loss as LossKind, Model as Spec};
 use unisono_common::kernels::conv::Window;
-use unisono_common::layers::{BatchNorm, Dropout, Grads, Layer, LayerNorm, Params, Pass, Pool2d, Segments};
+use unisono_common::layers::{
+    Activation, Attention, BatchNorm, Dropout, Grads, Layer, LayerNorm, Params, Pass, Pool2d, Segments,
+};
 use unisono_common::layout::{CHUNK, Role, Tensor};
 use unisono_common::loss::Loss;
 use unisono_common::model::{Model, Signature};
@@ -38,32 +40,51 @@ fn cross_entropy(classes: usize) -> Loss {
     Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, classes).expect("it fits")
 }
 
-/// `tests/peers/NAME.toml`: the model, its samples' shape, and the rows of a step.
-fn workload(name: &str) -> (Spec, Vec<usize>, usize) {
+/// `deploy/src/bench/NAME.toml`: the model, what goes in and comes out, and the samples of a step.
+fn workload(name: &str) -> (Spec, Signature, usize) {
     let mlp = |hidden: &[usize]| Spec::Mlp { hidden: hidden.into(), activation: Act::Relu, dropout: 0.0 };
     let conv = |filters| Op::Conv2d { filters, kernel: 3, stride: 1, padding: 0, bias: true, init: None };
     let linear = |units| Op::Linear { units, bias: true, init: None };
     let relu = Op::Activation { activation: Act::Relu };
+    let pixels = Signature::new(&[784], 10);
     match name {
-        "softmax" => (Spec::Linear, vec![784], 256),
-        "mlp" => (mlp(&[512, 256]), vec![784], 128),
-        "mlp-wide" => (mlp(&[4096, 4096]), vec![784], 64),
+        "softmax" => (Spec::Linear, pixels, 256),
+        "mlp" => (mlp(&[512, 256]), pixels, 128),
+        "mlp-wide" => (mlp(&[4096, 4096]), pixels, 64),
+        "gpt" => {
+            let gpt = job::Gpt {
+                layers: 4,
+                heads: 4,
+                width: 128,
+                hidden: 512,
+                feed_forward: job::FeedForward::Gelu,
+                norm: job::Norm::LayerNorm,
+                positions: job::PositionKind::Learned,
+                bias: true,
+                tie: false,
+                dropout: 0.0,
+            };
+            (Spec::Gpt(gpt), Signature { input: vec![64], vocabulary: Some(65), output: vec![64, 65] }, 12)
+        }
         _ => {
             let pool = Op::MaxPool2d { size: 2, stride: 2 };
             let features = [conv(32), relu.clone(), conv(64), relu.clone(), pool, Op::Flatten];
             let layers = [&features[..], &[linear(128), relu, linear(10)]].concat();
-            (Spec::Layers { layers }, vec![1, 28, 28], 64)
+            (Spec::Layers { layers }, Signature::new(&[1, 28, 28], 10), 64)
         }
     }
 }
 
-#[divan::bench(args = ["softmax", "mlp", "mlp-wide", "cnn"])]
+#[divan::bench(args = ["softmax", "mlp", "mlp-wide", "cnn", "gpt"])]
 fn step(bencher: Bencher<'_, '_>, name: &str) {
-    let (spec, shape, samples) = workload(name);
-    let model = Model::build(&spec, &Signature::new(&shape, 10)).expect("it fits");
-    let inputs = values(samples * model.input_len());
-    let batch = Batch { inputs, targets: labels(samples, 10), samples };
-    let (loss, segments) = (cross_entropy(10), Segments::one(samples));
+    let (spec, signature, samples) = workload(name);
+    let model = Model::build(&spec, &signature).expect("it fits");
+    let inputs = match signature.vocabulary {
+        Some(n) => (0..samples * model.input_len()).map(|i| (i * 7 % n) as f32).collect(),
+        None => values(samples * model.input_len()),
+    };
+    let batch = Batch { inputs, targets: labels(samples * model.targets(), model.outputs()), samples };
+    let (loss, segments) = (cross_entropy(model.outputs()), Segments::one(samples));
     let params = model.layout().init(1);
     let mut grads = vec![0.0; params.len()];
     let mut workspace = Workspace::new(&model, samples, 1);
@@ -137,11 +158,14 @@ fn layer(name: &str) -> (Box<dyn Layer>, usize, usize) {
         "avg-pool 2" => (Box::new(pool(window, false)), 64 * 24 * 24, 64),
         "dropout" => (Box::new(Dropout { rate: 0.3, shape: vec![4096] }), 4096, 128),
         "layer-norm" => (Box::new(LayerNorm { shape: vec![1024], dims: 1, centered: true, eps: 1e-5 }), 1024, 256),
+        "attention" => (Box::new(Attention { shape: [64, 128], heads: 4, causal: true, rotary: None }), 64 * 384, 12),
+        "gelu" => (Box::new(Activation { kind: Act::Gelu, shape: vec![512] }), 512, 768),
         _ => (Box::new(BatchNorm { shape: vec![64, 24, 24], momentum: 0.1, eps: 1e-5 }), 64 * 24 * 24, 64),
     }
 }
 
-const LAYERS: [&str; 6] = ["max-pool 2", "max-pool 3 stride 2", "avg-pool 2", "dropout", "layer-norm", "batch-norm"];
+const LAYERS: [&str; 8] =
+    ["max-pool 2", "max-pool 3 stride 2", "avg-pool 2", "dropout", "layer-norm", "batch-norm", "attention", "gelu"];
 
 /// Runs a layer forward, and backward where `back`; bytes are those of `x` and `y`, or of `dx` and `dy`.
 fn run(bencher: Bencher<'_, '_>, name: &str, back: bool) {

@@ -2,7 +2,7 @@
 
 use super::{Grads, Layer, Params, Pass, over_rows};
 use crate::job;
-use crate::kernels::{Finish, math, vectorized};
+use crate::kernels::{Finish, LANES, math, vectorized};
 use rayon::prelude::*;
 
 /// Values that one thread takes at a time.
@@ -44,6 +44,55 @@ fn map2(out: &mut [f32], a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Syn
     });
 }
 
+/// [`map`] by an `f` that gives value and slope, of which the slope is kept where it is wanted.
+#[inline(always)]
+fn map_and_slope(y: &mut [f32], slopes: &mut [f32], x: &[f32], keep: bool, f: impl Fn(f32) -> (f32, f32) + Sync) {
+    if !keep {
+        return map(
+            y,
+            x,
+            #[inline(always)]
+            |x| f(x).0,
+        );
+    }
+    let blocks = y.par_chunks_mut(BLOCK).zip(slopes.par_chunks_mut(BLOCK)).zip(x.par_chunks(BLOCK));
+    blocks.for_each(|((y, slopes), x)| {
+        vectorized(
+            #[inline(always)]
+            || {
+                let ((y, y_tail), (slopes, slopes_tail)) =
+                    (y.as_chunks_mut::<LANES>(), slopes.as_chunks_mut::<LANES>());
+                let (x, x_tail) = x.as_chunks::<LANES>();
+                // Arrays of their own between loads and stores: only so do both results stay in vectors.
+                for ((y, slopes), x) in y.iter_mut().zip(slopes).zip(x) {
+                    let (mut values, mut at) = ([0.0; LANES], [0.0; LANES]);
+                    for l in 0..LANES {
+                        (values[l], at[l]) = f(x[l]);
+                    }
+                    (*y, *slopes) = (values, at);
+                }
+                for ((y, slope), x) in y_tail.iter_mut().zip(slopes_tail).zip(x_tail) {
+                    (*y, *slope) = f(*x);
+                }
+            },
+        );
+    });
+}
+
+/// Value and slope of `x` times the normal distribution function (Hendrycks and Gimpel, 2016, eq. 2).
+#[inline(always)]
+fn gelu(x: f32) -> (f32, f32) {
+    let (below, density) = math::normal(x);
+    (x * below, below + x * density)
+}
+
+/// Value and slope of `x` times its logistic function (Elfwing et al., 2018, eq. 5).
+#[inline(always)]
+fn silu(x: f32) -> (f32, f32) {
+    let s = math::sigmoid(x);
+    (x * s, s * (1.0 + x * (1.0 - s)))
+}
+
 /// How a product computes the activation at its end, if it can: if the output tells where the gradient goes.
 pub(crate) fn finish(kind: job::Activation) -> Option<Finish> {
     match kind {
@@ -80,24 +129,20 @@ impl Layer for Activation {
         &self.shape
     }
 
-    fn forward(&self, _: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
+    /// The slopes of those whose slope takes as long as the value.
+    fn saved(&self, rows: usize, _: usize) -> usize {
+        match self.kind {
+            job::Activation::Gelu | job::Activation::Silu => rows * self.shape.iter().product::<usize>(),
+            _ => 0,
+        }
+    }
+
+    fn forward(&self, pass: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], saved: &mut [f32], _: &mut [f32]) {
         match self.kind {
             job::Activation::Relu => map(y, x, |x| Finish::Relu.of(x)),
             job::Activation::LeakyRelu { slope } => map(y, x, move |x| Finish::LeakyRelu { slope }.of(x)),
-            // Hendrycks and Gimpel, 2016, eq. 2: x times the normal distribution function.
-            job::Activation::Gelu => map(
-                y,
-                x,
-                #[inline(always)]
-                |x| x * math::normal(x).0,
-            ),
-            // Elfwing et al., 2018, eq. 5.
-            job::Activation::Silu => map(
-                y,
-                x,
-                #[inline(always)]
-                |x| x * math::sigmoid(x),
-            ),
+            job::Activation::Gelu => map_and_slope(y, saved, x, pass.train, gelu),
+            job::Activation::Silu => map_and_slope(y, saved, x, pass.train, silu),
             job::Activation::Tanh => map(y, x, math::tanh),
             job::Activation::Sigmoid => map(y, x, math::sigmoid),
         }
@@ -112,7 +157,7 @@ impl Layer for Activation {
         dy: &[f32],
         dx: Option<&mut [f32]>,
         _: Grads<'_>,
-        _: &mut [f32],
+        saved: &mut [f32],
         _: &mut [f32],
     ) {
         let Some(dx) = dx else { return };
@@ -121,33 +166,11 @@ impl Layer for Activation {
             job::Activation::LeakyRelu { slope } => {
                 map2(dx, x, dy, move |x, d| if x > 0.0 { d } else { slope * d });
             }
-            job::Activation::Gelu => map2(
-                dx,
-                x,
-                dy,
-                #[inline(always)]
-                |x, d| {
-                    let (below, density) = math::normal(x);
-                    d * (below + x * density)
-                },
-            ),
-            job::Activation::Silu => map2(
-                dx,
-                x,
-                dy,
-                #[inline(always)]
-                |x, d| d * silu_slope(x),
-            ),
+            job::Activation::Gelu | job::Activation::Silu => map2(dx, saved, dy, |slope, d| d * slope),
             job::Activation::Tanh => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
             job::Activation::Sigmoid => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
         }
     }
-}
-
-#[inline(always)]
-fn silu_slope(x: f32) -> f32 {
-    let s = math::sigmoid(x);
-    s * (1.0 + x * (1.0 - s))
 }
 
 /// Gated halves (Shazeer, "GLU Variants Improve Transformer", 2020, eq. 5): a row `[a, b]` becomes `silu(a) * b`.
@@ -181,7 +204,7 @@ impl Layer for Swiglu {
                 || {
                     for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(2 * width)) {
                         let (a, b) = x.split_at(width);
-                        y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = a * math::sigmoid(*a) * b);
+                        y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = silu(*a).0 * b);
                     }
                 },
             );
@@ -213,8 +236,8 @@ impl Layer for Swiglu {
                         let ((a, b), (da, db)) = (x.split_at(width), dx.split_at_mut(width));
                         let values = a.iter().zip(b).zip(dy);
                         for ((da, db), ((a, b), dy)) in da.iter_mut().zip(db).zip(values) {
-                            *da = dy * b * silu_slope(*a);
-                            *db = dy * (a * math::sigmoid(*a));
+                            let (value, slope) = silu(*a);
+                            (*da, *db) = (dy * b * slope, dy * value);
                         }
                     }
                 },

@@ -1,6 +1,7 @@
 //! Layers one after another, and around them.
 
 use super::{Grads, Layer, Params, Pass, over_rows};
+use crate::kernels::{self, vectorized};
 use crate::layout::{Role, Tensor};
 use std::ops::Range;
 
@@ -198,6 +199,14 @@ impl Layer for Sequential {
     }
 }
 
+/// `y = a + b`.
+fn add(y: &mut [f32], a: &[f32], b: &[f32]) {
+    vectorized(
+        #[inline(always)]
+        || y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = a + b),
+    );
+}
+
 /// `y = x + body(x)` (He et al., 2016); tensors keep the body's names.
 pub struct Residual {
     pub body: Sequential,
@@ -240,8 +249,8 @@ impl Layer for Residual {
     ) {
         let (out, saved) = saved.split_at_mut(x.len());
         self.body.forward(pass, params, x, out, saved, scratch);
-        y.copy_from_slice(x);
-        crate::kernels::add_into(y, out);
+        let len = self.body.in_len;
+        over_rows(pass.segments.total(), (y, len), (x, len), |first, y, x| add(y, x, &out[first * len..][..y.len()]));
     }
 
     fn backward(
@@ -259,7 +268,8 @@ impl Layer for Residual {
         let (out, saved) = saved.split_at_mut(x.len());
         self.body.backward(pass, params, x, out, dy, dx.as_deref_mut(), grads, saved, scratch);
         if let Some(dx) = dx {
-            crate::kernels::add_into(dx, dy);
+            let len = self.body.in_len;
+            over_rows(pass.segments.total(), (dx, len), (dy, len), |_, dx, dy| kernels::add_into(dx, dy));
         }
     }
 }

@@ -287,7 +287,8 @@ const AHEAD: usize = 4;
 /// Rows of a tile, at most.
 const ROWS: usize = 8;
 
-/// Tiles' rows of the left matrix that are packed at once, so that each cache line of it is read once: so many, and values.
+/// Tiles' rows of the left matrix that are packed together, while its cache lines stay in the first-level cache: so many, and
+/// values.
 const TILES: usize = 8;
 const LEFT: usize = 1 << 14;
 
@@ -549,8 +550,8 @@ impl<R: Right> Product<'_, R> {
             for some in even(left.rows, rows_max, together) {
                 let rows = || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
                 if !in_rows {
-                    for (i, k) in k.clone().enumerate() {
-                        for (rows, to) in rows().zip(packed_left.chunks_exact_mut(left_each)) {
+                    for (rows, to) in rows().zip(packed_left.chunks_exact_mut(left_each)) {
+                        for (i, k) in k.clone().enumerate() {
                             let from = &left.data[k * left.strides.1 + rows.start..];
                             copy_short(from, &mut to[i * rows.len()..], rows.len());
                         }
