@@ -72,7 +72,7 @@ pub fn erf(x: f32) -> f32 {
 /// The standard normal distribution up to `x`, and its density there.
 #[inline(always)]
 pub fn normal(x: f32) -> (f32, f32) {
-    const ROOT: f32 = 0.398_942_28; // 1 / sqrt(2 pi)
+    const ROOT: f32 = 0.398_942_3; // 1 / sqrt(2 pi)
     let half = x * std::f32::consts::FRAC_1_SQRT_2;
     let e = exp(-half * half);
     (0.5 + 0.5 * erf_from(half, e), ROOT * e)
