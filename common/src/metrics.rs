@@ -28,10 +28,10 @@ impl EvalKind {
     /// The kind for these data.
     pub fn of(prepared: &Prepared) -> EvalKind {
         match (&prepared.classes, &prepared.tokens) {
-            (None, Some(Tokens { tokens_per_character, .. })) => {
+            (_, Some(Tokens { tokens_per_character, column: None, .. })) => {
                 EvalKind::Next { tokens_per_character: *tokens_per_character }
             }
-            (None, None) => EvalKind::Regression,
+            (None, _) => EvalKind::Regression,
             (Some(classes), _) if classes.len() == 2 => EvalKind::Binary,
             (Some(_), _) => EvalKind::Classes,
         }

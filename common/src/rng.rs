@@ -15,6 +15,7 @@ pub enum Purpose {
     Split = 6,
     Augment = 7,
     Generate = 8,
+    Ngram = 9,
 }
 
 /// The key of one stream of numbers.

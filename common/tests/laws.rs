@@ -188,6 +188,20 @@ proptest! {
     }
 
     #[test]
+    fn a_bag_of_embeddings_is_its_oracle_and_its_gradient_the_slope(
+        positions in 1usize..20, width in 1usize..40, rows in 1usize..6, salt in any::<u64>(),
+    ) {
+        let key = Key::new(salt, Purpose::Synthetic);
+        // Many of them are none, so that some samples have no tokens at all.
+        let token = |i: u64| key.below(2 * i, 7) as f32 * key.below(2 * i + 1, 2) as f32;
+        let inputs = (0..(rows * positions) as u64).map(token).collect();
+        let kind = LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None };
+        let batch = Batch { inputs, targets: targets(&kind, rows, 4, salt), samples: rows };
+        let signature = Signature { input: vec![positions], vocabulary: Some(7), output: vec![4] };
+        agree(vec![Layer::EmbeddingBag { width, init: None }, linear(4)], &signature, &kind, &batch, salt)?;
+    }
+
+    #[test]
     fn every_loss_is_its_oracle_and_its_gradient_the_slope(
         features in 1usize..9, rows in 1usize..9, salt in any::<u64>(), knob in 0.1f32..3.0,
         class_weights in prop::collection::vec(0.1f32..3.0, 4),
@@ -272,7 +286,9 @@ proptest! {
         let apart = [vec![Layer::Embedding { width: 12, init: None }], inner, vec![linear(4)]].concat();
         let tokens = |vocabulary, outputs| Signature { input: vec![5], vocabulary: Some(vocabulary), output: vec![5, outputs] };
         let of_images = Signature::new(&[2, 6, 8], 4);
-        for (layers, signature) in [(images, of_images), (tied, tokens(50, 50)), (apart, tokens(40_000, 4))] {
+        let bag = vec![Layer::EmbeddingBag { width: 12, init: None }, linear(4)];
+        let of_texts = Signature { output: vec![4], ..tokens(40_000, 4) };
+        for (layers, signature) in [(bag, of_texts), (images, of_images), (tied, tokens(50, 50)), (apart, tokens(40_000, 4))] {
             of_parts_and_whole(layers, &signature, &sizes, lo, salt, threads)?;
         }
     }

@@ -98,11 +98,11 @@ pub fn generate(checkpoint: &Path, prompt: &str, sampling: Sampling) -> Result<E
         let what = "has attention that sees what follows, and cannot write; train it with `causal = true`";
         return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());
     }
-    let mut text = tokenizer.encode(prompt).context("the prompt").map_err(Wrong)?;
+    let mut text = tokenizer.encoder().encode(prompt).context("the prompt").map_err(Wrong)?;
     let given = text.len();
     if text.is_empty() {
         // Something has to come before the first token: the end of a line, where there is one.
-        text.push(tokenizer.encode("\n").ok().and_then(|tokens| tokens.last().copied()).unwrap_or(0));
+        text.push(tokenizer.encoder().encode("\n").ok().and_then(|tokens| tokens.last().copied()).unwrap_or(0));
     }
     let before = text.len() - given;
     let mut out = std::io::stdout().lock();

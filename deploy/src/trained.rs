@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use unisono_common::checkpoint::{Manifest, weights_from_safetensors};
-use unisono_common::data::{self, Batch, Dataset, Features, Opened, Prepared, Targets, csv::encode};
+use unisono_common::data::csv::{encode, encode_text};
+use unisono_common::data::tokenizer::Encoder;
+use unisono_common::data::{self, Batch, Dataset, Features, Opened, Prepared, Targets};
 use unisono_common::job;
 use unisono_common::kernels::math;
 use unisono_common::metrics::predicted;
@@ -140,7 +142,29 @@ struct Row {
     features: Vec<f32>,
 }
 
-fn features(prepared: &Prepared, fields: &[(String, Value)]) -> Result<Vec<f32>> {
+/// What turns a row's fields into a model's inputs.
+struct Inputs<'a> {
+    prepared: &'a Prepared,
+    /// Of a model that takes texts: the name of their field.
+    text: Option<(&'a str, Encoder<'a>)>,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(prepared: &'a Prepared) -> Inputs<'a> {
+        let text = prepared
+            .tokens
+            .as_ref()
+            .and_then(|tokens| Some((tokens.column.as_ref()?.name.as_str(), tokens.tokenizer.as_ref()?.encoder())));
+        Inputs { prepared, text }
+    }
+}
+
+fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) -> Result<Vec<f32>> {
+    if let Some((name, encoder)) = text {
+        let field = fields.iter().find(|(field, _)| field == name).and_then(|(_, value)| value.as_str());
+        let field = field.with_context(|| format!("there is no text `{name}`; the model takes one a row"))?;
+        return Ok(encode_text(prepared, encoder, field)?.into_iter().map(|token| token as f32).collect());
+    }
     let want: usize = prepared.shape.iter().product();
     if !prepared.columns.is_empty() {
         let texts: Vec<(&str, String)> = fields
@@ -223,6 +247,7 @@ const ROWS: usize = 256;
 
 fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: impl Write) -> Result<()> {
     let mut predictor = Predictor::new(trained);
+    let inputs = Inputs::new(&trained.manifest.prepared);
     let mut rows = Vec::new();
     let mut write = |rows: &mut Vec<Row>| -> Result<()> {
         for (answers, row) in predictor.answer(rows).into_iter().zip(std::mem::take(rows)) {
@@ -241,7 +266,7 @@ fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: im
             let object: Map<String, Value> =
                 serde_json::from_str(&line).context("this is not one JSON object a line")?;
             let fields: Vec<(String, Value)> = object.into_iter().collect();
-            Ok(Row { features: features(&trained.manifest.prepared, &fields)?, fields })
+            Ok(Row { features: features(&inputs, &fields)?, fields })
         })();
         match parsed {
             Ok(row) => rows.push(row),
@@ -259,6 +284,7 @@ fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: im
 
 fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
     let mut predictor = Predictor::new(trained);
+    let inputs = Inputs::new(&trained.manifest.prepared);
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).flexible(true).from_reader(input);
     let header: Vec<String> = reader.headers().with_context(|| name.to_string())?.iter().map(Into::into).collect();
     if header.iter().all(|name| name.is_empty() || name.parse::<f64>().is_ok()) {
@@ -287,7 +313,7 @@ fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Wr
             }
             let fields: Vec<(String, Value)> =
                 header.iter().cloned().zip(record.iter().map(|c| Value::String(c.into()))).collect();
-            let features = features(&trained.manifest.prepared, &fields).with_context(|| format!("{name}:{line}"))?;
+            let features = features(&inputs, &fields).with_context(|| format!("{name}:{line}"))?;
             Ok(Row { fields, features })
         })();
         match parsed {

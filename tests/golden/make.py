@@ -73,6 +73,11 @@ class Attention(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
 
+class Bag(nn.EmbeddingBag):
+    def __init__(self, vocabulary, width):
+        super().__init__(vocabulary, width, mode="mean", padding_idx=0)
+
+
 class Swiglu(nn.Module):
     def forward(self, x):
         a, b = x.chunk(2, -1)
@@ -239,6 +244,19 @@ def case(name, shape, parts, loss, optimizer, clip_norm=None, clip_value=None):
     return trained(about, model, x, y, lambda out: criterion(single(out), y), optimizer)
 
 
+def bag():
+    """Texts of several lengths, filled up with token 0."""
+    model = nn.Sequential(Bag(WORDS, 6), nn.Linear(6, 4))
+    layers = [{"op": "embedding-bag", "width": 6, "init": None}, linear(6, 4)[1]]
+    _, y, criterion, loss_spec = LOSSES["cross-entropy"]
+    redraw("layer embedding-bag", model)
+    x = torch.randint(WORDS, (ROWS, 8)) * (torch.arange(8) < torch.randint(1, 9, (ROWS, 1)))
+    about = {"name": "layer embedding-bag", "shape": [8], "vocabulary": WORDS, "one_target": True,
+             "model": {"kind": "layers", "layers": layers}, "loss": loss_spec, "classes": True, "clip_norm": None,
+             "clip_value": None}
+    return trained(about, model, x, y, lambda out: criterion(out, y), sgd(lr=0.01))
+
+
 def sequences(name, positions, model, spec, optimizer, rename=lambda name: name):
     """Tokens in, logits of the next ones out."""
     _, _, criterion, loss_spec = LOSSES["cross-entropy"]
@@ -356,7 +374,7 @@ def main():
     cases += [case("clip by norm", [5], mlp(), mse, OPTIMIZERS["sgd-momentum-decay"], clip_norm=0.3),
               case("clip by value", [5], mlp(), mse, OPTIMIZERS["sgd-momentum-decay"], clip_value=0.05)]
     of_layers = lambda parts: (nn.Sequential(*[m for m, _ in parts]), {"kind": "layers", "layers": [s for _, s in parts]})
-    cases += [sequences(f"layer {n}", t, *of_layers(parts), plain) for n, (t, parts) in SEQUENCES.items()] + [gpt()]
+    cases += [sequences(f"layer {n}", t, *of_layers(parts), plain) for n, (t, parts) in SEQUENCES.items()] + [bag(), gpt()]
     values = {"torch": torch.__version__, "rows": ROWS, "cases": cases, "schedules": schedules()}
     Path(__file__).with_name("values.json").write_text(json.dumps(values, separators=(",", ":")) + "\n")
 

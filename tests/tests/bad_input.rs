@@ -273,6 +273,24 @@ fn texts_and_models_that_do_not_fit_are_named() {
     ] {
         refused(dir.path(), &of(language, model), words);
     }
+    write(dir.path(), "texts.tsv", "text\tkind\nhello you\tham\nwin a prize now\tspam\nbye\tham\nwin\tspam\n");
+    let table =
+        |more: &str| format!("format = \"csv\"\ntrain = \"texts.tsv\"\nseparator = \"\\t\"\ntarget = \"kind\"\n{more}");
+    let bag = "kind = \"text-classifier\"";
+    for (data, model, words) in [
+        (
+            "text = \"text\"\ncontext = 3",
+            bag,
+            &["texts.tsv:3", "`text`", "4 tokens", "data.context = 3", "truncate"][..],
+        ),
+        ("text = \"text\"", bag, &["data.context", "missing"]),
+        ("text = \"text\"\ncontext = 4\nignore = [\"kind\"]", bag, &["job.toml:9", "data.ignore", "data.text"]),
+        ("context = 4", bag, &["job.toml:7", "data.context", "data.text"]),
+        ("text = \"txt\"\ncontext = 4", bag, &["data.text", "`txt`", "nearest is `text`"]),
+        ("text = \"text\"\ncontext = 4", "kind = \"linear\"", &["tokens", "text-classifier"]),
+    ] {
+        refused(dir.path(), &of(&table(data), model), words);
+    }
     let mse = of(language, gpt).replace("steps = 20", "steps = 20\nloss = \"mse\"");
     refused(dir.path(), &mse, &["mse", "next token"]);
 }

@@ -162,3 +162,40 @@ fn a_language_model_writes_what_it_learnt() {
     let (_, digits) = trained(dir.path());
     refuses(&[text(&digits), "--generate", "a"], &["--generate"]);
 }
+
+/// Texts are told apart by a pair of words, whose order is all that differs.
+#[test]
+fn a_text_classifier_reads_pairs_of_words() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let line = |i: usize| match i % 2 {
+        0 => format!("number {i}: black white\tdown\n"),
+        _ => format!("number {i}: white black\tup\n"),
+    };
+    let table: String = (0..400).map(line).collect();
+    std::fs::write(dir.path().join("texts.tsv"), format!("said\tway\n{table}")).expect("written");
+    let job = dir.path().join("job.toml");
+    let toml = r#"
+        name = "reader"
+        data = { format = "csv", train = "texts.tsv", separator = "\t", target = "way", text = "said", context = 16,
+                 tokenizer = { kind = "words", ngrams = 2, buckets = 4096 }, holdout = 0.25 }
+        model = { kind = "text-classifier", width = 8 }
+        train = { partitions = 4, micro_batch = 4, epochs = 20, optimizer = { kind = "adamw", lr = 1e-2 } }
+    "#;
+    std::fs::write(&job, toml).expect("written");
+    let done = summary(&run(dir.path(), &["local", text(&job), "--quiet", "--json", "--workers", "2"]));
+    assert_eq!(done["eval"]["accuracy"], 1.0, "{done}");
+    let again = summary(&run(dir.path(), &["eval", "runs/reader", "--json"]));
+    assert_eq!(again["eval"], done["eval"]);
+    let rows = dir.path().join("rows.csv");
+    std::fs::write(&rows, "id,said\n1,Black White!\n2,never seen: white black\n").expect("written");
+    let csv = run(dir.path(), &["predict", "runs/reader", text(&rows)]);
+    let csv = String::from_utf8_lossy(&csv.stdout).to_string();
+    let said: Vec<&str> = csv.lines().skip(1).filter_map(|line| line.split(',').nth(2)).collect();
+    assert_eq!(said, ["down", "up"], "{csv}");
+    for (row, words) in
+        [("1,", &["rows.csv:2", "empty"][..]), ("1,a b c d e f g h i j", &["rows.csv:2", "19 tokens", "16"])]
+    {
+        std::fs::write(&rows, format!("id,said\n{row}\n")).expect("written");
+        refused(&run(dir.path(), &["predict", "runs/reader", text(&rows)]), words);
+    }
+}

@@ -41,6 +41,9 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
     let loss: job::Loss = serde_json::from_value(case["loss"].clone()).expect("a loss");
     let optimizer_job: job::Optimizer = serde_json::from_value(case["optimizer"].clone()).expect("an optimizer");
     let signature = match case["vocabulary"].as_u64().map(|n| n as usize) {
+        Some(n) if case["one_target"] == true => {
+            Signature { vocabulary: Some(n), ..Signature::new(&shape, floats(&case["outputs"]).len() / rows) }
+        }
         Some(n) => Signature { vocabulary: Some(n), output: vec![shape[0], n], input: shape },
         None => Signature::new(&shape, floats(&case["outputs"]).len() / rows),
     };

@@ -1,21 +1,46 @@
 //! Tables of text: numbers as they are, categories one-hot encoded over the training set's values.
 
-use super::{Column, DataError, Dataset, Features, Prepared, Raw, Scale, Targets, find, newlines, read_text};
+use super::tokenizer::{Encoder, Tokenizer};
+use super::{
+    Column, DataError, Dataset, Features, Prepared, Raw, Scale, Targets, TextColumn, Tokens, find, newlines, read_text,
+};
 use crate::job::{self, Task};
+use crate::rng::{Key, Purpose};
 use ::csv::{ReaderBuilder, StringRecord, Trim};
 use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
+use std::rc::Rc;
 
 /// More values than this in a categorical column or target are a mistake (an identifier, a measurement), not categories.
 const MOST_VALUES: usize = 10_000;
 
 /// One file: its text and the names of its columns.
+#[derive(Clone)]
 struct Table<'a> {
     path: String,
-    text: String,
+    text: Rc<str>,
     names: Vec<String>,
     spec: &'a job::Csv,
+    part: Option<Part>,
+}
+
+/// One of two parts of a file's lines, which the hash of all their cells but the target decides between.
+#[derive(Clone, Copy)]
+struct Part {
+    key: Key,
+    /// Of the lines that are held out.
+    share: f64,
+    held_out: bool,
+    target: usize,
+}
+
+impl Part {
+    fn has(&self, record: &StringRecord) -> bool {
+        let cells = record.iter().enumerate().filter(|(i, _)| *i != self.target);
+        let key = cells.fold(self.key, |key, (_, cell)| key.named(cell));
+        ((key.uniform(0) as f64) < self.share) == self.held_out
+    }
 }
 
 impl<'a> Table<'a> {
@@ -26,7 +51,7 @@ impl<'a> Table<'a> {
             return Err(DataError::Separator { separator: spec.separator });
         }
         let text = read_text(&found)?;
-        let mut table = Table { path, text, names: Vec::new(), spec };
+        let mut table = Table { path, text: text.into(), names: Vec::new(), spec, part: None };
         table.names = match (&spec.columns, spec.header) {
             (Some(names), _) => names.clone(),
             (None, true) => table.first_line()?,
@@ -83,10 +108,19 @@ impl<'a> Table<'a> {
                 let (got, want) = (record.len(), self.names.len());
                 return Err(DataError::Ragged { path: self.path.clone(), line, got, want });
             }
-            any = true;
-            row(line, &record)?;
+            if self.part.is_none_or(|part| part.has(&record)) {
+                any = true;
+                row(line, &record)?;
+            }
         }
-        if any { Ok(()) } else { Err(DataError::Empty { path: self.path.clone() }) }
+        match self.part {
+            _ if any => Ok(()),
+            None => Err(DataError::Empty { path: self.path.clone() }),
+            Some(Part { share, held_out, .. }) => {
+                let what = if held_out { "test on" } else { "train on" };
+                Err(DataError::Holdout { share, path: self.path.clone(), what })
+            }
+        }
     }
 
     /// The index of a column that the job names.
@@ -103,6 +137,34 @@ impl<'a> Table<'a> {
         DataError::Number { path: self.path.clone(), line, column: self.names[column].clone(), cell: cell.into() }
     }
 
+    /// Appends a text's tokens, each one more than its tokenizer says, and fills up with 0.
+    fn text(
+        &self,
+        line: usize,
+        cell: &str,
+        encoder: &Encoder<'_>,
+        text: &job::TextColumn,
+        out: &mut Vec<u32>,
+    ) -> Result<(), DataError> {
+        let (path, column) = (|| self.path.clone(), text.column.clone());
+        let tokens = match encoder.encode(cell) {
+            Ok(tokens) if tokens.is_empty() => return Err(DataError::NoText { path: path(), line, column }),
+            Ok(tokens) => tokens,
+            // Only the test set can have one that the tokenizer did not learn.
+            Err(DataError::Character { character }) => {
+                return Err(DataError::NewCharacter { path: path(), line, column, character });
+            }
+            Err(other) => return Err(other),
+        };
+        fill_up(&tokens, text.context, text.truncate, out).map_err(|tokens| DataError::LongText {
+            path: path(),
+            line,
+            column,
+            tokens,
+            context: text.context,
+        })
+    }
+
     /// The target's cell; a class has no full stop at its end.
     fn target<'r>(&self, line: usize, record: &'r StringRecord, target: usize) -> Result<&'r str, DataError> {
         match (&record[target], self.spec.task) {
@@ -112,6 +174,34 @@ impl<'a> Table<'a> {
             (cell, Task::Classification) => Ok(cell.strip_suffix('.').unwrap_or(cell)),
             (cell, Task::Regression) => Ok(cell),
         }
+    }
+}
+
+/// Appends `tokens`, each one more than it was, and zeros up to `context`; gives how many there are where they are too many.
+fn fill_up(tokens: &[u32], context: usize, truncate: bool, out: &mut Vec<u32>) -> Result<(), usize> {
+    if tokens.len() > context && !truncate {
+        return Err(tokens.len());
+    }
+    let end = out.len() + context;
+    out.extend(tokens.iter().take(context).map(|token| token + 1));
+    out.resize(end, 0);
+    Ok(())
+}
+
+/// One new text's tokens, as those of the training set were; `encoder` is that of `prepared`'s tokenizer.
+///
+/// # Errors
+/// A character without a token, an empty text, and one that is too long.
+pub fn encode_text(prepared: &Prepared, encoder: &Encoder<'_>, text: &str) -> Result<Vec<u32>, DataError> {
+    let tokens = encoder.encode(text.trim())?;
+    if tokens.is_empty() {
+        return Err(DataError::RowEmpty);
+    }
+    let truncate = prepared.tokens.as_ref().and_then(|t| t.column.as_ref()).is_some_and(|column| column.truncate);
+    let (context, mut out) = (prepared.shape[0], Vec::new());
+    match fill_up(&tokens, context, truncate, &mut out) {
+        Ok(()) => Ok(out),
+        Err(tokens) => Err(DataError::RowText { tokens, context }),
     }
 }
 
@@ -127,6 +217,8 @@ fn number(cell: &str) -> Option<f32> {
 struct Plan {
     /// In the order of the file, each with its place in a line.
     columns: Vec<(usize, Column)>,
+    /// The only column that is learnt from, where samples are texts, and its place in a line.
+    text: Option<(usize, Tokenizer)>,
     target: usize,
     /// Sorted; `None` for regression.
     classes: Option<Vec<String>>,
@@ -153,9 +245,16 @@ impl Plan {
         if seen[target].take().is_none() {
             return Err(DataError::TargetIgnored { column: spec.target.clone() });
         }
-        if seen.iter().all(Option::is_none) {
+        let text = spec.text.as_ref().map(|text| Ok((train.index("text", &text.column)?, text))).transpose()?;
+        if text.is_some_and(|(i, _)| i == target) {
+            return Err(DataError::TargetText { column: spec.target.clone() });
+        }
+        if text.is_some() {
+            seen.fill_with(|| None);
+        } else if seen.iter().all(Option::is_none) {
             return Err(DataError::NoFeatures { path: train.path.clone() });
         }
+        let mut texts = Vec::new();
         let mut classes = BTreeSet::new();
         train.rows(|line, record| {
             for (i, (cell, seen)) in record.iter().zip(&mut seen).enumerate() {
@@ -169,6 +268,7 @@ impl Plan {
                     None => {}
                 }
             }
+            texts.extend(text.map(|(i, _)| record[i].to_string()));
             let label = train.target(line, record, target)?;
             match spec.task {
                 Task::Classification => insert(&mut classes, label),
@@ -205,13 +305,22 @@ impl Plan {
             Task::Classification => Some(classes.into_iter().collect()),
             Task::Regression => None,
         };
-        Ok(Plan { columns, target, classes })
+        let learn = |(i, text): (usize, &job::TextColumn)| {
+            (i, Tokenizer::learn(&text.tokenizer, texts.iter().map(String::as_str)))
+        };
+        Ok(Plan { columns, text: text.map(learn), target, classes })
     }
 
     fn encode(&self, table: &Table<'_>) -> Result<Dataset, DataError> {
         let spec = table.spec;
         let (mut features, mut labels, mut values) = (Vec::new(), Vec::new(), Vec::new());
+        let text =
+            self.text.as_ref().zip(spec.text.as_ref()).map(|((i, tokenizer), text)| (*i, tokenizer.encoder(), text));
+        let mut tokens = Vec::new();
         table.rows(|line, record| {
+            if let Some((i, encoder, text)) = &text {
+                table.text(line, &record[*i], encoder, text, &mut tokens)?;
+            }
             for (i, column) in &self.columns {
                 column
                     .encode(&record[*i], &spec.missing, &mut features)
@@ -236,8 +345,11 @@ impl Plan {
         })?;
         features.shrink_to_fit();
         Ok(Dataset {
-            shape: vec![self.columns.iter().map(|(_, column)| column.features()).sum()],
-            features: Features::F32(features),
+            shape: vec![match &text {
+                Some((_, _, text)) => text.context,
+                None => self.columns.iter().map(|(_, column)| column.features()).sum(),
+            }],
+            features: if text.is_some() { Features::U32(tokens) } else { Features::F32(features) },
             targets: match self.classes {
                 Some(_) => Targets::Class(labels),
                 None => Targets::Value(values),
@@ -292,12 +404,19 @@ pub fn encode<'c>(prepared: &Prepared, cell: impl Fn(&str) -> Option<&'c str>) -
 }
 
 /// Reads both splits; everything that is learnt is learnt from the training set.
-pub(super) fn read(root: Option<&Path>, spec: &job::Csv) -> Result<Raw, DataError> {
-    let train = Table::open(root, spec, &spec.train)?;
+pub(super) fn read(root: Option<&Path>, spec: &job::Csv, seed: u64) -> Result<Raw, DataError> {
+    let mut train = Table::open(root, spec, &spec.train)?;
+    if let Some(share) = spec.holdout {
+        let (key, target) = (Key::new(seed, Purpose::Split), train.index("target", &spec.target)?);
+        train.part = Some(Part { key, share, held_out: false, target });
+    }
     let plan = Plan::learn(&train)?;
-    let test = match &spec.test {
-        None => None,
-        Some(path) => {
+    let test = match (&spec.test, train.part) {
+        (None, None) => None,
+        (None, Some(part)) => {
+            Some(plan.encode(&Table { part: Some(Part { held_out: true, ..part }), ..train.clone() })?)
+        }
+        (Some(path), _) => {
             let test = Table::open(root, spec, path)?;
             if test.names != train.names {
                 let (path, list) = (test.path.clone(), |t: &Table<'_>| t.names.join(","));
@@ -309,7 +428,14 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Csv) -> Result<Raw, DataErro
     let train = plan.encode(&train)?;
     let columns = plan.columns.into_iter().map(|(_, column)| column).collect();
     let raw = Raw::new(train, test, plan.classes, Scale { per_feature: true, unit: 1.0 });
-    Ok(Raw { columns, missing: spec.missing.clone(), ..raw })
+    let tokens = plan.text.zip(spec.text.as_ref()).map(|((_, tokenizer), text)| Tokens {
+        // Token 0 is none.
+        vocabulary: tokenizer.vocabulary() + 1,
+        tokenizer: Some(tokenizer),
+        tokens_per_character: 1.0,
+        column: Some(TextColumn { name: text.column.clone(), truncate: text.truncate }),
+    });
+    Ok(Raw { columns, missing: spec.missing.clone(), tokens, ..raw })
 }
 
 #[cfg(test)]
@@ -336,6 +462,8 @@ mod tests {
             missing: "?".into(),
             separator: ',',
             task: Task::Classification,
+            holdout: None,
+            text: None,
         }
     }
 
@@ -347,7 +475,7 @@ mod tests {
             std::fs::write(dir.path().join("test.csv"), test).unwrap();
         }
         let base = dir.path().display().to_string();
-        read(None, &job::Csv { base, test: test.map(|_| "test.csv".into()), ..spec })
+        read(None, &job::Csv { base, test: test.map(|_| "test.csv".into()), ..spec }, 7)
     }
 
     fn one(spec: job::Csv, train: impl AsRef<[u8]>) -> Result<Raw, DataError> {
@@ -522,6 +650,71 @@ mod tests {
         }
     }
 
+    /// The text column `x` of a table.
+    fn texts(train: &str, test: Option<&str>, change: impl Fn(&mut job::Csv)) -> Result<Raw, DataError> {
+        let tokenizer = job::Tokenizer::Words { most: 9, ngrams: 1, buckets: 1 };
+        let text = job::TextColumn { column: "x".into(), tokenizer, context: 4, truncate: false };
+        let mut spec = job::Csv { categorical: vec![], text: Some(text), ..spec() };
+        change(&mut spec);
+        both(spec, train, test)
+    }
+
+    #[test]
+    fn texts_become_tokens_that_are_filled_up() {
+        let raw = texts("id,x,kind\n1,b a a,ham\n2,\"A, c\",spam\n", Some("id,x,kind\n3,new a,ham\n"), |_| {}).unwrap();
+        // By how often they come, then by letters: a, ",", b, c; and 1 more for each, as 0 is none.
+        assert_eq!(raw.train.features, Features::U32(vec![3, 1, 1, 0, 1, 2, 4, 0]));
+        assert_eq!((raw.train.targets, raw.train.shape), (Targets::Class(vec![0, 1]), vec![4]));
+        assert_eq!(raw.test.unwrap().features, Features::U32(vec![5, 1, 0, 0]));
+        assert_eq!(raw.tokens.unwrap().vocabulary, 6);
+    }
+
+    #[test]
+    fn texts_that_cannot_be_taken_are_named_with_their_line() {
+        let says = |raw: Result<Raw, DataError>, part: &str| {
+            let message = raw.map(|_| ()).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        };
+        let long = "x,kind\na b,ham\na b c d e,spam\n";
+        says(texts(long, None, |_| {}), "train.csv:3");
+        says(texts(long, None, |_| {}), "has 5 tokens, more than data.context = 4");
+        let cut = texts(long, None, |spec| spec.text.as_mut().unwrap().truncate = true).unwrap();
+        assert_eq!(cut.train.samples(), 2);
+        says(texts("x,kind\n ,ham\n", None, |_| {}), "train.csv:2: the text of column `x` is empty");
+        says(texts("y,kind\na,ham\n", None, |_| {}), "data.text names the column `x`");
+        says(texts("x,kind\na,b\n", None, |spec| spec.target = "x".into()), "data.target and data.text");
+        let characters = |spec: &mut job::Csv| spec.text.as_mut().unwrap().tokenizer = job::Tokenizer::Characters;
+        says(
+            texts("x,kind\na,b\n", Some("x,kind\nz,b\n"), characters),
+            "test.csv:2: the text of column `x` has the character 'z'",
+        );
+        says(texts("x,kind\na,b\n", None, |spec| spec.holdout = Some(1e-9)), "data.holdout");
+    }
+
+    proptest! {
+        #[test]
+        fn a_share_is_held_out_by_what_the_lines_say(
+            cells in prop::collection::vec((0u32..40, 0u32..2), 60..120), share in 0.2f64..0.8,
+        ) {
+            let line = |(x, kind): &(u32, u32)| format!("{x},{kind}\n");
+            let table = format!("x,kind\n{}", cells.iter().map(line).collect::<String>());
+            let spec = job::Csv { categorical: vec![], task: Task::Regression, holdout: Some(share), ..spec() };
+            let raw = both(spec, &table, None).unwrap();
+            let values = |set: &Dataset| match &set.features {
+                Features::F32(x) => x.iter().map(|x| *x as u32).collect::<Vec<_>>(),
+                _ => panic!("numbers"),
+            };
+            let (train, test) = (values(&raw.train), values(raw.test.as_ref().unwrap()));
+            // Equal samples, whatever their targets, are on one side.
+            prop_assert!(train.iter().all(|x| !test.contains(x)));
+            let mut all = [train, test].concat();
+            all.sort();
+            let mut want: Vec<u32> = cells.iter().map(|c| c.0).collect();
+            want.sort();
+            prop_assert_eq!(all, want);
+        }
+    }
+
     proptest! {
         #[test]
         fn no_text_panics(text in "[a-z0-9,\" \n\r?é.-]{0,120}", header in any::<bool>()) {
@@ -551,7 +744,7 @@ mod tests {
             categorical: words("workclass education marital-status occupation relationship race sex native-country"),
             ..spec()
         };
-        let raw = read(Some(Path::new(&root)), &spec).unwrap();
+        let raw = read(Some(Path::new(&root)), &spec, 7).unwrap();
         assert_eq!((raw.train.samples(), raw.test.unwrap().samples()), (32_561, 16_281));
         assert_eq!(raw.classes.unwrap(), ["<=50K", ">50K"]);
         // Six numbers, and 8 + 16 + 7 + 14 + 6 + 5 + 2 + 41 categories ("?" is none).

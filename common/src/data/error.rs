@@ -54,6 +54,26 @@ pub enum DataError {
          smaller context"
     )]
     ShortText { path: String, tokens: usize, context: usize, least: usize },
+    #[error(
+        "{path}:{line}: the text of column `{column}` has {tokens} tokens, more than data.context = {context}; raise it, or set \
+         data.truncate = true"
+    )]
+    LongText { path: String, line: usize, column: String, tokens: usize, context: usize },
+    #[error("{path}:{line}: the text of column `{column}` is empty; fill it in, or remove the line")]
+    NoText { path: String, line: usize, column: String },
+    #[error("the text is empty; write at least a word")]
+    RowEmpty,
+    #[error("the text has {tokens} tokens, the model takes at most {context}; shorten it")]
+    RowText { tokens: usize, context: usize },
+    #[error("data.holdout = {share} leaves no line of {path} to {what}; change it, or give data.test")]
+    Holdout { share: f64, path: String, what: &'static str },
+    #[error(
+        "{path}:{line}: the text of column `{column}` has the character {character:?}, which no text of the training set has; \
+         remove the line, or set data.tokenizer = \"bytes\" or \"words\""
+    )]
+    NewCharacter { path: String, line: usize, column: String, character: char },
+    #[error("column `{column}` is data.target and data.text; they must be different")]
+    TargetText { column: String },
     #[error("the character {character:?} is in no text that the model was trained on; leave it out")]
     Character { character: char },
 

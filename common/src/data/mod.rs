@@ -96,6 +96,17 @@ pub struct Tokens {
     pub vocabulary: usize,
     /// In the text that is tested (or in the training text, where none is).
     pub tokens_per_character: f64,
+    /// Where each sample is a text of its own: token 0 is none, and others are one more than their tokenizer says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<TextColumn>,
+}
+
+/// The column whose texts are samples.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TextColumn {
+    pub name: String,
+    /// Whether longer texts lose their end.
+    pub truncate: bool,
 }
 
 /// One CSV column: a number, or a categorical value one-hot encoded over `values` (an unknown value is all zeros).
@@ -152,7 +163,7 @@ fn open_in(root: Option<&Path>, data: &job::Data, seed: u64) -> Result<Opened, D
     let raw = match &data.source {
         job::Source::Digits => digits::read(seed),
         job::Source::Idx { train, test, classes } => idx::read(root, train, test.as_ref(), *classes)?,
-        job::Source::Csv(spec) => csv::read(root, spec)?,
+        job::Source::Csv(spec) => csv::read(root, spec, seed)?,
         job::Source::Text(spec) => text::read(root, spec)?,
         job::Source::Synthetic { task, shape, classes, samples, test_samples } => {
             synthetic::make(seed, *task, shape, *classes, *samples, *test_samples)?
@@ -256,7 +267,9 @@ impl Prepared {
             Some(tokens) if self.shape.len() != 1 || !(1..=1 << 24).contains(&tokens.vocabulary) => {
                 wrong("their tokens are not those of a text")
             }
-            Some(Tokens { tokenizer: Some(tokenizer), vocabulary, .. }) if tokenizer.vocabulary() != *vocabulary => {
+            Some(Tokens { tokenizer: Some(tokenizer), vocabulary, column, .. })
+                if tokenizer.vocabulary() + usize::from(column.is_some()) != *vocabulary =>
+            {
                 wrong("their tokenizer has other tokens")
             }
             _ => Ok(()),
@@ -265,7 +278,7 @@ impl Prepared {
 
     /// Whether each token's target is the next one.
     pub fn predicts_next(&self) -> bool {
-        self.tokens.is_some() && self.classes.is_none()
+        self.tokens.as_ref().is_some_and(|tokens| tokens.column.is_none())
     }
 
     /// Targets of a sample.

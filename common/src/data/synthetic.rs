@@ -143,7 +143,7 @@ pub(super) fn text(
     let (train, test) = tokens.split_at((samples + 1) * context);
     let test = (test_samples > 0).then(|| windows(test, vocabulary, context, true));
     let scale = Scale { per_feature: false, unit: 1.0 };
-    let tokens = Some(Tokens { tokenizer: None, vocabulary, tokens_per_character: 1.0 });
+    let tokens = Some(Tokens { tokenizer: None, vocabulary, tokens_per_character: 1.0, column: None });
     Ok(Raw { tokens, ..Raw::new(windows(train, vocabulary, context, true), test, None, scale) })
 }
 

@@ -49,10 +49,10 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Text) -> Result<Raw, DataErr
         (None, None) => (text, None, path.clone()),
     };
     let texts: Vec<&str> = [Some(&train), test.as_ref()].into_iter().flatten().map(|text| text.as_str()).collect();
-    let tokenizer = Tokenizer::learn(tokenizer, &texts);
+    let tokenizer = Tokenizer::learn(tokenizer, texts.into_iter());
     let vocabulary = tokenizer.vocabulary();
     let cut = |text: &str, path: &str, whole: bool| -> Result<_, DataError> {
-        let tokens = tokenizer.encode(text)?;
+        let tokens = tokenizer.encoder().encode(text)?;
         let data = windows(&tokens, vocabulary, *context, whole);
         if data.samples() == 0 {
             let least = if whole { stored(*context) } else { *context + 1 };
@@ -64,7 +64,7 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Text) -> Result<Raw, DataErr
     let (train, each) = cut(&train, &path, true)?;
     let test = test.map(|test| cut(&test, &test_path, false)).transpose()?;
     let tokens_per_character = test.as_ref().map_or(each, |(_, each)| *each);
-    let tokens = Some(Tokens { tokenizer: Some(tokenizer), vocabulary, tokens_per_character });
+    let tokens = Some(Tokens { tokenizer: Some(tokenizer), vocabulary, tokens_per_character, column: None });
     Ok(Raw { tokens, ..Raw::new(train, test.map(|(test, _)| test), None, Scale { per_feature: false, unit: 1.0 }) })
 }
 
@@ -105,7 +105,7 @@ mod tests {
             let data = windows(&tokens, vocabulary, context, true);
             prop_assert_eq!(data.samples(), length / context - 1);
             prop_assert_eq!(matches!(data.features, Features::U32(_)), large);
-            let tokens = Tokens { tokenizer: None, vocabulary, tokens_per_character: 1.0 };
+            let tokens = Tokens { tokenizer: None, vocabulary, tokens_per_character: 1.0, column: None };
             let scale = Scale { per_feature: false, unit: 1.0 };
             let raw = Raw { tokens: Some(tokens), ..Raw::new(data.clone(), None, None, scale) };
             let prepared = raw.prepare(false).prepared;

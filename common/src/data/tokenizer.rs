@@ -2,6 +2,7 @@
 
 use super::DataError;
 use crate::job;
+use crate::rng::{Key, Purpose};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
 
@@ -13,16 +14,50 @@ pub enum Tokenizer {
     Bytes,
     /// A token for each character that the data have, in the order of their code points.
     Characters { characters: String },
+    /// A token for each of `words`, one for all others, and for runs of 2 to `ngrams` words those of `buckets` that their hashes
+    /// name (Joulin et al., "Bag of Tricks for Efficient Text Classification", 2016, section 2.1).
+    Words { words: Vec<String>, ngrams: usize, buckets: usize },
+}
+
+/// What stands for a word that has no token.
+const UNKNOWN: &str = "<unknown>";
+
+/// The words of a text in small letters: letters and digits that follow one another, or any other character that is no space.
+fn words(text: &str) -> Vec<String> {
+    let (mut all, mut open) = (Vec::new(), String::new());
+    for c in text.chars() {
+        if c.is_alphanumeric() {
+            open.extend(c.to_lowercase());
+            continue;
+        }
+        if !open.is_empty() {
+            all.push(std::mem::take(&mut open));
+        }
+        if !c.is_whitespace() {
+            all.push(c.into());
+        }
+    }
+    all.extend((!open.is_empty()).then_some(open));
+    all
 }
 
 impl Tokenizer {
     /// The tokenizer that the job asks for, of these texts.
-    pub fn learn(spec: &job::Tokenizer, texts: &[&str]) -> Tokenizer {
-        match spec {
+    pub fn learn<'t>(spec: &job::Tokenizer, texts: impl Iterator<Item = &'t str>) -> Tokenizer {
+        match *spec {
             job::Tokenizer::Bytes => Tokenizer::Bytes,
             job::Tokenizer::Characters => {
-                let characters: BTreeSet<char> = texts.iter().flat_map(|text| text.chars()).collect();
+                let characters: BTreeSet<char> = texts.flat_map(str::chars).collect();
                 Tokenizer::Characters { characters: characters.into_iter().collect() }
+            }
+            job::Tokenizer::Words { most, ngrams, buckets } => {
+                let mut counts: HashMap<String, u64> = HashMap::new();
+                texts.flat_map(words).for_each(|word| *counts.entry(word).or_default() += 1);
+                let mut counts: Vec<(String, u64)> = counts.into_iter().collect();
+                // The most frequent first; of equally frequent ones in the order of letters.
+                counts.sort_by(|(a, n), (b, m)| m.cmp(n).then_with(|| a.cmp(b)));
+                let words = counts.into_iter().take(most).map(|(word, _)| word).collect();
+                Tokenizer::Words { words, ngrams, buckets: if ngrams > 1 { buckets } else { 0 } }
             }
         }
     }
@@ -32,21 +67,20 @@ impl Tokenizer {
         match self {
             Tokenizer::Bytes => 256,
             Tokenizer::Characters { characters } => characters.chars().count(),
+            Tokenizer::Words { words, buckets, .. } => words.len() + 1 + buckets,
         }
     }
 
-    /// The tokens of a text, each below [`Tokenizer::vocabulary`].
-    ///
-    /// # Errors
-    /// A character that has no token.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
+    /// What turns texts into tokens.
+    pub fn encoder(&self) -> Encoder<'_> {
         match self {
-            Tokenizer::Bytes => Ok(text.bytes().map(u32::from).collect()),
-            Tokenizer::Characters { characters } => {
-                let ids: HashMap<char, u32> = characters.chars().zip(0..).collect();
-                let id = |character| ids.get(&character).copied().ok_or(DataError::Character { character });
-                text.chars().map(id).collect()
-            }
+            Tokenizer::Bytes => Encoder::Bytes,
+            Tokenizer::Characters { characters } => Encoder::Characters(characters.chars().zip(0..).collect()),
+            Tokenizer::Words { words, ngrams, buckets } => Encoder::Words {
+                ids: words.iter().map(String::as_str).zip(0..).collect(),
+                ngrams: *ngrams,
+                buckets: *buckets as u64,
+            },
         }
     }
 
@@ -57,6 +91,45 @@ impl Tokenizer {
             Tokenizer::Characters { characters } => {
                 let all: Vec<char> = characters.chars().collect();
                 tokens.iter().filter_map(|&token| all.get(token as usize)).collect::<String>().into_bytes()
+            }
+            Tokenizer::Words { words, .. } => {
+                let word = |&token: &u32| words.get(token as usize).map_or(UNKNOWN, String::as_str);
+                tokens.iter().map(word).collect::<Vec<_>>().join(" ").into_bytes()
+            }
+        }
+    }
+}
+
+/// A [`Tokenizer`] that is ready to read.
+pub enum Encoder<'a> {
+    Bytes,
+    Characters(HashMap<char, u32>),
+    Words { ids: HashMap<&'a str, u32>, ngrams: usize, buckets: u64 },
+}
+
+impl Encoder<'_> {
+    /// The tokens of a text, each below [`Tokenizer::vocabulary`]; those of runs of words come after those of the words.
+    ///
+    /// # Errors
+    /// A character that has no token.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        match self {
+            Encoder::Bytes => Ok(text.bytes().map(u32::from).collect()),
+            Encoder::Characters(ids) => {
+                let id = |character| ids.get(&character).copied().ok_or(DataError::Character { character });
+                text.chars().map(id).collect()
+            }
+            Encoder::Words { ids, ngrams, buckets } => {
+                let (words, unknown) = (words(text), ids.len() as u32);
+                let mut tokens: Vec<u32> =
+                    words.iter().map(|word| ids.get(word.as_str()).copied().unwrap_or(unknown)).collect();
+                for n in 2..=*ngrams {
+                    tokens.extend(words.windows(n).map(|run| {
+                        let key = run.iter().fold(Key::new(0, Purpose::Ngram), |key, word| key.named(word));
+                        unknown + 1 + key.below(0, *buckets) as u32
+                    }));
+                }
+                Ok(tokens)
             }
         }
     }
@@ -71,21 +144,51 @@ mod tests {
         #[test]
         fn a_text_comes_back_from_its_tokens(text in any::<String>(), more in any::<String>()) {
             for spec in [job::Tokenizer::Bytes, job::Tokenizer::Characters] {
-                let tokenizer = Tokenizer::learn(&spec, &[&text, &more]);
+                let tokenizer = Tokenizer::learn(&spec, [&text[..], &more].into_iter());
                 for text in [&text, &more] {
-                    let tokens = tokenizer.encode(text).unwrap();
+                    let tokens = tokenizer.encoder().encode(text).unwrap();
                     prop_assert!(tokens.iter().all(|&token| (token as usize) < tokenizer.vocabulary()));
                     prop_assert_eq!(&tokenizer.decode(&tokens), text.as_bytes());
                 }
             }
         }
+
+        #[test]
+        fn words_are_counted_and_runs_of_them_hashed(text in "[a-d .!]{0,40}", most in 1usize..4, ngrams in 1usize..4) {
+            let tokenizer = Tokenizer::learn(&job::Tokenizer::Words { most, ngrams, buckets: 8 }, [&text[..]].into_iter());
+            let Tokenizer::Words { words: known, buckets, .. } = &tokenizer else { panic!("words") };
+            let (all, count) = (words(&text), |word: &String| words(&text).iter().filter(|w| *w == word).count());
+            // Nothing that is left out is more frequent than what is known.
+            let least = known.iter().map(count).min().unwrap_or(0);
+            prop_assert!(known.len() == most.min(all.iter().collect::<BTreeSet<_>>().len()));
+            prop_assert!(all.iter().all(|word| known.contains(word) || count(word) <= least));
+            prop_assert_eq!(*buckets, if ngrams > 1 { 8 } else { 0 });
+            let tokens = tokenizer.encoder().encode(&text).unwrap();
+            let runs: usize = (2..=ngrams).map(|n| (all.len() + 1).saturating_sub(n)).sum();
+            prop_assert_eq!(tokens.len(), all.len() + runs);
+            let (of_words, of_runs) = tokens.split_at(all.len());
+            for (token, word) in of_words.iter().zip(&all) {
+                prop_assert_eq!(known.get(*token as usize), known.contains(word).then_some(word));
+            }
+            prop_assert!(of_runs.iter().all(|t| (known.len() + 1..tokenizer.vocabulary()).contains(&(*t as usize))));
+        }
+    }
+
+    #[test]
+    fn words_are_letters_and_digits_or_single_signs() {
+        assert_eq!(words("Don't  PAY £1000,\nÉté!"), ["don", "'", "t", "pay", "£", "1000", ",", "été", "!"]);
+        let tokenizer =
+            Tokenizer::learn(&job::Tokenizer::Words { most: 9, ngrams: 1, buckets: 5 }, ["b a a"].into_iter());
+        let tokens = tokenizer.encoder().encode("A b c").unwrap();
+        assert_eq!((&tokens[..], tokenizer.vocabulary()), (&[0, 1, 2][..], 3));
+        assert_eq!(tokenizer.decode(&tokens), b"a b <unknown>");
     }
 
     #[test]
     fn a_character_that_the_data_do_not_have_is_named() {
-        let tokenizer = Tokenizer::learn(&job::Tokenizer::Characters, &["banana", "nab"]);
+        let tokenizer = Tokenizer::learn(&job::Tokenizer::Characters, ["banana", "nab"].into_iter());
         assert_eq!(tokenizer, Tokenizer::Characters { characters: "abn".into() });
-        assert_eq!(tokenizer.encode("bann").unwrap(), [1, 0, 2, 2]);
-        assert!(tokenizer.encode("bandana").unwrap_err().to_string().contains("'d'"));
+        assert_eq!(tokenizer.encoder().encode("bann").unwrap(), [1, 0, 2, 2]);
+        assert!(tokenizer.encoder().encode("bandana").unwrap_err().to_string().contains("'d'"));
     }
 }

@@ -122,6 +122,13 @@ pub struct Csv {
     pub missing: String,
     pub separator: char,
     pub task: Task,
+    /// The share of the training file's lines that is the test set, by hash of all their cells but the target; only where
+    /// `test` is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holdout: Option<f64>,
+    /// The only column that is learnt from, where it is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<TextColumn>,
 }
 
 /// Windows of a plain text, each of whose tokens is to be predicted from those before it.
@@ -140,10 +147,27 @@ pub struct Text {
 
 /// What a token of a text is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Tokenizer {
     Bytes,
     Characters,
+    /// The most frequent words, and hashed runs of up to `ngrams` words.
+    Words {
+        most: usize,
+        ngrams: usize,
+        buckets: usize,
+    },
+}
+
+/// A column of a table whose text is a sample.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TextColumn {
+    pub column: String,
+    pub tokenizer: Tokenizer,
+    /// Tokens of a text, at most.
+    pub context: usize,
+    /// Whether a longer text loses its end; otherwise it is an error.
+    pub truncate: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,9 +182,21 @@ pub enum Task {
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Model {
     Linear,
-    Mlp { hidden: Vec<usize>, activation: Activation, dropout: f32 },
+    Mlp {
+        hidden: Vec<usize>,
+        activation: Activation,
+        dropout: f32,
+    },
     Gpt(Gpt),
-    Layers { layers: Vec<Layer> },
+    /// The mean of the embeddings of a text's tokens, and an mlp (Joulin et al., 2016, section 2).
+    TextClassifier {
+        width: usize,
+        hidden: Vec<usize>,
+        dropout: f32,
+    },
+    Layers {
+        layers: Vec<Layer>,
+    },
 }
 
 /// A decoder of blocks of causal attention and a feed-forward network, each normalised before and added to its input
@@ -270,6 +306,11 @@ pub enum Layer {
     },
     /// `[positions]` tokens to `[positions, width]`.
     Embedding {
+        width: usize,
+        init: Option<WeightInit>,
+    },
+    /// `[positions]` tokens to the mean of their embeddings, `[width]`.
+    EmbeddingBag {
         width: usize,
         init: Option<WeightInit>,
     },

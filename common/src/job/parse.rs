@@ -55,7 +55,26 @@ const COUNT_OR_0: std::ops::RangeInclusive<u64> = 0..=1 << 40;
 const FORMATS: &Kinds = &[
     ("digits", &[]),
     ("idx", &["train", "test", "classes"]),
-    ("csv", &["train", "test", "header", "columns", "target", "categorical", "ignore", "missing", "separator", "task"]),
+    (
+        "csv",
+        &[
+            "train",
+            "test",
+            "holdout",
+            "header",
+            "columns",
+            "target",
+            "categorical",
+            "ignore",
+            "missing",
+            "separator",
+            "task",
+            "text",
+            "tokenizer",
+            "context",
+            "truncate",
+        ],
+    ),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
     ("synthetic", &["task", "shape", "classes", "vocabulary", "context", "samples", "test_samples"]),
 ];
@@ -107,10 +126,24 @@ fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
         // One byte, and not what quoting and lines are made of.
         t.chars().next().filter(|c| t.len() == 1 && !['"', '\n', '\r'].contains(c))
     };
+    let (test, holdout) = test_set(r)?;
+    let text_column = match r.text("text")?.optional() {
+        Some(column) => {
+            r.not_with(&["categorical", "ignore"], "data.text", "the text is all that is learnt from")?;
+            let truncate = r.flag("truncate")?.or(false);
+            Some(TextColumn { column, tokenizer: tokenizer(r, WORDS)?, context: context(r)?, truncate })
+        }
+        None => {
+            r.only_with(&["tokenizer", "context", "truncate"], "data.text")?;
+            None
+        }
+    };
     Ok(Csv {
         base: base.into(),
         train: r.text("train")?.needed("train = \"train.csv\"")?,
-        test: r.text("test")?.optional(),
+        test,
+        holdout,
+        text: text_column,
         header: r.flag("header")?.or(columns.is_none()),
         columns,
         target: r.text("target")?.needed("target = \"label\"")?,
@@ -123,23 +156,52 @@ fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
 }
 
 fn plain_text(r: &Reader<'_>, base: &str) -> Result<Text> {
-    let test = r.text("test")?.optional();
-    let holdout = r.f64("holdout", &BETWEEN)?.optional();
-    if test.is_some() && holdout.is_some() {
-        return r.refuse("holdout", "and `data.test` are both given; keep one of them");
+    let (test, holdout) = test_set(r)?;
+    let tokenizer = tokenizer(r, Tokenizer::Bytes)?;
+    if matches!(tokenizer, Tokenizer::Words { ngrams: 2.., .. }) {
+        return r.refuse("tokenizer", "has `ngrams`, which are for classes of texts; leave it out");
     }
-    let tokenizer = match r.word("tokenizer", "tokenizer", &["bytes", "characters"])?.or("bytes") {
-        "characters" => Tokenizer::Characters,
-        _ => Tokenizer::Bytes,
-    };
     Ok(Text {
         base: base.into(),
         train: r.text("train")?.needed("train = \"book.txt\"")?,
         test,
         holdout,
         tokenizer,
-        context: r.integer("context", 1..=1 << 20)?.needed("context = 64")? as usize,
+        context: context(r)?,
     })
+}
+
+/// A file of its own, or a share of the training set.
+fn test_set(r: &Reader<'_>) -> Result<(Option<String>, Option<f64>)> {
+    let test = r.text("test")?.optional();
+    let holdout = r.f64("holdout", &BETWEEN)?.optional();
+    if test.is_some() && holdout.is_some() {
+        return r.refuse("holdout", "and `data.test` are both given; keep one of them");
+    }
+    Ok((test, holdout))
+}
+
+fn context(r: &Reader<'_>) -> Result<usize> {
+    Ok(r.integer("context", 1..=1 << 20)?.needed("context = 64")? as usize)
+}
+
+const TOKENIZERS: &Kinds = &[("bytes", &[]), ("characters", &[]), ("words", &["most", "ngrams", "buckets"])];
+
+const WORDS: Tokenizer = Tokenizer::Words { most: 50_000, ngrams: 1, buckets: 1 << 16 };
+
+fn tokenizer(r: &Reader<'_>, default: Tokenizer) -> Result<Tokenizer> {
+    let read = |node| {
+        choice(node, "tokenizer", "data.tokenizer", TOKENIZERS, &[], |name, r| match (name, WORDS) {
+            ("words", Tokenizer::Words { most, ngrams, buckets }) => Ok(Tokenizer::Words {
+                most: r.integer("most", 1..=1 << 23)?.or(most as u64) as usize,
+                ngrams: r.integer("ngrams", 1..=8)?.or(ngrams as u64) as usize,
+                buckets: r.integer("buckets", 1..=1 << 23)?.or(buckets as u64) as usize,
+            }),
+            ("characters", _) => Ok(Tokenizer::Characters),
+            _ => Ok(Tokenizer::Bytes),
+        })
+    };
+    r.node("tokenizer").optional().map_or(Ok(default), read)
 }
 
 fn synthetic(r: &Reader<'_>) -> Result<Source> {
@@ -147,14 +209,11 @@ fn synthetic(r: &Reader<'_>) -> Result<Source> {
     let samples = r.integer("samples", COUNT)?.needed("samples = 65536")?;
     let test_samples = r.integer("test_samples", COUNT_OR_0)?.or((samples / 8).max(1));
     let (samples, test_samples) = (samples as usize, test_samples as usize);
-    let not_for = |keys: &[&'static str]| match keys.iter().find(|key| r.node(key).optional().is_some()) {
-        Some(key) => r.refuse(key, &format!("is not for `data.task = {task:?}`; leave it out, or change `data.task`")),
-        None => Ok(()),
-    };
+    let not_for = |keys: &[&'static str]| r.only_with(keys, &format!("another `data.task` than {task:?}"));
     if task == "language" {
         not_for(&["shape", "classes"])?;
         let vocabulary = r.integer("vocabulary", 2..=1 << 24)?.needed("vocabulary = 65")? as usize;
-        let context = r.integer("context", 1..=1 << 20)?.needed("context = 64")? as usize;
+        let context = context(r)?;
         return Ok(Source::SyntheticText { vocabulary, context, samples, test_samples });
     }
     not_for(&["vocabulary", "context"])?;
@@ -204,6 +263,7 @@ const MODELS: &Kinds = &[
     ("linear", &[]),
     ("mlp", &["hidden", "activation", "dropout"]),
     ("gpt", &["layers", "heads", "width", "hidden", "feed_forward", "norm", "positions", "bias", "tie", "dropout"]),
+    ("text-classifier", &["width", "hidden", "dropout"]),
     ("layers", &["layers"]),
 ];
 
@@ -224,6 +284,11 @@ fn model(node: &Node) -> Result<Model> {
             }
         }
         "gpt" => Model::Gpt(gpt(&r)?),
+        "text-classifier" => Model::TextClassifier {
+            width: r.size("width")?.or(32),
+            hidden: r.list("hidden", SIZE, size)?.or(Vec::new()),
+            dropout: r.f32("dropout", &FRACTION)?.or(0.0),
+        },
         _ => {
             let list = r.node("layers").needed("layers = [{ op = \"linear\", units = 10 }]")?;
             Model::Layers { layers: layers(list, "model.layers")? }
@@ -300,6 +365,7 @@ const LAYERS: &Kinds = &[
     ("layer-norm", &["dims", "eps"]),
     ("rms-norm", &["dims", "eps"]),
     ("embedding", &["width", "init"]),
+    ("embedding-bag", &["width", "init"]),
     ("tied-embedding", &["width", "init", "layers"]),
     ("positions", &["init"]),
     ("attention", &["heads", "causal", "rotary"]),
@@ -332,6 +398,7 @@ fn layer(node: &Node, path: &str) -> Result<Layer> {
         "layer-norm" => Layer::LayerNorm { dims: r.size("dims")?.optional(), eps: eps()? },
         "rms-norm" => Layer::RmsNorm { dims: r.size("dims")?.optional(), eps: eps()? },
         "embedding" => Layer::Embedding { width: r.size("width")?.needed("width = 128")?, init: init(&r)? },
+        "embedding-bag" => Layer::EmbeddingBag { width: r.size("width")?.needed("width = 64")?, init: init(&r)? },
         "tied-embedding" => {
             let body = r.node("layers").needed("layers = [{ op = \"layer-norm\", dims = 1 }]")?;
             let layers = layers(body, &format!("{path}.layers"))?;

@@ -53,7 +53,8 @@ impl fmt::Display for Kind {
 }
 
 /// Tables that `"name"` is short for, as `{ kind = "name" }`, and what they are when nothing is said.
-const SHORTHANDS: [(&str, &str); 4] = [
+const SHORTHANDS: [(&str, &str); 5] = [
+    ("data.tokenizer", "words"),
     ("model.activation", "relu"),
     ("train.loss", "cross-entropy"),
     ("train.optimizer", "adamw"),
@@ -248,6 +249,23 @@ impl<'a> Reader<'a> {
     /// An error about a key, at its place.
     pub fn refuse<T>(&self, key: &'static str, message: &str) -> Result<T> {
         self.find(key).unwrap_or(self.node).error(format!("`{}` {message}", self.full(key)))
+    }
+
+    /// Refuses keys that have no meaning here.
+    pub fn only_with(&self, keys: &[&'static str], what: &str) -> Result<()> {
+        self.absent(keys, &format!("is for {what}; leave it out, or change that"))
+    }
+
+    /// Refuses keys that contradict another one.
+    pub fn not_with(&self, keys: &[&'static str], other: &str, why: &str) -> Result<()> {
+        self.absent(keys, &format!("and `{other}` are both given, but {why}; leave one of them out"))
+    }
+
+    fn absent(&self, keys: &[&'static str], message: &str) -> Result<()> {
+        match keys.iter().find(|key| self.find(key).is_some()) {
+            Some(key) => self.refuse(key, message),
+            None => Ok(()),
+        }
     }
 
     /// A key's dotted name.

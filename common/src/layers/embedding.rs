@@ -1,6 +1,6 @@
 //! Rows of a table, chosen by the tokens of a sample.
 
-use super::{Blocks, Grads, Layer, Params, Pass, Sequential, over_rows, tree_spare, tree_sum};
+use super::{Blocks, Grads, Layer, Params, Pass, Sequential, over_rows, over_samples, tree_spare, tree_sum};
 use crate::kernels::{Mat, column_sums, gemm, vectorized};
 use crate::layout::{Init, Role, Tensor};
 
@@ -91,6 +91,98 @@ impl Layer for Embedding {
             let tokens = samples.start * positions..samples.end * positions;
             block.fill(0.0);
             self.add_rows(&x[tokens.clone()], &dy[tokens.start * width..tokens.end * width], rows, block);
+        });
+        pass.finish(grads.trainable);
+        if let Some(dx) = dx {
+            dx.fill(0.0); // tokens have no slope
+        }
+    }
+}
+
+/// The mean of the tokens' rows of a learnt table `(vocabulary, width)`: `[positions]` to `[width]`. Token 0 fills samples up and
+/// is passed over; the mean of no tokens is 0.
+pub struct EmbeddingBag {
+    pub vocabulary: usize,
+    pub positions: usize,
+    pub width: [usize; 1],
+    pub init: Init,
+}
+
+impl EmbeddingBag {
+    fn blocks(&self) -> Blocks {
+        let [width] = self.width;
+        Blocks { rows: self.vocabulary, row_len: width, limit: 1 << 18, most: self.vocabulary, extra: 0 }
+    }
+}
+
+/// What each token of a sample has of its mean.
+#[inline(always)]
+fn share(tokens: &[f32]) -> f32 {
+    1.0 / tokens.iter().filter(|token| **token != 0.0).count().max(1) as f32
+}
+
+impl Layer for EmbeddingBag {
+    fn out_shape(&self) -> &[usize] {
+        &self.width
+    }
+
+    fn tensors(&self) -> Vec<Tensor> {
+        let shape = vec![self.vocabulary, self.width[0]];
+        vec![Tensor { name: "weight".into(), shape, role: Role::Trainable, init: self.init }]
+    }
+
+    fn scratch(&self, _: usize, segments: usize) -> usize {
+        self.blocks().scratch(segments)
+    }
+
+    fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
+        let [width] = self.width;
+        over_samples(pass.segments.total(), (y, width), (x, self.positions), |_, y, tokens| {
+            let share = share(tokens);
+            vectorized(
+                #[inline(always)]
+                || {
+                    y.fill(0.0);
+                    for token in tokens.iter().filter(|token| **token != 0.0) {
+                        let row = &params.trainable[*token as usize * width..][..width];
+                        y.iter_mut().zip(row).for_each(|(y, row)| *y += row);
+                    }
+                    y.iter_mut().for_each(|y| *y *= share);
+                },
+            );
+        });
+    }
+
+    fn backward(
+        &self,
+        pass: &Pass<'_>,
+        _: Params<'_>,
+        x: &[f32],
+        _: &[f32],
+        dy: &[f32],
+        dx: Option<&mut [f32]>,
+        grads: Grads<'_>,
+        _: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        let ([width], segments) = (self.width, pass.segments);
+        self.blocks().sum(segments.len(), grads.trainable, scratch, |segment, rows, block, _| {
+            block.fill(0.0);
+            for sample in segments.rows(segment) {
+                let tokens = &x[sample * self.positions..][..self.positions];
+                let (share, dy) = (share(tokens), &dy[sample * width..][..width]);
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for token in tokens.iter().map(|token| *token as usize) {
+                            if token != 0 && rows.contains(&token) {
+                                let row = &mut block[(token - rows.start) * width..][..width];
+                                row.iter_mut().zip(dy).for_each(|(row, dy)| *row += share * dy);
+                            }
+                        }
+                    },
+                );
+            }
         });
         pass.finish(grads.trainable);
         if let Some(dx) = dx {

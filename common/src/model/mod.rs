@@ -5,8 +5,8 @@ mod named;
 use crate::job::{self, WeightInit};
 use crate::kernels::{Finish, conv::Window};
 use crate::layers::{
-    Activation, Attention, BatchNorm, Conv2d, Dropout, Embedding, Flatten, GlobalAvgPool, Layer, LayerNorm, Linear,
-    Pool2d, Positions, Residual, Rotary, Sequential, Swiglu, TiedEmbedding, finish,
+    Activation, Attention, BatchNorm, Conv2d, Dropout, Embedding, EmbeddingBag, Flatten, GlobalAvgPool, Layer,
+    LayerNorm, Linear, Pool2d, Positions, Residual, Rotary, Sequential, Swiglu, TiedEmbedding, finish,
 };
 use crate::layout::{Init, Layout};
 
@@ -16,18 +16,23 @@ pub enum ModelError {
     #[error("model.layers[{at}] ({op}) got samples of shape {got:?}; it needs {need}")]
     Shape { at: String, op: &'static str, got: Vec<usize>, need: String },
     #[error(
-        "the model gives values of shape {got:?} a sample, the data and the loss need {want:?}: end it with {{ op = \"linear\", units = {units} }}", units = want[want.len() - 1]
+        "the model gives {got:?} values a sample, the data and the loss need {}: end it with {{ op = \"linear\", units = {} }}", words(want), want[want.len() - 1]
     )]
     Outputs { got: Vec<usize>, want: Vec<usize> },
     #[error(
-        "the data's samples are tokens, which a model takes by {{ op = \"embedding\", width = 128 }} or \"tied-embedding\": \
-         begin model.layers with one of them, or use kind = \"gpt\""
+        "the data's samples are tokens, which a model takes by {{ op = \"embedding\", width = 128 }}, \"embedding-bag\" or \
+         \"tied-embedding\": begin model.layers with one of them, or use kind = \"gpt\" or \"text-classifier\""
     )]
     Tokens,
     #[error("the model has {0} parameters; at most 2^31 are possible")]
     TooLarge(u128),
     #[error("the model has no parameters to train; add for example {{ op = \"linear\", units = {0} }}")]
     Nothing(usize),
+}
+
+/// A single size as a number.
+fn words(shape: &[usize]) -> String {
+    if let [size] = shape { size.to_string() } else { format!("{shape:?}") }
 }
 
 /// What goes into a model, and what has to come out.
@@ -176,6 +181,11 @@ impl Builder {
                 let init = table_init(*init, vocabulary, *width);
                 Box::new(Embedding { vocabulary, shape: [positions, *width], init })
             }
+            job::Layer::EmbeddingBag { width, init } => {
+                let (_, vocabulary) = tokens("embedding-bag")?;
+                let init = table_init(*init, vocabulary, *width);
+                Box::new(EmbeddingBag { vocabulary, width: [*width], positions: shape[0], init })
+            }
             job::Layer::TiedEmbedding { width, init, layers } => {
                 let (positions, vocabulary) = tokens("tied-embedding")?;
                 let init = table_init(*init, vocabulary, *width);
@@ -244,9 +254,11 @@ impl Model {
         let Signature { input, vocabulary, output } = signature;
         let (specs, shape) = named::layers(spec, signature);
         let first = specs.first();
-        if vocabulary.is_some()
-            && !matches!(first, Some(job::Layer::Embedding { .. } | job::Layer::TiedEmbedding { .. }))
-        {
+        let takes_tokens = matches!(
+            first,
+            Some(job::Layer::Embedding { .. } | job::Layer::EmbeddingBag { .. } | job::Layer::TiedEmbedding { .. })
+        );
+        if vocabulary.is_some() && !takes_tokens {
             return Err(ModelError::Tokens);
         }
         let net = Builder { vocabulary: *vocabulary }.chain(&specs, "", &shape)?;

@@ -24,6 +24,19 @@ pub(super) fn layers(spec: &Model, signature: &Signature) -> (Vec<Layer>, Vec<us
             (layers, row)
         }
         Model::Gpt(gpt) => (gpt_layers(gpt, outputs), input.clone()),
+        Model::TextClassifier { width, hidden, dropout } => {
+            // Small, so that what was hardly seen says hardly anything.
+            let init = Some(WeightInit::Normal { std: 0.02 });
+            let mut layers = vec![Layer::EmbeddingBag { width: *width, init }];
+            let dropout = || (*dropout > 0.0).then_some(Layer::Dropout { rate: *dropout });
+            layers.extend(dropout());
+            for &units in hidden {
+                layers.extend([linear(units), Layer::Activation { activation: Activation::Relu }]);
+                layers.extend(dropout());
+            }
+            layers.push(linear(outputs));
+            (layers, input.clone())
+        }
         Model::Layers { layers } => (layers.clone(), input.clone()),
     }
 }

@@ -174,6 +174,15 @@ impl Oracle<'_> {
                 let row = |token: &f64| w[*token as usize * width..][..*width].to_vec();
                 (vec![shape[0], *width], each(&|x| x.iter().flat_map(row).collect()))
             }
+            Layer::EmbeddingBag { width, .. } => {
+                let w = tensor("weight");
+                let mean = |x: &[f64]| -> Vec<f64> {
+                    let tokens: Vec<usize> = x.iter().map(|t| *t as usize).filter(|t| *t != 0).collect();
+                    let sum = |i: usize| tokens.iter().map(|t| w[t * width + i]).sum::<f64>();
+                    (0..*width).map(|i| sum(i) / tokens.len().max(1) as f64).collect()
+                };
+                (vec![*width], each(&mean))
+            }
             Layer::TiedEmbedding { width, layers, .. } => {
                 let w = tensor("weight");
                 let row = |token: &f64| w[*token as usize * width..][..*width].to_vec();

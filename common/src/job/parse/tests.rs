@@ -80,7 +80,10 @@ fn every_source_has_its_defaults_and_every_key_counts() {
         missing: "?".into(),
         separator: ',',
         task: Task::Classification,
+        holdout: None,
+        text: None,
     };
+    let plain_csv = csv.clone();
     let some_csv = "format = \"csv\", train = \"a.csv\", target = \"y\"";
     assert_eq!(job(some_csv, LINEAR, "").data.source, Source::Csv(csv.clone()));
     let columns = Some(vec!["x".into(), "y".into()]);
@@ -129,6 +132,16 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let characters = Text { tokenizer: Tokenizer::Characters, holdout: Some(0.25), ..text.clone() };
     let got = job(&format!("{plain}, tokenizer = \"characters\", holdout = 0.25"), LINEAR, "");
     assert_eq!(got.data.source, Source::Text(characters));
+    let words = |most, ngrams, buckets| Tokenizer::Words { most, ngrams, buckets };
+    let of_words = job(&format!("{plain}, tokenizer = {{ kind = \"words\", most = 5 }}"), LINEAR, "").data.source;
+    assert_eq!(of_words, Source::Text(Text { tokenizer: words(5, 1, 1 << 16), ..text.clone() }));
+    let texts = |keys: &str| job(&format!("{some_csv}, text = \"x\", context = 9{keys}"), LINEAR, "").data.source;
+    let column = |tokenizer, truncate| TextColumn { column: "x".into(), tokenizer, context: 9, truncate };
+    let some = Csv { text: Some(column(words(50_000, 1, 1 << 16), false)), ..plain_csv.clone() };
+    assert_eq!(texts(""), Source::Csv(some));
+    let all = Csv { holdout: Some(0.5), text: Some(column(words(50_000, 3, 7), true)), ..plain_csv };
+    let keys = ", holdout = 0.5, truncate = true, tokenizer = { kind = \"words\", ngrams = 3, buckets = 7 }";
+    assert_eq!(texts(keys), Source::Csv(all));
     let tested = Text { test: Some("b.txt".into()), ..text };
     assert_eq!(job(&format!("{plain}, test = \"b.txt\""), LINEAR, "").data.source, Source::Text(tested));
 }
@@ -170,6 +183,11 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
     };
     assert_eq!(gpt(keys), Model::Gpt(llama.clone()));
     assert_eq!(gpt(&format!("{keys}, hidden = 7")), Model::Gpt(Gpt { hidden: 7, ..llama }));
+
+    let texts = |keys: &str| job(DIGITS, &format!("kind = \"text-classifier\"{keys}"), "").model;
+    assert_eq!(texts(""), Model::TextClassifier { width: 32, hidden: vec![], dropout: 0.0 });
+    let all = texts(", width = 8, hidden = [4], dropout = 0.5");
+    assert_eq!(all, Model::TextClassifier { width: 8, hidden: vec![4], dropout: 0.5 });
 
     let act = |activation| Layer::Activation { activation };
     let conv = |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, bias, init };
@@ -215,6 +233,7 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
             "op = \"tied-embedding\", width = 8, layers = [{ op = \"swiglu\" }]",
             Layer::TiedEmbedding { width: 8, init: None, layers: vec![Layer::Swiglu] },
         ),
+        ("op = \"embedding-bag\", width = 8", Layer::EmbeddingBag { width: 8, init: None }),
         ("op = \"positions\"", Layer::Positions { init: None }),
         ("op = \"attention\", heads = 2", Layer::Attention { heads: 2, causal: false, rotary: None }),
         (
