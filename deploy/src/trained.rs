@@ -89,7 +89,7 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     let opened = Opened { train, test: Some(test), prepared: prepared.clone() };
     let root = Node::root(job.train.partitions);
     let name = job.name.clone();
-    let eval = Compute::new(job, Samples::Read(opened), prepared, Arc::new(model))
+    let eval = Compute::new(job, Samples::Read(Box::new(opened)), prepared, Arc::new(model))
         .map_err(Wrong)?
         .evaluate(root, &weights)
         .summary();

@@ -18,7 +18,7 @@ pub type PartitionOf = (u32, bool);
 #[derive(Clone)]
 pub enum Samples {
     /// The worker reads what the coordinator reads.
-    Read(Opened),
+    Read(Box<Opened>),
     /// The coordinator sends the partitions of the worker's leases; they are kept for the next time.
     Sent(Sent),
 }
