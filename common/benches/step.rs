@@ -64,7 +64,11 @@ fn workload(name: &str) -> (Spec, Signature, usize) {
                 tie: false,
                 dropout: 0.0,
             };
-            (Spec::Gpt(gpt), Signature { input: vec![64], vocabulary: Some(65), output: vec![64, 65] }, 12)
+            (
+                Spec::Gpt(gpt),
+                Signature { input: vec![64], vocabulary: Some(65), output: vec![64, 65], causal: false },
+                12,
+            )
         }
         _ => {
             let pool = Op::MaxPool2d { size: 2, stride: 2 };
@@ -212,7 +216,7 @@ fn sum_squares(bencher: Bencher<'_, '_>) {
 }
 
 /// One chunk of parameters: weights, gradient and state come in, weights and state go out.
-#[divan::bench(args = ["sgd", "momentum", "adam", "adamw", "adagrad", "rms-prop"])]
+#[divan::bench(args = ["sgd", "momentum", "adam", "adamw", "adagrad", "lion", "rms-prop"])]
 fn optimizer(bencher: Bencher<'_, '_>, name: &str) {
     let (lr, eps, weight_decay) = (0.01, 1e-8, 0.01);
     let sgd = |momentum| job::Optimizer::Sgd { lr, momentum, dampening: 0.0, nesterov: false, weight_decay };
@@ -221,6 +225,7 @@ fn optimizer(bencher: Bencher<'_, '_>, name: &str) {
         "momentum" => sgd(0.9),
         "adam" => job::Optimizer::Adam { lr, beta1: 0.9, beta2: 0.999, eps, weight_decay },
         "adamw" => job::Optimizer::AdamW { lr, beta1: 0.9, beta2: 0.999, eps, weight_decay },
+        "lion" => job::Optimizer::Lion { lr, beta1: 0.9, beta2: 0.99, weight_decay },
         "adagrad" => job::Optimizer::Adagrad { lr, lr_decay: 0.1, eps, weight_decay, initial_accumulator: 0.0 },
         _ => job::Optimizer::RmsProp { lr, alpha: 0.99, eps, momentum: 0.9, centered: true, weight_decay },
     });

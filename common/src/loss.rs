@@ -77,6 +77,7 @@ impl Loss {
             job::Loss::Mae => "mae",
             job::Loss::Huber { .. } => "huber",
             job::Loss::Hinge => "hinge",
+            job::Loss::Focal { .. } => "focal",
         }
     }
 
@@ -92,7 +93,7 @@ impl Loss {
                 Some(sample) => Err(LossError::Class { sample, class: labels[sample], classes }),
                 None => Ok(()),
             },
-            (Targets::Value(_), job::Loss::CrossEntropy { .. } | job::Loss::Hinge) => {
+            (Targets::Value(_), job::Loss::CrossEntropy { .. } | job::Loss::Hinge | job::Loss::Focal { .. }) => {
                 Err(LossError::Targets { loss: self.name(), need: "classes as targets" })
             }
             (Targets::Value(v), job::Loss::BinaryCrossEntropy { .. }) => {
@@ -194,6 +195,7 @@ impl Loss {
                 let (a, t) = (e.abs() as f64, *delta as f64);
                 if a <= t { (0.5 * a * a, e) } else { (t * (a - 0.5 * t), delta * e.signum()) }
             }),
+            job::Loss::Focal { gamma } => focal(*gamma as f64, x, class(), d),
             job::Loss::Hinge if x.len() == 1 => {
                 let y = if class() == 1 { 1.0 } else { -1.0 };
                 let slack = 1.0 - y * x[0];
@@ -218,6 +220,32 @@ impl Loss {
             }
         }
     }
+}
+
+/// The focal loss of one sample (Lin et al., 2017, eq. 4), `-(1 - p)^gamma ln p`, with the probability `p` that a sigmoid or a
+/// softmax gives to its class; its weight, and its gradient into `d`.
+fn focal(gamma: f64, x: &[f32], class: usize, d: &mut [f32]) -> (f64, f64) {
+    let top = x.iter().fold(f64::NEG_INFINITY, |top, x| top.max(*x as f64));
+    let total: f64 = x.iter().map(|x| libm::exp(*x as f64 - top)).sum();
+    // The class' logit against the others.
+    let toward = if class == 1 { x[0] as f64 } else { -x[0] as f64 };
+    let log_p = match x.len() {
+        1 => toward.min(0.0) - libm::log1p(libm::exp(-toward.abs())),
+        _ => x[class] as f64 - top - libm::log(total),
+    };
+    let (p, rest) = (libm::exp(log_p), -libm::expm1(log_p));
+    let focus = libm::pow(rest, gamma);
+    let sharper = if rest > 0.0 { gamma * libm::pow(rest, gamma - 1.0) * p * log_p } else { 0.0 };
+    let slope = sharper - focus;
+    if let [d] = d {
+        *d = (slope * rest * if class == 1 { 1.0 } else { -1.0 }) as f32;
+    } else {
+        for (c, (d, x)) in d.iter_mut().zip(x).enumerate() {
+            let hit = if c == class { 1.0 } else { 0.0 };
+            *d = (slope * (hit - libm::exp(*x as f64 - top) / total)) as f32;
+        }
+    }
+    (-focus * log_p, 1.0)
 }
 
 /// PyTorch's cross_entropy with probabilities smoothed towards uniform, and weights per class.
@@ -315,6 +343,8 @@ mod tests {
             (job::Loss::Mse, 1),
             (job::Loss::Mae, 1),
             (job::Loss::Huber { delta: 0.7 }, 1),
+            (job::Loss::Focal { gamma: 2.0 }, 1),
+            (job::Loss::Focal { gamma: 0.5 }, 4),
             (job::Loss::Hinge, 1),
             (job::Loss::Hinge, 4),
         ]

@@ -1,4 +1,5 @@
-//! Optimizers as pure, element-wise functions over chunks, with exactly PyTorch's definitions; and gradient clipping.
+//! Optimizers as pure, element-wise functions over chunks, with exactly PyTorch's definitions where it has them; and gradient
+//! clipping.
 //!
 //! An update reads weights and gradient, changes the state in place and writes the new weights beside the old ones. No
 //! element looks at another, so chunks may be updated in any order, on any thread.
@@ -27,6 +28,7 @@ impl Optimizer {
             | job::Optimizer::Adam { lr, .. }
             | job::Optimizer::AdamW { lr, .. }
             | job::Optimizer::Adagrad { lr, .. }
+            | job::Optimizer::Lion { lr, .. }
             | job::Optimizer::RmsProp { lr, .. } => lr,
         }
     }
@@ -38,6 +40,7 @@ impl Optimizer {
             job::Optimizer::Sgd { .. } => vec!["momentum_buffer"],
             job::Optimizer::Adam { .. } | job::Optimizer::AdamW { .. } => vec!["exp_avg", "exp_avg_sq"],
             job::Optimizer::Adagrad { .. } => vec!["sum"],
+            job::Optimizer::Lion { .. } => vec!["exp_avg"],
             job::Optimizer::RmsProp { centered, momentum, .. } => {
                 let mut names = vec!["square_avg"];
                 names.extend(centered.then_some("grad_avg"));
@@ -70,7 +73,7 @@ impl Optimizer {
                 root = libm::sqrt(correction(beta2)) as f32;
             }
             job::Optimizer::Adagrad { lr_decay, .. } => rate = lr / (1.0 + (step - 1) as f32 * lr_decay),
-            job::Optimizer::Sgd { .. } | job::Optimizer::RmsProp { .. } => {}
+            job::Optimizer::Sgd { .. } | job::Optimizer::Lion { .. } | job::Optimizer::RmsProp { .. } => {}
         }
         Update { optimizer: &self.0, first: step == 1, lr, rate, root }
     }
@@ -212,6 +215,18 @@ impl Update<'_> {
                     out[i] = w[i] - self.rate * grad / (sum[i].sqrt() + eps);
                 }
             }
+            // Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, program 1.
+            job::Optimizer::Lion { beta1, beta2, weight_decay, .. } => {
+                let [average] = state else { return };
+                let average = &mut average[..n];
+                for i in 0..n {
+                    let direction = beta1 * average[i] + (1.0 - beta1) * g[i];
+                    let sign = f32::from(direction > 0.0) - f32::from(direction < 0.0);
+                    // What is not a number has no sign, and must not be lost.
+                    out[i] = w[i] - lr * (sign + weight_decay * w[i]) + 0.0 * direction;
+                    average[i] = beta2 * average[i] + (1.0 - beta2) * g[i];
+                }
+            }
             job::Optimizer::RmsProp { alpha, eps, momentum, centered, weight_decay, .. } => {
                 let [square, others @ ..] = state else { return };
                 let (average, buffer): (&mut [f32], &mut [f32]) = match others {
@@ -323,6 +338,7 @@ mod tests {
             job::Optimizer::Adam { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 },
             job::Optimizer::AdamW { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 },
             job::Optimizer::Adagrad { lr: 1.0, lr_decay: 0.0, eps: 1e-10, weight_decay: 0.0, initial_accumulator: 0.0 },
+            job::Optimizer::Lion { lr: 0.01, beta1: 0.9, beta2: 0.99, weight_decay: 0.0 },
             job::Optimizer::RmsProp {
                 lr: 0.02,
                 alpha: 0.99,

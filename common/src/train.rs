@@ -160,8 +160,7 @@ pub fn evaluate<'w>(model: &Model, params: &[f32], batch: &Batch, workspace: &'w
     ArrayView2::from_shape((targets, model.outputs()), logits).expect("as long as its shape")
 }
 
-/// Digest of the gradients of two small models, with every kind of layer between them: machines that disagree cannot train
-/// together.
+/// Digest of the gradients of two small models that together run every kernel: machines that disagree cannot train together.
 pub fn fingerprint() -> [u8; 32] {
     use crate::data::Targets;
     use crate::job::{Activation, Layer as Op, Loss as LossKind, Model as Spec};
@@ -207,7 +206,8 @@ pub fn fingerprint() -> [u8; 32] {
     }];
     let (samples, key) = (13, Key::new(1, Purpose::Synthetic));
     let (words, positions) = (33, 70);
-    let tokens = Signature { input: vec![positions], vocabulary: Some(words), output: vec![positions, words] };
+    let tokens =
+        Signature { input: vec![positions], vocabulary: Some(words), output: vec![positions, words], causal: false };
     let mut digest = blake3::Hasher::new();
     for (layers, signature) in [(images, Signature::new(&[2, 12, 11], 10)), (text, tokens)] {
         let kind = LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None };

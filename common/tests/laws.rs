@@ -52,7 +52,7 @@ fn targets(kind: &LossKind, count: usize, classes: u64, salt: u64) -> Targets {
     let below = |n: u64| Targets::Class((0..count as u64).map(|i| random.below(i, n) as u32).collect());
     match kind {
         LossKind::CrossEntropy { .. } => below(classes),
-        LossKind::BinaryCrossEntropy { .. } | LossKind::Hinge => below(2),
+        LossKind::BinaryCrossEntropy { .. } | LossKind::Hinge | LossKind::Focal { .. } => below(2),
         _ => Targets::Value((0..count as u64).map(|i| random.normal(i)).collect()),
     }
 }
@@ -70,8 +70,12 @@ fn check(shape: &[usize], layers: Vec<Layer>, kind: &LossKind, rows: usize, salt
 /// The same of tokens, each of which has a target; `layers` are all.
 fn check_tokens(layers: Vec<Layer>, positions: usize, rows: usize, salt: u64) -> Result<(), TestCaseError> {
     let (vocabulary, key) = (7, Key::new(salt, Purpose::Synthetic));
-    let signature =
-        Signature { input: vec![positions], vocabulary: Some(vocabulary), output: vec![positions, vocabulary] };
+    let signature = Signature {
+        input: vec![positions],
+        vocabulary: Some(vocabulary),
+        output: vec![positions, vocabulary],
+        causal: false,
+    };
     let kind = LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None };
     let inputs = (0..(rows * positions) as u64).map(|i| key.below(i, vocabulary as u64) as f32).collect();
     let targets = targets(&kind, rows * positions, vocabulary as u64, salt);
@@ -197,7 +201,7 @@ proptest! {
         let inputs = (0..(rows * positions) as u64).map(token).collect();
         let kind = LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None };
         let batch = Batch { inputs, targets: targets(&kind, rows, 4, salt), samples: rows };
-        let signature = Signature { input: vec![positions], vocabulary: Some(7), output: vec![4] };
+        let signature = Signature { input: vec![positions], vocabulary: Some(7), output: vec![4], causal: false };
         agree(vec![Layer::EmbeddingBag { width, init: None }, linear(4)], &signature, &kind, &batch, salt)?;
     }
 
@@ -214,6 +218,7 @@ proptest! {
             LossKind::Mae,
             LossKind::Huber { delta: knob },
             LossKind::Hinge,
+            LossKind::Focal { gamma: knob },
         ] {
             check(&[features], vec![], &kind, rows, salt)?;
         }
@@ -231,7 +236,7 @@ proptest! {
         let wide = vec![Layer::Flatten, linear(2 * CHUNK / 40), linear(3)];
         let tied = vec![Layer::TiedEmbedding { width: 6, init: None, layers: vec![Layer::Positions { init: None }, linear(6)] }];
         let images = Signature::new(&[2, 4, 5], 3);
-        let tokens = Signature { input: vec![40], vocabulary: Some(3), output: vec![40, 3] };
+        let tokens = Signature { input: vec![40], vocabulary: Some(3), output: vec![40, 3], causal: false };
         for (layers, parts, signature) in [(deep, 1, &images), (wide, 2, &images), (tied, 1, &tokens)] {
             let model = Model::build(&Spec::Layers { layers }, signature).expect("the model fits");
             let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
@@ -284,7 +289,7 @@ proptest! {
         let tied = vec![Layer::TiedEmbedding { width: 12, init: None, layers: inner.clone() }];
         // A table of several blocks.
         let apart = [vec![Layer::Embedding { width: 12, init: None }], inner, vec![linear(4)]].concat();
-        let tokens = |vocabulary, outputs| Signature { input: vec![5], vocabulary: Some(vocabulary), output: vec![5, outputs] };
+        let tokens = |vocabulary, outputs| Signature { input: vec![5], vocabulary: Some(vocabulary), output: vec![5, outputs], causal: false };
         let of_images = Signature::new(&[2, 6, 8], 4);
         let bag = vec![Layer::EmbeddingBag { width: 12, init: None }, linear(4)];
         let of_texts = Signature { output: vec![4], ..tokens(40_000, 4) };

@@ -36,7 +36,7 @@ fn a_gradient_allocates_nothing_after_the_first() {
         init: None,
         layers: vec![Layer::Positions { init: None }, block, Layer::RmsNorm { dims: Some(1), eps: 1e-5 }],
     }];
-    let tokens = Signature { input: vec![70], vocabulary: Some(10), output: vec![70, 10] };
+    let tokens = Signature { input: vec![70], vocabulary: Some(10), output: vec![70, 10], causal: false };
     for (layers, signature) in [(layers, images), (sequences, tokens)] {
         let counts = allocations(layers, &signature);
         assert_eq!(counts[1..], [0, 0], "allocations of three steps: {counts:?}");

@@ -7,7 +7,6 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use unisono_common::data::{Batch, Targets, Tokens};
-use unisono_common::job;
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::train::{self, Workspace};
 
@@ -75,15 +74,6 @@ impl Sampling {
     }
 }
 
-/// Whether a position sees those behind it.
-fn sees_ahead(layers: &[job::Layer]) -> bool {
-    layers.iter().any(|layer| match layer {
-        job::Layer::Attention { causal, .. } => !causal,
-        job::Layer::Residual { layers } | job::Layer::TiedEmbedding { layers, .. } => sees_ahead(layers),
-        _ => false,
-    })
-}
-
 /// Writes what follows `prompt`, token by token.
 pub fn generate(checkpoint: &Path, prompt: &str, sampling: Sampling) -> Result<ExitCode> {
     sampling.check().map_err(Wrong)?;
@@ -94,10 +84,6 @@ pub fn generate(checkpoint: &Path, prompt: &str, sampling: Sampling) -> Result<E
         let what = "was not trained to go on with a text; leave --generate out, and give it rows";
         return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());
     };
-    if matches!(&trained.manifest.job.model, job::Model::Layers { layers } if sees_ahead(layers)) {
-        let what = "has attention that sees what follows, and cannot write; train it with `causal = true`";
-        return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());
-    }
     let mut text = tokenizer.encoder().encode(prompt).context("the prompt").map_err(Wrong)?;
     let given = text.len();
     if text.is_empty() {
@@ -106,23 +92,23 @@ pub fn generate(checkpoint: &Path, prompt: &str, sampling: Sampling) -> Result<E
     }
     let before = text.len() - given;
     let mut out = std::io::stdout().lock();
-    let mut written = 0;
-    let mut write = |tokens: &[u32]| -> Result<()> {
-        let bytes = tokenizer.decode(tokens);
-        out.write_all(&bytes[written.min(bytes.len())..])?;
-        out.flush()?;
-        written = bytes.len();
-        Ok(())
-    };
     let done: Result<()> = (|| {
-        write(&text[before..])?;
+        out.write_all(&tokenizer.decode(&text[before..]))?;
         let mut writer = Writer::new(&trained);
         for i in 0..sampling.tokens as u64 {
-            let next = sampling.pick(writer.logits(&text), i);
-            text.push(next as u32);
-            write(&text[before..])?;
+            let logits = writer.logits(&text);
+            if logits.iter().any(|logit| !logit.is_finite()) {
+                return Err(anyhow!("the model's outputs are not finite: its weights are spoilt"));
+            }
+            let next = sampling.pick(logits, i) as u32;
+            if text.len() > before {
+                out.write_all(tokenizer.between().as_bytes())?;
+            }
+            out.write_all(&tokenizer.decode(&[next]))?;
+            out.flush()?;
+            text.push(next);
         }
-        write(&text[before..])
+        Ok(())
     })();
     match done {
         Err(e) if is_broken_pipe(&e) => return Ok(ExitCode::SUCCESS),

@@ -62,7 +62,10 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
         Some(_) => read_job(other, set)?,
         None => job.clone(),
     };
-    let Opened { train, test, prepared: found } = data::open(&source.data, source.seed).map_err(|e| Wrong(e.into()))?;
+    // Another text has to become the model's tokens.
+    let tokenizer = prepared.tokens.as_ref().and_then(|tokens| tokens.tokenizer.as_ref());
+    let opened = data::open_with(&source.data, source.seed, tokenizer).map_err(|e| Wrong(e.into()))?;
+    let Opened { train, test, prepared: found } = opened;
     let tokens = |p: &Prepared| p.tokens.as_ref().map(|tokens| (tokens.tokenizer.clone(), tokens.vocabulary));
     let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p)));
     if form(&found) != form(&prepared) {
@@ -85,7 +88,8 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     let test = test.unwrap_or_else(|| train.clone());
     let samples = test.samples();
     // The training data's statistics, and the sums of training in the same tree: the same bits as in the run's summary.
-    let prepared = Prepared { train_samples: train.samples() as u64, test_samples: samples as u64, ..prepared };
+    let (train_samples, test_samples) = (train.samples() as u64, samples as u64);
+    let prepared = Prepared { train_samples, test_samples, tokens: found.tokens, ..prepared };
     let opened = Opened { train, test: Some(test), prepared: prepared.clone() };
     let root = Node::root(job.train.partitions);
     let name = job.name.clone();
@@ -161,8 +165,10 @@ impl<'a> Inputs<'a> {
 
 fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) -> Result<Vec<f32>> {
     if let Some((name, encoder)) = text {
-        let field = fields.iter().find(|(field, _)| field == name).and_then(|(_, value)| value.as_str());
-        let field = field.with_context(|| format!("there is no text `{name}`; the model takes one a row"))?;
+        let field = fields.iter().find(|(field, _)| field == name);
+        let (_, field) =
+            field.with_context(|| format!("there is no `{name}`; the model takes that text of each row"))?;
+        let field = field.as_str().with_context(|| format!("`{name}` is {field}, which is not a text"))?;
         return Ok(encode_text(prepared, encoder, field)?.into_iter().map(|token| token as f32).collect());
     }
     let want: usize = prepared.shape.iter().product();
@@ -242,7 +248,7 @@ pub fn is_broken_pipe(e: &anyhow::Error) -> bool {
     e.chain().any(|cause| kind(cause) == Some(std::io::ErrorKind::BrokenPipe))
 }
 
-/// Rows that are computed together.
+/// Rows that are read together, and computed together; of tokens, positions.
 const ROWS: usize = 256;
 
 fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: impl Write) -> Result<()> {
@@ -339,7 +345,16 @@ struct Predictor<'a> {
 
 impl<'a> Predictor<'a> {
     fn new(trained: &'a Trained) -> Predictor<'a> {
-        Predictor { workspace: Workspace::new(&trained.model, ROWS, 1), batch: Batch::empty(), trained }
+        Predictor {
+            workspace: Workspace::new(&trained.model, Predictor::rows(trained), 1),
+            batch: Batch::empty(),
+            trained,
+        }
+    }
+
+    /// Rows that are computed together.
+    fn rows(trained: &Trained) -> usize {
+        (ROWS / trained.model.positions()).max(1)
     }
 
     /// Names of what is added to a row.
@@ -352,6 +367,10 @@ impl<'a> Predictor<'a> {
 
     /// The values under [`Predictor::columns`] for each row.
     fn answer(&mut self, rows: &[Row]) -> Vec<Vec<(String, Value)>> {
+        rows.chunks(Predictor::rows(self.trained)).flat_map(|rows| self.together(rows)).collect()
+    }
+
+    fn together(&mut self, rows: &[Row]) -> Vec<Vec<(String, Value)>> {
         let Trained { manifest, model, weights, .. } = self.trained;
         let prepared = &manifest.prepared;
         let data = Dataset {

@@ -186,6 +186,11 @@ LOSSES = {
     "mae": (1, None, nn.L1Loss(), {"kind": "mae"}),
     "huber": (1, None, nn.HuberLoss(delta=0.7), {"kind": "huber", "delta": 0.7}),
     "hinge": (1, BINARY, lambda x, y: (1 - (2 * y - 1) * x).clamp(min=0).mean(), {"kind": "hinge"}),
+    "focal": (1, BINARY, lambda x, y: -(F.sigmoid(x).neg().add(1).pow(1.5) * F.logsigmoid(x) * y
+                                        + F.sigmoid(x).pow(1.5) * F.logsigmoid(-x) * (1 - y)).mean(),
+              {"kind": "focal", "gamma": 1.5}),
+    "focal-multi": (4, CLASSES, lambda x, y: (lambda log: -((1 - log.exp()) ** 2 * log).mean())(
+        F.log_softmax(x, 1).gather(1, y[:, None])), {"kind": "focal", "gamma": 2.0}),
     "hinge-multi": (4, CLASSES, nn.MultiMarginLoss(), {"kind": "hinge"}),
 }
 
@@ -199,6 +204,26 @@ def adam(kind, build, **options):
     spec = {"kind": kind, "lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, **options}
     return build, spec, lambda s: {"lr": s["lr"], "betas": (s["beta1"], s["beta2"]), "eps": s["eps"],
                                    "weight_decay": s["weight_decay"]}
+
+
+class Lion(torch.optim.Optimizer):
+    """Program 1 of Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023."""
+
+    def __init__(self, parameters, lr, betas, weight_decay):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                update = torch.sign(b1 * m + (1 - b1) * p.grad)
+                self.state[p]["m"] = b2 * m + (1 - b2) * p.grad
+                p -= group["lr"] * (update + group["weight_decay"] * p)
+
+
+LION = {"kind": "lion", "lr": 0.003, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
 
 
 def rmsprop(**options):
@@ -219,6 +244,7 @@ OPTIMIZERS = {
     "adagrad": (torch.optim.Adagrad, ADAGRAD, lambda s: {
         "lr": s["lr"], "lr_decay": s["lr_decay"], "eps": s["eps"], "weight_decay": s["weight_decay"],
         "initial_accumulator_value": s["initial_accumulator"]}),
+    "lion": (Lion, LION, lambda s: {"lr": s["lr"], "betas": (s["beta1"], s["beta2"]), "weight_decay": s["weight_decay"]}),
     "rmsprop": rmsprop(),
     "rmsprop-centered-momentum": rmsprop(centered=True, momentum=0.5, weight_decay=0.01),
 }

@@ -267,6 +267,14 @@ fn texts_and_models_that_do_not_fit_are_named() {
             &["model.layers[1] (attention)", "[4, 8]", "queries, keys and values of 2 heads"],
         ),
         (
+            "kind = \"layers\"\nlayers = [{ op = \"embedding\", width = 12 }, { op = \"attention\", heads = 2 }]",
+            &["model.layers[1] (attention)", "causal = true"],
+        ),
+        (
+            "kind = \"layers\"\nlayers = [{ op = \"embedding\", width = 12 }, { op = \"layer-norm\" }]",
+            &["model.layers[1] (layer-norm)", "dims = 1"],
+        ),
+        (
             "kind = \"layers\"\nlayers = [{ op = \"embedding\", width = 9 }, { op = \"embedding\", width = 8 }]",
             &["model.layers[1] (embedding)", "first"],
         ),

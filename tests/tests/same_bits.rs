@@ -108,6 +108,24 @@ tie = true
 dropout = 0.1
 "#;
 
+/// Bags of words and pairs of words, a part of which is held out.
+const TEXTS: &str = r#"
+data = { format = "csv", train = "texts.csv", target = "kind", text = "text", context = 12, holdout = 0.2,
+         tokenizer = { kind = "words", ngrams = 2, buckets = 500 }, truncate = true }
+train = { partitions = 7, micro_batch = 5, steps = 80, optimizer = "adamw" }
+model = { kind = "text-classifier", width = 9, hidden = [7], dropout = 0.1 }
+"#;
+
+/// Texts of several lengths, some of them too long.
+fn texts() -> String {
+    let word = |i: usize| ["red", "green", "blue", "one", "two", "three", "on", "off"][i % 8];
+    let line = |i: usize| {
+        let words: Vec<&str> = (0..1 + i % 9).map(|j| word(i * i + j * (i % 5 + 1))).collect();
+        format!("{} {i},{}\n", words.join(" "), ["a", "b", "c"][i * i % 3 + i % 2])
+    };
+    format!("text,kind\n{}", (0..331).map(line).collect::<String>())
+}
+
 /// The path of a job file with this text.
 fn written(dir: &Path, job: &str) -> String {
     let path = dir.join("job.toml");
@@ -232,6 +250,7 @@ fn a_storm_changes_nothing_for_digits() {
 /// `job` with any number of workers and threads, over both transports, and in a storm of so many steps.
 fn is_the_same_for_all(job: &str, storm: u32) {
     let dir = tempfile::tempdir().expect("a folder");
+    std::fs::write(dir.path().join("texts.csv"), texts()).expect("written");
     let job = written(dir.path(), job);
     let with = |more: &[&str]| {
         let dir = tempfile::tempdir().expect("a folder");
@@ -253,6 +272,11 @@ fn is_the_same_for_all(job: &str, storm: u32) {
 #[test]
 fn images_with_batch_norm_and_dropout_are_the_same_for_all() {
     is_the_same_for_all(IMAGES, 3000);
+}
+
+#[test]
+fn texts_with_classes_are_the_same_for_all() {
+    is_the_same_for_all(TEXTS, 3000);
 }
 
 #[test]

@@ -20,8 +20,8 @@ use unisono_common::tree::Node;
 use unisono_proto::shm::frame::Spent;
 use unisono_proto::{self as wire, v1};
 
-/// Targets of the test set that are evaluated at once, at least those of one sample.
-const EVAL_TARGETS: usize = 256;
+/// Samples of the test set that are evaluated at once; of tokens, so many positions, at least those of one sample.
+const EVAL_ROWS: usize = 256;
 
 /// Everything that a worker computes with.
 pub struct Compute {
@@ -91,7 +91,7 @@ impl Compute {
 
     /// Samples of the test set that are evaluated at once.
     fn eval_rows(&self) -> usize {
-        (EVAL_TARGETS / self.model.targets()).max(1)
+        (EVAL_ROWS / self.model.positions()).max(1)
     }
 
     /// Puts a node's samples into the batch, where they are not in it.

@@ -76,7 +76,7 @@ async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Res
     } else {
         let (data, seed) = (job.data.clone(), job.seed);
         match tokio::task::spawn_blocking(move || data::open(&data, seed)).await? {
-            Ok(opened) if opened.prepared.digest == prepared.digest => Samples::Read(Box::new(opened)),
+            Ok(opened) if opened.prepared == prepared => Samples::Read(Box::new(opened)),
             Ok(_) => {
                 let what = "this worker's data files differ from the coordinator's";
                 return Ok(Err(format!("{what}: copy them from there, or set data.ship = true in the job")));

@@ -25,20 +25,20 @@ struct Table<'a> {
     part: Option<Part>,
 }
 
-/// One of two parts of a file's lines, which the hash of all their cells but the target decides between.
-#[derive(Clone, Copy)]
+/// One of two parts of a file's lines, which the hash of what is learnt from decides between.
+#[derive(Clone)]
 struct Part {
     key: Key,
     /// Of the lines that are held out.
     share: f64,
     held_out: bool,
-    target: usize,
+    /// Places of the columns that are learnt from.
+    columns: Vec<usize>,
 }
 
 impl Part {
     fn has(&self, record: &StringRecord) -> bool {
-        let cells = record.iter().enumerate().filter(|(i, _)| *i != self.target);
-        let key = cells.fold(self.key, |key, (_, cell)| key.named(cell));
+        let key = self.columns.iter().fold(self.key, |key, column| key.named(&record[*column]));
         ((key.uniform(0) as f64) < self.share) == self.held_out
     }
 }
@@ -108,16 +108,16 @@ impl<'a> Table<'a> {
                 let (got, want) = (record.len(), self.names.len());
                 return Err(DataError::Ragged { path: self.path.clone(), line, got, want });
             }
-            if self.part.is_none_or(|part| part.has(&record)) {
+            if self.part.as_ref().is_none_or(|part| part.has(&record)) {
                 any = true;
                 row(line, &record)?;
             }
         }
-        match self.part {
+        match &self.part {
             _ if any => Ok(()),
             None => Err(DataError::Empty { path: self.path.clone() }),
             Some(Part { share, held_out, .. }) => {
-                let what = if held_out { "test on" } else { "train on" };
+                let (share, what) = (*share, if *held_out { "test on" } else { "train on" });
                 Err(DataError::Holdout { share, path: self.path.clone(), what })
             }
         }
@@ -231,7 +231,7 @@ enum Seen {
 }
 
 impl Plan {
-    fn learn(train: &Table<'_>) -> Result<Plan, DataError> {
+    fn learn(train: &Table<'_>, known: Option<&Tokenizer>) -> Result<Plan, DataError> {
         let spec = train.spec;
         let target = train.index("target", &spec.target)?;
         let mut seen: Vec<Option<Seen>> =
@@ -306,7 +306,8 @@ impl Plan {
             Task::Regression => None,
         };
         let learn = |(i, text): (usize, &job::TextColumn)| {
-            (i, Tokenizer::learn(&text.tokenizer, texts.iter().map(String::as_str)))
+            let learn = || Tokenizer::learn(&text.tokenizer, texts.iter().map(String::as_str));
+            (i, known.cloned().unwrap_or_else(learn))
         };
         Ok(Plan { columns, text: text.map(learn), target, classes })
     }
@@ -404,17 +405,27 @@ pub fn encode<'c>(prepared: &Prepared, cell: impl Fn(&str) -> Option<&'c str>) -
 }
 
 /// Reads both splits; everything that is learnt is learnt from the training set.
-pub(super) fn read(root: Option<&Path>, spec: &job::Csv, seed: u64) -> Result<Raw, DataError> {
+pub(super) fn read(
+    root: Option<&Path>,
+    spec: &job::Csv,
+    seed: u64,
+    known: Option<&Tokenizer>,
+) -> Result<Raw, DataError> {
     let mut train = Table::open(root, spec, &spec.train)?;
     if let Some(share) = spec.holdout {
-        let (key, target) = (Key::new(seed, Purpose::Split), train.index("target", &spec.target)?);
-        train.part = Some(Part { key, share, held_out: false, target });
+        let learnt = |name: &String| match &spec.text {
+            Some(text) => *name == text.column,
+            None => *name != spec.target && !spec.ignore.contains(name),
+        };
+        let columns = (0..train.names.len()).filter(|&i| learnt(&train.names[i])).collect();
+        train.part = Some(Part { key: Key::new(seed, Purpose::Split), share, held_out: false, columns });
     }
-    let plan = Plan::learn(&train)?;
-    let test = match (&spec.test, train.part) {
+    let plan = Plan::learn(&train, known)?;
+    let test = match (&spec.test, &train.part) {
         (None, None) => None,
         (None, Some(part)) => {
-            Some(plan.encode(&Table { part: Some(Part { held_out: true, ..part }), ..train.clone() })?)
+            let held_out = Part { held_out: true, ..part.clone() };
+            Some(plan.encode(&Table { part: Some(held_out), ..train.clone() })?)
         }
         (Some(path), _) => {
             let test = Table::open(root, spec, path)?;
@@ -475,7 +486,7 @@ mod tests {
             std::fs::write(dir.path().join("test.csv"), test).unwrap();
         }
         let base = dir.path().display().to_string();
-        read(None, &job::Csv { base, test: test.map(|_| "test.csv".into()), ..spec }, 7)
+        read(None, &job::Csv { base, test: test.map(|_| "test.csv".into()), ..spec }, 7, None)
     }
 
     fn one(spec: job::Csv, train: impl AsRef<[u8]>) -> Result<Raw, DataError> {
@@ -696,9 +707,10 @@ mod tests {
         fn a_share_is_held_out_by_what_the_lines_say(
             cells in prop::collection::vec((0u32..40, 0u32..2), 60..120), share in 0.2f64..0.8,
         ) {
-            let line = |(x, kind): &(u32, u32)| format!("{x},{kind}\n");
-            let table = format!("x,kind\n{}", cells.iter().map(line).collect::<String>());
-            let spec = job::Csv { categorical: vec![], task: Task::Regression, holdout: Some(share), ..spec() };
+            let line = |(i, (x, kind)): (usize, &(u32, u32))| format!("{i},{x},{kind}\n");
+            let table = format!("id,x,kind\n{}", cells.iter().enumerate().map(line).collect::<String>());
+            let ignore = vec!["id".into()];
+            let spec = job::Csv { categorical: vec![], ignore, task: Task::Regression, holdout: Some(share), ..spec() };
             let raw = both(spec, &table, None).unwrap();
             let values = |set: &Dataset| match &set.features {
                 Features::F32(x) => x.iter().map(|x| *x as u32).collect::<Vec<_>>(),
@@ -744,7 +756,7 @@ mod tests {
             categorical: words("workclass education marital-status occupation relationship race sex native-country"),
             ..spec()
         };
-        let raw = read(Some(Path::new(&root)), &spec, 7).unwrap();
+        let raw = read(Some(Path::new(&root)), &spec, 7, None).unwrap();
         assert_eq!((raw.train.samples(), raw.test.unwrap().samples()), (32_561, 16_281));
         assert_eq!(raw.classes.unwrap(), ["<=50K", ">50K"]);
         // Six numbers, and 8 + 16 + 7 + 14 + 6 + 5 + 2 + 41 categories ("?" is none).

@@ -153,18 +153,32 @@ struct Scale {
     unit: f32,
 }
 
+/// Tokens of a sample, and of a vocabulary, at most: the latter are whole numbers in 32 bits' floats.
+pub(crate) const MOST_CONTEXT: usize = 1 << 20;
+pub(crate) const MOST_TOKENS: usize = 1 << 24;
+
 /// Reads the data of a job: relative paths are looked up in `UNISONO_DATA` first, then in the job file's folder.
 pub fn open(data: &job::Data, seed: u64) -> Result<Opened, DataError> {
-    let root = std::env::var_os("UNISONO_DATA").filter(|v| !v.is_empty()).map(PathBuf::from);
-    open_in(root.as_deref(), data, seed)
+    open_with(data, seed, None)
 }
 
-fn open_in(root: Option<&Path>, data: &job::Data, seed: u64) -> Result<Opened, DataError> {
+/// [`open`], where texts become the tokens of a tokenizer that is known already.
+pub fn open_with(data: &job::Data, seed: u64, tokenizer: Option<&Tokenizer>) -> Result<Opened, DataError> {
+    let root = std::env::var_os("UNISONO_DATA").filter(|v| !v.is_empty()).map(PathBuf::from);
+    open_in(root.as_deref(), data, seed, tokenizer)
+}
+
+fn open_in(
+    root: Option<&Path>,
+    data: &job::Data,
+    seed: u64,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Opened, DataError> {
     let raw = match &data.source {
         job::Source::Digits => digits::read(seed),
         job::Source::Idx { train, test, classes } => idx::read(root, train, test.as_ref(), *classes)?,
-        job::Source::Csv(spec) => csv::read(root, spec, seed)?,
-        job::Source::Text(spec) => text::read(root, spec)?,
+        job::Source::Csv(spec) => csv::read(root, spec, seed, tokenizer)?,
+        job::Source::Text(spec) => text::read(root, spec, tokenizer)?,
         job::Source::Synthetic { task, shape, classes, samples, test_samples } => {
             synthetic::make(seed, *task, shape, *classes, *samples, *test_samples)?
         }
@@ -264,7 +278,13 @@ impl Prepared {
             return wrong("their columns are of another shape");
         }
         match &self.tokens {
-            Some(tokens) if self.shape.len() != 1 || !(1..=1 << 24).contains(&tokens.vocabulary) => {
+            Some(tokens)
+                if self.shape.len() != 1
+                    || self.shape[0] > MOST_CONTEXT
+                    || !(1..=MOST_TOKENS).contains(&tokens.vocabulary)
+                    || tokens.tokenizer.as_ref().is_some_and(|tokenizer| !tokenizer.is_sound())
+                    || (&self.mean[..], &self.inv_std[..]) != (&[0.0], &[1.0]) =>
+            {
                 wrong("their tokens are not those of a text")
             }
             Some(Tokens { tokenizer: Some(tokenizer), vocabulary, column, .. })
@@ -290,7 +310,8 @@ impl Prepared {
     pub fn signature(&self, loss: &job::Loss) -> Signature {
         let outputs = self.outputs(loss);
         let output = if self.predicts_next() { vec![self.shape[0], outputs] } else { vec![outputs] };
-        Signature { input: self.shape.clone(), vocabulary: self.tokens.as_ref().map(|t| t.vocabulary), output }
+        let (vocabulary, causal) = (self.tokens.as_ref().map(|t| t.vocabulary), self.predicts_next());
+        Signature { input: self.shape.clone(), vocabulary, output, causal }
     }
 
     /// Whether samples that were sent are of the kind that was announced.
@@ -319,8 +340,8 @@ impl Prepared {
         }
         match (loss, self.classes.as_ref().map_or(1, Vec::len)) {
             (job::Loss::CrossEntropy { .. }, classes) => classes,
-            (job::Loss::Hinge, classes) if classes > 2 => classes,
-            (job::Loss::Hinge | job::Loss::BinaryCrossEntropy { .. }, _) => 1,
+            (job::Loss::Hinge | job::Loss::Focal { .. }, classes) if classes > 2 => classes,
+            (job::Loss::Hinge | job::Loss::Focal { .. } | job::Loss::BinaryCrossEntropy { .. }, _) => 1,
             (job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. }, _) => 1,
         }
     }
@@ -752,7 +773,7 @@ mod tests {
 
     #[test]
     fn a_filled_batch_takes_no_more_memory() {
-        let opened = open_in(None, &job(job::Source::Digits, true), 1).unwrap();
+        let opened = open_in(None, &job(job::Source::Digits, true), 1, None).unwrap();
         let mut batch = Batch::empty();
         batch.fill(&opened.train, &opened.prepared, 0..32, None, false);
         let at = (batch.inputs.as_ptr(), batch.inputs.capacity());
@@ -767,7 +788,7 @@ mod tests {
         for (source, width) in
             [(job::Source::Digits, 1), (synthetic(job::Task::Classification), 5), (synthetic(job::Task::Regression), 5)]
         {
-            let opened = open_in(None, &job(source, true), 3).unwrap();
+            let opened = open_in(None, &job(source, true), 3, None).unwrap();
             assert_eq!(opened.prepared.mean.len(), width);
             for (mean, deviation) in moments(&inputs(&opened), width) {
                 assert!(mean.abs() < 1e-5 && (deviation - 1.0).abs() < 1e-5, "{mean} {deviation}");
@@ -786,9 +807,9 @@ mod tests {
 
     #[test]
     fn without_normalisation_pixels_are_in_0_to_1() {
-        let opened = open_in(None, &job(job::Source::Digits, false), 3).unwrap();
+        let opened = open_in(None, &job(job::Source::Digits, false), 3, None).unwrap();
         assert_eq!(inputs(&opened).into_iter().fold((1f32, 0f32), |(a, b), x| (a.min(x), b.max(x))), (0.0, 1.0));
-        let opened = open_in(None, &job(synthetic(job::Task::Regression), false), 3).unwrap();
+        let opened = open_in(None, &job(synthetic(job::Task::Regression), false), 3, None).unwrap();
         assert_eq!(Features::F32(inputs(&opened)), opened.train.features);
     }
 
@@ -796,7 +817,7 @@ mod tests {
     fn outputs_follow_classes_and_loss() {
         let classes = |n: usize| Prepared {
             classes: (n > 0).then(|| numbered(n)),
-            ..open_in(None, &job(job::Source::Digits, false), 0).unwrap().prepared
+            ..open_in(None, &job(job::Source::Digits, false), 0, None).unwrap().prepared
         };
         let cross = job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
         let binary = job::Loss::BinaryCrossEntropy { positive_weight: 1.0 };
@@ -807,6 +828,8 @@ mod tests {
             (&binary, 3, 1),
             (&job::Loss::Hinge, 2, 1),
             (&job::Loss::Hinge, 3, 3),
+            (&job::Loss::Focal { gamma: 1.0 }, 2, 1),
+            (&job::Loss::Focal { gamma: 1.0 }, 3, 3),
             (&job::Loss::Mse, 0, 1),
         ] {
             assert_eq!(classes(n).outputs(loss), outputs, "{loss:?} {n}");
@@ -815,7 +838,7 @@ mod tests {
 
     #[test]
     fn the_digest_tells_data_apart() {
-        let digest = |seed| open_in(None, &job(job::Source::Digits, true), seed).unwrap().prepared.digest;
+        let digest = |seed| open_in(None, &job(job::Source::Digits, true), seed, None).unwrap().prepared.digest;
         assert_eq!(digest(1), digest(1));
         assert_ne!(digest(1), digest(2));
         assert_eq!(digest(1).len(), 64);

@@ -13,25 +13,29 @@ pub(super) fn stored(context: usize) -> usize {
 /// Cuts `tokens` into windows that begin `context` tokens apart; one whose tokens end too early is left out (`whole`), or
 /// filled up with zeros, which evaluation does not look at.
 pub(super) fn windows(tokens: &[u32], vocabulary: usize, context: usize, whole: bool) -> Dataset {
+    let features = if vocabulary <= 256 {
+        Features::U8(cut(tokens, context, whole, |token| token as u8))
+    } else {
+        Features::U32(cut(tokens, context, whole, |token| token))
+    };
+    Dataset { shape: vec![stored(context)], features, targets: Targets::Next }
+}
+
+fn cut<T: Clone + Default>(tokens: &[u32], context: usize, whole: bool, as_stored: impl Fn(u32) -> T) -> Vec<T> {
     let least = if whole { stored(context) } else { context + 1 };
     let count = if tokens.len() < least { 0 } else { (tokens.len() - least) / context + 1 };
     let mut all = Vec::with_capacity(count * stored(context));
     for from in (0..count).map(|i| i * context) {
         let window = &tokens[from..tokens.len().min(from + stored(context))];
-        all.extend_from_slice(window);
-        all.resize(all.len() + stored(context) - window.len(), 0);
+        all.extend(window.iter().map(|&token| as_stored(token)));
+        all.resize(all.len() + stored(context) - window.len(), T::default());
     }
-    let features = if vocabulary <= 256 {
-        Features::U8(all.into_iter().map(|token| token as u8).collect())
-    } else {
-        Features::U32(all)
-    };
-    Dataset { shape: vec![stored(context)], features, targets: Targets::Next }
+    all
 }
 
 /// Reads a job's text; what is tested is a file of its own, or the last part of the only one.
-pub(super) fn read(root: Option<&Path>, spec: &job::Text) -> Result<Raw, DataError> {
-    let job::Text { base, train, test, holdout, tokenizer, context } = spec;
+pub(super) fn read(root: Option<&Path>, spec: &job::Text, known: Option<&Tokenizer>) -> Result<Raw, DataError> {
+    let job::Text { base, train, test, holdout, tokenizer: wanted, context } = spec;
     let open =
         |path: &str| find(root, base, path).and_then(|found| Ok((read_text(&found)?, found.display().to_string())));
     let (text, path) = open(train)?;
@@ -48,8 +52,10 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Text) -> Result<Raw, DataErr
         }
         (None, None) => (text, None, path.clone()),
     };
-    let texts: Vec<&str> = [Some(&train), test.as_ref()].into_iter().flatten().map(|text| text.as_str()).collect();
-    let tokenizer = Tokenizer::learn(tokenizer, texts.into_iter());
+    // A test needs a token for each of its characters, too; words have one for those that are not known.
+    let tested = test.iter().filter(|_| *wanted == job::Tokenizer::Characters);
+    let learn = || Tokenizer::learn(wanted, [&train].into_iter().chain(tested).map(String::as_str));
+    let tokenizer = known.cloned().unwrap_or_else(learn);
     let vocabulary = tokenizer.vocabulary();
     let cut = |text: &str, path: &str, whole: bool| -> Result<_, DataError> {
         let tokens = tokenizer.encoder().encode(text)?;
@@ -128,7 +134,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let text: String = ('a'..='z').chain('A'..='Z').collect();
         let spec = job::Text { holdout: Some(0.25), ..spec(folder.path(), &text) };
-        let raw = read(None, &spec).unwrap();
+        let raw = read(None, &spec, None).unwrap();
         // 39 characters to train on: the windows at 0, 4, .., 28 and what follows each; 13 to test: three windows of 4 + 1.
         let test = raw.test.unwrap();
         assert_eq!((raw.train.samples(), test.samples()), (8, 3));
@@ -143,7 +149,7 @@ mod tests {
     fn a_text_that_is_too_short_says_how_long_it_must_be() {
         let folder = tempfile::tempdir().unwrap();
         let says = |spec: &job::Text, part: &str| {
-            let message = read(None, spec).map(|_| ()).unwrap_err().to_string();
+            let message = read(None, spec, None).map(|_| ()).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         };
         says(&spec(folder.path(), "abcdefg"), "7 tokens");

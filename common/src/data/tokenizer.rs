@@ -19,6 +19,10 @@ pub enum Tokenizer {
     Words { words: Vec<String>, ngrams: usize, buckets: usize },
 }
 
+/// Words, and buckets, of a vocabulary, and words of a run, at most.
+pub(crate) const MOST_WORDS: usize = 1 << 22;
+pub(crate) const MOST_NGRAMS: usize = 8;
+
 /// What stands for a word that has no token.
 const UNKNOWN: &str = "<unknown>";
 
@@ -62,6 +66,22 @@ impl Tokenizer {
         }
     }
 
+    /// Whether it is one that a job can ask for.
+    pub fn is_sound(&self) -> bool {
+        match self {
+            Tokenizer::Bytes | Tokenizer::Characters { .. } => true,
+            Tokenizer::Words { words, ngrams, buckets } => {
+                let hashed = *ngrams == 1 || *buckets > 0;
+                hashed && (1..=MOST_NGRAMS).contains(ngrams) && words.len().max(*buckets) <= MOST_WORDS
+            }
+        }
+    }
+
+    /// What is written between the tokens of a text.
+    pub fn between(&self) -> &'static str {
+        if let Tokenizer::Words { .. } = self { " " } else { "" }
+    }
+
     /// How many different tokens there are.
     pub fn vocabulary(&self) -> usize {
         match self {
@@ -94,7 +114,7 @@ impl Tokenizer {
             }
             Tokenizer::Words { words, .. } => {
                 let word = |&token: &u32| words.get(token as usize).map_or(UNKNOWN, String::as_str);
-                tokens.iter().map(word).collect::<Vec<_>>().join(" ").into_bytes()
+                tokens.iter().map(word).collect::<Vec<_>>().join(self.between()).into_bytes()
             }
         }
     }
@@ -108,7 +128,7 @@ pub enum Encoder<'a> {
 }
 
 impl Encoder<'_> {
-    /// The tokens of a text, each below [`Tokenizer::vocabulary`]; those of runs of words come after those of the words.
+    /// The tokens of a text, each below [`Tokenizer::vocabulary`]; those of runs of words come after that of their last word.
     ///
     /// # Errors
     /// A character that has no token.
@@ -121,13 +141,14 @@ impl Encoder<'_> {
             }
             Encoder::Words { ids, ngrams, buckets } => {
                 let (words, unknown) = (words(text), ids.len() as u32);
-                let mut tokens: Vec<u32> =
-                    words.iter().map(|word| ids.get(word.as_str()).copied().unwrap_or(unknown)).collect();
-                for n in 2..=*ngrams {
-                    tokens.extend(words.windows(n).map(|run| {
-                        let key = run.iter().fold(Key::new(0, Purpose::Ngram), |key, word| key.named(word));
-                        unknown + 1 + key.below(0, *buckets) as u32
-                    }));
+                let mut tokens = Vec::new();
+                for (i, word) in words.iter().enumerate() {
+                    tokens.push(ids.get(word.as_str()).copied().unwrap_or(unknown));
+                    for n in 2..=(*ngrams).min(i + 1) {
+                        let run = words[i + 1 - n..=i].iter();
+                        let key = run.fold(Key::new(0, Purpose::Ngram), |key, word| key.named(word));
+                        tokens.push(unknown + 1 + key.below(0, *buckets) as u32);
+                    }
                 }
                 Ok(tokens)
             }
@@ -166,11 +187,15 @@ mod tests {
             let tokens = tokenizer.encoder().encode(&text).unwrap();
             let runs: usize = (2..=ngrams).map(|n| (all.len() + 1).saturating_sub(n)).sum();
             prop_assert_eq!(tokens.len(), all.len() + runs);
-            let (of_words, of_runs) = tokens.split_at(all.len());
+            let (of_words, of_runs): (Vec<u32>, Vec<u32>) = tokens.iter().partition(|t| **t as usize <= known.len());
             for (token, word) in of_words.iter().zip(&all) {
                 prop_assert_eq!(known.get(*token as usize), known.contains(word).then_some(word));
             }
-            prop_assert!(of_runs.iter().all(|t| (known.len() + 1..tokenizer.vocabulary()).contains(&(*t as usize))));
+            prop_assert_eq!((of_words.len(), of_runs.len()), (all.len(), runs));
+            prop_assert!(tokens.iter().all(|t| (*t as usize) < tokenizer.vocabulary()));
+            // The beginning of a text has the beginning of its tokens.
+            let start = text.rfind(' ').map_or("", |at| &text[..at]);
+            prop_assert!(tokens.starts_with(&tokenizer.encoder().encode(start).unwrap()));
         }
     }
 

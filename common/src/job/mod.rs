@@ -122,8 +122,8 @@ pub struct Csv {
     pub missing: String,
     pub separator: char,
     pub task: Task,
-    /// The share of the training file's lines that is the test set, by hash of all their cells but the target; only where
-    /// `test` is none.
+    /// The share of the training file's lines that is the test set, by hash of the cells that are learnt from; only where `test`
+    /// is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub holdout: Option<f64>,
     /// The only column that is learnt from, where it is given.
@@ -385,9 +385,10 @@ pub enum Loss {
     Mae,
     Huber { delta: f32 },
     Hinge,
+    Focal { gamma: f32 },
 }
 
-/// With exactly PyTorch's definitions and defaults.
+/// With exactly PyTorch's definitions and defaults; Lion with those of its paper.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Optimizer {
@@ -419,6 +420,12 @@ pub enum Optimizer {
         eps: f32,
         weight_decay: f32,
         initial_accumulator: f32,
+    },
+    Lion {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        weight_decay: f32,
     },
     #[serde(rename = "rmsprop")]
     RmsProp {

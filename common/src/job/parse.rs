@@ -2,6 +2,8 @@
 
 use super::reader::{Kind, Kinds, Node, Range, Reader, Result, SIZE, float, size, text, whole};
 use super::*;
+use crate::data::tokenizer::{MOST_NGRAMS, MOST_WORDS};
+use crate::data::{MOST_CONTEXT, MOST_TOKENS};
 
 pub use super::reader::JobError;
 
@@ -182,7 +184,7 @@ fn test_set(r: &Reader<'_>) -> Result<(Option<String>, Option<f64>)> {
 }
 
 fn context(r: &Reader<'_>) -> Result<usize> {
-    Ok(r.integer("context", 1..=1 << 20)?.needed("context = 64")? as usize)
+    Ok(r.integer("context", 1..=MOST_CONTEXT as u64)?.needed("context = 64")? as usize)
 }
 
 const TOKENIZERS: &Kinds = &[("bytes", &[]), ("characters", &[]), ("words", &["most", "ngrams", "buckets"])];
@@ -193,9 +195,9 @@ fn tokenizer(r: &Reader<'_>, default: Tokenizer) -> Result<Tokenizer> {
     let read = |node| {
         choice(node, "tokenizer", "data.tokenizer", TOKENIZERS, &[], |name, r| match (name, WORDS) {
             ("words", Tokenizer::Words { most, ngrams, buckets }) => Ok(Tokenizer::Words {
-                most: r.integer("most", 1..=1 << 23)?.or(most as u64) as usize,
-                ngrams: r.integer("ngrams", 1..=8)?.or(ngrams as u64) as usize,
-                buckets: r.integer("buckets", 1..=1 << 23)?.or(buckets as u64) as usize,
+                most: r.integer("most", 1..=MOST_WORDS as u64)?.or(most as u64) as usize,
+                ngrams: r.integer("ngrams", 1..=MOST_NGRAMS as u64)?.or(ngrams as u64) as usize,
+                buckets: r.integer("buckets", 1..=MOST_WORDS as u64)?.or(buckets as u64) as usize,
             }),
             ("characters", _) => Ok(Tokenizer::Characters),
             _ => Ok(Tokenizer::Bytes),
@@ -212,7 +214,7 @@ fn synthetic(r: &Reader<'_>) -> Result<Source> {
     let not_for = |keys: &[&'static str]| r.only_with(keys, &format!("another `data.task` than {task:?}"));
     if task == "language" {
         not_for(&["shape", "classes"])?;
-        let vocabulary = r.integer("vocabulary", 2..=1 << 24)?.needed("vocabulary = 65")? as usize;
+        let vocabulary = r.integer("vocabulary", 2..=MOST_TOKENS as u64)?.needed("vocabulary = 65")? as usize;
         let context = context(r)?;
         return Ok(Source::SyntheticText { vocabulary, context, samples, test_samples });
     }
@@ -492,6 +494,7 @@ const LOSSES: &Kinds = &[
     ("mae", &[]),
     ("huber", &["delta"]),
     ("hinge", &[]),
+    ("focal", &["gamma"]),
 ];
 
 fn loss(node: &Node) -> Result<Loss> {
@@ -511,7 +514,8 @@ fn loss(node: &Node) -> Result<Loss> {
             "mse" => Loss::Mse,
             "mae" => Loss::Mae,
             "huber" => Loss::Huber { delta: r.f32("delta", &POSITIVE)?.or(1.0) },
-            _ => Loss::Hinge,
+            "hinge" => Loss::Hinge,
+            _ => Loss::Focal { gamma: r.f32("gamma", &NOT_NEGATIVE)?.or(2.0) },
         })
     })
 }
@@ -521,6 +525,7 @@ const OPTIMIZERS: &Kinds = &[
     ("adam", &["beta1", "beta2", "eps"]),
     ("sgd", &["momentum", "dampening", "nesterov"]),
     ("adagrad", &["lr_decay", "eps", "initial_accumulator"]),
+    ("lion", &["beta1", "beta2"]),
     ("rmsprop", &["alpha", "eps", "momentum", "centered"]),
 ];
 
@@ -550,6 +555,10 @@ fn optimizer(node: &Node) -> Result<Optimizer> {
                     );
                 }
                 Optimizer::Sgd { lr, momentum, dampening, nesterov, weight_decay }
+            }
+            "lion" => {
+                let (lr, beta1, beta2) = (lr(1e-4)?, beta("beta1", 0.9)?, beta("beta2", 0.99)?);
+                Optimizer::Lion { lr, beta1, beta2, weight_decay }
             }
             "adagrad" => Optimizer::Adagrad {
                 lr: lr(0.01)?,

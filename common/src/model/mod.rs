@@ -44,12 +44,14 @@ pub struct Signature {
     pub vocabulary: Option<usize>,
     /// `[outputs]`, or `[positions, outputs]` where each position has a target.
     pub output: Vec<usize>,
+    /// Whether what comes out at a position must not depend on those behind it: they hold its target.
+    pub causal: bool,
 }
 
 impl Signature {
     /// For samples of `shape` that are no tokens and have one target each.
     pub fn new(shape: &[usize], outputs: usize) -> Signature {
-        Signature { input: shape.into(), vocabulary: None, output: vec![outputs] }
+        Signature { input: shape.into(), vocabulary: None, output: vec![outputs], causal: false }
     }
 }
 
@@ -58,6 +60,7 @@ pub struct Model {
     net: Sequential,
     layout: Layout,
     input_len: usize,
+    positions: usize,
     output: Vec<usize>,
 }
 
@@ -105,6 +108,7 @@ fn window(
 /// What layers are built for.
 struct Builder {
     vocabulary: Option<usize>,
+    causal: bool,
 }
 
 impl Builder {
@@ -162,9 +166,13 @@ impl Builder {
             job::Layer::LayerNorm { dims, eps } | job::Layer::RmsNorm { dims, eps } => {
                 let centered = matches!(spec, job::Layer::LayerNorm { .. });
                 let dims = dims.unwrap_or(shape.len());
+                let op = if centered { "layer-norm" } else { "rms-norm" };
                 if dims > shape.len() {
-                    let op = if centered { "layer-norm" } else { "rms-norm" };
                     return wrong(op, format!("samples of {dims} dimensions: lower its `dims`"));
+                }
+                if self.causal && dims > 1 {
+                    let need = "`dims = 1`: over all positions, each would see the tokens that it is to predict";
+                    return wrong(op, need.into());
                 }
                 Box::new(LayerNorm { shape: whole(), dims, centered, eps: *eps })
             }
@@ -211,7 +219,14 @@ impl Builder {
                 if !split(width) {
                     return wrong("attention", format!("queries, keys and values of {heads} heads each"));
                 }
+                if self.causal && !causal {
+                    let need = "`causal = true`: otherwise each position would see the token that it is to predict";
+                    return wrong("attention", need.into());
+                }
                 let of_head = width / 3 / heads;
+                if rotary.is_some() && positions.saturating_mul(of_head) > 1 << 28 {
+                    return wrong("attention", "fewer positions, or narrower heads, for `rotary`".into());
+                }
                 if rotary.is_some() && !of_head.is_multiple_of(2) {
                     return wrong("attention", format!("heads of an even width for `rotary`, not of {of_head}"));
                 }
@@ -251,7 +266,7 @@ impl Builder {
 impl Model {
     /// Builds `spec` for what goes in and has to come out. `linear` and `mlp` take a sample as one row.
     pub fn build(spec: &job::Model, signature: &Signature) -> Result<Model, ModelError> {
-        let Signature { input, vocabulary, output } = signature;
+        let &Signature { ref input, vocabulary, ref output, causal } = signature;
         let (specs, shape) = named::layers(spec, signature);
         let first = specs.first();
         let takes_tokens = matches!(
@@ -261,7 +276,7 @@ impl Model {
         if vocabulary.is_some() && !takes_tokens {
             return Err(ModelError::Tokens);
         }
-        let net = Builder { vocabulary: *vocabulary }.chain(&specs, "", &shape)?;
+        let net = Builder { vocabulary, causal }.chain(&specs, "", &shape)?;
         if net.out_shape() != output {
             return Err(ModelError::Outputs { got: net.out_shape().into(), want: output.clone() });
         }
@@ -273,7 +288,8 @@ impl Model {
         if size == 0 {
             return Err(ModelError::Nothing(output[output.len() - 1]));
         }
-        Ok(Model { layout: Layout::new(tensors), input_len: product(input), output: output.clone(), net })
+        let positions = vocabulary.map_or(1, |_| product(input));
+        Ok(Model { layout: Layout::new(tensors), input_len: product(input), positions, output: output.clone(), net })
     }
 
     /// Where its parameters lie.
@@ -289,6 +305,11 @@ impl Model {
     /// Logits, or predicted values, for a target.
     pub fn outputs(&self) -> usize {
         self.output[self.output.len() - 1]
+    }
+
+    /// Positions of a sample of tokens; otherwise 1.
+    pub fn positions(&self) -> usize {
+        self.positions
     }
 
     /// Targets of a sample: positions that each have one, or 1.

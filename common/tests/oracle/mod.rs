@@ -313,6 +313,14 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
             let f = |e: f64| if e.abs() <= d { 0.5 * e * e } else { d * (e.abs() - 0.5 * d) };
             (all(&f), x.len() as f64, smooth)
         }
+        Loss::Focal { gamma } => {
+            let total: f64 = x.iter().map(|x| x.exp()).sum();
+            let p = match x.len() {
+                1 => 1.0 / (1.0 + (x[0] * (1.0 - 2.0 * value)).exp()),
+                _ => x[class].exp() / total,
+            };
+            (-(1.0 - p).powf(*gamma as f64) * p.ln(), 1.0, smooth)
+        }
         Loss::Hinge if x.len() == 1 => {
             let gap = 1.0 - (2.0 * value - 1.0) * x[0];
             (gap.max(0.0), 1.0, gap.abs())

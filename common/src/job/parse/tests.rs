@@ -265,6 +265,8 @@ fn every_loss_has_its_defaults_and_every_key_counts() {
         ("\"huber\"", Loss::Huber { delta: 1.0 }),
         ("{ kind = \"huber\", delta = 0.5 }", Loss::Huber { delta: 0.5 }),
         ("\"hinge\"", Loss::Hinge),
+        ("\"focal\"", Loss::Focal { gamma: 2.0 }),
+        ("{ kind = \"focal\", gamma = 0.5 }", Loss::Focal { gamma: 0.5 }),
     ];
     for (text, loss) in cases {
         assert_eq!(job(DIGITS, LINEAR, &format!("loss = {text}")).train.loss, loss, "{text}");
@@ -313,6 +315,11 @@ fn every_optimizer_has_pytorchs_defaults_and_every_key_counts() {
         (
             "{ kind = \"adamw\", lr = 1, beta1 = 0.5, beta2 = 0, eps = 0.25, weight_decay = 0 }",
             adamw(1.0, 0.5, 0.0, 0.25, 0.0),
+        ),
+        ("\"lion\"", Optimizer::Lion { lr: 1e-4, beta1: 0.9, beta2: 0.99, weight_decay: 0.0 }),
+        (
+            "{ kind = \"lion\", lr = 1, beta1 = 0.5, beta2 = 0.25, weight_decay = 4 }",
+            Optimizer::Lion { lr: 1.0, beta1: 0.5, beta2: 0.25, weight_decay: 4.0 },
         ),
         ("\"adagrad\"", adagrad(0.01, 0.0, 1e-10, 0.0, 0.0)),
         (
