@@ -156,10 +156,10 @@ fn a_language_model_writes_what_it_learnt() {
     let hot = |seed: &str| write(&["--tokens", "40", "--temperature", "20", "--seed", seed]);
     assert!(hot("3") == hot("3") && hot("3") != hot("4"));
     // Another text, as the model's own characters.
-    std::fs::write(dir.path().join("other.txt"), "a\nb".repeat(100)).expect("written");
+    std::fs::write(dir.path().join("other.txt"), "a\nb".repeat(400)).expect("written");
     let other = ["eval", "runs/writer", text(&job), "--json", "--set", "data.train=other.txt"];
     assert!(summary(&run(dir.path(), &other))["eval"]["perplexity"].as_f64() > Some(5.0));
-    std::fs::write(dir.path().join("other.txt"), "abc".repeat(100)).expect("written");
+    std::fs::write(dir.path().join("other.txt"), "abc".repeat(400)).expect("written");
     refused(&run(dir.path(), &other), &["'c'"]);
     let refuses = |args: &[&str], words| refused(&run(dir.path(), &[&["predict"], args].concat()), words);
     refuses(&["runs/writer", "--generate", "abc"], &["prompt", "'c'"]);
