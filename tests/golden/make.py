@@ -21,6 +21,7 @@ from torch.optim import lr_scheduler
 sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
 from torch_ddp import GPT  # noqa: E402
 
+torch.manual_seed(7)
 torch.set_num_threads(1)
 STEPS, ROWS = 20, 6
 
@@ -141,7 +142,6 @@ LAYERS = {
     "relu": ([5], [linear(5, 8), act(nn.ReLU(), "relu"), linear(8, 1)]),
     "leaky-relu": ([5], [linear(5, 8), act(nn.LeakyReLU(0.1), {"leaky-relu": {"slope": 0.1}}), linear(8, 1)]),
     "gelu": ([5], [linear(5, 8), act(nn.GELU(), "gelu"), linear(8, 1)]),
-    "silu": ([5], [linear(5, 8), act(nn.SiLU(), "silu"), linear(8, 1)]),
     "tanh": ([5], [linear(5, 8), act(nn.Tanh(), "tanh"), linear(8, 1)]),
     "sigmoid": ([5], [linear(5, 8), act(nn.Sigmoid(), "sigmoid"), linear(8, 1)]),
     "dropout-0": ([5], [linear(5, 8), (nn.Dropout(0.0), {"op": "dropout", "rate": 0.0}), linear(8, 1)]),
@@ -153,23 +153,6 @@ LAYERS = {
     "layer-norm-image": (IMAGE, [(nn.LayerNorm(IMAGE), {"op": "layer-norm", "eps": 1e-5}), flatten(), linear(84, 1)]),
     "residual": ([5], [(Residual(nn.Linear(5, 5), nn.Tanh()),
                         {"op": "residual", "layers": [linear(5, 5)[1], act(None, "tanh")[1]]}), linear(5, 1)]),
-}
-
-WORDS = 11
-# Of tokens, each of which has a target: the positions, and layers that give logits.
-SEQUENCES = {
-    "embedding": (8, [embedding(WORDS, 6), linear(6, WORDS)]),
-    "tied-embedding": (8, [tied(WORDS, 6, linear(6, 6), act(nn.Tanh(), "tanh"))]),
-    "positions": (5, [embedding(WORDS, 6), (Positions(5, 6), {"op": "positions", "init": None}), linear(6, WORDS)]),
-    "layer-norm-last": (5, [embedding(WORDS, 6), (nn.LayerNorm(6), {"op": "layer-norm", "dims": 1, "eps": 1e-5}),
-                            linear(6, WORDS)]),
-    "rms-norm": (5, [embedding(WORDS, 6), (nn.RMSNorm(6, 1e-5), {"op": "rms-norm", "dims": 1, "eps": 1e-5}),
-                     linear(6, WORDS)]),
-    "swiglu": (5, [embedding(WORDS, 6), linear(6, 8), (Swiglu(), {"op": "swiglu"}), linear(4, WORDS)]),
-    "attention": (8, [embedding(WORDS, 6), linear(6, 18), attention(3, False), linear(6, WORDS)]),
-    "attention-causal": (8, [embedding(WORDS, 6), linear(6, 18), attention(1, True), linear(6, WORDS)]),
-    "attention-causal-long": (70, [embedding(WORDS, 4), linear(4, 12), attention(2, True), linear(4, WORDS)]),
-    "attention-rotary": (8, [embedding(WORDS, 8), linear(8, 24), attention(2, True, 100.0), linear(8, WORDS)]),
 }
 
 CLASSES = torch.tensor([0, 3, 1, 2, 3, 0])
@@ -186,12 +169,16 @@ LOSSES = {
     "mae": (1, None, nn.L1Loss(), {"kind": "mae"}),
     "huber": (1, None, nn.HuberLoss(delta=0.7), {"kind": "huber", "delta": 0.7}),
     "hinge": (1, BINARY, lambda x, y: (1 - (2 * y - 1) * x).clamp(min=0).mean(), {"kind": "hinge"}),
+    "hinge-multi": (4, CLASSES, nn.MultiMarginLoss(), {"kind": "hinge"}),
+}
+
+
+MORE_LOSSES = {
     "focal": (1, BINARY, lambda x, y: -(F.sigmoid(x).neg().add(1).pow(1.5) * F.logsigmoid(x) * y
                                         + F.sigmoid(x).pow(1.5) * F.logsigmoid(-x) * (1 - y)).mean(),
               {"kind": "focal", "gamma": 1.5}),
     "focal-multi": (4, CLASSES, lambda x, y: (lambda log: -((1 - log.exp()) ** 2 * log).mean())(
         F.log_softmax(x, 1).gather(1, y[:, None])), {"kind": "focal", "gamma": 2.0}),
-    "hinge-multi": (4, CLASSES, nn.MultiMarginLoss(), {"kind": "hinge"}),
 }
 
 
@@ -244,10 +231,39 @@ OPTIMIZERS = {
     "adagrad": (torch.optim.Adagrad, ADAGRAD, lambda s: {
         "lr": s["lr"], "lr_decay": s["lr_decay"], "eps": s["eps"], "weight_decay": s["weight_decay"],
         "initial_accumulator_value": s["initial_accumulator"]}),
-    "lion": (Lion, LION, lambda s: {"lr": s["lr"], "betas": (s["beta1"], s["beta2"]), "weight_decay": s["weight_decay"]}),
     "rmsprop": rmsprop(),
     "rmsprop-centered-momentum": rmsprop(centered=True, momentum=0.5, weight_decay=0.01),
 }
+
+
+WORDS = 11
+
+
+MORE_OPTIMIZERS = {
+    "lion": (Lion, LION, lambda s: {"lr": s["lr"], "betas": (s["beta1"], s["beta2"]), "weight_decay": s["weight_decay"]}),
+}
+
+
+def more_layers():
+    return {"silu": ([5], [linear(5, 8), act(nn.SiLU(), "silu"), linear(8, 1)])}
+
+
+def of_tokens():
+    """Of tokens, each of which has a target: the positions, and layers that give logits."""
+    return {
+        "embedding": (8, [embedding(WORDS, 6), linear(6, WORDS)]),
+        "tied-embedding": (8, [tied(WORDS, 6, linear(6, 6), act(nn.Tanh(), "tanh"))]),
+        "positions": (5, [embedding(WORDS, 6), (Positions(5, 6), {"op": "positions", "init": None}), linear(6, WORDS)]),
+        "layer-norm-last": (5, [embedding(WORDS, 6), (nn.LayerNorm(6), {"op": "layer-norm", "dims": 1, "eps": 1e-5}),
+                                linear(6, WORDS)]),
+        "rms-norm": (5, [embedding(WORDS, 6), (nn.RMSNorm(6, 1e-5), {"op": "rms-norm", "dims": 1, "eps": 1e-5}),
+                         linear(6, WORDS)]),
+        "swiglu": (5, [embedding(WORDS, 6), linear(6, 8), (Swiglu(), {"op": "swiglu"}), linear(4, WORDS)]),
+        "attention": (8, [embedding(WORDS, 6), linear(6, 18), attention(3, False), linear(6, WORDS)]),
+        "attention-causal": (8, [embedding(WORDS, 6), linear(6, 18), attention(1, True), linear(6, WORDS)]),
+        "attention-causal-long": (70, [embedding(WORDS, 4), linear(4, 12), attention(2, True), linear(4, WORDS)]),
+        "attention-rotary": (8, [embedding(WORDS, 8), linear(8, 24), attention(2, True, 100.0), linear(8, WORDS)]),
+    }
 
 
 def flat(tensor):
@@ -258,10 +274,11 @@ def state(model):
     return {k: flat(v) for k, v in model.state_dict().items() if "num_batches" not in k}
 
 
-def case(name, shape, parts, loss, optimizer, clip_norm=None, clip_value=None):
+def case(name, shape, parts, loss, optimizer, clip_norm=None, clip_value=None, own_numbers=False):
     model = nn.Sequential(*[module for module, _ in parts])
     _, targets, criterion, loss_spec = loss
-    redraw(name, model)
+    if own_numbers:
+        redraw(name, model)
     x = torch.randn(ROWS, *shape)
     y = torch.randn(ROWS) if targets is None else targets
     single = lambda out: out.squeeze(1) if out.shape[1] == 1 else out
@@ -280,7 +297,7 @@ def bag():
     about = {"name": "layer embedding-bag", "shape": [8], "vocabulary": WORDS, "one_target": True,
              "model": {"kind": "layers", "layers": layers}, "loss": loss_spec, "classes": True, "clip_norm": None,
              "clip_value": None}
-    return trained(about, model, x, y, lambda out: criterion(out, y), sgd(lr=0.01))
+    return trained(about, model, x, y, lambda out: criterion(out, y), sgd())
 
 
 def sequences(name, positions, model, spec, optimizer, rename=lambda name: name):
@@ -392,15 +409,21 @@ def schedules(total=60):
 
 
 def main():
-    mse, plain = LOSSES["mse"], sgd(lr=0.01)  # small steps: at large ones roundings grow from step to step
+    mse, plain = LOSSES["mse"], sgd()
     cases = [case(f"layer {n}", shape, parts, mse, plain) for n, (shape, parts) in LAYERS.items()]
     cases += [case(f"loss {n}", [5], [linear(5, l[0])], l, plain) for n, l in LOSSES.items()]
     mlp = lambda: [linear(5, 8), act(nn.Tanh(), "tanh"), linear(8, 1)]
     cases += [case(f"optimizer {n}", [5], mlp(), mse, o) for n, o in OPTIMIZERS.items()]
     cases += [case("clip by norm", [5], mlp(), mse, OPTIMIZERS["sgd-momentum-decay"], clip_norm=0.3),
               case("clip by value", [5], mlp(), mse, OPTIMIZERS["sgd-momentum-decay"], clip_value=0.05)]
+    # Later cases draw numbers of their own, so that none changes another.
+    own = {"own_numbers": True}
+    cases += [case(f"layer {n}", shape, parts, mse, plain, **own) for n, (shape, parts) in more_layers().items()]
+    cases += [case(f"loss {n}", [5], [linear(5, l[0])], l, plain, **own) for n, l in MORE_LOSSES.items()]
+    cases += [case(f"optimizer {n}", [5], mlp(), mse, o, **own) for n, o in MORE_OPTIMIZERS.items()]
     of_layers = lambda parts: (nn.Sequential(*[m for m, _ in parts]), {"kind": "layers", "layers": [s for _, s in parts]})
-    cases += [sequences(f"layer {n}", t, *of_layers(parts), plain) for n, (t, parts) in SEQUENCES.items()] + [bag(), gpt()]
+    cases += [sequences(f"layer {n}", t, *of_layers(parts), plain) for n, (t, parts) in of_tokens().items()]
+    cases += [bag(), gpt()]
     values = {"torch": torch.__version__, "rows": ROWS, "cases": cases, "schedules": schedules()}
     Path(__file__).with_name("values.json").write_text(json.dumps(values, separators=(",", ":")) + "\n")
 

@@ -2,6 +2,7 @@
 //!
 //! | module | what it reads or does |
 //! | --- | --- |
+//! | `dataset`, `batch` | samples as they were read; those of a step, as a model takes them |
 //! | `digits` | the embedded UCI digits |
 //! | `idx` | IDX files, gzipped or not (MNIST's format) |
 //! | [`csv`] | tables: numbers, and categories one-hot encoded |
@@ -12,7 +13,9 @@
 //!
 //! A format yields raw samples; [`open`] learns from the training set how they are normalised ([`Prepared`]).
 
+mod batch;
 pub mod csv;
+mod dataset;
 mod digits;
 mod error;
 mod idx;
@@ -21,48 +24,18 @@ mod synthetic;
 mod text;
 pub mod tokenizer;
 
+pub use batch::Batch;
+pub use dataset::{Dataset, Features, Targets};
 pub use error::DataError;
 pub use tokenizer::Tokenizer;
 
 use crate::job;
-use crate::kernels::vectorized;
 use crate::model::Signature;
-use crate::rng::Key;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// The raw samples of one split, before normalisation; sample-major.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Dataset {
-    /// One sample's shape: `[features]`, `[channels, height, width]`, or of tokens all that are stored of it.
-    pub shape: Vec<usize>,
-    pub features: Features,
-    pub targets: Targets,
-}
-
-/// Feature values as they are stored: pixels stay bytes until a batch is made.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Features {
-    /// Pixels, or tokens of a small vocabulary.
-    U8(Vec<u8>),
-    F32(Vec<f32>),
-    /// Tokens.
-    U32(Vec<u32>),
-}
-
-/// What is to be learnt of a data set's samples, or of those of a batch.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Targets {
-    /// Labels (classes `0..n`), one a sample of a data set, and one a target of a batch.
-    Class(Vec<u32>),
-    /// One a sample.
-    Value(Vec<f32>),
-    /// Of a data set of tokens: each token's target is the next one. In a batch they are classes.
-    Next,
-}
 
 /// What is learnt from the training set and belongs to the model: how raw features become inputs. Kept in checkpoints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -116,14 +89,6 @@ pub struct Column {
     /// `None`: numeric, with the training set's mean for missing cells.
     pub values: Option<Vec<String>>,
     pub fill: f32,
-}
-
-/// A contiguous batch: inputs `(samples, features)` row-major, and targets.
-#[derive(Clone, Debug)]
-pub struct Batch {
-    pub inputs: Vec<f32>,
-    pub targets: Targets,
-    pub samples: usize,
 }
 
 /// A job's data, read and ready for batches; cheap to clone.
@@ -343,278 +308,6 @@ impl Prepared {
             (job::Loss::Hinge | job::Loss::Focal { .. }, classes) if classes > 2 => classes,
             (job::Loss::Hinge | job::Loss::Focal { .. } | job::Loss::BinaryCrossEntropy { .. }, _) => 1,
             (job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. }, _) => 1,
-        }
-    }
-}
-
-fn gather<T: Copy>(values: &[T], width: usize, rows: &[usize]) -> Vec<T> {
-    let mut out = Vec::with_capacity(rows.len() * width);
-    for &row in rows {
-        out.extend_from_slice(&values[row * width..][..width]);
-    }
-    out
-}
-
-/// Splits `n` bytes off the front.
-fn take<'a>(rest: &mut &'a [u8], n: Option<usize>) -> Result<&'a [u8], DataError> {
-    let (head, tail) = n.and_then(|n| rest.split_at_checked(n)).ok_or(DataError::Encoded("they end too early"))?;
-    *rest = tail;
-    Ok(head)
-}
-
-fn take_size(rest: &mut &[u8]) -> Result<usize, DataError> {
-    let mut size = [0; 8];
-    size.copy_from_slice(take(rest, Some(8))?);
-    usize::try_from(u64::from_le_bytes(size)).map_err(|_| DataError::Encoded("a size is too large"))
-}
-
-fn words<T>(bytes: &[u8], from: impl Fn([u8; 4]) -> T) -> Vec<T> {
-    bytes.as_chunks().0.iter().map(|&word| from(word)).collect()
-}
-
-fn put_words<T: Copy>(values: &[T], to: impl Fn(T) -> [u8; 4], put: &mut impl FnMut(&[u8])) {
-    let mut block = [[0; 4]; 1024];
-    for values in values.chunks(block.len()) {
-        for (word, &value) in block.iter_mut().zip(values) {
-            *word = to(value);
-        }
-        put(block[..values.len()].as_flattened());
-    }
-}
-
-impl Dataset {
-    /// How many samples there are.
-    pub fn samples(&self) -> usize {
-        match &self.targets {
-            Targets::Class(t) => t.len(),
-            Targets::Value(t) => t.len(),
-            Targets::Next => self.features.len() / self.sample_len(),
-        }
-    }
-
-    /// Features a sample.
-    pub fn sample_len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// A copy of the given samples, in the given order.
-    pub fn select(&self, rows: &[usize]) -> Dataset {
-        let width = self.sample_len();
-        Dataset {
-            shape: self.shape.clone(),
-            features: match &self.features {
-                Features::U8(v) => Features::U8(gather(v, width, rows)),
-                Features::F32(v) => Features::F32(gather(v, width, rows)),
-                Features::U32(v) => Features::U32(gather(v, width, rows)),
-            },
-            targets: match &self.targets {
-                Targets::Class(t) => Targets::Class(gather(t, 1, rows)),
-                Targets::Value(t) => Targets::Value(gather(t, 1, rows)),
-                Targets::Next => Targets::Next,
-            },
-        }
-    }
-
-    /// The encoding, in pieces: kinds of features and targets, dimensions (a byte each), samples and shape (`u64`),
-    /// features, targets; little-endian.
-    fn encode(&self, mut put: impl FnMut(&[u8])) {
-        let features = match self.features {
-            Features::U8(_) => 0,
-            Features::F32(_) => 1,
-            Features::U32(_) => 2,
-        };
-        let targets = match self.targets {
-            Targets::Class(_) => 0,
-            Targets::Value(_) => 1,
-            Targets::Next => 2,
-        };
-        put(&[features, targets, self.shape.len() as u8]);
-        for size in std::iter::once(self.samples()).chain(self.shape.iter().copied()) {
-            put(&(size as u64).to_le_bytes());
-        }
-        match &self.features {
-            Features::U8(v) => put(v),
-            Features::F32(v) => put_words(v, f32::to_le_bytes, &mut put),
-            Features::U32(v) => put_words(v, u32::to_le_bytes, &mut put),
-        }
-        match &self.targets {
-            Targets::Class(t) => put_words(t, u32::to_le_bytes, &mut put),
-            Targets::Value(t) => put_words(t, f32::to_le_bytes, &mut put),
-            Targets::Next => {}
-        }
-    }
-
-    /// The data set as bytes, the same on every machine.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let features = match &self.features {
-            Features::U8(v) => v.len(),
-            Features::F32(_) | Features::U32(_) => 4 * self.features.len(),
-        };
-        let mut bytes = Vec::with_capacity(3 + 8 * (1 + self.shape.len()) + features + 4 * self.samples());
-        self.encode(|piece| bytes.extend_from_slice(piece));
-        bytes
-    }
-
-    /// Reads what [`Dataset::to_bytes`] wrote; `bytes` may be anything, and memory is taken only for what is there.
-    ///
-    /// Whether shape and classes are those of the job is the caller's to check.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Dataset, DataError> {
-        let mut rest = bytes;
-        let kinds = take(&mut rest, Some(3))?;
-        let samples = take_size(&mut rest)?;
-        let shape = (0..kinds[2]).map(|_| take_size(&mut rest)).collect::<Result<Vec<usize>, DataError>>()?;
-        if shape.is_empty() || shape.contains(&0) {
-            return Err(DataError::Encoded("a sample has no features"));
-        }
-        // The width is checked apart: without samples, nothing else would find it too large.
-        let width = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-        let values = width.ok_or(DataError::Encoded("a size is too large"))?.checked_mul(samples);
-        let features = match kinds[0] {
-            0 => Features::U8(take(&mut rest, values)?.to_vec()),
-            1 => Features::F32(words(take(&mut rest, values.and_then(|n| n.checked_mul(4)))?, f32::from_le_bytes)),
-            2 => Features::U32(words(take(&mut rest, values.and_then(|n| n.checked_mul(4)))?, u32::from_le_bytes)),
-            _ => return Err(DataError::Encoded("the kind of features is unknown")),
-        };
-        let targets = match kinds[1] {
-            0 => Targets::Class(words(take(&mut rest, samples.checked_mul(4))?, u32::from_le_bytes)),
-            1 => Targets::Value(words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes)),
-            2 => Targets::Next,
-            _ => return Err(DataError::Encoded("the kind of targets is unknown")),
-        };
-        if !rest.is_empty() {
-            return Err(DataError::Encoded("they go on after their end"));
-        }
-        let finite = |values: &Vec<f32>| crate::kernels::all_finite(values);
-        if matches!(&features, Features::F32(v) if !finite(v)) || matches!(&targets, Targets::Value(v) if !finite(v)) {
-            return Err(DataError::Encoded("a value is not finite"));
-        }
-        Ok(Dataset { shape, features, targets })
-    }
-
-    /// blake3 of [`Dataset::to_bytes`], without the copy.
-    pub fn digest(&self) -> [u8; 32] {
-        let mut hasher = blake3::Hasher::new();
-        self.encode(|piece| {
-            hasher.update(piece);
-        });
-        *hasher.finalize().as_bytes()
-    }
-}
-
-impl Features {
-    /// Values of all samples together.
-    fn len(&self) -> usize {
-        match self {
-            Features::U8(v) => v.len(),
-            Features::F32(v) => v.len(),
-            Features::U32(v) => v.len(),
-        }
-    }
-}
-
-impl Targets {
-    /// Those of a batch of no samples.
-    fn of_batch(&self) -> Targets {
-        match self {
-            Targets::Class(_) | Targets::Next => Targets::Class(Vec::new()),
-            Targets::Value(_) => Targets::Value(Vec::new()),
-        }
-    }
-}
-
-/// Appends all tokens but the last, and to `next` the one behind each.
-fn window<T: Copy + Into<u32>>(tokens: &[T], inputs: &mut Vec<f32>, next: &mut Vec<u32>) {
-    let (_, behind) = tokens.split_at(1);
-    inputs.extend(tokens[..behind.len()].iter().map(|&token| token.into() as f32));
-    next.extend(behind.iter().map(|&token| token.into()));
-}
-
-/// Appends the inputs of one raw sample.
-fn normalise<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, out: &mut Vec<f32>) {
-    let start = out.len();
-    out.resize(start + raw.len(), 0.0);
-    let (out, scales) = (&mut out[start..], (&prepared.mean[..], &prepared.inv_std[..]));
-    vectorized(
-        #[inline(always)]
-        || match scales {
-            (&[mean], &[inv_std]) => out.iter_mut().zip(raw).for_each(|(out, &x)| *out = (x.into() - mean) * inv_std),
-            (mean, inv_std) => {
-                assert_eq!((mean.len(), inv_std.len()), (raw.len(), raw.len()), "statistics of other features");
-                let scales = mean.iter().zip(inv_std);
-                for ((out, &x), (mean, inv_std)) in out.iter_mut().zip(raw).zip(scales) {
-                    *out = (x.into() - mean) * inv_std;
-                }
-            }
-        },
-    );
-}
-
-impl Batch {
-    /// A batch without samples, to be filled.
-    pub fn empty() -> Batch {
-        Batch { inputs: Vec::new(), targets: Targets::Class(Vec::new()), samples: 0 }
-    }
-
-    /// Removes all samples and keeps the memory.
-    pub fn clear(&mut self) {
-        self.samples = 0;
-        self.inputs.clear();
-        match &mut self.targets {
-            Targets::Class(t) => t.clear(),
-            Targets::Value(t) => t.clear(),
-            Targets::Next => {}
-        }
-    }
-
-    /// Puts the given samples, normalised, behind those that are there (`append`) or in their place.
-    ///
-    /// `draw` is the key of an epoch, which decides where its windows of tokens begin; `None` in an evaluation. Allocates
-    /// only until the batch has had its largest size.
-    ///
-    /// # Panics
-    /// Where targets of another kind are there already, a row does not exist, or `prepared` has other features.
-    pub fn fill(
-        &mut self,
-        data: &Dataset,
-        prepared: &Prepared,
-        rows: impl Iterator<Item = usize>,
-        draw: Option<Key>,
-        append: bool,
-    ) {
-        if !append {
-            self.clear();
-        }
-        let targets = data.targets.of_batch();
-        if self.samples == 0 && std::mem::discriminant(&self.targets) != std::mem::discriminant(&targets) {
-            self.targets = targets;
-        }
-        let width = data.sample_len();
-        for row in rows {
-            let stored = row * width..(row + 1) * width;
-            match (&mut self.targets, &data.targets) {
-                (Targets::Class(to), Targets::Class(from)) => to.push(from[row]),
-                (Targets::Value(to), Targets::Value(from)) => to.push(from[row]),
-                (Targets::Class(to), Targets::Next) => {
-                    let from = stored.start + prepared.shift(draw);
-                    let tokens = from..from + prepared.shape[0] + 1;
-                    match &data.features {
-                        Features::U8(v) => window(&v[tokens], &mut self.inputs, to),
-                        Features::U32(v) => window(&v[tokens], &mut self.inputs, to),
-                        Features::F32(_) => panic!("tokens are whole numbers"),
-                    }
-                    self.samples += 1;
-                    continue;
-                }
-                (Targets::Class(_) | Targets::Value(_) | Targets::Next, _) => {
-                    panic!("a batch holds targets of one kind")
-                }
-            }
-            match &data.features {
-                Features::U8(v) => normalise(&v[stored], prepared, &mut self.inputs),
-                Features::F32(v) => normalise(&v[stored], prepared, &mut self.inputs),
-                Features::U32(v) => self.inputs.extend(v[stored].iter().map(|&token| token as f32)),
-            }
-            self.samples += 1;
         }
     }
 }

@@ -3,57 +3,80 @@
 use super::{Blocks, Grads, Layer, Params, Pass, Sequential, over_rows, over_samples, tree_spare, tree_sum};
 use crate::kernels::{Mat, column_sums, gemm, vectorized};
 use crate::layout::{Init, Role, Tensor};
+use std::ops::Range;
 
-/// Each token's row of a learnt table `(vocabulary, width)`: `[positions]` to `[positions, width]`. Tokens are whole numbers
-/// below `vocabulary`, as data sets of tokens give them; it is the first layer of its model.
-pub struct Embedding {
+/// A learnt table `(vocabulary, width)`, whose rows tokens choose: whole numbers below `vocabulary`, as data sets of tokens give
+/// them.
+pub struct Table {
     pub vocabulary: usize,
-    /// `[positions, width]`.
-    pub shape: [usize; 2],
+    pub width: usize,
     pub init: Init,
 }
 
-impl Embedding {
-    fn width(&self) -> usize {
-        self.shape[1]
+impl Table {
+    fn len(&self) -> usize {
+        self.vocabulary * self.width
     }
 
-    /// Of the table's gradient; a block of it goes through all tokens of its segment.
-    fn blocks(&self) -> Blocks {
-        Blocks { rows: self.vocabulary, row_len: self.width(), limit: 1 << 18, most: self.vocabulary, extra: 0 }
-    }
-
-    fn table(&self) -> Tensor {
-        let shape = vec![self.vocabulary, self.width()];
+    fn tensor(&self) -> Tensor {
+        let shape = vec![self.vocabulary, self.width];
         Tensor { name: "weight".into(), shape, role: Role::Trainable, init: self.init }
     }
 
-    /// `y`: the rows of the tokens `x`.
-    fn look_up(&self, samples: usize, table: &[f32], x: &[f32], y: &mut [f32]) {
-        let width = self.width();
-        over_rows(samples * self.shape[0], (y, width), (x, 1), |_, y, x| {
+    /// Of its gradient; a block of it goes through all tokens of its segment.
+    fn blocks(&self) -> Blocks {
+        Blocks { rows: self.vocabulary, row_len: self.width, limit: 1 << 18, most: self.vocabulary, extra: 0 }
+    }
+
+    /// `y`: the rows of the tokens `x`, one after another.
+    fn look_up(&self, table: &[f32], x: &[f32], y: &mut [f32]) {
+        let width = self.width;
+        over_rows(x.len(), (y, width), (x, 1), |_, y, x| {
             for (y, token) in y.chunks_exact_mut(width).zip(x) {
                 y.copy_from_slice(&table[*token as usize * width..][..width]);
             }
         });
     }
 
-    /// Adds the gradients of a segment's tokens to those rows of the table that `block` holds, in the tokens' order.
-    fn add_rows(&self, tokens: &[f32], dy: &[f32], rows: std::ops::Range<usize>, block: &mut [f32]) {
-        let width = self.width();
+    /// Adds tokens' gradients, each with its share of it, to those rows of the table that `block` holds, in the tokens' order.
+    fn add_rows<'d>(
+        &self,
+        tokens: impl Iterator<Item = (&'d f32, f32, &'d [f32])>,
+        rows: Range<usize>,
+        block: &mut [f32],
+    ) {
         vectorized(
             #[inline(always)]
             || {
-                for (token, dy) in tokens.iter().zip(dy.chunks_exact(width)) {
+                for (token, share, dy) in tokens {
                     let token = *token as usize;
                     if rows.contains(&token) {
-                        let row = &mut block[(token - rows.start) * width..][..width];
-                        row.iter_mut().zip(dy).for_each(|(row, dy)| *row += dy);
+                        let row = &mut block[(token - rows.start) * self.width..][..self.width];
+                        row.iter_mut().zip(dy).for_each(|(row, dy)| *row += share * dy);
                     }
                 }
             },
         );
     }
+
+    /// Tokens, each with a gradient of its own.
+    fn each<'d>(&self, tokens: &'d [f32], dy: &'d [f32]) -> impl Iterator<Item = (&'d f32, f32, &'d [f32])> + use<'d> {
+        tokens.iter().zip(dy.chunks_exact(self.width)).map(|(token, dy)| (token, 1.0, dy))
+    }
+}
+
+/// Tokens have no slope.
+fn no_slope(dx: Option<&mut [f32]>) {
+    if let Some(dx) = dx {
+        dx.fill(0.0);
+    }
+}
+
+/// Each token's row of a table: `[positions]` to `[positions, width]`. It is the first layer of its model.
+pub struct Embedding {
+    pub table: Table,
+    /// `[positions, width]`.
+    pub shape: [usize; 2],
 }
 
 impl Layer for Embedding {
@@ -62,15 +85,15 @@ impl Layer for Embedding {
     }
 
     fn tensors(&self) -> Vec<Tensor> {
-        vec![self.table()]
+        vec![self.table.tensor()]
     }
 
     fn scratch(&self, _: usize, segments: usize) -> usize {
-        self.blocks().scratch(segments)
+        self.table.blocks().scratch(segments)
     }
 
-    fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
-        self.look_up(pass.segments.total(), params.trainable, x, y);
+    fn forward(&self, _: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
+        self.table.look_up(params.trainable, x, y);
     }
 
     fn backward(
@@ -86,33 +109,24 @@ impl Layer for Embedding {
         scratch: &mut [f32],
     ) {
         let ([positions, width], segments) = (self.shape, pass.segments);
-        self.blocks().sum(segments.len(), grads.trainable, scratch, |segment, rows, block, _| {
+        self.table.blocks().sum(segments.len(), grads.trainable, scratch, |segment, rows, block, _| {
             let samples = segments.rows(segment);
             let tokens = samples.start * positions..samples.end * positions;
             block.fill(0.0);
-            self.add_rows(&x[tokens.clone()], &dy[tokens.start * width..tokens.end * width], rows, block);
+            let dy = &dy[tokens.start * width..tokens.end * width];
+            self.table.add_rows(self.table.each(&x[tokens], dy), rows, block);
         });
         pass.finish(grads.trainable);
-        if let Some(dx) = dx {
-            dx.fill(0.0); // tokens have no slope
-        }
+        no_slope(dx);
     }
 }
 
-/// The mean of the tokens' rows of a learnt table `(vocabulary, width)`: `[positions]` to `[width]`. Token 0 fills samples up and
-/// is passed over; the mean of no tokens is 0.
+/// The mean of the tokens' rows of a table: `[positions]` to `[width]`. Token 0 fills samples up and is passed over; the mean of no
+/// tokens is 0.
 pub struct EmbeddingBag {
-    pub vocabulary: usize,
+    pub table: Table,
     pub positions: usize,
     pub width: [usize; 1],
-    pub init: Init,
-}
-
-impl EmbeddingBag {
-    fn blocks(&self) -> Blocks {
-        let [width] = self.width;
-        Blocks { rows: self.vocabulary, row_len: width, limit: 1 << 18, most: self.vocabulary, extra: 0 }
-    }
 }
 
 /// What each token of a sample has of its mean.
@@ -127,12 +141,11 @@ impl Layer for EmbeddingBag {
     }
 
     fn tensors(&self) -> Vec<Tensor> {
-        let shape = vec![self.vocabulary, self.width[0]];
-        vec![Tensor { name: "weight".into(), shape, role: Role::Trainable, init: self.init }]
+        vec![self.table.tensor()]
     }
 
     fn scratch(&self, _: usize, segments: usize) -> usize {
-        self.blocks().scratch(segments)
+        self.table.blocks().scratch(segments)
     }
 
     fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
@@ -166,35 +179,24 @@ impl Layer for EmbeddingBag {
         scratch: &mut [f32],
     ) {
         let ([width], segments) = (self.width, pass.segments);
-        self.blocks().sum(segments.len(), grads.trainable, scratch, |segment, rows, block, _| {
+        self.table.blocks().sum(segments.len(), grads.trainable, scratch, |segment, rows, block, _| {
             block.fill(0.0);
             for sample in segments.rows(segment) {
                 let tokens = &x[sample * self.positions..][..self.positions];
                 let (share, dy) = (share(tokens), &dy[sample * width..][..width]);
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for token in tokens.iter().map(|token| *token as usize) {
-                            if token != 0 && rows.contains(&token) {
-                                let row = &mut block[(token - rows.start) * width..][..width];
-                                row.iter_mut().zip(dy).for_each(|(row, dy)| *row += share * dy);
-                            }
-                        }
-                    },
-                );
+                let some = tokens.iter().filter(|token| **token != 0.0);
+                self.table.add_rows(some.map(|token| (token, share, dy)), rows.clone(), block);
             }
         });
         pass.finish(grads.trainable);
-        if let Some(dx) = dx {
-            dx.fill(0.0); // tokens have no slope
-        }
+        no_slope(dx);
     }
 }
 
 /// A table that is used twice (Press and Wolf, "Using the Output Embedding to Improve Language Models", 2017): the tokens'
 /// rows of it go through `body`, and the result's products with all its rows are the logits, `[positions, vocabulary]`.
 pub struct TiedEmbedding {
-    pub embedding: Embedding,
+    pub table: Table,
     pub body: Sequential,
     /// `[positions, vocabulary]`.
     pub shape: [usize; 2],
@@ -203,7 +205,7 @@ pub struct TiedEmbedding {
 impl TiedEmbedding {
     /// Values of a sample before the body, and behind it.
     fn inner(&self) -> usize {
-        self.embedding.shape.iter().product()
+        self.shape[0] * self.table.width
     }
 }
 
@@ -214,7 +216,7 @@ impl Layer for TiedEmbedding {
 
     /// The table, then those of the body.
     fn tensors(&self) -> Vec<Tensor> {
-        [self.embedding.table()].into_iter().chain(self.body.tensors()).collect()
+        [self.table.tensor()].into_iter().chain(self.body.tensors()).collect()
     }
 
     /// The body's inputs and outputs, and what it keeps.
@@ -224,11 +226,11 @@ impl Layer for TiedEmbedding {
 
     /// Their gradients, and what the body and the table's gradient need, one after the other.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
-        2 * rows * self.inner() + self.body.scratch(rows, segments).max(self.embedding.blocks().scratch(segments))
+        2 * rows * self.inner() + self.body.scratch(rows, segments).max(self.table.blocks().scratch(segments))
     }
 
     fn multiply_adds(&self) -> u64 {
-        self.body.multiply_adds() + (self.shape[0] * self.embedding.vocabulary * self.embedding.width()) as u64
+        self.body.multiply_adds() + (self.shape[0] * self.table.len()) as u64
     }
 
     /// None: the body's inputs have a gradient, too.
@@ -245,11 +247,11 @@ impl Layer for TiedEmbedding {
         saved: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (samples, len, width) = (pass.segments.total(), self.inner(), self.embedding.width());
-        let (table, of_body) = params.trainable.split_at(self.embedding.vocabulary * width);
+        let (samples, len, width) = (pass.segments.total(), self.inner(), self.table.width);
+        let (table, of_body) = params.trainable.split_at(self.table.len());
         let (into, saved) = saved.split_at_mut(samples * len);
         let (out, saved) = saved.split_at_mut(samples * len);
-        self.embedding.look_up(samples, table, x, into);
+        self.table.look_up(table, x, into);
         let of_body = Params { trainable: of_body, ..params };
         self.body.forward(
             pass,
@@ -259,7 +261,7 @@ impl Layer for TiedEmbedding {
             saved,
             &mut scratch[..self.body.scratch(samples, pass.segments.len())],
         );
-        let table = Mat::new(table, self.embedding.vocabulary, width);
+        let table = Mat::new(table, self.table.vocabulary, width);
         over_rows(samples * self.shape[0], (y, self.shape[1]), (out, width), |_, y, out| {
             gemm(y, Mat::new(out, out.len() / width, width), table.t(), false);
         });
@@ -278,9 +280,9 @@ impl Layer for TiedEmbedding {
         scratch: &mut [f32],
     ) {
         let (segments, [positions, vocabulary]) = (pass.segments, self.shape);
-        let (samples, len, width) = (segments.total(), self.inner(), self.embedding.width());
-        let (table, of_body) = params.trainable.split_at(vocabulary * width);
-        let (d_table, d_body) = grads.trainable.split_at_mut(vocabulary * width);
+        let (samples, len, width) = (segments.total(), self.inner(), self.table.width);
+        let (table, of_body) = params.trainable.split_at(self.table.len());
+        let (d_table, d_body) = grads.trainable.split_at_mut(self.table.len());
         let (into, saved) = saved.split_at_mut(samples * len);
         let (out, saved) = saved.split_at_mut(samples * len);
         let (d_into, scratch) = scratch.split_at_mut(samples * len);
@@ -295,19 +297,17 @@ impl Layer for TiedEmbedding {
         let body_scratch = &mut scratch[..self.body.scratch(samples, segments.len())];
         self.body.backward(&within, of_body, into, out, d_out, Some(d_into), into_body, saved, body_scratch);
         // A segment's gradient is one sum of both uses.
-        self.embedding.blocks().sum(segments.len(), d_table, scratch, |segment, rows, block, _| {
+        self.table.blocks().sum(segments.len(), d_table, scratch, |segment, rows, block, _| {
             let samples = segments.rows(segment);
             let at = samples.start * positions..samples.end * positions;
             let dy = Mat::new(&dy[at.start * vocabulary..at.end * vocabulary], at.len(), vocabulary);
             let inner = at.start * width..at.end * width;
             let out = Mat::new(&out[inner.clone()], at.len(), width);
             gemm(block, dy.part(rows.start, rows.len()).t(), out, false);
-            self.embedding.add_rows(&x[at], &d_into[inner], rows, block);
+            self.table.add_rows(self.table.each(&x[at], &d_into[inner]), rows, block);
         });
         pass.finish(d_table);
-        if let Some(dx) = dx {
-            dx.fill(0.0); // tokens have no slope
-        }
+        no_slope(dx);
     }
 }
 

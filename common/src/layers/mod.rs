@@ -25,7 +25,7 @@ pub use attention::{Attention, Rotary};
 pub use batch_norm::BatchNorm;
 pub use conv2d::Conv2d;
 pub use dropout::Dropout;
-pub use embedding::{Embedding, EmbeddingBag, Positions, TiedEmbedding};
+pub use embedding::{Embedding, EmbeddingBag, Positions, Table, TiedEmbedding};
 pub use layer_norm::LayerNorm;
 pub use linear::Linear;
 pub use pool::{GlobalAvgPool, Pool2d};

@@ -6,7 +6,7 @@ use crate::job::{self, WeightInit};
 use crate::kernels::{Finish, conv::Window};
 use crate::layers::{
     Activation, Attention, BatchNorm, Conv2d, Dropout, Embedding, EmbeddingBag, Flatten, GlobalAvgPool, Layer,
-    LayerNorm, Linear, Pool2d, Positions, Residual, Rotary, Sequential, Swiglu, TiedEmbedding, finish,
+    LayerNorm, Linear, Pool2d, Positions, Residual, Rotary, Sequential, Swiglu, Table, TiedEmbedding, finish,
 };
 use crate::layout::{Init, Layout};
 
@@ -123,8 +123,10 @@ impl Builder {
         let whole = || shape.to_vec();
         let error = |op, need: String| ModelError::Shape { at: at.into(), op, got: shape.into(), need };
         let wrong = |op, need| Err(error(op, need));
-        let tokens = |op| match (shape, self.vocabulary) {
-            (&[positions], Some(vocabulary)) if at == "0" => Ok((positions, vocabulary)),
+        let table = |op, width, init| match (shape, self.vocabulary) {
+            (&[positions], Some(vocabulary)) if at == "0" => {
+                Ok((positions, Table { vocabulary, width, init: table_init(init, vocabulary, width) }))
+            }
             _ => Err(error(op, "tokens, as text data have them: put it first, once".into())),
         };
         Ok(match spec {
@@ -185,25 +187,22 @@ impl Builder {
                 Box::new(Residual { body })
             }
             job::Layer::Embedding { width, init } => {
-                let (positions, vocabulary) = tokens("embedding")?;
-                let init = table_init(*init, vocabulary, *width);
-                Box::new(Embedding { vocabulary, shape: [positions, *width], init })
+                let (positions, table) = table("embedding", *width, *init)?;
+                Box::new(Embedding { table, shape: [positions, *width] })
             }
             job::Layer::EmbeddingBag { width, init } => {
-                let (_, vocabulary) = tokens("embedding-bag")?;
-                let init = table_init(*init, vocabulary, *width);
-                Box::new(EmbeddingBag { vocabulary, width: [*width], positions: shape[0], init })
+                let (positions, table) = table("embedding-bag", *width, *init)?;
+                Box::new(EmbeddingBag { table, positions, width: [*width] })
             }
             job::Layer::TiedEmbedding { width, init, layers } => {
-                let (positions, vocabulary) = tokens("tied-embedding")?;
-                let init = table_init(*init, vocabulary, *width);
-                let embedding = Embedding { vocabulary, shape: [positions, *width], init };
-                let body = self.chain(layers, &format!("{at}].layers["), &embedding.shape)?;
-                if body.out_shape() != embedding.shape {
-                    let (want, got) = (embedding.shape, body.out_shape());
+                let (positions, table) = table("tied-embedding", *width, *init)?;
+                let want = [positions, *width];
+                let body = self.chain(layers, &format!("{at}].layers["), &want)?;
+                if body.out_shape() != want {
+                    let got = body.out_shape();
                     return wrong("tied-embedding", format!("a body that gives {want:?}; its body gives {got:?}"));
                 }
-                Box::new(TiedEmbedding { embedding, body, shape: [positions, vocabulary] })
+                Box::new(TiedEmbedding { shape: [positions, table.vocabulary], table, body })
             }
             job::Layer::Positions { init } => {
                 let width = shape[shape.len() - 1];

@@ -1,0 +1,110 @@
+//! Batches: samples of a data set, ready to be computed on.
+
+use super::{Dataset, Features, Prepared, Targets};
+use crate::kernels::vectorized;
+use crate::rng::Key;
+
+/// A contiguous batch: inputs `(samples, features)` row-major, and targets.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    pub inputs: Vec<f32>,
+    pub targets: Targets,
+    pub samples: usize,
+}
+
+/// Appends all tokens but the last, and to `next` the one behind each.
+fn window<T: Copy + Into<u32>>(tokens: &[T], inputs: &mut Vec<f32>, next: &mut Vec<u32>) {
+    let (_, behind) = tokens.split_at(1);
+    inputs.extend(tokens[..behind.len()].iter().map(|&token| token.into() as f32));
+    next.extend(behind.iter().map(|&token| token.into()));
+}
+
+/// Appends the inputs of one raw sample.
+fn normalise<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, out: &mut Vec<f32>) {
+    let start = out.len();
+    out.resize(start + raw.len(), 0.0);
+    let (out, scales) = (&mut out[start..], (&prepared.mean[..], &prepared.inv_std[..]));
+    vectorized(
+        #[inline(always)]
+        || match scales {
+            (&[mean], &[inv_std]) => out.iter_mut().zip(raw).for_each(|(out, &x)| *out = (x.into() - mean) * inv_std),
+            (mean, inv_std) => {
+                assert_eq!((mean.len(), inv_std.len()), (raw.len(), raw.len()), "statistics of other features");
+                let scales = mean.iter().zip(inv_std);
+                for ((out, &x), (mean, inv_std)) in out.iter_mut().zip(raw).zip(scales) {
+                    *out = (x.into() - mean) * inv_std;
+                }
+            }
+        },
+    );
+}
+
+impl Batch {
+    /// A batch without samples, to be filled.
+    pub fn empty() -> Batch {
+        Batch { inputs: Vec::new(), targets: Targets::Class(Vec::new()), samples: 0 }
+    }
+
+    /// Removes all samples and keeps the memory.
+    pub fn clear(&mut self) {
+        self.samples = 0;
+        self.inputs.clear();
+        match &mut self.targets {
+            Targets::Class(t) => t.clear(),
+            Targets::Value(t) => t.clear(),
+            Targets::Next => {}
+        }
+    }
+
+    /// Puts the given samples, normalised, behind those that are there (`append`) or in their place.
+    ///
+    /// `draw` is the key of an epoch, which decides where its windows of tokens begin; `None` in an evaluation. Allocates
+    /// only until the batch has had its largest size.
+    ///
+    /// # Panics
+    /// Where targets of another kind are there already, a row does not exist, or `prepared` has other features.
+    pub fn fill(
+        &mut self,
+        data: &Dataset,
+        prepared: &Prepared,
+        rows: impl Iterator<Item = usize>,
+        draw: Option<Key>,
+        append: bool,
+    ) {
+        if !append {
+            self.clear();
+        }
+        let targets = data.targets.of_batch();
+        if self.samples == 0 && std::mem::discriminant(&self.targets) != std::mem::discriminant(&targets) {
+            self.targets = targets;
+        }
+        let width = data.sample_len();
+        for row in rows {
+            let stored = row * width..(row + 1) * width;
+            match (&mut self.targets, &data.targets) {
+                (Targets::Class(to), Targets::Class(from)) => to.push(from[row]),
+                (Targets::Value(to), Targets::Value(from)) => to.push(from[row]),
+                (Targets::Class(to), Targets::Next) => {
+                    let from = stored.start + prepared.shift(draw);
+                    let tokens = from..from + prepared.shape[0] + 1;
+                    match &data.features {
+                        Features::U8(v) => window(&v[tokens], &mut self.inputs, to),
+                        Features::U32(v) => window(&v[tokens], &mut self.inputs, to),
+                        Features::F32(_) => panic!("tokens are whole numbers"),
+                    }
+                    self.samples += 1;
+                    continue;
+                }
+                (Targets::Class(_) | Targets::Value(_) | Targets::Next, _) => {
+                    panic!("a batch holds targets of one kind")
+                }
+            }
+            match &data.features {
+                Features::U8(v) => normalise(&v[stored], prepared, &mut self.inputs),
+                Features::F32(v) => normalise(&v[stored], prepared, &mut self.inputs),
+                Features::U32(v) => self.inputs.extend(v[stored].iter().map(|&token| token as f32)),
+            }
+            self.samples += 1;
+        }
+    }
+}
