@@ -9,7 +9,7 @@ use unisono_common::data::{Batch, Dataset, Features, Prepared, Targets};
 use unisono_common::job::{self, Activation as Act, Layer as Op, Loss as LossKind, Model as Spec};
 use unisono_common::kernels::conv::Window;
 use unisono_common::layers::{
-    Activation, Attention, BatchNorm, Dropout, Grads, Layer, LayerNorm, Params, Pass, Pool2d, Segments,
+    Activation, Attention, BatchNorm, Dropout, Grads, Layer, LayerNorm, Params, Pass, Pool2d, Rows, Segments,
 };
 use unisono_common::layout::{CHUNK, Role, Tensor};
 use unisono_common::loss::Loss;
@@ -66,7 +66,7 @@ fn workload(name: &str) -> (Spec, Signature, usize) {
             };
             (
                 Spec::Gpt(gpt),
-                Signature { input: vec![64], vocabulary: Some(65), output: vec![64, 65], causal: false },
+                Signature { ids: 0, input: vec![64], vocabulary: Some(65), output: vec![64, 65], causal: false },
                 12,
             )
         }
@@ -87,14 +87,15 @@ fn step(bencher: Bencher<'_, '_>, name: &str) {
         Some(n) => (0..samples * model.input_len()).map(|i| (i * 7 % n) as f32).collect(),
         None => values(samples * model.input_len()),
     };
-    let batch = Batch { inputs, targets: labels(samples * model.targets(), model.outputs()), samples };
+    let batch =
+        Batch { inputs, targets: labels(samples * model.targets(), model.outputs()), samples, ..Batch::empty() };
     let (loss, segments) = (cross_entropy(model.outputs()), Segments::one(samples));
     let params = model.layout().init(1);
     let mut grads = vec![0.0; params.len()];
     let mut workspace = Workspace::new(&model, samples, 1);
     bencher.counter(ItemsCount::new(samples)).bench_local(|| {
         let (workspace, grads) = (&mut workspace, &mut grads);
-        gradient(&model, &loss, &params, &batch, &segments, key(), workspace, grads, &mut |_, _| {})
+        gradient(&model, &loss, &params, &batch, &segments, key(), workspace, grads, &mut [], &mut |_, _| {})
     });
 }
 
@@ -107,7 +108,7 @@ fn fill(bencher: Bencher<'_, '_>, name: &str) {
         "u8 scaled" => Features::U8((0..samples * WIDTH).map(|i| (i * 31) as u8).collect()),
         _ => Features::F32(values(samples * WIDTH)),
     };
-    let data = Dataset { shape: vec![WIDTH], features, targets: labels(samples, 10) };
+    let data = Dataset { shape: vec![WIDTH], features, ids: Default::default(), targets: labels(samples, 10) };
     let (mean, inv_std) = match name {
         "f32" => (vec![0.0], vec![1.0]),
         "f32 per feature" => (values(WIDTH), values(WIDTH)),
@@ -124,6 +125,7 @@ fn fill(bencher: Bencher<'_, '_>, name: &str) {
         columns: Vec::new(),
         missing: String::new(),
         tokens: None,
+        ids: Vec::new(),
     };
     let parts = Partitions::new(samples, 1, None).expect("it can be cut");
     let mut feeder = Feeder::new(parts, 1, rows);
@@ -182,7 +184,7 @@ fn run(bencher: Bencher<'_, '_>, name: &str, back: bool) {
     };
     let (trainable, running) = (vec![1.0; size(true)], vec![1.0; size(false)]);
     let (mut d_trainable, mut d_running) = (trainable.clone(), running.clone());
-    let params = Params { trainable: &trainable, running: &running };
+    let params = Params { trainable: &trainable, running: &running, rows: Rows::NONE };
     // As after a relu.
     let x: Vec<f32> = values(rows * in_len).into_iter().map(|v| v.max(0.0)).collect();
     let (dy, mut y, mut dx) = (values(rows * out_len), vec![0.0; rows * out_len], vec![0.0; rows * in_len]);
@@ -190,7 +192,7 @@ fn run(bencher: Bencher<'_, '_>, name: &str, back: bool) {
     layer.forward(&pass, params, &x, &mut y, &mut saved, &mut scratch);
     bencher.counter(BytesCount::new(4 * rows * (in_len + out_len))).bench_local(|| {
         if back {
-            let grads = Grads { trainable: &mut d_trainable, running: &mut d_running };
+            let grads = Grads { trainable: &mut d_trainable, running: &mut d_running, rows: &mut [] };
             layer.backward(&pass, params, &x, &y, &dy, Some(&mut dx), grads, &mut saved, &mut scratch);
         } else {
             layer.forward(&pass, params, black_box(&x), black_box(&mut y), &mut saved, &mut scratch);

@@ -2,11 +2,14 @@
 
 use crate::data::Prepared;
 use crate::job::Job;
-use crate::layout::Layout;
+use crate::layout::{Layout, le_bytes};
+use crate::rows::optim::RowOptimizer;
+use crate::rows::{self, RowBlock, RowLayout};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// One file of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -66,10 +69,15 @@ pub enum CheckpointError {
 /// The beginning of a safetensors file of f32 tensors, whose values follow one another in this order. The values are not
 /// here, so that a file can be written from wherever they are, without a second copy of the model.
 fn header<'a>(tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> Vec<u8> {
+    header_of(tensors.map(|(name, shape)| (name, "F32", 4, shape)))
+}
+
+/// The same of tensors of any type, of so many bytes a value.
+fn header_of<'a>(tensors: impl Iterator<Item = (&'a str, &'a str, usize, &'a [usize])>) -> Vec<u8> {
     let (mut entries, mut at) = (serde_json::Map::new(), 0);
-    for (name, shape) in tensors {
-        let end = at + 4 * shape.iter().product::<usize>();
-        entries.insert(name.into(), json!({ "dtype": "F32", "shape": shape, "data_offsets": [at, end] }));
+    for (name, dtype, bytes, shape) in tensors {
+        let end = at + bytes * shape.iter().product::<usize>();
+        entries.insert(name.into(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [at, end] }));
         at = end;
     }
     let mut text = serde_json::Value::Object(entries).to_string();
@@ -87,6 +95,80 @@ pub fn weights_header(layout: &Layout) -> Vec<u8> {
 pub fn state_header(len: usize, names: &[&str]) -> Vec<u8> {
     let shape = [len];
     header(names.iter().map(|name| (*name, shape.as_slice())))
+}
+
+/// `rows-NNNNN.safetensors`: ids (`u64`), each table's values, and what the optimizer remembers of them, a row an id.
+pub fn rows_to_safetensors(layout: &RowLayout, optimizer: &RowOptimizer, block: &RowBlock) -> Vec<u8> {
+    let rows = block.keys.len();
+    let parts = row_parts(layout, optimizer);
+    let shapes: Vec<(&str, [usize; 2])> = parts.iter().map(|(name, at)| (name.as_str(), [rows, at.len()])).collect();
+    let ids = [rows];
+    let values = shapes.iter().map(|(name, shape)| (*name, "F32", 4, &shape[..]));
+    let mut bytes = header_of(std::iter::once((IDS, "U64", 8, &ids[..])).chain(values));
+    bytes.reserve(rows * (8 + 4 * optimizer.row_len()));
+    block.keys.iter().for_each(|key| bytes.extend_from_slice(&rows::id(*key).to_le_bytes()));
+    for (_, at) in parts {
+        for row in block.rows.chunks_exact(optimizer.row_len()) {
+            bytes.extend_from_slice(le_bytes(&row[at.clone()]));
+        }
+    }
+    bytes
+}
+
+/// Every tensor, and the rows of sparse tables (values without state): `ids`, and under each table's name a row an id.
+pub fn with_rows_to_safetensors(layout: &Layout, weights: &[f32], tables: &RowLayout, rows: &RowBlock) -> Vec<u8> {
+    let (count, width) = (rows.keys.len(), tables.width());
+    let shapes: Vec<(&str, [usize; 2])> = tables.tables().map(|(t, _)| (t.name.as_str(), [count, t.width])).collect();
+    let ids = [count];
+    let dense = layout.tensors().map(|(t, _)| (t.name.as_str(), "F32", 4, t.shape.as_slice()));
+    let of_tables = shapes.iter().map(|(name, shape)| (*name, "F32", 4, &shape[..]));
+    // Ids come first, where every size keeps them aligned.
+    let mut bytes = header_of(std::iter::once((IDS, "U64", 8, &ids[..])).chain(dense).chain(of_tables));
+    rows.keys.iter().for_each(|key| bytes.extend_from_slice(&rows::id(*key).to_le_bytes()));
+    bytes.extend_from_slice(le_bytes(weights));
+    for (table, start) in tables.tables() {
+        for row in rows.rows.chunks_exact(width) {
+            bytes.extend_from_slice(le_bytes(&row[start..start + table.width]));
+        }
+    }
+    bytes
+}
+
+/// Names, and places in a row, of all that is kept of it.
+fn row_parts(layout: &RowLayout, optimizer: &RowOptimizer) -> Vec<(String, Range<usize>)> {
+    let values = layout.tables().map(|(table, start)| (table.name.clone(), start..start + table.width));
+    values.chain(optimizer.state(layout)).collect()
+}
+
+const IDS: &str = "ids";
+
+/// The rows of such a file.
+///
+/// # Errors
+/// As for [`weights_from_safetensors`].
+pub fn rows_from_safetensors(
+    layout: &RowLayout,
+    optimizer: &RowOptimizer,
+    bytes: &[u8],
+) -> Result<RowBlock, CheckpointError> {
+    let file = SafeTensors::deserialize(bytes)?;
+    let ids = file.tensor(IDS).map_err(|_| CheckpointError::Missing(IDS.into()))?;
+    let rows = ids.shape().first().copied().unwrap_or_default();
+    if ids.dtype() != Dtype::U64 || ids.shape() != [rows] {
+        let (got, dtype) = (ids.shape().to_vec(), ids.dtype());
+        return Err(CheckpointError::Shape { name: IDS.into(), got, dtype, want: vec![rows] });
+    }
+    let keys = ids.data().as_chunks::<8>().0.iter().map(|id| rows::key(u64::from_le_bytes(*id))).collect();
+    let len = optimizer.row_len();
+    let mut block = RowBlock { keys, rows: vec![0.0; rows * len] };
+    for (name, at) in row_parts(layout, optimizer) {
+        let mut values = Vec::with_capacity(rows * at.len());
+        read(&file, &name, &[rows, at.len()], &mut values)?;
+        for (row, values) in block.rows.chunks_exact_mut(len).zip(values.chunks_exact(at.len().max(1))) {
+            row[at.clone()].copy_from_slice(values);
+        }
+    }
+    Ok(block)
 }
 
 fn read(file: &SafeTensors<'_>, name: &str, want: &[usize], out: &mut Vec<f32>) -> Result<(), CheckpointError> {
@@ -128,7 +210,9 @@ pub fn state_from_safetensors(len: usize, names: &[&str], bytes: &[u8]) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{Init, Role, Tensor, le_bytes};
+    use crate::job;
+    use crate::layout::{Init, Role, Tensor};
+    use crate::rows::Table;
 
     #[test]
     fn weights_and_state_come_back_and_strangers_are_named() {
@@ -149,5 +233,28 @@ mod tests {
         let bytes = [&state_header(values.len(), &["exp_avg"]), le_bytes(&values)].concat();
         assert_eq!(state_from_safetensors(values.len(), &["exp_avg"], &bytes).unwrap(), [values]);
         assert!(state_from_safetensors(11, &["exp_avg_sq"], &bytes).is_err());
+    }
+
+    #[test]
+    fn rows_come_back_with_their_state() {
+        let table = |name: &str, width| Table { name: name.into(), width, init: Init::Constant(0.0) };
+        let layout = RowLayout::new(vec![table("0.weight", 1), table("1.weight", 3)]);
+        for (kind, state) in [
+            (job::RowOptimizer::Sgd { lr: 1.0 }, 0),
+            (job::RowOptimizer::RowAdagrad { lr: 1.0, eps: 1e-8, initial_accumulator: 0.0 }, 2),
+            (job::RowOptimizer::Ftrl { lr: 1.0, beta: 1.0, l1: 0.0, l2: 0.0 }, 8),
+        ] {
+            let optimizer = RowOptimizer::new(&kind, &layout);
+            assert_eq!(optimizer.row_len(), 4 + state);
+            let keys: Vec<u64> = [5, 3, u64::MAX - 1].map(rows::key).to_vec();
+            let block = RowBlock { rows: (0..3 * (4 + state)).map(|i| i as f32).collect(), keys };
+            let bytes = rows_to_safetensors(&layout, &optimizer, &block);
+            assert_eq!(rows_from_safetensors(&layout, &optimizer, &bytes).unwrap(), block);
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            assert_eq!(file.tensor("ids").unwrap().data()[..8], 5u64.to_le_bytes());
+            assert_eq!(file.tensor("1.weight").unwrap().shape(), [3, 3]);
+            let other = RowLayout::new(vec![table("0.weight", 2), table("1.weight", 3)]);
+            assert!(rows_from_safetensors(&other, &RowOptimizer::new(&kind, &other), &bytes).is_err());
+        }
     }
 }

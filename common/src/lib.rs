@@ -14,6 +14,7 @@
 //! | [`protocol`] | the coordinator's machine: events in, commands out |
 //! | [`checkpoint`] | checkpoint bytes and manifest |
 //! | [`rng`] | counter-based random numbers |
+//! | [`rows`] | sparse tables: rows by key, their gradients and optimizers |
 
 pub mod checkpoint;
 pub mod data;
@@ -28,6 +29,7 @@ pub mod model;
 pub mod optim;
 pub mod protocol;
 pub mod rng;
+pub mod rows;
 pub mod schedule;
 pub mod train;
 pub mod tree;

@@ -16,16 +16,29 @@ pub enum Purpose {
     Augment = 7,
     Generate = 8,
     Ngram = 9,
+    Id = 10,
 }
 
 /// The key of one stream of numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key(u64);
 
-fn mix(mut z: u64) -> u64 {
+/// A bijection of 64 bits, whose results are as good as random.
+#[inline(always)]
+pub(crate) fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+/// What [`mix`] made `z` of.
+pub(crate) fn unmix(mut z: u64) -> u64 {
+    // The inverses of its factors modulo 2^64; a shift by more than half is undone by one by twice as much.
+    z ^= (z >> 31) ^ (z >> 62);
+    z = z.wrapping_mul(0x3196_42b2_d24d_8ec3);
+    z ^= (z >> 27) ^ (z >> 54);
+    z = z.wrapping_mul(0x96de_1b17_3f11_9089);
+    z ^ (z >> 30) ^ (z >> 60)
 }
 
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -44,6 +57,11 @@ impl Key {
     /// A key below this one, from a name.
     pub fn named(self, name: &str) -> Key {
         name.bytes().fold(self.with(name.len() as u64), |k, b| k.with(b as u64))
+    }
+
+    /// The key itself: a hash of all that it was made from.
+    pub fn bits(self) -> u64 {
+        self.0
     }
 
     /// The `i`-th 64 bits.

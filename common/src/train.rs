@@ -1,7 +1,7 @@
 //! The hot path: the gradient of one tree node, and evaluation.
 
 use crate::data::Batch;
-use crate::layers::{Grads, Layer, Params, Pass, Segments};
+use crate::layers::{Grads, Layer, Params, Pass, Rows, Segments};
 use crate::loss::{Loss, LossSums};
 use crate::model::Model;
 use crate::rng::{Key, Purpose};
@@ -50,8 +50,8 @@ pub struct Final<'a> {
     pub sums: LossSums,
 }
 
-/// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout), and the loss sums: [`forward`], then
-/// [`backward`].
+/// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout) and `d_rows` (as long as the batch's rows),
+/// and the loss sums: [`forward`], then [`backward`].
 pub fn gradient(
     model: &Model,
     loss: &Loss,
@@ -61,10 +61,16 @@ pub fn gradient(
     key: Key,
     workspace: &mut Workspace,
     grads: &mut [f32],
+    d_rows: &mut [f32],
     finished: &mut dyn FnMut(usize, Final<'_>),
 ) -> LossSums {
     forward(model, params, batch, segments, key, workspace).expect("all parameters are there");
-    backward(model, loss, params, batch, segments, key, workspace, grads, finished)
+    backward(model, loss, params, batch, segments, key, workspace, grads, d_rows, finished)
+}
+
+/// What a model's sparse tables hold of a batch.
+fn rows<'a>(model: &Model, batch: &'a Batch) -> Rows<'a> {
+    Rows { lookups: &batch.lookups, values: &batch.rows, width: model.rows().width() }
 }
 
 /// The outputs of a training step, and what [`backward`] needs of the way to them, into `workspace`.
@@ -80,11 +86,12 @@ pub fn forward(
     workspace: &mut Workspace,
 ) -> Option<()> {
     let Workspace { logits, saved, scratch, .. } = workspace;
-    let (net, rows, parts) = (model.net(), batch.samples, segments.len());
-    let logits = &mut logits[..rows * model.targets() * model.outputs()];
-    let (saved, scratch) = (&mut saved[..net.saved(rows, parts)], &mut scratch[..net.scratch(rows, parts)]);
+    let (net, samples, parts) = (model.net(), batch.samples, segments.len());
+    let logits = &mut logits[..samples * model.targets() * model.outputs()];
+    let (saved, scratch) = (&mut saved[..net.saved(samples, parts)], &mut scratch[..net.scratch(samples, parts)]);
     let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
-    let of_layer = |trainable, _| Some(Params { trainable: params.get(trainable)?, running: &[] });
+    let rows = self::rows(model, batch);
+    let of_layer = |trainable, _| Some(Params { trainable: params.get(trainable)?, running: &[], rows });
     net.run(&pass, of_layer, &batch.inputs, logits, saved, scratch)
 }
 
@@ -95,7 +102,7 @@ pub fn forward(
 /// `finished(from, became)` is called while the backward pass runs, from the last layer to the first: the trainable
 /// gradient from `from` on is final, up to where the call before began (the first call's values go up to
 /// [`Layout::trainable`](crate::layout::Layout::trainable), the last call's begin at 0). Running statistics are final when
-/// this returns.
+/// this returns, and so are the sums of the rows' gradients in `d_rows`.
 pub fn backward(
     model: &Model,
     loss: &Loss,
@@ -105,6 +112,7 @@ pub fn backward(
     key: Key,
     workspace: &mut Workspace,
     grads: &mut [f32],
+    d_rows: &mut [f32],
     finished: &mut dyn FnMut(usize, Final<'_>),
 ) -> LossSums {
     let Workspace { logits, d_logits, saved, scratch } = workspace;
@@ -129,7 +137,8 @@ pub fn backward(
         finished(from, Final { values, sums });
     };
     let pass = Pass { segments, train: true, key, first: 0, finished: &announce };
-    let (params, into) = (Params { trainable: w, running }, Grads { trainable: dw, running: d_running });
+    let params = Params { trainable: w, running, rows: self::rows(model, batch) };
+    let into = Grads { trainable: dw, running: d_running, rows: d_rows };
     net.backward(&pass, params, &batch.inputs, logits, d_logits, None, into, saved, scratch);
     assert_eq!(open.borrow().0, 0, "every layer finishes its gradient");
     sums
@@ -156,14 +165,15 @@ pub fn evaluate<'w>(model: &Model, params: &[f32], batch: &Batch, workspace: &'w
     let (trainable, running) = params.split_at(model.layout().trainable());
     let pass =
         Pass { segments: &segments, train: false, key: Key::new(0, Purpose::Dropout), first: 0, finished: &|_, _| {} };
-    net.forward(&pass, Params { trainable, running }, &batch.inputs, logits, saved, scratch);
+    let params = Params { trainable, running, rows: self::rows(model, batch) };
+    net.forward(&pass, params, &batch.inputs, logits, saved, scratch);
     ArrayView2::from_shape((targets, model.outputs()), logits).expect("as long as its shape")
 }
 
 /// Digest of the gradients of two small models that together run every kernel: machines that disagree cannot train together.
 pub fn fingerprint() -> [u8; 32] {
     use crate::data::Targets;
-    use crate::job::{Activation, Layer as Op, Loss as LossKind, Model as Spec};
+    use crate::job::{Activation, Join, Layer as Op, Loss as LossKind, Model as Spec, RowInit};
     use crate::model::Signature;
     let act = |activation| Op::Activation { activation };
     let linear = |units| Op::Linear { units, bias: true, init: None };
@@ -206,10 +216,26 @@ pub fn fingerprint() -> [u8; 32] {
     }];
     let (samples, key) = (13, Key::new(1, Purpose::Synthetic));
     let (words, positions) = (33, 70);
-    let tokens =
-        Signature { input: vec![positions], vocabulary: Some(words), output: vec![positions, words], causal: false };
+    let tokens = Signature {
+        ids: 0,
+        input: vec![positions],
+        vocabulary: Some(words),
+        output: vec![positions, words],
+        causal: false,
+    };
+    let width = 16;
+    let lookup = Op::Lookup { width, init: RowInit::Normal { std: 1.0 } };
+    let ids = vec![
+        Op::Parallel { join: Join::Concat, branches: vec![vec![linear(width)], vec![lookup]] },
+        Op::Parallel {
+            join: Join::Concat,
+            branches: vec![vec![Op::FactorizationMachine { width }], vec![Op::DotInteraction { width }]],
+        },
+        linear(10),
+    ];
+    let clicks = Signature { ids: 5, ..Signature::new(&[3], 10) };
     let mut digest = blake3::Hasher::new();
-    for (layers, signature) in [(images, Signature::new(&[2, 12, 11], 10)), (text, tokens)] {
+    for (layers, signature) in [(images, Signature::new(&[2, 12, 11], 10)), (text, tokens), (ids, clicks)] {
         let kind = LossKind::CrossEntropy { label_smoothing: 0.1, class_weights: None };
         let outputs = signature.output[signature.output.len() - 1];
         let model = Model::build(&Spec::Layers { layers }, &signature);
@@ -218,18 +244,24 @@ pub fn fingerprint() -> [u8; 32] {
             Some(vocabulary) => key.below(i, vocabulary as u64) as f32,
             None => key.normal(i),
         };
-        let batch = Batch {
+        let mut batch = Batch {
+            ids: (0..(samples * signature.ids) as u64).map(|i| key.below(i, 20)).collect(),
             inputs: (0..(samples * model.input_len()) as u64).map(input).collect(),
             targets: Targets::Class((0..(samples * model.targets()) as u32).map(|i| i % outputs as u32).collect()),
             samples,
+            ..Batch::empty()
         };
+        batch.look_up();
+        batch.put_rows(&model.rows().first(1), model.rows().width());
         let segments = Segments { lo: 2, starts: vec![0, 5, 6, samples] };
         let params = model.layout().init(1);
         let mut grads = vec![0.0; params.len()];
         let mut workspace = Workspace::new(&model, samples, 3);
-        let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads, &mut |_, _| {});
+        let mut d_rows = vec![0.0; batch.rows.len()];
+        let (into, rows) = (&mut grads, &mut d_rows);
+        let sums = gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, into, rows, &mut |_, _| {});
         digest.update(&sums.loss.to_le_bytes());
-        grads.iter().for_each(|g| {
+        grads.iter().chain(&d_rows).for_each(|g| {
             digest.update(&g.to_le_bytes());
         });
     }

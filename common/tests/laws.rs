@@ -6,12 +6,13 @@ mod oracle;
 use oracle::{Oracle, Tensors};
 use proptest::prelude::*;
 use unisono_common::data::{Batch, Targets};
-use unisono_common::job::{Activation, Layer, Loss as LossKind, Model as Spec};
+use unisono_common::job::{Activation, Join, Layer, Loss as LossKind, Model as Spec, RowInit};
 use unisono_common::layers::Segments;
 use unisono_common::layout::{CHUNK, Role};
 use unisono_common::loss::Loss;
 use unisono_common::model::{Model, Signature};
 use unisono_common::rng::{Key, Purpose};
+use unisono_common::rows::{NO_ID, sums::RowSums};
 use unisono_common::train::{Final, Workspace, gradient};
 use unisono_common::tree::Node;
 
@@ -34,7 +35,7 @@ fn act(activation: Activation) -> Layer {
 fn batch(shape: &[usize], samples: usize, targets: Targets, salt: u64) -> Batch {
     let key = Key::new(salt, Purpose::Synthetic);
     let n = samples * shape.iter().product::<usize>();
-    Batch { inputs: (0..n as u64).map(|i| key.normal(i)).collect(), targets, samples }
+    Batch { inputs: (0..n as u64).map(|i| key.normal(i)).collect(), targets, samples, ..Batch::empty() }
 }
 
 /// Parameters around their first values, so that scales are not all 1 and shifts not all 0.
@@ -71,6 +72,7 @@ fn check(shape: &[usize], layers: Vec<Layer>, kind: &LossKind, rows: usize, salt
 fn check_tokens(layers: Vec<Layer>, positions: usize, rows: usize, salt: u64) -> Result<(), TestCaseError> {
     let (vocabulary, key) = (7, Key::new(salt, Purpose::Synthetic));
     let signature = Signature {
+        ids: 0,
         input: vec![positions],
         vocabulary: Some(vocabulary),
         output: vec![positions, vocabulary],
@@ -79,7 +81,7 @@ fn check_tokens(layers: Vec<Layer>, positions: usize, rows: usize, salt: u64) ->
     let kind = LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None };
     let inputs = (0..(rows * positions) as u64).map(|i| key.below(i, vocabulary as u64) as f32).collect();
     let targets = targets(&kind, rows * positions, vocabulary as u64, salt);
-    agree(layers, &signature, &kind, &Batch { inputs, targets, samples: rows }, salt)
+    agree(layers, &signature, &kind, &Batch { inputs, targets, samples: rows, ..Batch::empty() }, salt)
 }
 
 /// A model against the oracle.
@@ -97,7 +99,8 @@ fn agree(
     let segments = Segments { lo: 3, starts: vec![0, rows / 2, rows] };
     let weights = params(&model, salt);
     let (shape, margin) = (&signature.input[..], f64::INFINITY.into());
-    let oracle = Oracle { layers: &layers, shape, segments: &segments, key: random, margin };
+    let places = batch.lookups.places();
+    let oracle = Oracle { layers: &layers, shape, segments: &segments, places, key: random, margin };
     let expected = |tensors: &Tensors| -> f64 {
         let logits = oracle.forward(tensors, &batch.inputs);
         let losses = logits.iter().flat_map(|x| x.chunks(model.outputs())).enumerate().map(|(row, x)| {
@@ -108,32 +111,54 @@ fn agree(
         losses.sum()
     };
     let mut tensors = oracle::tensors(&model, &weights);
+    let width = model.rows().width();
+    let of_table = |values: &[f32], at: usize, len: usize| -> Vec<f32> {
+        values.chunks(width.max(1)).flat_map(|row| row[at..at + len].to_vec()).collect()
+    };
+    for (table, at) in model.rows().tables() {
+        let values = of_table(&batch.rows, at, table.width).into_iter().map(|v| v as f64).collect();
+        tensors.insert(table.name.clone(), values);
+    }
     let want = expected(&tensors);
     prop_assume!(oracle.margin.get() > 1e-4);
 
     let mut grads = vec![0.0; weights.len()];
+    let mut d_rows = vec![f32::NAN; batch.rows.len()];
     let mut workspace = Workspace::new(&model, rows, 2);
-    let sums = gradient(&model, &loss, &weights, batch, &segments, random, &mut workspace, &mut grads, &mut |_, _| {});
+    let sums = gradient(
+        &model,
+        &loss,
+        &weights,
+        batch,
+        &segments,
+        random,
+        &mut workspace,
+        &mut grads,
+        &mut d_rows,
+        &mut |_, _| {},
+    );
     prop_assert_eq!(sums.samples as usize, rows);
     prop_assert!((sums.loss - want).abs() < TOLERANCE * (1.0 + want.abs()), "{layers:?}: {} {want}", sums.loss);
     let largest = |got: &[f32]| got.iter().fold(0.0f64, |m, g| m.max(g.abs() as f64));
     let floor = 0.1 * largest(&grads[..model.layout().trainable()]);
-    for (tensor, range) in model.layout().tensors().filter(|(t, _)| t.role == Role::Trainable) {
-        let got = &grads[range.clone()];
-        let scale = largest(got).max(floor);
+    let trained = model.layout().tensors().filter(|(t, _)| t.role == Role::Trainable);
+    let dense = trained.map(|(tensor, range)| (tensor.name.clone(), grads[range].to_vec()));
+    let of_rows = model.rows().tables().map(|(table, at)| (table.name.clone(), of_table(&d_rows, at, table.width)));
+    for (name, got) in dense.chain(of_rows).filter(|(_, got)| !got.is_empty()) {
+        let scale = largest(&got).max(floor);
         // Some of the values, each by a central difference.
-        for at in (0..8).map(|i| random.below(1000 + i, range.len() as u64) as usize) {
+        for at in (0..8).map(|i| random.below(1000 + i, got.len() as u64) as usize) {
             let h = 1e-6;
             let mut moved = |by: f64| {
-                let start = tensors[&tensor.name][at];
-                tensors.get_mut(&tensor.name).expect("it is there")[at] = start + by;
+                let start = tensors[&name][at];
+                tensors.get_mut(&name).expect("it is there")[at] = start + by;
                 let loss = expected(&tensors);
-                tensors.get_mut(&tensor.name).expect("it is there")[at] = start;
+                tensors.get_mut(&name).expect("it is there")[at] = start;
                 loss
             };
             let slope = (moved(h) - moved(-h)) / (2.0 * h);
             let error = (got[at] as f64 - slope).abs() / scale.max(1e-3);
-            prop_assert!(error < TOLERANCE, "{layers:?}, {}[{at}]: {error:e} of {slope}", tensor.name);
+            prop_assert!(error < TOLERANCE, "{layers:?}, {name}[{at}]: {error:e} of {slope}");
         }
     }
     Ok(())
@@ -200,9 +225,37 @@ proptest! {
         let token = |i: u64| key.below(2 * i, 7) as f32 * key.below(2 * i + 1, 2) as f32;
         let inputs = (0..(rows * positions) as u64).map(token).collect();
         let kind = LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None };
-        let batch = Batch { inputs, targets: targets(&kind, rows, 4, salt), samples: rows };
-        let signature = Signature { input: vec![positions], vocabulary: Some(7), output: vec![4], causal: false };
+        let batch = Batch { inputs, targets: targets(&kind, rows, 4, salt), samples: rows, ..Batch::empty() };
+        let signature = Signature { ids: 0, input: vec![positions], vocabulary: Some(7), output: vec![4], causal: false };
         agree(vec![Layer::EmbeddingBag { width, init: None }, linear(4)], &signature, &kind, &batch, salt)?;
+    }
+
+    #[test]
+    fn layers_over_ids_are_their_oracles_and_their_gradients_the_slopes(
+        ids in 2usize..6, width in 1usize..20, rows in 1usize..9, salt in any::<u64>(), numbers in 1usize..4,
+    ) {
+        let key = Key::new(salt, Purpose::Synthetic);
+        let lookup = |width| Layer::Lookup { width, init: RowInit::Normal { std: 1.0 } };
+        let join = |join, branches| Layer::Parallel { join, branches };
+        // Two tables, of which one is looked up through a layer that needs its input's slope.
+        let before = vec![linear(width), act(Activation::Tanh)];
+        let vectors = join(Join::Concat, vec![before, vec![lookup(width)]]);
+        let machine = vec![Layer::Slice { from: width, len: ids * width }, Layer::FactorizationMachine { width }];
+        let dots = vec![Layer::DotInteraction { width }, linear(1)];
+        let deep = vec![vectors, join(Join::Sum, vec![machine, dots, vec![Layer::Dropout { rate: 0.2 }, linear(1)]])];
+        let layers = vec![join(Join::Sum, vec![deep, vec![lookup(1), Layer::Sum], vec![linear(1)]])];
+        let id = |i: u64| match key.below(2 * i, 6) {
+            0 => NO_ID,
+            n => n * key.below(2 * i + 1, 3),
+        };
+        let mut batch = batch(&[numbers], rows, targets(&LossKind::Mse, rows, 1, salt), salt);
+        batch.ids = (0..(rows * ids) as u64).map(id).collect();
+        batch.look_up();
+        let signature = Signature { ids, ..Signature::new(&[numbers], 1) };
+        let model = Model::build(&Spec::Layers { layers: layers.clone() }, &signature).expect("the model fits");
+        prop_assert_eq!(model.rows().width(), width + 1);
+        batch.put_rows(&model.rows().first(salt), width + 1);
+        agree(layers, &signature, &LossKind::Mse, &batch, salt)?;
     }
 
     #[test]
@@ -236,7 +289,7 @@ proptest! {
         let wide = vec![Layer::Flatten, linear(2 * CHUNK / 40), linear(3)];
         let tied = vec![Layer::TiedEmbedding { width: 6, init: None, layers: vec![Layer::Positions { init: None }, linear(6)] }];
         let images = Signature::new(&[2, 4, 5], 3);
-        let tokens = Signature { input: vec![40], vocabulary: Some(3), output: vec![40, 3], causal: false };
+        let tokens = Signature { ids: 0, input: vec![40], vocabulary: Some(3), output: vec![40, 3], causal: false };
         for (layers, parts, signature) in [(deep, 1, &images), (wide, 2, &images), (tied, 1, &tokens)] {
             let model = Model::build(&Spec::Layers { layers }, signature).expect("the model fits");
             let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
@@ -253,7 +306,7 @@ proptest! {
                 announced[from..from + values.len()].copy_from_slice(values);
             };
             let key = Key::new(salt, Purpose::Dropout);
-            gradient(&model, &loss, &weights, &batch, &segments, key, &mut workspace, &mut grads, &mut keep);
+            gradient(&model, &loss, &weights, &batch, &segments, key, &mut workspace, &mut grads, &mut [], &mut keep);
             prop_assert!(starts.is_sorted_by(|a, b| a > b), "{:?}", starts);
             // What every layer with parameters begins with.
             let mut layers = model.layout().tensors().filter(|(t, _)| t.name.ends_with("weight")).map(|(_, r)| r);
@@ -289,10 +342,15 @@ proptest! {
         let tied = vec![Layer::TiedEmbedding { width: 12, init: None, layers: inner.clone() }];
         // A table of several blocks.
         let apart = [vec![Layer::Embedding { width: 12, init: None }], inner, vec![linear(4)]].concat();
-        let tokens = |vocabulary, outputs| Signature { input: vec![5], vocabulary: Some(vocabulary), output: vec![5, outputs], causal: false };
+        let tokens = |vocabulary, outputs| Signature { ids: 0, input: vec![5], vocabulary: Some(vocabulary), output: vec![5, outputs], causal: false };
         let of_images = Signature::new(&[2, 6, 8], 4);
         let bag = vec![Layer::EmbeddingBag { width: 12, init: None }, linear(4)];
         let of_texts = Signature { output: vec![4], ..tokens(40_000, 4) };
+        let lookup = |width| Layer::Lookup { width, init: RowInit::Normal { std: 1.0 } };
+        let both = vec![vec![linear(7)], vec![lookup(7)], vec![lookup(3), Layer::Sum]];
+        let clicks = vec![Layer::Parallel { join: Join::Concat, branches: both }, linear(4)];
+        let of_clicks = Signature { ids: 3, ..Signature::new(&[2], 4) };
+        of_parts_and_whole(clicks, &of_clicks, &sizes, lo, salt, threads)?;
         for (layers, signature) in [(bag, of_texts), (images, of_images), (tied, tokens(50, 50)), (apart, tokens(40_000, 4))] {
             of_parts_and_whole(layers, &signature, &sizes, lo, salt, threads)?;
         }
@@ -321,6 +379,16 @@ fn of_parts_and_whole(
         let below = |i: u64| if i.is_multiple_of(3) { vocabulary as u64 } else { 5 };
         all.inputs.iter_mut().zip(0..).for_each(|(x, i)| *x = key.below(i, below(i)) as f32);
     }
+    let ids = signature.ids;
+    let random = Key::new(salt, Purpose::Synthetic).with(3);
+    all.ids = (0..(rows * ids) as u64).map(|i| random.below(2 * i, 1 + random.below(2 * i + 1, 100))).collect();
+    let width = model.rows().width();
+    let ready = |mut batch: Batch| {
+        batch.look_up();
+        batch.put_rows(&model.rows().first(salt), width);
+        batch
+    };
+    let all = ready(all);
     let mut starts = vec![0];
     sizes.iter().for_each(|n| starts.push(starts[starts.len() - 1] + n));
     let weights = params(&model, salt);
@@ -329,10 +397,21 @@ fn of_parts_and_whole(
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
         pool.install(|| {
             let mut grads = vec![f32::NAN; weights.len()];
+            let mut d_rows = RowSums { keys: batch.lookups.keys().to_vec(), values: vec![f32::NAN; batch.rows.len()] };
             let mut workspace = Workspace::new(&model, rows.max(1), sizes.len());
-            let sums =
-                gradient(&model, &loss, &weights, batch, segments, key, &mut workspace, &mut grads, &mut |_, _| {});
-            (sums, grads)
+            let sums = gradient(
+                &model,
+                &loss,
+                &weights,
+                batch,
+                segments,
+                key,
+                &mut workspace,
+                &mut grads,
+                &mut d_rows.values,
+                &mut |_, _| {},
+            );
+            (sums, grads, d_rows)
         })
     };
     let whole = run(&all, &Segments { lo, starts: starts.clone() }, threads);
@@ -341,16 +420,23 @@ fn of_parts_and_whole(
         let inputs = all.inputs[starts[i] * len..starts[i + 1] * len].to_vec();
         let Targets::Class(labels) = &all.targets else { panic!("labels") };
         let targets = Targets::Class(labels[starts[i] * each..starts[i + 1] * each].to_vec());
-        let part = Batch { inputs, targets, samples: sizes[i] };
-        run(&part, &Segments { lo: lo + i as u32, starts: vec![0, sizes[i]] }, 1)
+        let ids = all.ids[starts[i] * ids..starts[i + 1] * ids].to_vec();
+        let part = Batch { inputs, ids, targets, samples: sizes[i], ..Batch::empty() };
+        run(&ready(part), &Segments { lo: lo + i as u32, starts: vec![0, sizes[i]] }, 1)
     };
-    fn tree(node: Node, leaf: &impl Fn(usize) -> Vec<f32>) -> Vec<f32> {
+    fn tree<T>(node: Node, leaf: &impl Fn(usize) -> T, add: &impl Fn(T, T) -> T) -> T {
         match node.children() {
             None => leaf(node.lo as usize),
-            Some((l, r)) => tree(l, leaf).iter().zip(tree(r, leaf)).map(|(a, b)| a + b).collect(),
+            Some((l, r)) => add(tree(l, leaf, add), tree(r, leaf, add)),
         }
     }
-    let parts = tree(Node::root(sizes.len() as u32), &|i| alone(i).1);
+    let root = Node::root(sizes.len() as u32);
+    let add = |a: Vec<f32>, b: Vec<f32>| a.iter().zip(b).map(|(a, b)| a + b).collect();
+    let parts: Vec<f32> = tree(root, &|i| alone(i).1, &add);
+    let rows_of_parts = tree(root, &|i| alone(i).2, &|a, b| RowSums::of_both(a.parts(), b.parts(), width));
+    prop_assert_eq!(&rows_of_parts.keys, &whole.2.keys);
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    prop_assert_eq!(bits(&rows_of_parts.values), bits(&whole.2.values));
     for (i, (a, b)) in whole.1.iter().zip(&parts).enumerate() {
         prop_assert_eq!(a.to_bits(), b.to_bits(), "value {} of {:?}", i, model.layout().tensor_at(i).map(|t| &t.name));
     }

@@ -36,7 +36,7 @@ fn a_gradient_allocates_nothing_after_the_first() {
         init: None,
         layers: vec![Layer::Positions { init: None }, block, Layer::RmsNorm { dims: Some(1), eps: 1e-5 }],
     }];
-    let tokens = Signature { input: vec![70], vocabulary: Some(10), output: vec![70, 10], causal: false };
+    let tokens = Signature { ids: 0, input: vec![70], vocabulary: Some(10), output: vec![70, 10], causal: false };
     for (layers, signature) in [(layers, images), (sequences, tokens)] {
         let counts = allocations(layers, &signature);
         assert_eq!(counts[1..], [0, 0], "allocations of three steps: {counts:?}");
@@ -54,6 +54,7 @@ fn allocations(layers: Vec<Layer>, signature: &Signature) -> [u64; 3] {
         inputs: (0..(samples * model.input_len()) as u64).map(input).collect(),
         targets: Targets::Class((0..(samples * model.targets()) as u32).map(|i| i % 10).collect()),
         samples,
+        ..Batch::empty()
     };
     // Partitions of several sizes, one of a single sample, one of none.
     let segments = Segments { lo: 4, starts: vec![0, 5, 6, 6, samples] };
@@ -64,7 +65,18 @@ fn allocations(layers: Vec<Layer>, signature: &Signature) -> [u64; 3] {
         let mut workspace = Workspace::new(&model, samples, 4);
         [(); 3].map(|()| {
             let step = || {
-                gradient(&model, &loss, &params, &batch, &segments, key, &mut workspace, &mut grads, &mut |_, _| {});
+                gradient(
+                    &model,
+                    &loss,
+                    &params,
+                    &batch,
+                    &segments,
+                    key,
+                    &mut workspace,
+                    &mut grads,
+                    &mut [],
+                    &mut |_, _| {},
+                );
             };
             allocation_counter::measure(step).count_total
         })

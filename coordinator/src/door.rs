@@ -4,7 +4,7 @@ use crate::lock;
 use crate::shared::{Shared, Token};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use unisono_proto::shm::Lane;
+use unisono_proto::shm::{Lane, Memory};
 
 /// An open door, and the lanes of those that went through and have not said so yet.
 pub struct Door {
@@ -53,11 +53,15 @@ impl Door {
     fn let_in(&self, mut stream: std::os::unix::net::UnixStream, shared: &Shared) -> std::io::Result<()> {
         let secret = unisono_proto::shm::door::Door::ask(&mut stream)?;
         shared.member(&secret).map_err(|_| std::io::Error::other("there is no such session"))?;
-        let lane = Arc::new(Lane::create(shared.store.layout().len())?);
+        let lane = Arc::new(Lane::create(shared.slots())?);
         // Before it is given: the worker may say so at once.
         lock(&self.lanes).insert(secret, lane.clone());
         let memories = [shared.store.weights().memory(), lane.memory(), shared.inbox.bell.memory()];
-        let given = unisono_proto::shm::door::Door::give(&stream, memories);
+        let give = |memories: &[&Memory]| unisono_proto::shm::door::Door::give(&stream, memories);
+        let given = match &shared.store.tables {
+            Some(tables) => tables.with_memory(|rows| give(&[&memories[..], &[rows]].concat())),
+            None => give(&memories),
+        };
         if given.is_err() {
             lock(&self.lanes).remove(&secret);
         }

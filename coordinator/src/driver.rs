@@ -9,7 +9,7 @@ use crate::lock;
 use crate::measure::Measure;
 use crate::pace::Pace;
 use crate::shared::{Input, Shared, ToWorker};
-use crate::store::{Applied, Keep};
+use crate::store::{Applied, Keep, Rates};
 use crate::sum::Gradient;
 use crate::{Progress, Summary};
 use anyhow::{Context, Result, bail, ensure};
@@ -313,6 +313,7 @@ impl Driver {
                     self.kept()
                 );
             }
+            Input::Applied(Applied::Full { step, why }) => bail!("step {step}: {why}. {}", self.kept()),
             Input::Applied(Applied::Done { step, sums }) => {
                 self.machine(Event::RoundApplied);
                 let now = Instant::now();
@@ -437,7 +438,9 @@ impl Driver {
         let train = &self.shared.job.train;
         let base = Optimizer::lr(&train.optimizer);
         let factor = schedule::factor(&train.schedule, step.0, self.total_steps) * self.learning.plateau.factor;
-        self.shared.store.begin((base as f64 * factor) as f32);
+        let tables = self.shared.store.tables.as_ref().map_or(0.0, |tables| tables.optimizer().lr());
+        let rate = |base: f32| (base as f64 * factor) as f32;
+        self.shared.store.begin(Rates { dense: rate(base), tables: rate(tables) });
         self.pace.open(Instant::now());
         self.machine(Event::Open { step, kind: Kind::Train });
         Ok(())
@@ -495,7 +498,7 @@ impl Driver {
             name: job.name.clone(),
             job: job.clone(),
             job_digest: crate::hex(job.digest()),
-            layout_digest: crate::hex(layout.digest()),
+            layout_digest: crate::hex(shared.model_digest),
             prepared: shared.prepared.clone(),
             step: step.0,
             epoch: step.0 / self.steps_per_epoch,
@@ -509,7 +512,7 @@ impl Driver {
             files: Default::default(),
         };
         let slots = Optimizer::new(&job.train.optimizer).slot_names();
-        match files::Writing::begin(&dir, step.0, layout, &slots) {
+        match files::Writing::begin(&dir, step.0, layout, &slots, shared.store.tables.as_ref()) {
             Err(e) => shared.input(Input::Saved(Err(e))),
             Ok(writing) => {
                 let (writing, keep) = (Arc::new(writing), job.checkpoint.keep);
@@ -521,7 +524,7 @@ impl Driver {
                     return Ok(());
                 }
                 std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
-                    shared.store.flush();
+                    shared.store.flush(&*writing);
                     shared.input(Input::Saved(writing.finish(manifest, keep)));
                 })?;
             }

@@ -1,6 +1,7 @@
 //! Checkpoint files: written aside, fsynced, renamed; the manifest last.
 
 use crate::lock;
+use crate::rows::Tables;
 use crate::store::Keep;
 use anyhow::{Context, Result, bail};
 use std::fs;
@@ -11,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use unisono_common::checkpoint::{self, FileDigest, Manifest};
 use unisono_common::layout::{Layout, le_bytes, le_bytes_mut};
+use unisono_common::rows::optim::RowOptimizer;
+use unisono_common::rows::{self, RowBlock, RowLayout};
 
 const MANIFEST: &str = "manifest.json";
 const WEIGHTS: &str = "weights.safetensors";
@@ -25,6 +28,8 @@ pub struct Loaded {
     pub manifest: Manifest,
     pub weights: Vec<u8>,
     pub optimizer: Vec<u8>,
+    /// The files of sparse tables, in order.
+    pub rows: Vec<Vec<u8>>,
 }
 
 /// A safetensors file whose values come in any order.
@@ -69,6 +74,42 @@ impl TensorFile {
     }
 }
 
+/// Rows of a file of a sparse table, at most.
+const ROWS: usize = 1 << 18;
+
+/// The files of sparse tables.
+struct RowFiles {
+    layout: RowLayout,
+    optimizer: RowOptimizer,
+    /// What is not in a file yet.
+    block: RowBlock,
+    written: Vec<TensorFile>,
+    digest: rows::Digest,
+}
+
+/// The name of the `n`-th file of rows.
+fn rows_file(n: usize) -> String {
+    format!("rows-{n:05}.safetensors")
+}
+
+impl RowFiles {
+    fn add(&mut self, aside: &Path, block: &RowBlock) -> Result<()> {
+        self.digest.add(block, self.optimizer.row_len());
+        self.block.keys.extend_from_slice(&block.keys);
+        self.block.rows.extend_from_slice(&block.rows);
+        if self.block.keys.len() >= ROWS { self.write(aside) } else { Ok(()) }
+    }
+
+    fn write(&mut self, aside: &Path) -> Result<()> {
+        let block = std::mem::take(&mut self.block);
+        if !block.keys.is_empty() {
+            let bytes = checkpoint::rows_to_safetensors(&self.layout, &self.optimizer, &block);
+            self.written.push(TensorFile::create(aside.join(rows_file(self.written.len())), &bytes)?);
+        }
+        Ok(())
+    }
+}
+
 /// A checkpoint that is being written, in a folder aside until it is whole.
 pub struct Writing {
     dir: PathBuf,
@@ -76,13 +117,21 @@ pub struct Writing {
     layout: Arc<Layout>,
     weights: TensorFile,
     optimizer: TensorFile,
+    tables: Option<Mutex<RowFiles>>,
     /// The first write that failed.
     failed: Mutex<Option<anyhow::Error>>,
 }
 
 impl Writing {
-    /// Begins the checkpoint of `step` in `dir`, for a model of `layout` and optimizer state vectors called `slots`.
-    pub fn begin(dir: &Path, step: u64, layout: Arc<Layout>, slots: &[&str]) -> Result<Writing> {
+    /// Begins the checkpoint of `step` in `dir`, for a model of `layout`, optimizer state vectors called `slots`, and its sparse
+    /// tables.
+    pub fn begin(
+        dir: &Path,
+        step: u64,
+        layout: Arc<Layout>,
+        slots: &[&str],
+        tables: Option<&Tables>,
+    ) -> Result<Writing> {
         let name = format!("step-{step:08}");
         let aside = aside(dir, &name);
         fs::remove_dir_all(&aside).ok();
@@ -91,7 +140,13 @@ impl Writing {
             let weights = TensorFile::create(aside.join(WEIGHTS), &checkpoint::weights_header(&layout))?;
             let header = checkpoint::state_header(layout.trainable(), slots);
             let optimizer = TensorFile::create(aside.join(OPTIMIZER), &header)?;
-            Ok(Writing { dir: dir.into(), name, layout, weights, optimizer, failed: Mutex::new(None) })
+            let files = |tables: &Tables| {
+                let (layout, optimizer) = (tables.layout().clone(), tables.optimizer().clone());
+                let digest = rows::Digest::new(&layout);
+                Mutex::new(RowFiles { layout, optimizer, block: RowBlock::default(), written: Vec::new(), digest })
+            };
+            let (tables, failed) = (tables.map(files), Mutex::new(None));
+            Ok(Writing { dir: dir.into(), name, layout, weights, optimizer, tables, failed })
         })();
         if begun.is_err() {
             fs::remove_dir_all(&aside).ok();
@@ -124,13 +179,21 @@ impl Writing {
         if let Some(e) = lock(&self.failed).take() {
             return Err(e);
         }
-        let digest = self.layout.digest_of_pieces(|range| self.weights.read(range))?;
-        manifest.weights_digest = digest.clone();
+        let aside = aside(&self.dir, &self.name);
+        let mut digest = self.layout.digest_of_pieces(|range| self.weights.read(range))?;
         for (name, file) in [(WEIGHTS, &self.weights), (OPTIMIZER, &self.optimizer)] {
             manifest.files.insert(name.into(), file.sync()?);
         }
+        if let Some(tables) = &self.tables {
+            let mut tables = lock(tables);
+            tables.write(&aside)?;
+            for (n, file) in tables.written.iter().enumerate() {
+                manifest.files.insert(rows_file(n), file.sync()?);
+            }
+            digest = tables.digest.finish(&digest);
+        }
+        manifest.weights_digest = digest.clone();
         manifest.digest = manifest.own_digest();
-        let aside = aside(&self.dir, &self.name);
         TensorFile::create(aside.join(MANIFEST), &serde_json::to_vec_pretty(&manifest)?)?.sync()?;
         fs::File::open(&aside)?.sync_all()?;
         let path = self.dir.join(&self.name);
@@ -155,6 +218,13 @@ impl Keep for Writing {
             vectors.zip(slots).try_for_each(|(vector, slot)| self.optimizer.write(vector + trained.start, slot))
         };
         if let Err(e) = write() {
+            lock(&self.failed).get_or_insert(e);
+        }
+    }
+
+    fn rows(&self, block: &RowBlock) {
+        let Some(tables) = &self.tables else { return };
+        if let Err(e) = lock(tables).add(&aside(&self.dir, &self.name), block) {
             lock(&self.failed).get_or_insert(e);
         }
     }
@@ -237,7 +307,9 @@ pub fn read(path: &Path) -> Result<Loaded> {
         Ok(bytes)
     };
     let (weights, optimizer) = (file(WEIGHTS)?, file(OPTIMIZER)?);
-    Ok(Loaded { path: path.into(), manifest, weights, optimizer })
+    let named = (0..).map(rows_file).take_while(|name| manifest.files.contains_key(name));
+    let rows = named.map(|name| file(&name)).collect::<Result<_>>()?;
+    Ok(Loaded { path: path.into(), manifest, weights, optimizer, rows })
 }
 
 /// The newest whole checkpoint in `dir`, and why newer ones were passed over.

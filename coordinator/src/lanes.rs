@@ -1,6 +1,7 @@
 //! The lanes of workers that share memory with this process, as the driver sees them.
 
 use crate::push::{Chunk, Push};
+use crate::rows::RowGradient;
 use crate::shared::Shared;
 use crate::sum::Gradient;
 use std::sync::Arc;
@@ -10,14 +11,14 @@ use unisono_common::protocol::Kind;
 use unisono_common::tree::Node;
 use unisono_proto::WireError;
 use unisono_proto::shm::frame::{Order, Report};
-use unisono_proto::shm::{Hold, Lane, Part};
+use unisono_proto::shm::{Hold, Lane, Part, RowPart};
 
 /// One worker's lane, and what is coming through it.
 pub struct LaneEnd {
     lane: Arc<Lane>,
     push: Push,
-    /// The slot that the chunks of the open node are in.
-    hold: Option<(u32, Arc<Hold>)>,
+    /// The slot that the open node's sums are in, and how many rows of sparse tables it has.
+    hold: Option<(u32, Arc<Hold>, u32)>,
     /// The last step whose weights the worker was asked to read.
     reads: Option<Step>,
 }
@@ -52,12 +53,12 @@ impl LaneEnd {
                 Report::Begin { slot, header } => {
                     let taken = Hold::of(&self.lane, slot).ok_or(WireError::Slot { slot })?;
                     // Nobody waits for what is not owed, and the slot is free at once.
-                    self.hold = self.push.begin(shared, &header)?.then_some((slot, taken));
+                    self.hold = self.push.begin(shared, &header)?.then_some((slot, taken, header.rows));
                 }
                 Report::Ready { slot, from, to, spent } => {
                     for index in (from..to).rev() {
                         let chunk = self.push.chunk(shared, index, spent)?;
-                        let Some((chunk, (held, hold))) = chunk.zip(self.hold.as_ref()) else { continue };
+                        let Some((chunk, (held, hold, _))) = chunk.zip(self.hold.as_ref()) else { continue };
                         if *held != slot {
                             return Err(WireError::Slot { slot });
                         }
@@ -68,10 +69,17 @@ impl LaneEnd {
                             chunk.accept(shared, Gradient::Slot(part));
                         }
                     }
-                    if self.push.is_whole() {
-                        self.hold = None; // the parts hold what they need
+                }
+                Report::Rows { slot } => {
+                    let rows = self.push.rows()?;
+                    if let Some((rows, (held, hold, count))) = rows.zip(self.hold.as_ref()) {
+                        let part = RowPart::new(hold, *count as usize).filter(|_| *held == slot);
+                        rows.accept(shared, RowGradient::Slot(part.ok_or(WireError::Slot { slot })?))?;
                     }
                 }
+            }
+            if self.push.is_whole() {
+                self.hold = None; // the parts hold what they need
             }
         }
         Ok(any)

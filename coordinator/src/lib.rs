@@ -9,7 +9,9 @@ mod lanes;
 mod measure;
 mod pace;
 mod parameters;
+mod pulls;
 mod push;
+mod rows;
 mod service;
 mod shared;
 mod store;
@@ -20,6 +22,7 @@ use driver::{Driver, Learning};
 use measure::Measure;
 pub use measure::{Measured, Phases, Window};
 use pace::Pace;
+use rows::Tables;
 use serde::Serialize;
 use shared::{Input, Shared};
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,12 +35,12 @@ use unisono_common::checkpoint;
 use unisono_common::data::{self, Prepared, partition::Partitions};
 use unisono_common::ids::Step;
 use unisono_common::job::{Job, Length, ScheduleKind};
-use unisono_common::layout::Layout;
 use unisono_common::loss::Loss;
 use unisono_common::metrics::{EvalKind, EvalSummary};
 use unisono_common::model::Model;
 use unisono_common::optim::Optimizer;
 use unisono_common::protocol::{Machine, Patience};
+use unisono_common::rows::{RowBlock, optim::RowOptimizer};
 use unisono_common::tree::Open;
 use unisono_proto::v1;
 
@@ -158,6 +161,7 @@ struct Resumed {
     digest: String,
     weights: Vec<f32>,
     slots: Vec<Vec<f32>>,
+    rows: Vec<RowBlock>,
     learning: Learning,
 }
 
@@ -180,7 +184,7 @@ pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
     }
     let lock = files::check(&dir)?;
     let Ready { job, opened, model, optimizer, .. } = &ready;
-    let from = if resume { Some(find(job, &opened.prepared, &dir, model.layout(), optimizer)?) } else { None };
+    let from = if resume { Some(find(job, &opened.prepared, &dir, model, optimizer)?) } else { None };
     Ok(Ready { dir: Some((dir, lock)), from, ..ready })
 }
 
@@ -221,15 +225,16 @@ pub fn prepare_unkept(job: Job) -> Result<Ready> {
 const AFRESH: &str = "there is nothing to resume from; leave --resume out to start afresh";
 
 /// The newest whole checkpoint of `dir`, which must be this job's.
-fn find(job: &Job, prepared: &Prepared, dir: &Path, layout: &Layout, optimizer: &Optimizer) -> Result<Resumed> {
+fn find(job: &Job, prepared: &Prepared, dir: &Path, model: &Model, optimizer: &Optimizer) -> Result<Resumed> {
+    let layout = model.layout();
     let (found, passed_over) = files::newest(dir);
     for why in passed_over {
         tracing::warn!("passed over: {why}");
     }
-    let Some(files::Loaded { path, manifest, weights, optimizer: slots }) = found else {
+    let Some(files::Loaded { path, manifest, weights, optimizer: slots, rows }) = found else {
         bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display())
     };
-    if manifest.layout_digest != hex(layout.digest()) {
+    if manifest.layout_digest != hex(model.digest()) {
         bail!(
             "{} belongs to another model than this job's; set checkpoint.dir to this job's, or leave --resume out",
             path.display()
@@ -246,6 +251,9 @@ fn find(job: &Job, prepared: &Prepared, dir: &Path, layout: &Layout, optimizer: 
     let slots =
         checkpoint::state_from_safetensors(layout.trainable(), &optimizer.slot_names(), &slots).with_context(mine)?;
     let weights = checkpoint::weights_from_safetensors(layout, &weights).with_context(mine)?;
+    let of_tables = RowOptimizer::new(&job.train.tables().optimizer, model.rows());
+    let rows = rows.iter().map(|file| checkpoint::rows_from_safetensors(model.rows(), &of_tables, file));
+    let rows = rows.collect::<Result<_, _>>().with_context(mine)?;
     if manifest.job_digest != hex(job.digest()) {
         tracing::warn!(
             "the job has changed since {} was written: the result is not that of one undisturbed run",
@@ -261,7 +269,7 @@ fn find(job: &Job, prepared: &Prepared, dir: &Path, layout: &Layout, optimizer: 
         eval: serde_json::from_value(manifest.eval).with_context(mine)?,
         evaluated: manifest.evaluated,
     };
-    Ok(Resumed { path, digest: manifest.weights_digest, weights, slots, learning })
+    Ok(Resumed { path, digest: manifest.weights_digest, weights, slots, rows, learning })
 }
 
 /// A server with the wire's settings.
@@ -291,8 +299,8 @@ pub async fn run(
         Length::Steps(n) => n,
         Length::Epochs(n) => n * steps_per_epoch,
     };
-    let (weights, slots, learning, last_saved) = match from {
-        Some(Resumed { path, digest, weights, slots, learning }) => {
+    let (weights, slots, rows, learning, last_saved) = match from {
+        Some(Resumed { path, digest, weights, slots, rows, learning }) => {
             tracing::info!("resuming from {} at step {}", path.display(), learning.step);
             if job.train.early_stopping.as_ref().is_some_and(|early| learning.early.is_over(early)) {
                 tracing::info!("that run had stopped early");
@@ -301,7 +309,7 @@ pub async fn run(
             if learning.step.0 >= total_steps {
                 tracing::warn!("there is nothing to train: the run is at step {} of {total_steps}", learning.step);
             }
-            (weights, slots, learning, Some((path, digest)))
+            (weights, slots, rows, learning, Some((path, digest)))
         }
         None => {
             if let Some(dir) = &dir
@@ -309,7 +317,7 @@ pub async fn run(
             {
                 tracing::warn!("checkpoints of an earlier run are now in {}", previous.display());
             }
-            (layout.init(job.seed), Vec::new(), Learning::default(), None)
+            (layout.init(job.seed), Vec::new(), Vec::new(), Learning::default(), None)
         }
     };
     let first = learning.step;
@@ -318,8 +326,16 @@ pub async fn run(
     let applied = inbox.clone();
     let clip = store::Clip { norm: job.train.clip_norm, value: job.train.clip_value };
     let p = job.train.partitions;
+    let tables = match model.rows() {
+        layout if layout.is_empty() => None,
+        layout => {
+            let of_job = job.train.tables();
+            Some(Tables::new(layout.clone(), job.seed, &of_job, p, learning.step, &rows)?)
+        }
+    };
     let mut store = store::Store::new(
         layout,
+        tables,
         optimizer,
         clip,
         p,
@@ -329,11 +345,12 @@ pub async fn run(
         options.threads,
         Box::new(move |a| applied.put(Input::Applied(a))),
     )?;
-    drop((weights, slots));
+    drop((weights, slots, rows));
     store.timers = options.window.map(|_| Default::default());
     let eval_kind = EvalKind::of(&opened.prepared);
     let shared = Arc::new(Shared {
         fingerprint: unisono_common::train::fingerprint(),
+        model_digest: model.digest(),
         prepared: opened.prepared.clone(),
         store,
         heartbeat_ms: (options.patience.silence.as_millis() as u32 / 5).clamp(50, 1000),

@@ -2,6 +2,7 @@
 //! a gradient is added up from the memory it came in, and all streams send the same bytes of a chunk of weights.
 
 use crate::push::{Chunk, Push};
+use crate::rows::RowGradient;
 use crate::shared::{Input, Shared};
 use crate::sum::Gradient;
 use bytes::Bytes;
@@ -20,8 +21,9 @@ use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::{Status, codegen::Service};
 use unisono_common::ids::WorkerId;
+use unisono_common::rows::sums::RowSums;
 use unisono_proto::stream::{self, ChunkHead, Part, Reader};
-use unisono_proto::{self as wire, v1};
+use unisono_proto::{self as wire, WireError, v1};
 
 /// Chunks of one push that are being added up at once, at most.
 const AT_ONCE: usize = 8;
@@ -102,11 +104,13 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
     let mut push = Push::of(worker, layout.chunks());
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut spent = None;
+    let mut coming = Coming::default();
     while let Some(part) = reader.part().await? {
         match part {
             Part::Short(v1::push_part::Kind::Node(header)) => {
                 spent = None;
                 push.begin(shared, &wire::header(&header, shared.job.train.partitions)?)?;
+                coming = Coming { rows: header.rows as usize, ..Coming::default() };
             }
             Part::Short(v1::push_part::Kind::Spent(said)) if spent.is_none() => spent = Some(wire::spent(&said)),
             Part::Chunk(head, len) => {
@@ -119,6 +123,14 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                     add_up(shared.clone(), chunk, values, turn);
                 }
             }
+            Part::Rows(head, len) => {
+                let values = if len <= stream::ROW_PIECE { reader.values().await? } else { Bytes::new() };
+                if let Some(sums) = coming.add(shared, head, &values)?
+                    && let Some(rows) = push.rows()?
+                {
+                    rows.accept(shared, RowGradient::Sums(sums))?;
+                }
+            }
             Part::Short(_) => {
                 return Err(Status::invalid_argument(
                     "after its first message a push holds nodes and chunks, and what a node took, once",
@@ -127,6 +139,39 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
         }
     }
     Ok(())
+}
+
+/// The rows of an open node, piece by piece.
+#[derive(Default)]
+struct Coming {
+    /// How many were announced.
+    rows: usize,
+    pieces: u32,
+    sums: RowSums,
+}
+
+impl Coming {
+    /// Adds a piece; gives all rows when they are there.
+    fn add(&mut self, shared: &Shared, head: ChunkHead, values: &Bytes) -> Result<Option<RowSums>, WireError> {
+        let wrong = |what| Err(WireError::Rows(what));
+        let Some(tables) = &shared.store.tables else { return wrong("the model has no sparse tables") };
+        let width = tables.layout().width();
+        let (each, rows) = (8 + 4 * width, values.len() / (8 + 4 * width));
+        let crc = wire::crc(values);
+        if crc != head.crc {
+            return Err(WireError::Checksum { index: head.index, got: crc, want: head.crc });
+        }
+        let all = self.sums.keys.len() + rows;
+        let most = self.rows.min(shared.slots().rows);
+        if values.len() != rows * each || head.index != self.pieces || all > most || rows == 0 && all < self.rows {
+            return wrong("a piece is not the next one, or there are more rows than can be");
+        }
+        let (keys, gradients) = values.split_at(8 * rows);
+        self.sums.keys.extend(keys.as_chunks::<8>().0.iter().map(|key| u64::from_le_bytes(*key)));
+        self.sums.values.extend(gradients.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)));
+        self.pieces += 1;
+        Ok((all == self.rows).then(|| std::mem::take(&mut self.sums)))
+    }
 }
 
 /// Gives a chunk to the store, beside the task that reads the next one.

@@ -1,5 +1,6 @@
 //! What a worker pushes, node after node, whichever way it comes.
 
+use crate::rows::RowGradient;
 use crate::shared::{Input, Shared};
 use crate::sum::Gradient;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::Instant;
 use unisono_common::ids::{Step, WorkerId};
 use unisono_common::loss::LossSums;
 use unisono_common::protocol::Kind;
+use unisono_common::rows::sums::RowSums;
 use unisono_common::tree::Node;
 use unisono_proto::WireError;
 use unisono_proto::shm::frame::{Header, Spent};
@@ -18,6 +20,8 @@ pub struct Push {
     /// The node that chunks belong to; `None` while it is not owed (late, or of another step).
     open: Option<Opened>,
     came: Vec<bool>,
+    /// Whether the rows have come, or the model has none.
+    rows: bool,
 }
 
 /// A node whose chunks are coming.
@@ -39,7 +43,7 @@ pub struct Chunk {
 impl Push {
     /// The pushes of `worker`, in `chunks` chunks each.
     pub fn of(worker: WorkerId, chunks: usize) -> Push {
-        Push { worker, open: None, came: vec![false; chunks] }
+        Push { worker, open: None, came: vec![false; chunks], rows: true }
     }
 
     /// The chunks that follow are this node's. Gives whether it is owed.
@@ -49,18 +53,20 @@ impl Push {
     pub fn begin(&mut self, shared: &Shared, header: &Header) -> Result<bool, WireError> {
         let (step, node, sums) = shared.check_header(header)?;
         self.came.fill(false);
+        self.rows = shared.store.tables.is_none();
         self.open = if shared.owes(self.worker, step, Kind::Train, node) {
             shared.check_samples(step, node, sums.samples)?;
-            Some(Opened { step, node, sums, left: Arc::new(AtomicUsize::new(self.came.len())) })
+            let parts = self.came.len() + usize::from(!self.rows);
+            Some(Opened { step, node, sums, left: Arc::new(AtomicUsize::new(parts)) })
         } else {
             None
         };
         Ok(self.open.is_some())
     }
 
-    /// Whether all chunks of the node have come.
+    /// Whether all of the node has come.
     pub fn is_whole(&self) -> bool {
-        self.came.iter().all(|came| *came)
+        self.rows && self.came.iter().all(|came| *came)
     }
 
     /// Chunk `index` of the node came, the last one with what the node took; `None` where nobody waits for it.
@@ -78,6 +84,51 @@ impl Push {
         }
         Ok(self.open.clone().map(|of| Chunk { worker: self.worker, of, index: index as usize }))
     }
+
+    /// The node's rows came, before its last chunk; `None` where nobody waits for them.
+    ///
+    /// # Errors
+    /// Rows that nobody can have been asked for, and those that have come before.
+    pub fn rows(&mut self) -> Result<Option<Rows>, WireError> {
+        if std::mem::replace(&mut self.rows, true) {
+            return Err(WireError::Rows("they came twice, or the model has no sparse tables"));
+        }
+        Ok(self.open.clone().map(|of| Rows { worker: self.worker, of }))
+    }
+}
+
+/// The rows of an owed node.
+pub struct Rows {
+    worker: WorkerId,
+    of: Opened,
+}
+
+impl Rows {
+    /// Gives their sums to the store, when they are found to be sound: all of the node's rows, in order and finite.
+    ///
+    /// # Errors
+    /// Sums that are not.
+    pub fn accept(self, shared: &Shared, gradient: RowGradient) -> Result<(), WireError> {
+        let Rows { worker, of } = self;
+        let width = shared.store.tables.as_ref().map_or(0, |tables| tables.layout().width());
+        let (keys, values) = gradient.parts();
+        if !RowSums::is_sound(keys, values, width) {
+            return Err(WireError::Rows("keys are not in order, or a value is not finite"));
+        }
+        let (step, node, sums) = (of.step, of.node, of.sums);
+        of.done(worker, shared);
+        shared.store.accept_rows(step, node, sums, gradient);
+        Ok(())
+    }
+}
+
+impl Opened {
+    /// One part less is missing; the node's last one is told to the driver.
+    fn done(&self, worker: WorkerId, shared: &Shared) {
+        if self.left.fetch_sub(1, Ordering::SeqCst) == 1 {
+            shared.input(Input::NodeDone { worker, step: self.step, node: self.node });
+        }
+    }
 }
 
 impl Chunk {
@@ -88,10 +139,8 @@ impl Chunk {
 
     /// Gives the chunk to the store; the node's last one is told to the driver first.
     pub fn accept(self, shared: &Shared, gradient: Gradient) {
-        let Chunk { worker, of: Opened { step, node, sums, left }, index } = self;
-        if left.fetch_sub(1, Ordering::SeqCst) == 1 {
-            shared.input(Input::NodeDone { worker, step, node });
-        }
-        shared.store.accept(step, node, sums, index, gradient);
+        let Chunk { worker, of, index } = self;
+        of.done(worker, shared);
+        shared.store.accept(of.step, of.node, of.sums, index, gradient);
     }
 }

@@ -1,5 +1,6 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
+use crate::pulls;
 use crate::shared::{Input, Shared, Token};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -54,7 +55,7 @@ impl Service {
         if wire::digest("job_digest", &join.job_digest)? != s.job.digest() {
             return refuse("this worker read another job than the coordinator's".into());
         }
-        if wire::digest("layout_digest", &join.layout_digest)? != s.store.layout().digest() {
+        if wire::digest("layout_digest", &join.layout_digest)? != s.model_digest {
             return refuse(
                 "this worker built another model from the same job: was it built from other sources?".into(),
             );
@@ -180,6 +181,17 @@ impl v1::coordinator_server::Coordinator for Service {
                 }
             }
         });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    type PullRowsStream = Out<v1::RowReply>;
+
+    async fn pull_rows(
+        &self,
+        request: Request<Streaming<v1::RowRequest>>,
+    ) -> Result<Response<Self::PullRowsStream>, Status> {
+        let (send, receive) = mpsc::channel(2);
+        tokio::spawn(pulls::serve(self.0.clone(), request.into_inner(), send));
         Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }
 }

@@ -21,7 +21,7 @@ use unisono_common::job::Job;
 use unisono_common::loss::LossSums;
 use unisono_common::protocol::{Event, Kind, Machine};
 use unisono_common::tree::Node;
-use unisono_proto::shm::{Lane, door, frame::Header, memory::BellMemory};
+use unisono_proto::shm::{Lane, SlotSize, door, frame::Header, memory::BellMemory};
 use unisono_proto::{self as wire, WireError, v1};
 
 /// Sends messages to one worker's session.
@@ -78,6 +78,9 @@ pub enum Input {
     Saved(Result<(PathBuf, String)>),
 }
 
+/// Samples that workers evaluate at once.
+const EVAL_ROWS: usize = 256;
+
 /// What proves that a stream is a member's.
 pub type Token = [u8; door::SECRET];
 
@@ -113,6 +116,8 @@ pub struct Shared {
     pub job: Job,
     pub prepared: Prepared,
     pub fingerprint: [u8; 32],
+    /// Of all that is learnt: names, shapes, roles.
+    pub model_digest: [u8; 32],
     pub store: Store,
     pub heartbeat_ms: u32,
     pub(crate) opened: Opened,
@@ -180,6 +185,23 @@ impl Shared {
             return Err(WireError::Range { field: "samples", value: format!("{samples}, not {want}") });
         }
         Ok(())
+    }
+
+    /// What a worker's slots have room for.
+    pub(crate) fn slots(&self) -> SlotSize {
+        let len = self.store.layout().len();
+        match &self.store.tables {
+            Some(tables) => {
+                let (rows, width) = (self.prepared.rows_of_a_step(&self.job.train), tables.layout().width());
+                SlotSize { len, rows, width }
+            }
+            None => SlotSize::dense(len),
+        }
+    }
+
+    /// Rows of sparse tables that a worker asks for at once, at most.
+    pub(crate) fn most_rows(&self) -> usize {
+        self.slots().rows.max(EVAL_ROWS * self.prepared.ids.len())
     }
 
     /// A sign of life.

@@ -6,6 +6,7 @@
 //! of a chunk is written by the update that would replace it.
 
 use crate::lock;
+use crate::rows::{Failed, RowGradient, Tables};
 use crate::sum::{Gradient, Part, Spare};
 use anyhow::Context;
 use bytes::Bytes;
@@ -20,6 +21,7 @@ use unisono_common::kernels;
 use unisono_common::layout::{Layout, Role, le_bytes};
 use unisono_common::loss::LossSums;
 use unisono_common::optim::{self, MAX_SLOTS, Optimizer, Sums};
+use unisono_common::rows::RowBlock;
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
 
@@ -87,6 +89,9 @@ pub struct Sent {
 pub trait Keep: Send + Sync {
     /// A chunk's weights, and its part of each of the optimizer's state vectors.
     fn chunk(&self, index: usize, weights: &[f32], slots: &[Vec<f32>]);
+
+    /// Rows of sparse tables, in their order.
+    fn rows(&self, block: &RowBlock);
 }
 
 struct Chunk {
@@ -143,6 +148,8 @@ pub enum Applied {
     Done { step: Step, sums: LossSums },
     /// A value is not finite after reduction or update.
     Diverged { step: Step, tensor: String },
+    /// The sparse tables have no room for more rows.
+    Full { step: Step, why: String },
 }
 
 /// What makes a mean of the sums: without any weight (all of class_weights 0) there is no loss, and no gradient.
@@ -176,9 +183,18 @@ pub struct Clip {
     pub value: Option<f32>,
 }
 
+/// Learning rates of a step: of the layout's values, and of sparse tables.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rates {
+    pub dense: f32,
+    pub tables: f32,
+}
+
 /// The parameter store.
 pub struct Store {
     layout: Arc<Layout>,
+    /// The model's sparse tables, where it has any.
+    pub tables: Option<Tables>,
     optimizer: Optimizer,
     clip: Clip,
     partitions: u32,
@@ -188,11 +204,13 @@ pub struct Store {
     versions: Vec<AtomicU64>,
     /// Buffers of a chunk's length.
     spare: Arc<Spare>,
-    /// Learning rate of the open step.
-    lr: Mutex<f32>,
+    /// Those of the open step.
+    rates: Mutex<Rates>,
     pending: AtomicUsize,
     /// Place of the first value that is not finite.
     diverged: Mutex<Option<usize>>,
+    /// Why the rows of sparse tables could not be updated.
+    failed: Mutex<Option<Failed>>,
     changed: watch::Sender<u64>,
     applied: Box<dyn Fn(Applied) + Send + Sync>,
     /// Threads that reduce and update.
@@ -212,6 +230,7 @@ impl Store {
     /// Where the system has no memory for the weights, or no threads.
     pub fn new(
         layout: Arc<Layout>,
+        tables: Option<Tables>,
         optimizer: Optimizer,
         clip: Clip,
         partitions: u32,
@@ -252,7 +271,8 @@ impl Store {
             })
             .collect();
         Ok(Store {
-            pending: AtomicUsize::new(chunks.len()),
+            pending: AtomicUsize::new(chunks.len() + usize::from(tables.is_some())),
+            tables,
             versions: chunks.iter().map(|_| AtomicU64::new(step.0)).collect(),
             chunks,
             layout,
@@ -261,8 +281,9 @@ impl Store {
             partitions,
             weights: memory,
             spare: Arc::default(),
-            lr: Mutex::new(0.0),
+            rates: Mutex::default(),
             diverged: Mutex::new(None),
+            failed: Mutex::new(None),
             changed: watch::Sender::new(0),
             applied,
             pool,
@@ -282,11 +303,11 @@ impl Store {
         &self.weights
     }
 
-    /// Opens a step, whose updates use `lr`.
-    pub fn begin(&self, lr: f32) {
-        *lock(&self.lr) = lr;
+    /// Opens a step, whose updates use these rates.
+    pub fn begin(&self, rates: Rates) {
+        *lock(&self.rates) = rates;
         self.chunks.iter().for_each(|chunk| lock(chunk).previous = false);
-        self.pending.store(self.chunks.len(), Ordering::SeqCst);
+        self.pending.store(self.chunks.len() + usize::from(self.tables.is_some()), Ordering::SeqCst);
     }
 
     /// Takes one checked chunk of a node's gradient sum, with the node's loss sums; the last one of the step runs the
@@ -323,11 +344,42 @@ impl Store {
             self.spare.free(gradient);
             self.changed.send_modify(|n| *n += 1);
         }
-        if self.pending.fetch_sub(1, Ordering::SeqCst) == 1 {
-            if self.clip.norm.is_some() {
-                self.apply_clipped();
+        self.one_less(step, sums);
+    }
+
+    /// Takes the checked sums of a node's rows, as [`Store::accept`] does those of its chunks.
+    pub fn accept_rows(&self, step: Step, node: Node, sums: LossSums, gradient: RowGradient) {
+        let Some(tables) = &self.tables else { return };
+        let Some(sums) = tables.accept(step, node, sums, gradient) else { return };
+        if self.clip.norm.is_none() {
+            self.update_rows(tables, inverse(sums));
+        }
+        self.one_less(step, sums);
+    }
+
+    /// A chunk, or the tables' gradient, is whole; the last one finishes the step.
+    fn one_less(&self, step: Step, sums: LossSums) {
+        if self.pending.fetch_sub(1, Ordering::SeqCst) != 1 {
+            return;
+        }
+        if let Some(norm) = self.clip.norm {
+            let factor = inverse(sums) * self.apply_clipped(norm, inverse(sums));
+            if let Some(tables) = &self.tables {
+                self.update_rows(tables, factor);
             }
-            self.finish(step, sums);
+        }
+        self.finish(step, sums);
+    }
+
+    /// New rows from their gradients' sums times `factor`.
+    fn update_rows(&self, tables: &Tables, factor: f32) {
+        let rate = lock(&self.rates).tables;
+        let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
+        if let Err(failed) = self.pool.install(|| tables.update(rate, factor, self.clip.value)) {
+            lock(&self.failed).get_or_insert(failed);
+        }
+        if let Some((timers, began)) = began {
+            timers.add(Duration::ZERO, began.elapsed());
         }
     }
 
@@ -336,16 +388,18 @@ impl Store {
         node.len() == self.partitions || lock(&self.chunks[index]).open.merges(node)
     }
 
-    /// All chunks are reduced: the global norm of the mean gradient, in chunk order, then every update.
-    fn apply_clipped(&self) {
+    /// All is reduced: the global norm of the mean gradient, in chunk order, then every update; gives what the mean of the rows'
+    /// sums, `mean` times them, is still to be multiplied by.
+    fn apply_clipped(&self, limit: f32, mean: f32) -> f32 {
         let square = |i: usize| {
             let chunk = lock(&self.chunks[i]);
             let mean = chunk.reduced.as_ref().map(|(mean, _)| &mean[..self.layout.trainable_of(i).len()]);
             kernels::vectorized(|| optim::sum_squares(mean.unwrap_or_default()))
         };
         let squares: Vec<f64> = self.pool.install(|| (0..self.chunks.len()).into_par_iter().map(square).collect());
-        let norm = squares.iter().sum::<f64>().sqrt() as f32;
-        let factor = optim::clip_factor(norm, self.clip.norm.unwrap_or(f32::INFINITY));
+        let of_rows = self.tables.as_ref().map_or(0.0, |tables| tables.sum_squares(mean));
+        let norm = (squares.iter().sum::<f64>() + of_rows).sqrt() as f32;
+        let factor = optim::clip_factor(norm, limit);
         let apply = |(i, chunk): (usize, &Mutex<Chunk>)| {
             let mut chunk = lock(chunk);
             if let Some((mean, sums)) = chunk.reduced.take() {
@@ -357,12 +411,13 @@ impl Store {
             self.changed.send_modify(|n| *n += 1);
         };
         self.pool.install(|| self.chunks.par_iter().enumerate().for_each(apply));
+        factor
     }
 
     /// New weights from a gradient times `factor` (trainable part) and the sums of statistics (running part), block by block.
     fn update(&self, chunk: &mut Chunk, index: usize, gradient: &Gradient, factor: f32, sums: LossSums) {
         chunk.flush(index);
-        let (step, lr) = (chunk.version, *lock(&self.lr));
+        let (step, lr) = (chunk.version, lock(&self.rates).dense);
         let (range, trained) = (self.layout.chunk(index), self.layout.trainable_of(index).len());
         let Chunk { piece, slots, .. } = chunk;
         let (old, new) = piece.update(step.0);
@@ -453,10 +508,15 @@ impl Store {
     }
 
     fn finish(&self, step: Step, sums: LossSums) {
+        if let Some(tables) = &self.tables {
+            tables.commit(step.next());
+        }
         let diverged = lock(&self.diverged).and_then(|at| self.layout.tensor_at(at));
-        (self.applied)(match diverged {
-            Some(tensor) => Applied::Diverged { step, tensor: tensor.name.clone() },
-            None => Applied::Done { step, sums },
+        (self.applied)(match (diverged, lock(&self.failed).take()) {
+            (Some(tensor), _) => Applied::Diverged { step, tensor: tensor.name.clone() },
+            (None, Some(Failed::Diverged(tensor))) => Applied::Diverged { step, tensor },
+            (None, Some(Failed::Full(why))) => Applied::Full { step, why },
+            (None, None) => Applied::Done { step, sums },
         });
     }
 
@@ -485,23 +545,31 @@ impl Store {
 
     /// Whether the store is at the beginning of `step`, and no update of it has run.
     pub fn is_at(&self, step: Step) -> bool {
-        self.chunks.iter().all(|chunk| lock(chunk).version == step)
+        let of_tables = self.tables.as_ref().is_none_or(|tables| tables.is_at(step));
+        of_tables && self.chunks.iter().all(|chunk| lock(chunk).version == step)
     }
 
     /// Promises `keep` the state at the beginning of `step`: until [`Store::flush`] is through, an update gives a chunk away
     /// before it changes it. False, and no promise, where an update of that step has run.
     pub fn keep(&self, step: Step, keep: &Arc<dyn Keep>) -> bool {
         let mut chunks: Vec<_> = self.chunks.iter().map(lock).collect();
-        let whole = chunks.iter().all(|chunk| chunk.version == step);
+        let of_tables = self.tables.as_ref().is_none_or(|tables| tables.is_at(step));
+        let whole = of_tables && chunks.iter().all(|chunk| chunk.version == step);
         if whole {
             chunks.iter_mut().for_each(|chunk| chunk.keep = Some(keep.clone()));
+            if let Some(tables) = &self.tables {
+                tables.keep();
+            }
         }
         whole
     }
 
-    /// Gives away all chunks that were promised and not given yet.
-    pub fn flush(&self) {
+    /// Gives away all chunks that were promised and not given yet, and to `keep` all rows.
+    pub fn flush(&self, keep: &dyn Keep) {
         self.chunks.iter().enumerate().for_each(|(i, chunk)| lock(chunk).flush(i));
+        if let Some(tables) = &self.tables {
+            tables.flush(|block| keep.rows(block));
+        }
     }
 }
 
@@ -519,6 +587,8 @@ mod tests {
         fn chunk(&self, index: usize, weights: &[f32], _: &[Vec<f32>]) {
             lock(&self.0).push((index, weights[0]));
         }
+
+        fn rows(&self, _: &RowBlock) {}
     }
 
     #[test]
@@ -537,7 +607,7 @@ mod tests {
             counted.fetch_add(1, Ordering::SeqCst);
         };
         let optimizer = Optimizer::new(&sgd);
-        let store = Store::new(layout, optimizer, Clip::default(), 1, Step(7), &weights, &[], 1, Box::new(count))
+        let store = Store::new(layout, None, optimizer, Clip::default(), 1, Step(7), &weights, &[], 1, Box::new(count))
             .expect("memory");
         let sums = LossSums { loss: 1.0, weight: 2.0, samples: 2 };
         let push = |step, index: usize, len: usize| {
@@ -550,7 +620,7 @@ mod tests {
         };
         let value = |v: f32| v.to_le_bytes().to_vec();
 
-        store.begin(1.0);
+        store.begin(Rates { dense: 1.0, tables: 0.0 });
         push(Step(7), 0, CHUNK);
         push(Step(7), 0, CHUNK);
         assert_eq!(done.load(Ordering::SeqCst), 0, "one chunk is not a step");
@@ -570,7 +640,7 @@ mod tests {
         let kept = Arc::new(Kept::default());
         let keep = kept.clone() as Arc<dyn Keep>;
         assert!(!store.keep(Step(7), &keep) && store.keep(Step(8), &keep));
-        store.begin(1.0);
+        store.begin(Rates { dense: 1.0, tables: 0.0 });
         assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
         // Where somebody listens, an update makes what is sent; what is on its way stays as it was.
         let _stream = store.changes();
@@ -581,8 +651,8 @@ mod tests {
         assert_eq!(on_its_way.bytes[..4], value(-1.0));
         assert!(lock(&store.chunks[0]).made.is_none(), "all streams have taken it");
         assert!(!store.keep(Step(8), &keep) && !store.keep(Step(9), &keep), "half a step would be kept");
-        store.flush();
-        store.flush();
+        store.flush(&*kept);
+        store.flush(&*kept);
         assert_eq!(*lock(&kept.0), [(0, -1.0), (1, -1.0)]);
         let of_all = |sent: [u64; 2]| store.next(&sent.map(Step).map(Some)).map(|(index, sent)| (index, sent.step.0));
         assert_eq!((of_all([7, 7]), of_all([8, 7]), of_all([9, 8])), (Some((0, 8)), Some((0, 9)), None));
@@ -592,7 +662,7 @@ mod tests {
         // Where nothing gets through, updates make no more than so many.
         let mut stuck = vec![on_its_way];
         for step in 9..9 + COPIES as u64 {
-            store.begin(1.0);
+            store.begin(Rates { dense: 1.0, tables: 0.0 });
             push(Step(step), 0, CHUNK);
             push(Step(step), 1, 5);
             drop(store.next_of(1, Some(Step(step))));

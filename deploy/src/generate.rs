@@ -128,7 +128,7 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     fn new(trained: &'a Trained) -> Writer<'a> {
-        let batch = Batch { inputs: Vec::new(), targets: Targets::Class(Vec::new()), samples: 1 };
+        let batch = Batch { inputs: Vec::new(), targets: Targets::Class(Vec::new()), samples: 1, ..Batch::empty() };
         Writer { workspace: Workspace::new(&trained.model, 1, 1), batch, logits: Vec::new(), trained }
     }
 

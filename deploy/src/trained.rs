@@ -4,18 +4,21 @@ use crate::{Wrong, read_job};
 use anyhow::{Context, Result, anyhow, bail};
 use ndarray::ArrayView1;
 use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use unisono_common::checkpoint::{Manifest, weights_from_safetensors};
-use unisono_common::data::csv::{encode, encode_text};
+use unisono_common::checkpoint::{Manifest, rows_from_safetensors, weights_from_safetensors, with_rows_to_safetensors};
+use unisono_common::data::csv::{encode, encode_ids, encode_text};
 use unisono_common::data::tokenizer::Encoder;
-use unisono_common::data::{self, Batch, Dataset, Features, Opened, Prepared, Targets};
+use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Targets};
 use unisono_common::job;
 use unisono_common::kernels::math;
 use unisono_common::metrics::predicted;
 use unisono_common::model::Model;
+use unisono_common::rows::optim::RowOptimizer;
+use unisono_common::rows::{self, First, RowBlock};
 use unisono_common::train::{self, Workspace};
 use unisono_common::tree::Node;
 use unisono_coordinator::files;
@@ -28,6 +31,35 @@ pub struct Trained {
     pub manifest: Manifest,
     pub model: Model,
     pub weights: Vec<f32>,
+    /// Rows of sparse tables, their values without state.
+    pub blocks: RowBlock,
+    /// Where each of them is.
+    pub rows: Rows,
+}
+
+/// Rows of sparse tables, and what those are that nobody has touched.
+pub struct Rows {
+    first: First,
+    width: usize,
+    places: HashMap<u64, usize>,
+}
+
+impl Rows {
+    fn new(model: &Model, seed: u64, rows: &RowBlock) -> Rows {
+        let places = rows.keys.iter().enumerate().map(|(place, key)| (*key, place)).collect();
+        Rows { first: model.rows().first(seed), width: model.rows().width(), places }
+    }
+
+    /// Puts those of `rows` into a batch that it asks for.
+    pub fn fill(&self, rows: &RowBlock, batch: &mut Batch) {
+        batch.look_up();
+        batch.put_rows(&self.first, self.width);
+        for (key, row) in batch.lookups.keys().iter().zip(batch.rows.chunks_exact_mut(self.width.max(1))) {
+            if let Some(place) = self.places.get(key) {
+                row.copy_from_slice(&rows.rows[place * self.width..][..self.width]);
+            }
+        }
+    }
 }
 
 /// Reads a checkpoint, or the newest whole one of a run's folder.
@@ -46,17 +78,33 @@ pub fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
     let model = Model::build(&manifest.job.model, &manifest.prepared.signature(&manifest.job.train.loss))?;
     let weights = weights_from_safetensors(model.layout(), &loaded.weights)
         .with_context(|| format!("{}", loaded.path.display()))?;
-    let digest = model.layout().weights_digest(&weights);
+    let job = &manifest.job;
+    let optimizer = RowOptimizer::new(&job.train.tables().optimizer, model.rows());
+    let blocks = loaded.rows.iter().map(|file| rows_from_safetensors(model.rows(), &optimizer, file));
+    let blocks = blocks.collect::<Result<Vec<_>, _>>().with_context(|| format!("{}", loaded.path.display()))?;
+    let mut digest = model.layout().weights_digest(&weights);
+    if !model.rows().is_empty() {
+        let mut with_rows = rows::Digest::new(model.rows());
+        blocks.iter().for_each(|block| with_rows.add(block, optimizer.row_len()));
+        digest = with_rows.finish(&digest);
+    }
+    let width = model.rows().width();
+    let values = |block: &RowBlock| -> Vec<f32> {
+        block.rows.chunks_exact(optimizer.row_len().max(1)).flat_map(|row| row[..width].to_vec()).collect()
+    };
+    let keys = blocks.iter().flat_map(|block| block.keys.iter().copied()).collect();
+    let blocks = RowBlock { keys, rows: blocks.iter().flat_map(values).collect() };
+    let rows = Rows::new(&model, job.seed, &blocks);
     if digest != manifest.weights_digest {
         bail!("{} holds weights {digest}, its manifest says {}", loaded.path.display(), manifest.weights_digest);
     }
-    let trained = Trained { path: loaded.path.clone(), manifest, model, weights };
+    let trained = Trained { path: loaded.path.clone(), manifest, model, weights, blocks, rows };
     Ok((loaded, trained))
 }
 
 /// `unisono eval`: the metrics of a checkpoint on its own test set, or on the data of another job.
 pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bool) -> Result<ExitCode> {
-    let (_, Trained { path, manifest, model, weights }) = load(checkpoint).map_err(Wrong)?;
+    let (_, Trained { path, manifest, model, weights, blocks, rows }) = load(checkpoint).map_err(Wrong)?;
     let Manifest { job, prepared, step, weights_digest, .. } = manifest;
     let source = match other {
         Some(_) => read_job(other, set)?,
@@ -67,7 +115,7 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     let opened = data::open_with(&source.data, source.seed, tokenizer).map_err(|e| Wrong(e.into()))?;
     let Opened { train, test, prepared: found } = opened;
     let tokens = |p: &Prepared| p.tokens.as_ref().map(|tokens| (tokens.tokenizer.clone(), tokens.vocabulary));
-    let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p)));
+    let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p), &p.ids));
     if form(&found) != form(&prepared) {
         let kind = |p: &Prepared| match (&p.classes, &p.tokens) {
             (Some(classes), _) => format!("samples of shape {:?} in {} classes", p.shape, classes.len()),
@@ -95,7 +143,11 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     let name = job.name.clone();
     let eval = Compute::new(job, Samples::Read(Box::new(opened)), prepared, Arc::new(model))
         .map_err(Wrong)?
-        .evaluate(root, &weights)
+        .evaluate(root, &weights, &mut |_, batch| {
+            rows.fill(&blocks, batch);
+            Some(())
+        })
+        .context("the rows are all there")?
         .summary();
     if json {
         println!(
@@ -123,9 +175,17 @@ pub fn export(checkpoint: &Path, to: &Path, force: bool) -> Result<ExitCode> {
     if to.exists() && !force {
         return Err(Wrong(anyhow!("{} exists; add --force to replace it", to.display())).into());
     }
-    std::fs::write(to, &loaded.weights).with_context(|| format!("cannot write {}", to.display()))?;
-    let layout = trained.model.layout();
+    let model = &trained.model;
+    let bytes = match model.rows().is_empty() {
+        true => loaded.weights,
+        false => with_rows_to_safetensors(model.layout(), &trained.weights, model.rows(), &trained.blocks),
+    };
+    std::fs::write(to, bytes).with_context(|| format!("cannot write {}", to.display()))?;
+    let layout = model.layout();
     println!("{}: {} tensors, {} values", to.display(), layout.tensors().count(), layout.len());
+    for (table, _) in model.rows().tables() {
+        println!("  {:<24} {:?}, of the ids in `ids`", table.name, [trained.blocks.keys.len(), table.width]);
+    }
     for (tensor, _) in layout.tensors() {
         println!("  {:<24} {:?}", tensor.name, tensor.shape);
     }
@@ -144,6 +204,7 @@ pub enum Format {
 struct Row {
     fields: Vec<(String, Value)>,
     features: Vec<f32>,
+    ids: Vec<u64>,
 }
 
 /// What turns a row's fields into a model's inputs.
@@ -163,16 +224,18 @@ impl<'a> Inputs<'a> {
     }
 }
 
-fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) -> Result<Vec<f32>> {
+/// A row's raw features, and its ids.
+fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) -> Result<(Vec<f32>, Vec<u64>)> {
     if let Some((name, encoder)) = text {
         let field = fields.iter().find(|(field, _)| field == name);
         let (_, field) =
             field.with_context(|| format!("there is no `{name}`; the model takes that text of each row"))?;
         let field = field.as_str().with_context(|| format!("`{name}` is {field}, which is not a text"))?;
-        return Ok(encode_text(prepared, encoder, field)?.into_iter().map(|token| token as f32).collect());
+        let tokens = encode_text(prepared, encoder, field)?.into_iter().map(|token| token as f32);
+        return Ok((tokens.collect(), Vec::new()));
     }
     let want: usize = prepared.shape.iter().product();
-    if !prepared.columns.is_empty() {
+    if !prepared.columns.is_empty() || !prepared.ids.is_empty() {
         let texts: Vec<(&str, String)> = fields
             .iter()
             .map(|(name, value)| {
@@ -184,7 +247,8 @@ fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) 
                 (name.as_str(), text)
             })
             .collect();
-        return Ok(encode(prepared, |name| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str()))?);
+        let cell = |name: &str| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str());
+        return Ok((encode(prepared, cell)?, encode_ids(prepared, cell)?));
     }
     let number = |v: &Value| match v {
         Value::Number(n) => n.as_f64(),
@@ -202,7 +266,8 @@ fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) 
         let number = number(v).map(|n| n as f32).filter(|n| n.is_finite());
         number.with_context(|| format!("value {} is {v}, which is not a finite number", i + 1))
     };
-    values.iter().enumerate().map(one).collect()
+    let values = values.iter().enumerate().map(one).collect::<Result<_>>()?;
+    Ok((values, Vec::new()))
 }
 
 /// `unisono predict`: rows in, the same rows with `prediction` (and `probability`) out.
@@ -272,7 +337,8 @@ fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: im
             let object: Map<String, Value> =
                 serde_json::from_str(&line).context("this is not one JSON object a line")?;
             let fields: Vec<(String, Value)> = object.into_iter().collect();
-            Ok(Row { features: features(&inputs, &fields)?, fields })
+            let (features, ids) = features(&inputs, &fields)?;
+            Ok(Row { features, ids, fields })
         })();
         match parsed {
             Ok(row) => rows.push(row),
@@ -319,8 +385,8 @@ fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Wr
             }
             let fields: Vec<(String, Value)> =
                 header.iter().cloned().zip(record.iter().map(|c| Value::String(c.into()))).collect();
-            let features = features(&inputs, &fields).with_context(|| format!("{name}:{line}"))?;
-            Ok(Row { fields, features })
+            let (features, ids) = features(&inputs, &fields).with_context(|| format!("{name}:{line}"))?;
+            Ok(Row { fields, features, ids })
         })();
         match parsed {
             Ok(row) => rows.push(row),
@@ -371,15 +437,17 @@ impl<'a> Predictor<'a> {
     }
 
     fn together(&mut self, rows: &[Row]) -> Vec<Vec<(String, Value)>> {
-        let Trained { manifest, model, weights, .. } = self.trained;
+        let Trained { manifest, model, weights, blocks, rows: tables, .. } = self.trained;
         let prepared = &manifest.prepared;
         let data = Dataset {
             shape: prepared.shape.clone(),
             features: Features::F32(rows.iter().flat_map(|r| r.features.iter().copied()).collect()),
+            ids: Ids { fields: prepared.ids.len(), values: rows.iter().flat_map(|r| r.ids.iter().copied()).collect() },
             targets: Targets::Value(vec![0.0; rows.len()]),
         };
         self.batch.clear();
         self.batch.fill(&data, prepared, 0..rows.len(), None, true);
+        tables.fill(blocks, &mut self.batch);
         let columns: Vec<&str> = self.columns().collect();
         let logits = train::evaluate(model, weights, &self.batch, &mut self.workspace);
         let answer = |x: ArrayView1<'_, f32>| {

@@ -53,6 +53,8 @@ pub enum WireError {
     NoSuchNode { lo: u32, hi: u32, partitions: u32 },
     #[error("chunk {index} came twice")]
     Twice { index: u32 },
+    #[error("the gradients of rows are not what was announced: {0}")]
+    Rows(&'static str),
     #[error("slot {slot} holds no gradient")]
     Slot { slot: u32 },
     #[error("the field `{0}` is missing")]
@@ -92,7 +94,8 @@ pub fn checked(node: Node, partitions: u32) -> Result<Node, WireError> {
 /// A push's header from the wire.
 pub fn header(h: &v1::NodeHeader, partitions: u32) -> Result<shm::frame::Header, WireError> {
     let sums = LossSums { loss: h.loss, weight: h.weight, samples: h.samples };
-    Ok(shm::frame::Header { step: h.step, generation: h.generation, node: node(h.node, partitions)?, sums })
+    let node = node(h.node, partitions)?;
+    Ok(shm::frame::Header { step: h.step, generation: h.generation, node, sums, rows: h.rows })
 }
 
 /// What a worker says that it spent, from the wire.

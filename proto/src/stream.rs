@@ -32,6 +32,8 @@ pub enum Part {
     Short(v1::push_part::Kind),
     /// A chunk, whose values [`Reader::values`] reads next: so many bytes.
     Chunk(ChunkHead, usize),
+    /// A piece of rows' gradients, in the same way.
+    Rows(ChunkHead, usize),
 }
 
 /// The parts of a message in its frame: all before the values, and the values, which are shared.
@@ -61,11 +63,27 @@ pub fn weights(head: ChunkHead, values: &Bytes) -> impl Iterator<Item = Bytes> +
 
 /// A message `PushPart` that holds a `GradientChunk`.
 pub fn gradient(head: ChunkHead, values: &Bytes) -> impl Iterator<Item = Bytes> + use<> {
+    pushed(GRADIENT, head, values)
+}
+
+/// A message `PushPart` that holds a `RowPiece`.
+pub fn rows(head: ChunkHead, values: &Bytes) -> impl Iterator<Item = Bytes> + use<> {
+    pushed(ROWS, head, values)
+}
+
+/// Bytes of a `RowPiece`'s values, at most.
+pub const ROW_PIECE: usize = 1 << 20;
+
+/// Fields of a `PushPart` that hold values, in messages with the same fields.
+const GRADIENT: u32 = 3;
+const ROWS: u32 = 5;
+
+fn pushed(kind: u32, head: ChunkHead, values: &Bytes) -> impl Iterator<Item = Bytes> + use<> {
     let ChunkHead { index, crc, .. } = head;
     let inner = v1::GradientChunk { index, crc, values: Bytes::new() }.encode_to_vec();
     let field = values_field(3, values.len());
     let mut message = BytesMut::new();
-    encode_key(3, WireType::LengthDelimited, &mut message);
+    encode_key(kind, WireType::LengthDelimited, &mut message);
     encode_varint((inner.len() + field.len() + values.len()) as u64, &mut message);
     message.extend_from_slice(&inner);
     message.extend_from_slice(&field);
@@ -204,7 +222,8 @@ where
         let (mut chunk, mut values) = (ChunkHead::default(), 0);
         let head = length.min(HEAD);
         let mut fields = Fields(&self.head[PREFIX..PREFIX + head]);
-        if head == 0 || fields.key()? != (3, WireType::LengthDelimited) {
+        let kind = if head == 0 { (0, WireType::Varint) } else { fields.key()? };
+        if kind != (GRADIENT, WireType::LengthDelimited) && kind != (ROWS, WireType::LengthDelimited) {
             let part: v1::PushPart = self.decode(length).await?;
             return part.kind.map(|kind| Some(Part::Short(kind))).ok_or_else(|| wrong("it is empty"));
         }
@@ -225,7 +244,7 @@ where
         }
         let at = head - fields.0.len();
         self.hold(at, length, values)?;
-        Ok(Some(Part::Chunk(chunk, values)))
+        Ok(Some(if kind.0 == ROWS { Part::Rows(chunk, values) } else { Part::Chunk(chunk, values) }))
     }
 
     /// The values begin at `at` of a message of `length` bytes.

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WORKLOADS = ["softmax", "mlp", "mlp-wide", "cnn", "gpt"]
+WORKLOADS = ["softmax", "mlp", "mlp-wide", "cnn", "gpt", "dlrm"]
 # Both sides: one compute thread a worker process.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

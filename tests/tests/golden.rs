@@ -44,7 +44,7 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
         Some(n) if case["one_target"] == true => {
             Signature { vocabulary: Some(n), ..Signature::new(&shape, floats(&case["outputs"]).len() / rows) }
         }
-        Some(n) => Signature { vocabulary: Some(n), output: vec![shape[0], n], input: shape, causal: false },
+        Some(n) => Signature { ids: 0, vocabulary: Some(n), output: vec![shape[0], n], input: shape, causal: false },
         None => Signature::new(&shape, floats(&case["outputs"]).len() / rows),
     };
     let model = Model::build(&spec, &signature).expect("the model fits");
@@ -61,7 +61,7 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
     } else {
         Targets::Value(targets)
     };
-    let batch = Batch { inputs: floats(&case["inputs"]), targets, samples: rows };
+    let batch = Batch { inputs: floats(&case["inputs"]), targets, samples: rows, ..Batch::empty() };
     let mut workspace = Workspace::new(&model, rows, 1);
     let mut slots: Vec<Vec<f32>> = (0..optimizer.slots()).map(|s| vec![optimizer.init_slot(s); trainable]).collect();
     let mut wrong = Vec::new();
@@ -72,8 +72,18 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
         let mut grads = vec![0.0; layout.len()];
         let key = Key::new(0, Purpose::Dropout).with(step);
         let segments = Segments::one(rows);
-        let sums =
-            gradient(&model, &loss, &weights, &batch, &segments, key, &mut workspace, &mut grads, &mut |_, _| {});
+        let sums = gradient(
+            &model,
+            &loss,
+            &weights,
+            &batch,
+            &segments,
+            key,
+            &mut workspace,
+            &mut grads,
+            &mut [],
+            &mut |_, _| {},
+        );
         losses.push((sums.loss / sums.weight) as f32);
         grads[..trainable].iter_mut().for_each(|g| *g /= sums.weight as f32);
         for (tensor, range) in layout.tensors() {

@@ -10,6 +10,8 @@ use unisono_common::data::partition::Partitions;
 use unisono_common::job::Job;
 use unisono_common::layout::Layout;
 use unisono_common::model::Model;
+use unisono_proto::shm::SlotSize;
+use unisono_proto::shm::door::Opened;
 use unisono_proto::{self as wire, v1};
 use unisono_tests::cluster::{Cluster, SHORT, same_result, undisturbed};
 use unisono_tests::peak;
@@ -119,7 +121,7 @@ fn chunk(index: u32, values: &[f32]) -> v1::GradientChunk {
 
 fn header(step: u64, lo: u32, hi: u32) -> v1::NodeHeader {
     let node = Some(v1::TreeNode { lo, hi });
-    v1::NodeHeader { step, generation: 0, node, loss: 1.0, weight: 1.0, samples: 1 }
+    v1::NodeHeader { step, generation: 0, node, loss: 1.0, weight: 1.0, samples: 1, rows: 0 }
 }
 
 fn refused<T: std::fmt::Debug>(result: Result<T, Status>, code: Code, words: &[&str]) {
@@ -282,9 +284,16 @@ async fn wrong_knocks(client: &mut Client) {
         else {
             panic!("not joined")
         };
-        assert!(knock(&joined.door, &[7; 16], layout.len()).is_err(), "let in without the secret");
-        assert!(knock(&joined.door, &joined.session, layout.len() + 5000).is_err(), "let in with another layout");
-        let (weights, lane, bell) = knock(&joined.door, &joined.session, layout.len()).expect("let in");
+        assert!(
+            knock(&joined.door, &[7; 16], SlotSize::dense(layout.len()), None).is_err(),
+            "let in without the secret"
+        );
+        assert!(
+            knock(&joined.door, &joined.session, SlotSize::dense(layout.len() + 5000), None).is_err(),
+            "let in with another layout"
+        );
+        let slots = SlotSize::dense(layout.len());
+        let Opened { weights, lane, bell, .. } = knock(&joined.door, &joined.session, slots, None).expect("let in");
         assert!(weights.of_step(0, 0..layout.len()).len() == layout.len());
         says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used }))).expect("it is read");
         if used {

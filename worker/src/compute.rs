@@ -1,6 +1,7 @@
 //! The compute thread: weights in, gradient sums out. It knows nothing of the network but its link.
 
 use crate::link::Link;
+use crate::rows::{Asked, Source};
 use crate::samples::Samples;
 use crate::weights::Reading;
 use anyhow::{Context, Result};
@@ -15,7 +16,8 @@ use unisono_common::loss::{Loss, LossSums};
 use unisono_common::metrics::{EvalKind, EvalSums};
 use unisono_common::model::Model;
 use unisono_common::rng::{Key, Purpose};
-use unisono_common::train::{self, Final, Source, Workspace};
+use unisono_common::rows::First;
+use unisono_common::train::{self, Final, Source as _, Workspace};
 use unisono_common::tree::Node;
 use unisono_proto::shm::frame::Spent;
 use unisono_proto::{self as wire, v1};
@@ -38,6 +40,9 @@ pub struct Compute {
     batch: Batch,
     /// Whose samples the batch holds.
     filled: Option<Filled>,
+    /// What rows of sparse tables are at first, and memory to look for them.
+    first: First,
+    places: Vec<u32>,
     /// Whether gradients are zeros, and not computed.
     simulated: bool,
 }
@@ -47,6 +52,8 @@ struct Filled {
     step: u64,
     node: Node,
     segments: Segments,
+    /// Its rows, where they were asked for and are not there yet.
+    asked: Option<Asked>,
 }
 
 impl Compute {
@@ -62,6 +69,8 @@ impl Compute {
         Ok(Compute {
             batch: Batch::empty(),
             filled: None,
+            first: model.rows().first(job.seed),
+            places: Vec::new(),
             simulated: false,
             workspace: None,
             eval_kind: EvalKind::of(&prepared),
@@ -94,8 +103,8 @@ impl Compute {
         (EVAL_ROWS / self.model.positions()).max(1)
     }
 
-    /// Puts a node's samples into the batch, where they are not in it.
-    fn fill(&mut self, step: u64, node: Node) {
+    /// Puts a node's samples into the batch, where they are not in it, and asks for their rows of sparse tables.
+    fn fill(&mut self, step: u64, node: Node, rows: &Source) {
         if self.filled.as_ref().is_some_and(|filled| (filled.step, filled.node) == (step, node)) {
             return;
         }
@@ -107,17 +116,40 @@ impl Compute {
             self.samples.fill(&mut self.batch, &self.prepared, &self.train_parts, (partition, false), rows, Some(draw));
             segments.starts.push(self.batch.samples);
         }
-        self.filled = Some(Filled { step, node, segments });
+        self.batch.look_up();
+        let asked = rows.ask(step, &self.batch);
+        self.filled = Some(Filled { step, node, segments, asked });
     }
 
-    /// The gradient sums of one node, into `out`, and what that took; `ready` hears which trainable values are final, from the
-    /// last to the first. `None` where the weights do not come.
+    /// How many rows of sparse tables the batch asks for.
+    fn rows(&self) -> usize {
+        self.batch.lookups.keys().len()
+    }
+
+    /// Gets a node's samples ready, and the rows that they ask for; what gathering the samples took. `None` where the rows do not
+    /// come.
+    fn prepare(&mut self, step: u64, node: Node, rows: &Source) -> Option<Duration> {
+        let began = Instant::now();
+        if self.simulated {
+            return Some(Duration::ZERO);
+        }
+        self.fill(step, node, rows);
+        let gathered = began.elapsed();
+        let asked = self.filled.as_mut().and_then(|filled| filled.asked.take());
+        let (width, batch, places) = (self.model.rows().width(), &mut self.batch, &mut self.places);
+        rows.fill(step, asked, &self.first, width, batch, places)?;
+        Some(gathered)
+    }
+
+    /// The gradient sums of one node that [`Compute::prepare`] got ready, into `out` and `d_rows`, and what that took; `ready` hears
+    /// which trainable values are final, from the last to the first. `None` where the weights do not come.
     fn gradient(
         &mut self,
         step: u64,
         node: Node,
         weights: &Reading<'_>,
         out: &mut [f32],
+        d_rows: &mut [f32],
         ready: &mut dyn FnMut(usize, Final<'_>),
     ) -> Option<(LossSums, Spent)> {
         if self.simulated {
@@ -126,8 +158,6 @@ impl Compute {
             let samples = (node.lo..node.hi).map(|p| self.feeder.positions(step, p).len() as u64).sum();
             return Some((LossSums { loss: 0.0, weight: samples as f64, samples }, Spent::default()));
         }
-        let began = Instant::now();
-        self.fill(step, node);
         let rows = (node.len() as usize * self.job.train.micro_batch).max(self.eval_rows());
         self.workspace(rows);
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
@@ -138,10 +168,10 @@ impl Compute {
         train::forward(model, weights, batch, segments, key, workspace)?;
         let weights_all = weights.get(0..model.layout().len())?;
         let forwarded = Instant::now();
-        let sums = train::backward(model, loss, weights_all, batch, segments, key, workspace, out, ready);
+        let sums = train::backward(model, loss, weights_all, batch, segments, key, workspace, out, d_rows, ready);
         let nanos = |time: Duration| time.as_nanos() as u64;
         let spent = Spent {
-            data: nanos(filled - began),
+            data: 0,
             forward: nanos((forwarded - filled).saturating_sub(weights.waited())),
             backward: nanos(forwarded.elapsed()),
             ..Default::default()
@@ -150,34 +180,49 @@ impl Compute {
     }
 
     /// The evaluation sums of one node, partition by partition.
-    pub fn evaluate(&mut self, node: Node, weights: &[f32]) -> EvalSums {
+    ///
+    /// `rows` puts the rows of sparse tables into a batch; where it gives `None`, so does this.
+    pub fn evaluate(
+        &mut self,
+        node: Node,
+        weights: &[f32],
+        rows: &mut dyn FnMut(&First, &mut Batch) -> Option<()>,
+    ) -> Option<EvalSums> {
         if let Some((left, right)) = node.children() {
-            return self.evaluate(left, weights).merge(self.evaluate(right, weights));
+            let left = self.evaluate(left, weights, rows)?;
+            return Some(left.merge(self.evaluate(right, weights, rows)?));
         }
         let mut sums = EvalSums::new(self.eval_kind);
-        let Some(count) = self.test_parts.as_ref().map(|parts| parts.len(node.lo)) else { return sums };
+        let Some(count) = self.test_parts.as_ref().map(|parts| parts.len(node.lo)) else { return Some(sums) };
         let eval_rows = self.eval_rows();
         self.workspace(eval_rows);
-        let (Some(parts), Some((_, workspace))) = (&self.test_parts, &mut self.workspace) else { return sums };
+        let (Some(parts), Some((_, workspace))) = (&self.test_parts, &mut self.workspace) else { return Some(sums) };
         for at in (0..count).step_by(eval_rows) {
-            let rows = at..(at + eval_rows).min(count);
+            let samples = at..(at + eval_rows).min(count);
             self.filled = None;
             self.batch.clear();
-            self.samples.fill(&mut self.batch, &self.prepared, parts, (node.lo, true), rows, None);
+            self.samples.fill(&mut self.batch, &self.prepared, parts, (node.lo, true), samples, None);
+            self.batch.look_up();
+            rows(&self.first, &mut self.batch)?;
             let logits = train::evaluate(&self.model, weights, &self.batch, workspace);
             sums.add_batch(&self.loss, logits, &self.batch.targets);
         }
-        sums
+        Some(sums)
     }
 
     /// The first partition of `node` whose loss or gradient is not finite, and the tensor's name.
-    fn blame(&mut self, step: u64, node: Node, weights: &Reading<'_>) -> v1::Diverged {
+    fn blame(&mut self, step: u64, node: Node, weights: &Reading<'_>, rows: &Source) -> v1::Diverged {
         let diverged =
             |node, tensor: &str| v1::Diverged { step, node: Some(wire::to_wire(node)), tensor: tensor.into() };
         // Rare, and the slot may be read by others: it gets memory of its own.
         let mut gradient = vec![0.0; self.model.layout().len()];
         for leaf in (node.lo..node.hi).map(Node::leaf) {
-            let Some((sums, _)) = self.gradient(step, leaf, weights, &mut gradient, &mut |_, _| {}) else { break };
+            if self.prepare(step, leaf, rows).is_none() {
+                break;
+            }
+            let mut d_rows = vec![0.0; self.batch.rows.len()];
+            let computed = self.gradient(step, leaf, weights, &mut gradient, &mut d_rows, &mut |_, _| {});
+            let Some((sums, _)) = computed else { break };
             if !sums.loss.is_finite() {
                 return diverged(leaf, "loss");
             }
@@ -202,7 +247,7 @@ impl Compute {
         let mut first: Option<(u64, Node)> = None;
         while let Some(order) = link.next(|| {
             if let Some((step, node)) = first {
-                self.fill(step + 1, node);
+                self.fill(step + 1, node, link.rows());
             }
         }) {
             let tell = |kind| session.send(v1::FromWorker { kind: Some(kind) }).ok().context("the session ended");
@@ -211,7 +256,11 @@ impl Compute {
             let Some(weights) = link.weights(&order) else { continue };
             if order.evaluate {
                 let Some(all) = weights.get(0..self.model.layout().len()) else { continue };
-                let sums = self.evaluate(node, all);
+                let width = self.model.rows().width();
+                let mut places = Vec::new();
+                let mut rows =
+                    |first: &First, batch: &mut Batch| link.rows().fill(step, None, first, width, batch, &mut places);
+                let Some(sums) = self.evaluate(node, all, &mut rows) else { continue };
                 drop(weights);
                 if !sums.is_finite() {
                     let (node, tensor) = (Some(wire::to_wire(node)), "loss of the evaluation".into());
@@ -224,16 +273,19 @@ impl Compute {
                 continue;
             }
             first = first.filter(|(of, _)| *of == step).or(Some((step, node)));
+            let Some(gathered) = self.prepare(step, node, link.rows()) else { continue };
             let Some(slot) = link.slot() else { break };
             let model = self.model.clone();
-            let announcement = link.announce(model.layout(), slot, &order);
+            let (keys, d_rows) = link.rows_of(slot, self.rows());
+            keys.copy_from_slice(self.batch.lookups.keys());
+            let announcement = link.announce(model.layout(), slot, &order, keys.len());
             let mut telling = Duration::ZERO;
             let mut ready = |from, part: Final<'_>| {
                 let began = Instant::now();
                 announcement.ready(from, part.sums);
                 telling += began.elapsed();
             };
-            let computed = self.gradient(step, node, &weights, link.gradient(slot), &mut ready);
+            let computed = self.gradient(step, node, &weights, link.gradient(slot), d_rows, &mut ready);
             let Some((sums, mut spent)) = computed else {
                 link.drop_slot(slot);
                 continue;
@@ -242,11 +294,12 @@ impl Compute {
                 // Before the last announcement: then others may be written over them.
                 drop(weights);
                 let telling = telling.as_nanos() as u64;
+                spent.data = gathered.as_nanos() as u64;
                 (spent.backward, spent.encode) = (spent.backward.saturating_sub(telling), telling);
                 announcement.finish(sums, spent);
             } else {
                 link.drop_slot(slot);
-                tell(v1::from_worker::Kind::Diverged(self.blame(step, node, &weights)))?;
+                tell(v1::from_worker::Kind::Diverged(self.blame(step, node, &weights, link.rows())))?;
             }
         }
         Ok(())

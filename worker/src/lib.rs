@@ -5,6 +5,7 @@ pub mod compute;
 mod connect;
 pub mod link;
 mod push;
+mod rows;
 pub mod samples;
 pub mod session;
 mod weights;

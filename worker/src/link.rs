@@ -3,6 +3,7 @@
 //! Either way a gradient is computed into a slot of a lane and announced from its end to its beginning, while the rest is
 //! still being computed. Over shared memory the coordinator reads it there; over streams its chunks are sent from there.
 
+use crate::rows;
 use crate::session::FetchOrder;
 use crate::weights::{Coming, Reading};
 use anyhow::{Context, Result};
@@ -17,7 +18,7 @@ use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
 use unisono_proto::shm::frame::{self, Header, Report, Spent};
 use unisono_proto::shm::memory::BellMemory;
-use unisono_proto::shm::{Hold, Lane, Part, Weights};
+use unisono_proto::shm::{Hold, Lane, Part, RowPart, Weights};
 
 /// One order: this node, with the weights of this step.
 #[derive(Clone, Copy)]
@@ -34,12 +35,16 @@ pub enum Piece {
     Node(Header),
     /// A chunk of it; with the last one comes what it took to compute, and when that was over.
     Chunk { index: usize, part: Part, spent: Option<(Spent, Instant)> },
+    /// The gradients of its rows.
+    Rows(RowPart),
 }
 
 /// The compute thread's end of a session.
 pub struct Link {
     lane: Arc<Lane>,
     way: Way,
+    /// Where rows of sparse tables come from.
+    rows: rows::Source,
 }
 
 enum Way {
@@ -53,9 +58,10 @@ impl Link {
         lane: Arc<Lane>,
         weights: Weights,
         coordinator: BellMemory,
+        rows: rows::Source,
         fetch: mpsc::UnboundedSender<FetchOrder>,
     ) -> Link {
-        Link { lane, way: Way::Shared { weights, coordinator, fetch } }
+        Link { lane, way: Way::Shared { weights, coordinator, fetch }, rows }
     }
 
     /// Through streams; `lane` is this process's own.
@@ -63,9 +69,10 @@ impl Link {
         lane: Arc<Lane>,
         orders: std::sync::mpsc::Receiver<Order>,
         coming: Arc<Coming>,
+        rows: rows::Source,
         push: mpsc::UnboundedSender<Piece>,
     ) -> Link {
-        Link { lane, way: Way::Streams { orders, coming, push } }
+        Link { lane, way: Way::Streams { orders, coming, push }, rows }
     }
 
     /// Waits for the next order; `None` when the session is over. Where it has not come yet, `meanwhile` is run first.
@@ -112,19 +119,31 @@ impl Link {
         self.lane.slot(slot)
     }
 
+    /// The keys and gradients of `rows` rows of sparse tables in a taken slot.
+    #[allow(clippy::mut_from_ref, reason = "as Lane::slot")]
+    pub fn rows_of(&self, slot: u32, rows: usize) -> (&mut [u64], &mut [f32]) {
+        self.lane.slot_rows(slot, rows)
+    }
+
+    /// Where rows of sparse tables come from.
+    pub fn rows(&self) -> &rows::Source {
+        &self.rows
+    }
+
     /// Frees a slot whose gradient is of no use.
     pub fn drop_slot(&self, slot: u32) {
         drop(Hold::of(&self.lane, slot));
     }
 
-    /// Begins to announce the gradient of `order` in `slot`.
-    pub fn announce<'a>(&'a self, layout: &'a Layout, slot: u32, order: &Order) -> Announcement<'a> {
+    /// Begins to announce the gradient of `order` in `slot`, with those of so many rows of sparse tables.
+    pub fn announce<'a>(&'a self, layout: &'a Layout, slot: u32, order: &Order, rows: usize) -> Announcement<'a> {
         let whole = if layout.trainable() == layout.len() { layout.chunks() } else { layout.trainable() / CHUNK };
         Announcement {
             link: self,
             layout,
             slot,
             order: (order.step, order.generation, order.node),
+            rows: rows as u32,
             hold: match &self.way {
                 Way::Streams { .. } => Hold::of(&self.lane, slot),
                 Way::Shared { .. } => None, // it is the coordinator's to free
@@ -142,6 +161,7 @@ pub struct Announcement<'a> {
     layout: &'a Layout,
     slot: u32,
     order: (u64, u64, Node),
+    rows: u32,
     hold: Option<Arc<Hold>>,
     begun: Cell<bool>,
     /// The chunks below hold nothing but trainable values.
@@ -162,27 +182,52 @@ impl Announcement<'_> {
     /// All is final.
     pub fn finish(self, sums: LossSums, spent: Spent) {
         self.say(self.trained..self.layout.chunks(), sums, None);
+        self.say_rows(sums);
         self.say(0..self.said.get(), sums, Some(spent));
+    }
+
+    /// Announces the node, once.
+    fn begin(&self, sums: LossSums) {
+        if self.begun.replace(true) {
+            return;
+        }
+        let ((step, generation, node), rows) = (self.order, self.rows);
+        let header = Header { step, generation, node, sums, rows };
+        match &self.link.way {
+            Way::Shared { .. } => self.link.lane.tell(Report::Begin { slot: self.slot, header }),
+            // Where the stream has ended, the session hears of it.
+            Way::Streams { push, .. } => drop(push.send(Piece::Node(header))),
+        }
+    }
+
+    /// Announces the gradients of the rows, of a model that has sparse tables; the coordinator hears its bell with the chunk behind
+    /// them.
+    fn say_rows(&self, sums: LossSums) {
+        if matches!(self.link.rows, rows::Source::None) {
+            return;
+        }
+        self.begin(sums);
+        match &self.link.way {
+            Way::Shared { .. } => self.link.lane.tell(Report::Rows { slot: self.slot }),
+            Way::Streams { push, .. } => {
+                let part = self.hold.as_ref().and_then(|hold| RowPart::new(hold, self.rows as usize));
+                part.map(|part| push.send(Piece::Rows(part)));
+            }
+        }
     }
 
     /// Announces chunks, with what was spent where the first of all, which comes last, is one of them.
     fn say(&self, chunks: Range<usize>, sums: LossSums, spent: Option<Spent>) {
-        let (step, generation, node) = self.order;
-        let begin = (!self.begun.replace(true)).then_some(Header { step, generation, node, sums });
+        self.begin(sums);
         match &self.link.way {
             Way::Shared { coordinator, .. } => {
                 let (lane, bell, slot) = (&self.link.lane, coordinator.bell(), self.slot);
-                if let Some(header) = begin {
-                    lane.tell(Report::Begin { slot, header });
-                }
                 if !chunks.is_empty() {
                     lane.tell(Report::Ready { slot, from: chunks.start as u32, to: chunks.end as u32, spent });
                     bell.ring();
                 }
             }
             Way::Streams { push, .. } => {
-                // Where the stream has ended, the session hears of it.
-                begin.map(|header| push.send(Piece::Node(header)));
                 let spent = spent.map(|spent| (spent, Instant::now()));
                 for index in chunks.rev() {
                     let Some(hold) = &self.hold else { return };

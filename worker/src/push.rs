@@ -14,7 +14,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::transport::Channel;
-use unisono_common::layout::Layout;
+use unisono_common::kernels;
+use unisono_common::layout::{Layout, le_bytes};
 use unisono_proto::shm::frame::{Header, Spent};
 use unisono_proto::stream::{self, ChunkHead};
 use unisono_proto::{self as wire, v1};
@@ -64,14 +65,41 @@ async fn encode(
     while let Some(piece) = pieces.recv().await {
         match piece {
             Piece::Node(header) => {
-                let Header { step, generation, node, sums } = header;
+                let Header { step, generation, node, sums, rows } = header;
                 of = Some(header);
                 encoded.clear();
                 let node = Some(wire::to_wire(node));
                 let (loss, weight, samples) = (sums.loss, sums.weight, sums.samples);
-                let header = v1::NodeHeader { step, generation, node, loss, weight, samples };
+                let header = v1::NodeHeader { step, generation, node, loss, weight, samples, rows };
                 if send.send(short(v1::push_part::Kind::Node(header))).await.is_err() {
                     return;
+                }
+            }
+            Piece::Rows(part) => {
+                let Some(header) = of else { continue };
+                let (keys, values) = part.values();
+                if !kernels::all_finite(values) {
+                    let tensor = "a sparse table".into();
+                    let (step, node) = (header.step, Some(wire::to_wire(header.node)));
+                    let diverged = v1::from_worker::Kind::Diverged(v1::Diverged { step, node, tensor });
+                    to_coordinator.send(v1::FromWorker { kind: Some(diverged) }).ok();
+                    of = None;
+                    continue;
+                }
+                let width = values.len() / keys.len().max(1);
+                let each = (stream::ROW_PIECE / (8 + 4 * width)).max(1);
+                for index in 0..keys.len().div_ceil(each).max(1) {
+                    let some = index * each..((index + 1) * each).min(keys.len());
+                    let mut bytes = Vec::with_capacity(some.len() * (8 + 4 * width));
+                    keys[some.clone()].iter().for_each(|key| bytes.extend_from_slice(&key.to_le_bytes()));
+                    bytes.extend_from_slice(le_bytes(&values[some.start * width..some.end * width]));
+                    let (bytes, index) = (Bytes::from(bytes), index as u32);
+                    let head = ChunkHead { step: header.step, index, crc: wire::crc(&bytes) };
+                    for data in stream::rows(head, &bytes) {
+                        if send.send(Ok(Frame::data(data))).await.is_err() {
+                            return;
+                        }
+                    }
                 }
             }
             Piece::Chunk { index, part, spent } => {

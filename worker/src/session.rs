@@ -5,6 +5,7 @@ use crate::compute::Compute;
 use crate::connect::{Client, answer, call, endpoint, plain, unreachable};
 use crate::link::{Link, Order};
 use crate::push;
+use crate::rows;
 use crate::samples::{Samples, Sent};
 use crate::weights::{Coming, Incoming};
 use crate::{Options, Transport};
@@ -26,8 +27,10 @@ use unisono_common::loss::Loss;
 use unisono_common::model::Model;
 use unisono_common::protocol::Kind;
 use unisono_common::protocol::worker::{Command, Event, Machine, Work};
+use unisono_common::rows::optim::RowOptimizer;
 use unisono_common::tree::Node;
-use unisono_proto::shm::Lane;
+use unisono_proto::shm::door::Opened;
+use unisono_proto::shm::{Capacity, Lane, SlotSize};
 use unisono_proto::stream::Reader;
 use unisono_proto::{self as wire, v1};
 
@@ -140,6 +143,8 @@ pub struct FetchOrder {
 struct Streams {
     receiving: JoinHandle<String>,
     pushing: JoinHandle<Result<(), tonic::Status>>,
+    /// Rows of sparse tables, of models that have some.
+    pulling: Option<JoinHandle<Result<(), tonic::Status>>>,
     machine: Machine,
     coming: Arc<Coming>,
     orders: std::sync::mpsc::Sender<Order>,
@@ -148,12 +153,22 @@ struct Streams {
 impl Streams {
     /// Waits until one of the streams ends, and says why.
     async fn end(streams: &mut Option<Streams>) -> String {
-        let Some(Streams { receiving, pushing, .. }) = streams else { return std::future::pending().await };
+        let Some(Streams { receiving, pushing, pulling, .. }) = streams else { return std::future::pending().await };
+        let pulled = async {
+            match pulling {
+                Some(pulling) => pulling.await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             why = receiving => why.unwrap_or_else(|_| "the broadcast ended".into()),
             pushed = pushing => match pushed {
                 Ok(Err(refused)) => format!("the coordinator took no more pushes: {}", refused.message()),
                 Ok(Ok(())) | Err(_) => "the pushes ended".into(),
+            },
+            pulled = pulled => match pulled {
+                Ok(Err(refused)) => format!("the coordinator gave no more rows: {}", refused.message()),
+                Ok(Ok(())) | Err(_) => "the pulls ended".into(),
             },
         }
     }
@@ -163,6 +178,9 @@ impl Drop for Streams {
     fn drop(&mut self) {
         self.receiving.abort();
         self.pushing.abort();
+        if let Some(pulling) = &self.pulling {
+            pulling.abort();
+        }
         self.coming.close();
     }
 }
@@ -211,7 +229,7 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     let join = v1::Join {
         version: wire::VERSION.into(),
         job_digest: job.digest().to_vec().into(),
-        layout_digest: layout.digest().to_vec().into(),
+        layout_digest: model.digest().to_vec().into(),
         fingerprint: unisono_common::train::fingerprint().to_vec().into(),
         threads: *threads as u32,
         name: name.clone(),
@@ -233,10 +251,19 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
         Some(v1::to_worker::Kind::Work(_)) | None => bail!("the coordinator did not answer the join"),
     };
 
+    let tables = job.train.tables();
+    let width = model.rows().width();
+    let slots = match width {
+        0 => SlotSize::dense(layout.len()),
+        width => SlotSize { len: layout.len(), rows: prepared.rows_of_a_step(&job.train), width },
+    };
+    let state = RowOptimizer::new(&tables.optimizer, model.rows()).state_len();
+    let capacity = (width > 0).then(|| Capacity::of_bytes(width, state, tables.memory));
     let mut shared = None;
     if !joined.door.is_empty() {
-        let (door, secret, len) = (joined.door.clone(), joined.session.clone(), layout.len());
-        let opened = tokio::task::spawn_blocking(move || wire::shm::door::knock(&door, &secret, len)).await?;
+        let (door, secret) = (joined.door.clone(), joined.session.clone());
+        let opened =
+            tokio::task::spawn_blocking(move || wire::shm::door::knock(&door, &secret, slots, capacity)).await?;
         let used = v1::SharedMemory { used: opened.is_ok() };
         to_coordinator.send(v1::FromWorker { kind: Some(v1::from_worker::Kind::SharedMemory(used)) })?;
         match opened {
@@ -264,12 +291,13 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     };
     let (fetch, mut to_fetch) = mpsc::unbounded_channel();
     let (link, lane, mut streams) = match shared {
-        Some((weights, lane, bell)) => {
+        Some(Opened { weights, lane, bell, rows }) => {
             let lane = Arc::new(lane);
-            (Link::shared(lane.clone(), weights, bell, fetch), lane, None)
+            let rows = rows.map_or(rows::Source::None, rows::Source::Shared);
+            (Link::shared(lane.clone(), weights, bell, rows, fetch), lane, None)
         }
         None => {
-            let lane = Arc::new(Lane::private(layout.len()).context("no memory for the gradients")?);
+            let lane = Arc::new(Lane::private(slots).context("no memory for the gradients")?);
             let (orders, taken) = std::sync::mpsc::channel();
             let (push, pieces) = mpsc::unbounded_channel();
             // Weights have a connection of their own: each is served by one thread at a time.
@@ -278,14 +306,22 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
             let broadcast = call(other, "Broadcast", Body::new(Full::new(request)));
             let broadcast = answer(options, broadcast).await?;
             let (coming, incoming) = Coming::new(&layout).context("no memory for the weights")?;
+            let (rows, pulling) = if width > 0 {
+                let (ask, asks) = mpsc::unbounded_channel();
+                let pulling = rows::start(client.clone(), joined.session.clone(), width, asks);
+                (rows::Source::Pulled(ask), Some(pulling))
+            } else {
+                (rows::Source::None, None)
+            };
             let streams = Streams {
+                pulling,
                 receiving: tokio::spawn(receive(broadcast, incoming, layout.clone())),
                 pushing: push::start(channel, joined.session.clone(), layout.clone(), pieces, &to_coordinator),
                 machine: Machine::new(fetcher.as_ref().map(|f| f.sent.at_hand())),
                 coming: coming.clone(),
                 orders,
             };
-            (Link::streams(lane.clone(), taken, coming, push), lane, Some(streams))
+            (Link::streams(lane.clone(), taken, coming, rows, push), lane, Some(streams))
         }
     };
     let (fetched_in, mut fetched) = mpsc::unbounded_channel();

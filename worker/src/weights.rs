@@ -147,7 +147,8 @@ mod tests {
         let spec = Spec::Mlp { hidden: vec![300, 300], activation: Activation::Relu, dropout: 0.0 };
         let model = Model::build(&spec, &Signature::new(&[500], 3)).expect("a model");
         let (layout, whole) = (model.layout(), model.layout().init(1));
-        let batch = Batch { inputs: vec![0.5; 1000], targets: Targets::Class(vec![0, 2]), samples: 2 };
+        let batch =
+            Batch { inputs: vec![0.5; 1000], targets: Targets::Class(vec![0, 2]), samples: 2, ..Batch::empty() };
         let (segments, key) = (Segments::one(2), Key::new(1, Purpose::Dropout));
         let mut workspace = Workspace::new(&model, 2, 1);
         assert_eq!(layout.chunks(), 4);

@@ -3,11 +3,18 @@
 use super::{Dataset, Features, Prepared, Targets};
 use crate::kernels::vectorized;
 use crate::rng::Key;
+use crate::rows::{First, Lookups};
 
-/// A contiguous batch: inputs `(samples, features)` row-major, and targets.
+/// A contiguous batch: inputs `(samples, features)` row-major, ids `(samples, fields)`, and targets.
 #[derive(Clone, Debug)]
 pub struct Batch {
     pub inputs: Vec<f32>,
+    /// Of rows of sparse tables; `NO_ID` where there is none.
+    pub ids: Vec<u64>,
+    /// Which rows they ask for, when [`Batch::look_up`] has found out.
+    pub lookups: Lookups,
+    /// Those rows, `(keys, width)`, when somebody has put them there.
+    pub rows: Vec<f32>,
     pub targets: Targets,
     pub samples: usize,
 }
@@ -42,17 +49,37 @@ fn normalise<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, out: &mut Vec<
 impl Batch {
     /// A batch without samples, to be filled.
     pub fn empty() -> Batch {
-        Batch { inputs: Vec::new(), targets: Targets::Class(Vec::new()), samples: 0 }
+        let (inputs, ids, lookups, rows) = (Vec::new(), Vec::new(), Lookups::none(), Vec::new());
+        Batch { inputs, ids, lookups, rows, targets: Targets::Class(Vec::new()), samples: 0 }
     }
 
     /// Removes all samples and keeps the memory.
     pub fn clear(&mut self) {
         self.samples = 0;
         self.inputs.clear();
+        self.ids.clear();
         match &mut self.targets {
             Targets::Class(t) => t.clear(),
             Targets::Value(t) => t.clear(),
             Targets::Next => {}
+        }
+    }
+
+    /// Finds out which rows its ids ask for.
+    pub fn look_up(&mut self) {
+        self.lookups.plan(&self.ids);
+    }
+
+    /// Room for the rows that its ids ask for, which hold anything.
+    pub fn make_room(&mut self, width: usize) {
+        self.rows.resize(self.lookups.keys().len() * width, 0.0);
+    }
+
+    /// Puts rows of `width` values there as they are before anybody has touched them.
+    pub fn put_rows(&mut self, first: &First, width: usize) {
+        self.make_room(width);
+        for (key, row) in self.lookups.keys().iter().zip(self.rows.chunks_exact_mut(width.max(1))) {
+            first.fill(*key, row);
         }
     }
 
@@ -81,6 +108,7 @@ impl Batch {
         let width = data.sample_len();
         for row in rows {
             let stored = row * width..(row + 1) * width;
+            self.ids.extend_from_slice(data.ids.of(row));
             match (&mut self.targets, &data.targets) {
                 (Targets::Class(to), Targets::Class(from)) => to.push(from[row]),
                 (Targets::Value(to), Targets::Value(from)) => to.push(from[row]),

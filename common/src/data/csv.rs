@@ -2,7 +2,8 @@
 
 use super::tokenizer::{Encoder, Tokenizer};
 use super::{
-    Column, DataError, Dataset, Features, Prepared, Raw, Scale, Targets, TextColumn, Tokens, find, newlines, read_text,
+    Column, DataError, Dataset, Features, IdField, Ids, Prepared, Raw, Scale, Targets, TextColumn, Tokens, find,
+    newlines, read_text,
 };
 use crate::job::{self, Task};
 use crate::rng::{Key, Purpose};
@@ -205,7 +206,7 @@ pub fn encode_text(prepared: &Prepared, encoder: &Encoder<'_>, text: &str) -> Re
     }
 }
 
-fn is_missing(cell: &str, missing: &str) -> bool {
+pub(super) fn is_missing(cell: &str, missing: &str) -> bool {
     cell.is_empty() || cell == missing.trim()
 }
 
@@ -217,6 +218,8 @@ fn number(cell: &str) -> Option<f32> {
 struct Plan {
     /// In the order of the file, each with its place in a line.
     columns: Vec<(usize, Column)>,
+    /// What the ids are, each with its columns' places in a line.
+    ids: Vec<(Vec<usize>, IdField)>,
     /// The only column that is learnt from, where samples are texts, and its place in a line.
     text: Option<(usize, Tokenizer)>,
     target: usize,
@@ -242,6 +245,23 @@ impl Plan {
         for name in &spec.ignore {
             seen[train.index("ignore", name)?] = None;
         }
+        let fields = spec.ids.iter().map(|id| (id.columns.clone(), id.size));
+        let mut ids = Vec::new();
+        for field in IdField::all(fields) {
+            let places: Vec<usize> =
+                field.columns.iter().map(|name| train.index("ids", name)).collect::<Result<_, _>>()?;
+            if places.contains(&target) {
+                return Err(DataError::TargetIgnored { column: spec.target.clone() });
+            }
+            places.iter().for_each(|&i| seen[i] = None);
+            ids.push((places, field));
+        }
+        for name in &spec.log {
+            let i = train.index("log", name)?;
+            if !matches!(seen[i], Some(Seen::Number { .. })) {
+                return Err(DataError::NotNumeric { column: name.clone() });
+            }
+        }
         if seen[target].take().is_none() {
             return Err(DataError::TargetIgnored { column: spec.target.clone() });
         }
@@ -251,7 +271,7 @@ impl Plan {
         }
         if text.is_some() {
             seen.fill_with(|| None);
-        } else if seen.iter().all(Option::is_none) {
+        } else if seen.iter().all(Option::is_none) && ids.is_empty() {
             return Err(DataError::NoFeatures { path: train.path.clone() });
         }
         let mut texts = Vec::new();
@@ -261,7 +281,8 @@ impl Plan {
                 match seen {
                     Some(_) if is_missing(cell, &spec.missing) => {}
                     Some(Seen::Number { sum, count }) => {
-                        *sum += number(cell).ok_or_else(|| train.not_a_number(line, i, cell))? as f64;
+                        let number = number(cell).ok_or_else(|| train.not_a_number(line, i, cell))?;
+                        *sum += scaled(number, spec.log.contains(&train.names[i])) as f64;
                         *count += 1;
                     }
                     Some(Seen::Values(values)) => insert(values, cell),
@@ -290,10 +311,11 @@ impl Plan {
                     return Err(DataError::TooManyValues { path, column: name, values, most });
                 }
                 Some(Seen::Number { sum, count }) => {
-                    (i, Column { name, values: None, fill: (sum / count as f64) as f32 })
+                    let log = spec.log.contains(&name);
+                    (i, Column { name, values: None, fill: (sum / count as f64) as f32, log })
                 }
                 Some(Seen::Values(values)) => {
-                    (i, Column { name, values: Some(values.into_iter().collect()), fill: 0.0 })
+                    (i, Column { name, values: Some(values.into_iter().collect()), fill: 0.0, log: false })
                 }
             });
         }
@@ -309,7 +331,7 @@ impl Plan {
             let learn = || Tokenizer::learn(&text.tokenizer, texts.iter().map(String::as_str));
             (i, known.cloned().unwrap_or_else(learn))
         };
-        Ok(Plan { columns, text: text.map(learn), target, classes })
+        Ok(Plan { columns, ids, text: text.map(learn), target, classes })
     }
 
     fn encode(&self, table: &Table<'_>) -> Result<Dataset, DataError> {
@@ -317,7 +339,9 @@ impl Plan {
         let (mut features, mut labels, mut values) = (Vec::new(), Vec::new(), Vec::new());
         let text =
             self.text.as_ref().zip(spec.text.as_ref()).map(|((i, tokenizer), text)| (*i, tokenizer.encoder(), text));
-        let mut tokens = Vec::new();
+        let (mut tokens, mut ids) = (Vec::new(), Vec::new());
+        // A model takes numbers: where there are none, there is one that says nothing.
+        let alone = self.columns.is_empty() && text.is_none();
         table.rows(|line, record| {
             if let Some((i, encoder, text)) = &text {
                 table.text(line, &record[*i], encoder, text, &mut tokens)?;
@@ -327,6 +351,17 @@ impl Plan {
                     .encode(&record[*i], &spec.missing, &mut features)
                     .ok_or_else(|| table.not_a_number(line, *i, &record[*i]))?;
             }
+            for (places, field) in &self.ids {
+                let id = field.id(places.iter().map(|&i| &record[i]), &spec.missing);
+                ids.push(id.map_err(|cell| DataError::Id {
+                    path: table.path.clone(),
+                    line,
+                    column: field.columns[0].clone(),
+                    cell: cell.into(),
+                    size: field.size.unwrap_or_default(),
+                })?);
+            }
+            features.extend(alone.then_some(0.0));
             let cell = table.target(line, record, self.target)?;
             let (path, column) = (|| table.path.clone(), || spec.target.clone());
             match &self.classes {
@@ -348,15 +383,21 @@ impl Plan {
         Ok(Dataset {
             shape: vec![match &text {
                 Some((_, _, text)) => text.context,
-                None => self.columns.iter().map(|(_, column)| column.features()).sum(),
+                None => self.columns.iter().map(|(_, column)| column.features()).sum::<usize>() + usize::from(alone),
             }],
             features: if text.is_some() { Features::U32(tokens) } else { Features::F32(features) },
+            ids: Ids { fields: self.ids.len(), values: ids },
             targets: match self.classes {
                 Some(_) => Targets::Class(labels),
                 None => Targets::Value(values),
             },
         })
     }
+}
+
+/// A number, or its logarithm on both sides of 0.
+fn scaled(x: f32, log: bool) -> f32 {
+    if log { (libm::log1p(x.abs() as f64) as f32).copysign(x) } else { x }
 }
 
 fn insert(values: &mut BTreeSet<String>, value: &str) {
@@ -375,7 +416,7 @@ impl Column {
     fn encode(&self, cell: &str, missing: &str, out: &mut Vec<f32>) -> Option<()> {
         match &self.values {
             None if is_missing(cell, missing) => out.push(self.fill),
-            None => out.push(number(cell)?),
+            None => out.push(scaled(number(cell)?, self.log)),
             Some(values) => {
                 let start = out.len();
                 out.resize(start + values.len(), 0.0);
@@ -401,7 +442,27 @@ pub fn encode<'c>(prepared: &Prepared, cell: impl Fn(&str) -> Option<&'c str>) -
             .encode(cell, &prepared.missing, &mut row)
             .ok_or_else(|| DataError::CellNumber { column: column.name.clone(), cell: cell.into() })?;
     }
+    if prepared.columns.is_empty() {
+        row.push(0.0);
+    }
     Ok(row)
+}
+
+/// One new sample's ids, from its cells by column name.
+///
+/// # Errors
+/// A column that is not there, and a value that is none of a declared vocabulary.
+pub fn encode_ids<'c>(prepared: &Prepared, cell: impl Fn(&str) -> Option<&'c str>) -> Result<Vec<u64>, DataError> {
+    let id = |field: &IdField| {
+        let cell =
+            |name: &String| cell(name).map(str::trim).ok_or_else(|| DataError::CellAbsent { column: name.clone() });
+        let cells: Vec<&str> = field.columns.iter().map(cell).collect::<Result<_, _>>()?;
+        field.id(cells.into_iter(), &prepared.missing).map_err(|cell| {
+            let (column, size) = (field.columns[0].clone(), field.size.unwrap_or_default());
+            DataError::CellId { column, cell: cell.into(), size }
+        })
+    };
+    prepared.ids.iter().map(id).collect()
 }
 
 /// Reads both splits; everything that is learnt is learnt from the training set.
@@ -438,6 +499,7 @@ pub(super) fn read(
     };
     let train = plan.encode(&train)?;
     let columns = plan.columns.into_iter().map(|(_, column)| column).collect();
+    let ids = plan.ids.into_iter().map(|(_, field)| field).collect();
     let raw = Raw::new(train, test, plan.classes, Scale { per_feature: true, unit: 1.0 });
     let tokens = plan.text.zip(spec.text.as_ref()).map(|((_, tokenizer), text)| Tokens {
         // Token 0 is none.
@@ -446,7 +508,7 @@ pub(super) fn read(
         tokens_per_character: 1.0,
         column: Some(TextColumn { name: text.column.clone(), truncate: text.truncate }),
     });
-    Ok(Raw { columns, missing: spec.missing.clone(), tokens, ..raw })
+    Ok(Raw { columns, missing: spec.missing.clone(), tokens, ids, ..raw })
 }
 
 #[cfg(test)]
@@ -469,6 +531,8 @@ mod tests {
             header: true,
             target: "kind".into(),
             categorical: vec!["city".into()],
+            ids: vec![],
+            log: vec![],
             ignore: vec![],
             missing: "?".into(),
             separator: ',',

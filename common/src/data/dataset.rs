@@ -8,7 +8,22 @@ pub struct Dataset {
     /// One sample's shape: `[features]`, `[channels, height, width]`, or of tokens all that are stored of it.
     pub shape: Vec<usize>,
     pub features: Features,
+    pub ids: Ids,
     pub targets: Targets,
+}
+
+/// Ids of rows of sparse tables, `(samples, fields)`; no fields in most data sets.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Ids {
+    pub fields: usize,
+    pub values: Vec<u64>,
+}
+
+impl Ids {
+    /// Those of one sample.
+    pub fn of(&self, sample: usize) -> &[u64] {
+        &self.values[sample * self.fields..(sample + 1) * self.fields]
+    }
 }
 
 /// Feature values as they are stored: pixels stay bytes until a batch is made.
@@ -92,6 +107,7 @@ impl Dataset {
                 Features::F32(v) => Features::F32(gather(v, width, rows)),
                 Features::U32(v) => Features::U32(gather(v, width, rows)),
             },
+            ids: Ids { fields: self.ids.fields, values: gather(&self.ids.values, self.ids.fields, rows) },
             targets: match &self.targets {
                 Targets::Class(t) => Targets::Class(gather(t, 1, rows)),
                 Targets::Value(t) => Targets::Value(gather(t, 1, rows)),
@@ -101,7 +117,7 @@ impl Dataset {
     }
 
     /// The encoding, in pieces: kinds of features and targets, dimensions (a byte each), samples and shape (`u64`),
-    /// features, targets; little-endian.
+    /// features, targets; where there are ids, their fields (`u64`) and the ids; little-endian.
     fn encode(&self, mut put: impl FnMut(&[u8])) {
         let features = match self.features {
             Features::U8(_) => 0,
@@ -127,6 +143,10 @@ impl Dataset {
             Targets::Value(t) => put_words(t, f32::to_le_bytes, &mut put),
             Targets::Next => {}
         }
+        if self.ids.fields > 0 {
+            put(&(self.ids.fields as u64).to_le_bytes());
+            self.ids.values.iter().for_each(|id| put(&id.to_le_bytes()));
+        }
     }
 
     /// The data set as bytes, the same on every machine.
@@ -135,7 +155,8 @@ impl Dataset {
             Features::U8(v) => v.len(),
             Features::F32(_) | Features::U32(_) => 4 * self.features.len(),
         };
-        let mut bytes = Vec::with_capacity(3 + 8 * (1 + self.shape.len()) + features + 4 * self.samples());
+        let ids = 8 * (1 + self.ids.values.len());
+        let mut bytes = Vec::with_capacity(3 + 8 * (1 + self.shape.len()) + features + 4 * self.samples() + ids);
         self.encode(|piece| bytes.extend_from_slice(piece));
         bytes
     }
@@ -166,14 +187,21 @@ impl Dataset {
             2 => Targets::Next,
             _ => return Err(DataError::Encoded("the kind of targets is unknown")),
         };
+        let mut ids = Ids::default();
         if !rest.is_empty() {
+            ids.fields = take_size(&mut rest)?;
+            let all = ids.fields.checked_mul(samples).and_then(|n| n.checked_mul(8));
+            let all = take(&mut rest, all)?.as_chunks().0;
+            ids.values = all.iter().map(|id| u64::from_le_bytes(*id)).collect();
+        }
+        if !rest.is_empty() || ids.fields == 0 && ids != Ids::default() {
             return Err(DataError::Encoded("they go on after their end"));
         }
         let finite = |values: &Vec<f32>| crate::kernels::all_finite(values);
         if matches!(&features, Features::F32(v) if !finite(v)) || matches!(&targets, Targets::Value(v) if !finite(v)) {
             return Err(DataError::Encoded("a value is not finite"));
         }
-        Ok(Dataset { shape, features, targets })
+        Ok(Dataset { shape, features, ids, targets })
     }
 
     /// blake3 of [`Dataset::to_bytes`], without the copy.

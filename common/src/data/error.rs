@@ -89,6 +89,14 @@ pub enum DataError {
     NoColumn { key: &'static str, column: String, path: String, nearest: String },
     #[error("column `{column}` is data.target and in data.ignore; take it out of one")]
     TargetIgnored { column: String },
+    #[error(
+        "data.log names column {column:?}, which does not hold numbers that are learnt from; take it out of one of the two"
+    )]
+    NotNumeric { column: String },
+    #[error(
+        "{path}:{line}: column {column:?} holds {cell:?}, which is not a whole number below {size}; correct it, raise its `size` in data.ids, or leave `size` out"
+    )]
+    Id { path: String, line: usize, column: String, cell: String, size: u64 },
     #[error("{path} has no columns left to learn from; take some out of data.ignore")]
     NoFeatures { path: String },
     #[error(
@@ -143,6 +151,8 @@ pub enum DataError {
          is unknown"
     )]
     CellNumber { column: String, cell: String },
+    #[error("column {column:?} holds {cell:?}, which is not a whole number below {size}, as all ids were in training")]
+    CellId { column: String, cell: String, size: u64 },
 
     #[error("synthetic data need {what}; correct data.{key}")]
     Synthetic { what: &'static str, key: &'static str },

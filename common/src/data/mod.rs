@@ -7,17 +7,20 @@
 //! | `idx` | IDX files, gzipped or not (MNIST's format) |
 //! | [`csv`] | tables: numbers, and categories one-hot encoded |
 //! | `text` | windows of plain text, as tokens |
+//! | [`id`] | what the ids are that choose rows of sparse tables |
 //! | [`tokenizer`] | from text to tokens, and back |
-//! | `synthetic` | samples made from a seed, for measuring |
+//! | `synthetic`, `clicks` | samples made from a seed, for measuring; those with ids |
 //! | [`partition`] | which samples belong to which partition and step |
 //!
 //! A format yields raw samples; [`open`] learns from the training set how they are normalised ([`Prepared`]).
 
 mod batch;
+mod clicks;
 pub mod csv;
 mod dataset;
 mod digits;
 mod error;
+pub mod id;
 mod idx;
 pub mod partition;
 mod synthetic;
@@ -25,8 +28,9 @@ mod text;
 pub mod tokenizer;
 
 pub use batch::Batch;
-pub use dataset::{Dataset, Features, Targets};
+pub use dataset::{Dataset, Features, Ids, Targets};
 pub use error::DataError;
+pub use id::IdField;
 pub use tokenizer::Tokenizer;
 
 use crate::job;
@@ -58,6 +62,9 @@ pub struct Prepared {
     /// Where samples are tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<Tokens>,
+    /// What the ids of samples are; none in most data sets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ids: Vec<IdField>,
 }
 
 /// Samples that are tokens.
@@ -89,6 +96,9 @@ pub struct Column {
     /// `None`: numeric, with the training set's mean for missing cells.
     pub values: Option<Vec<String>>,
     pub fill: f32,
+    /// Whether its logarithm is taken (`fill` is one already).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub log: bool,
 }
 
 /// A job's data, read and ready for batches; cheap to clone.
@@ -107,6 +117,7 @@ struct Raw {
     columns: Vec<Column>,
     missing: String,
     tokens: Option<Tokens>,
+    ids: Vec<IdField>,
     scale: Scale,
 }
 
@@ -150,6 +161,7 @@ fn open_in(
         job::Source::SyntheticText { vocabulary, context, samples, test_samples } => {
             synthetic::text(seed, *vocabulary, *context, *samples, *test_samples)?
         }
+        job::Source::Clicks(spec) => clicks::make(seed, spec)?,
     };
     Ok(raw.prepare(data.normalize))
 }
@@ -157,12 +169,13 @@ fn open_in(
 impl Raw {
     /// Of samples without columns and tokens.
     fn new(train: Dataset, test: Option<Dataset>, classes: Option<Vec<String>>, scale: Scale) -> Raw {
-        Raw { train, test, classes, columns: Vec::new(), missing: String::new(), tokens: None, scale }
+        let (columns, missing, ids) = (Vec::new(), String::new(), Vec::new());
+        Raw { train, test, classes, columns, missing, tokens: None, ids, scale }
     }
 
     /// Learns the normalisation; there is at least one training sample.
     fn prepare(self, normalize: bool) -> Opened {
-        let Raw { train, test, classes, columns, missing, tokens, scale } = self;
+        let Raw { train, test, classes, columns, missing, tokens, ids, scale } = self;
         let width = if scale.per_feature { train.sample_len() } else { 1 };
         let (mean, inv_std) = match &train.features {
             Features::U8(v) if normalize && tokens.is_none() => statistics(v, width),
@@ -187,6 +200,7 @@ impl Raw {
             columns,
             missing,
             tokens,
+            ids,
         };
         Opened { train: Arc::new(train), test: test.map(Arc::new), prepared }
     }
@@ -266,6 +280,12 @@ impl Prepared {
         self.tokens.as_ref().is_some_and(|tokens| tokens.column.is_none())
     }
 
+    /// Rows of sparse tables that all samples of a step ask for, at most.
+    pub fn rows_of_a_step(&self, train: &job::Train) -> usize {
+        let samples = (train.partitions as usize).saturating_mul(train.micro_batch).min(self.train_samples as usize);
+        samples.saturating_mul(self.ids.len())
+    }
+
     /// Targets of a sample.
     pub fn targets(&self) -> usize {
         if self.predicts_next() { self.shape[0] } else { 1 }
@@ -276,7 +296,7 @@ impl Prepared {
         let outputs = self.outputs(loss);
         let output = if self.predicts_next() { vec![self.shape[0], outputs] } else { vec![outputs] };
         let (vocabulary, causal) = (self.tokens.as_ref().map(|t| t.vocabulary), self.predicts_next());
-        Signature { input: self.shape.clone(), vocabulary, output, causal }
+        Signature { input: self.shape.clone(), ids: self.ids.len(), vocabulary, output, causal }
     }
 
     /// Whether samples that were sent are of the kind that was announced.
@@ -286,7 +306,7 @@ impl Prepared {
     pub fn check_samples(&self, data: &Dataset) -> Result<(), DataError> {
         let next = matches!(data.targets, Targets::Next);
         let shape = if next { vec![text::stored(self.shape[0])] } else { self.shape.clone() };
-        if data.shape != shape || next != self.predicts_next() {
+        if data.shape != shape || next != self.predicts_next() || data.ids.fields != self.ids.len() {
             return Err(DataError::Encoded("they are of another shape or kind than was said"));
         }
         let vocabulary = self.tokens.as_ref().map_or(usize::MAX, |tokens| tokens.vocabulary);
@@ -387,7 +407,7 @@ mod tests {
                     1 | 3 => Targets::Value((0..samples as u64).map(|i| key.uniform(i)).collect()),
                     _ => Targets::Next,
                 };
-                Dataset { shape, features, targets }
+                Dataset { shape, features, ids: Ids::default(), targets }
             },
         )
     }

@@ -6,6 +6,7 @@
 
 mod parse;
 mod reader;
+pub(crate) use parse::ROW_BOUND;
 pub use parse::{JobError, parse};
 
 use serde::{Deserialize, Serialize};
@@ -85,6 +86,8 @@ pub enum Source {
         samples: usize,
         test_samples: usize,
     },
+    /// `synthetic` with `task = "clicks"`.
+    Clicks(Clicks),
     /// `synthetic` with `task = "language"`.
     SyntheticText {
         vocabulary: usize,
@@ -116,6 +119,12 @@ pub struct Csv {
     pub target: String,
     /// Columns that are one-hot encoded; other columns must be numbers.
     pub categorical: Vec<String>,
+    /// Columns whose values are ids of rows of sparse tables.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ids: Vec<Id>,
+    /// Columns of numbers of which the logarithm is taken: `sign(x) ln(1 + |x|)`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub log: Vec<String>,
     /// Columns that are left out.
     pub ignore: Vec<String>,
     /// The text that stands for a missing value (an empty field always does).
@@ -129,6 +138,27 @@ pub struct Csv {
     /// The only column that is learnt from, where it is given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<TextColumn>,
+}
+
+/// Where one of a sample's ids comes from.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Id {
+    /// Several are crossed: each combination of their values is an id.
+    pub columns: Vec<String>,
+    /// Values are whole numbers below it; `None`: any text, by its hash.
+    pub size: Option<u64>,
+}
+
+/// Made-up clicks: `numbers` normal numbers, and `fields` ids of `vocabulary` each, of which the `k`-th comes as often as
+/// `k^-zipf`; a planted teacher decides which samples are clicked on.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Clicks {
+    pub numbers: usize,
+    pub fields: usize,
+    pub vocabulary: u64,
+    pub zipf: f64,
+    pub samples: usize,
+    pub test_samples: usize,
 }
 
 /// Windows of a plain text, each of whose tokens is to be predicted from those before it.
@@ -194,9 +224,47 @@ pub enum Model {
         hidden: Vec<usize>,
         dropout: f32,
     },
+    /// A linear function of the numbers, and a value for each id.
+    Logistic,
+    /// [`Model::Logistic`], and the products of each two ids' vectors (Rendle, 2010): of users and items a factorization of the
+    /// matrix of ratings with biases (Koren et al., 2009, eq. 4).
+    MatrixFactorization {
+        width: usize,
+    },
+    /// [`Model::Logistic`] and an mlp over the ids' vectors and the numbers, added up (Cheng et al., 2016, eq. 3).
+    WideDeep(Deep),
+    /// [`Model::MatrixFactorization`] and an mlp over the same vectors and the numbers, added up (Guo et al., 2017, eq. 1).
+    #[serde(rename = "deepfm")]
+    DeepFm(Deep),
+    /// An mlp over what another makes of the numbers and the ids' vectors, or over their products (Naumov et al., 2019).
+    Dlrm {
+        width: usize,
+        bottom: Vec<usize>,
+        top: Vec<usize>,
+        interaction: Interaction,
+    },
     Layers {
         layers: Vec<Layer>,
     },
+}
+
+/// The mlp over ids' vectors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Deep {
+    /// Values of an id's vector.
+    pub width: usize,
+    pub hidden: Vec<usize>,
+    pub dropout: f32,
+}
+
+/// What is made of the vectors of a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Interaction {
+    /// One after another.
+    Concat,
+    /// The products of each two of them, behind the first.
+    Dot,
 }
 
 /// A decoder of blocks of causal attention and a feed-forward network, each normalised before and added to its input
@@ -333,9 +401,58 @@ pub enum Layer {
     },
     /// Halves the last dimension.
     Swiglu,
+    /// The ids' rows of a sparse table: whatever goes in, `[ids, width]` comes out.
+    Lookup {
+        width: usize,
+        init: RowInit,
+    },
+    /// `len` values from `from` on.
+    Slice {
+        from: usize,
+        len: usize,
+    },
+    /// The sum over all dimensions but the last.
+    Sum,
+    /// Vectors of `width` values to the sum of the products of each two of them.
+    FactorizationMachine {
+        width: usize,
+    },
+    /// Vectors of `width` values to the first of them and the products of each two.
+    DotInteraction {
+        width: usize,
+    },
+    /// What all branches make of the same.
+    Parallel {
+        join: Join,
+        branches: Vec<Vec<Layer>>,
+    },
     /// `y = x + body(x)`.
     Residual {
         layers: Vec<Layer>,
+    },
+}
+
+/// How what branches give becomes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Join {
+    /// One after another, as one row.
+    Concat,
+    /// Added up.
+    Sum,
+}
+
+/// The first values of a sparse table's rows.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RowInit {
+    Zeros,
+    /// From `-bound` to below `bound`.
+    Uniform {
+        bound: f32,
+    },
+    Normal {
+        std: f32,
     },
 }
 
@@ -361,6 +478,9 @@ pub struct Train {
     pub length: Length,
     pub loss: Loss,
     pub optimizer: Optimizer,
+    /// `None`: [`Tables::default`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tables: Option<Tables>,
     pub schedule: Schedule,
     pub clip_norm: Option<f32>,
     pub clip_value: Option<f32>,
@@ -436,6 +556,75 @@ pub enum Optimizer {
         centered: bool,
         weight_decay: f32,
     },
+}
+
+/// `train.tables`: what is done with sparse tables.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Tables {
+    pub optimizer: RowOptimizer,
+    /// Bytes that rows and their state may take in the coordinator.
+    #[serde(skip)]
+    pub memory: u64,
+}
+
+impl Train {
+    /// What is done with sparse tables.
+    pub fn tables(&self) -> Tables {
+        self.tables.clone().unwrap_or_default()
+    }
+}
+
+impl Default for Tables {
+    fn default() -> Tables {
+        let optimizer = RowOptimizer::Adagrad { lr: 0.01, eps: 1e-10, initial_accumulator: 0.0 };
+        Tables { optimizer, memory: 4 << 30 }
+    }
+}
+
+/// Optimizers of sparse tables, which change only rows that a step touches.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum RowOptimizer {
+    Sgd {
+        lr: f32,
+    },
+    Adagrad {
+        lr: f32,
+        eps: f32,
+        initial_accumulator: f32,
+    },
+    /// Adagrad with one accumulator for all of a row.
+    RowAdagrad {
+        lr: f32,
+        eps: f32,
+        initial_accumulator: f32,
+    },
+    LazyAdam {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        eps: f32,
+    },
+    /// FTRL-proximal; `lr` is the paper's alpha.
+    Ftrl {
+        lr: f32,
+        beta: f32,
+        l1: f32,
+        l2: f32,
+    },
+}
+
+impl RowOptimizer {
+    /// Names of what it remembers of a row with `width` values, and how many values each has.
+    pub fn slots(&self, width: usize) -> Vec<(&'static str, usize)> {
+        match self {
+            RowOptimizer::Sgd { .. } => vec![],
+            RowOptimizer::Adagrad { .. } => vec![("sum", width)],
+            RowOptimizer::RowAdagrad { .. } => vec![("sum", 1)],
+            RowOptimizer::LazyAdam { .. } => vec![("exp_avg", width), ("exp_avg_sq", width)],
+            RowOptimizer::Ftrl { .. } => vec![("z", width), ("n", width)],
+        }
+    }
 }
 
 /// The factor on the base learning rate, as a function of the step.

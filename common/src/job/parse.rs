@@ -50,6 +50,9 @@ const FRACTION: Range = Range { what: "a number from 0 to below 1", fits: |v| (0
 const UP_TO_ONE: Range = Range { what: "a number from 0 to 1", fits: |v| (0.0..=1.0).contains(&v) };
 const BETWEEN: Range = Range { what: "a number above 0 and below 1", fits: |v| v > 0.0 && v < 1.0 };
 
+/// The bound of rows' first values.
+pub(crate) const ROW_BOUND: f32 = 0.05;
+
 /// Steps, epochs, samples: far beyond any run, and products of two such numbers fit in 128 bits.
 const COUNT: std::ops::RangeInclusive<u64> = 1..=1 << 40;
 const COUNT_OR_0: std::ops::RangeInclusive<u64> = 0..=1 << 40;
@@ -67,6 +70,8 @@ const FORMATS: &Kinds = &[
             "columns",
             "target",
             "categorical",
+            "ids",
+            "log",
             "ignore",
             "missing",
             "separator",
@@ -78,7 +83,10 @@ const FORMATS: &Kinds = &[
         ],
     ),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
-    ("synthetic", &["task", "shape", "classes", "vocabulary", "context", "samples", "test_samples"]),
+    (
+        "synthetic",
+        &["task", "shape", "classes", "numbers", "fields", "vocabulary", "zipf", "context", "samples", "test_samples"],
+    ),
 ];
 
 fn data(node: &Node, base: &str) -> Result<Data> {
@@ -98,8 +106,9 @@ fn data(node: &Node, base: &str) -> Result<Data> {
         "text" => Source::Text(plain_text(&r, base)?),
         _ => synthetic(&r)?,
     };
+    let made = matches!(source, Source::Synthetic { .. } | Source::SyntheticText { .. } | Source::Clicks(_));
     let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
-    let normalize = r.flag("normalize")?.or(!matches!(source, Source::Synthetic { .. } | Source::SyntheticText { .. }));
+    let normalize = r.flag("normalize")?.or(!made);
     Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed })
 }
 
@@ -131,7 +140,7 @@ fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
     let (test, holdout) = test_set(r)?;
     let text_column = match r.text("text")?.optional() {
         Some(column) => {
-            r.not_with(&["categorical", "ignore"], "data.text", "the text is all that is learnt from")?;
+            r.not_with(&["categorical", "ids", "log", "ignore"], "data.text", "the text is all that is learnt from")?;
             let truncate = r.flag("truncate")?.or(false);
             Some(TextColumn { column, tokenizer: tokenizer(r, WORDS)?, context: context(r)?, truncate })
         }
@@ -150,11 +159,42 @@ fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
         columns,
         target: r.text("target")?.needed("target = \"label\"")?,
         categorical: names("categorical")?.or(Vec::new()),
+        ids: r.node("ids").optional().map_or(Ok(Vec::new()), ids)?,
+        log: names("log")?.or(Vec::new()),
         ignore: names("ignore")?.or(Vec::new()),
         missing: r.get("missing", "a text", text)?.or("?".into()),
         separator: r.get("separator", "one plain character, such as \";\" or \"\\t\"", separator)?.or(','),
         task: task(r)?,
     })
+}
+
+/// `["a", { column = "b", size = 10 }, { cross = ["c", "d"] }]`
+fn ids(node: &Node) -> Result<Vec<Id>> {
+    let Kind::List(items) = &node.kind else {
+        return node.error(format!("`data.ids` must be a list of columns, not {}", node.kind));
+    };
+    let one = |(i, node): (usize, &Node)| {
+        if let Kind::Text(column) = &node.kind {
+            return Ok(Id { columns: vec![column.clone()], size: None });
+        }
+        let r = Reader::new(node, &format!("data.ids[{i}]"))?;
+        r.only(&["column", "size", "cross"])?;
+        let column = r.text("column")?.optional();
+        let cross = r.list("cross", "a text", text)?.optional();
+        match (column, cross) {
+            (Some(column), None) => {
+                Ok(Id { columns: vec![column], size: r.integer("size", 1..=1 << 48)?.optional() })
+            }
+            (None, Some(columns)) if columns.len() > 1 => {
+                r.not_with(&["size"], &r.full("cross"), "combinations are known by their hash")?;
+                Ok(Id { columns, size: None })
+            }
+            _ => r.error(format!(
+                "`data.ids[{i}]` must be a column's name, {{ column = \"user\", size = 1000 }} or {{ cross = [\"a\", \"b\"] }}"
+            )),
+        }
+    };
+    items.iter().enumerate().map(one).collect()
 }
 
 fn plain_text(r: &Reader<'_>, base: &str) -> Result<Text> {
@@ -207,11 +247,23 @@ fn tokenizer(r: &Reader<'_>, default: Tokenizer) -> Result<Tokenizer> {
 }
 
 fn synthetic(r: &Reader<'_>) -> Result<Source> {
-    let task = r.word("task", "task", &["classification", "regression", "language"])?.or("classification");
+    let task = r.word("task", "task", &["classification", "regression", "language", "clicks"])?.or("classification");
     let samples = r.integer("samples", COUNT)?.needed("samples = 65536")?;
     let test_samples = r.integer("test_samples", COUNT_OR_0)?.or((samples / 8).max(1));
     let (samples, test_samples) = (samples as usize, test_samples as usize);
     let not_for = |keys: &[&'static str]| r.only_with(keys, &format!("another `data.task` than {task:?}"));
+    if task == "clicks" {
+        not_for(&["shape", "classes", "context"])?;
+        return Ok(Source::Clicks(Clicks {
+            numbers: r.integer("numbers", 1..=1 << 16)?.or(13) as usize,
+            fields: r.integer("fields", 1..=1 << 12)?.or(26) as usize,
+            vocabulary: r.integer("vocabulary", 1..=1 << 40)?.needed("vocabulary = 20000")?,
+            zipf: r.f64("zipf", &NOT_NEGATIVE)?.or(1.0),
+            samples,
+            test_samples,
+        }));
+    }
+    not_for(&["numbers", "fields", "zipf"])?;
     if task == "language" {
         not_for(&["shape", "classes"])?;
         let vocabulary = r.integer("vocabulary", 2..=MOST_TOKENS as u64)?.needed("vocabulary = 65")? as usize;
@@ -266,6 +318,11 @@ const MODELS: &Kinds = &[
     ("mlp", &["hidden", "activation", "dropout"]),
     ("gpt", &["layers", "heads", "width", "hidden", "feed_forward", "norm", "positions", "bias", "tie", "dropout"]),
     ("text-classifier", &["width", "hidden", "dropout"]),
+    ("logistic", &[]),
+    ("matrix-factorization", &["width"]),
+    ("wide-deep", &["width", "hidden", "dropout"]),
+    ("deepfm", &["width", "hidden", "dropout"]),
+    ("dlrm", &["width", "bottom", "top", "interaction"]),
     ("layers", &["layers"]),
 ];
 
@@ -290,6 +347,25 @@ fn model(node: &Node) -> Result<Model> {
             width: r.size("width")?.or(32),
             hidden: r.list("hidden", SIZE, size)?.or(Vec::new()),
             dropout: r.f32("dropout", &FRACTION)?.or(0.0),
+        },
+        "logistic" => Model::Logistic,
+        "matrix-factorization" => Model::MatrixFactorization { width: r.size("width")?.or(16) },
+        kind @ ("wide-deep" | "deepfm") => {
+            let deep = Deep {
+                width: r.size("width")?.or(16),
+                hidden: r.list("hidden", SIZE, size)?.or(vec![256, 128]),
+                dropout: r.f32("dropout", &FRACTION)?.or(0.0),
+            };
+            if kind == "deepfm" { Model::DeepFm(deep) } else { Model::WideDeep(deep) }
+        }
+        "dlrm" => Model::Dlrm {
+            width: r.size("width")?.or(16),
+            bottom: r.list("bottom", SIZE, size)?.or(vec![64]),
+            top: r.list("top", SIZE, size)?.or(vec![256, 64]),
+            interaction: match r.word("interaction", "interaction", &["dot", "concat"])?.or("dot") {
+                "concat" => Interaction::Concat,
+                _ => Interaction::Dot,
+            },
         },
         _ => {
             let list = r.node("layers").needed("layers = [{ op = \"linear\", units = 10 }]")?;
@@ -372,6 +448,12 @@ const LAYERS: &Kinds = &[
     ("positions", &["init"]),
     ("attention", &["heads", "causal", "rotary"]),
     ("residual", &["layers"]),
+    ("lookup", &["width", "init"]),
+    ("slice", &["from", "len"]),
+    ("sum", &[]),
+    ("factorization-machine", &["width"]),
+    ("dot-interaction", &["width"]),
+    ("parallel", &["join", "branches"]),
 ];
 
 fn layer(node: &Node, path: &str) -> Result<Layer> {
@@ -417,8 +499,50 @@ fn layer(node: &Node, path: &str) -> Result<Layer> {
             let body = r.node("layers").needed("layers = [{ op = \"relu\" }]")?;
             Layer::Residual { layers: layers(body, &format!("{path}.layers"))? }
         }
+        "lookup" => Layer::Lookup { width: r.size("width")?.needed("width = 16")?, init: row_init(&r)? },
+        "slice" => Layer::Slice {
+            from: r.integer("from", 0..=1 << 31)?.or(0) as usize,
+            len: r.size("len")?.needed("len = 16")?,
+        },
+        "sum" => Layer::Sum,
+        "factorization-machine" => Layer::FactorizationMachine { width: r.size("width")?.needed("width = 16")? },
+        "dot-interaction" => Layer::DotInteraction { width: r.size("width")?.needed("width = 16")? },
+        "parallel" => {
+            let join = match r.word("join", "join", &["concat", "sum"])?.or("concat") {
+                "sum" => Join::Sum,
+                _ => Join::Concat,
+            };
+            let node = r.node("branches").needed("branches = [[{ op = \"lookup\", width = 16 }], []]")?;
+            let path = format!("{path}.branches");
+            let branches = match &node.kind {
+                Kind::List(items) if !items.is_empty() => {
+                    let branch = |(i, n): (usize, &Node)| match &n.kind {
+                        Kind::List(items) if items.is_empty() => Ok(Vec::new()),
+                        _ => layers(n, &format!("{path}[{i}]")),
+                    };
+                    items.iter().enumerate().map(branch).collect::<Result<_>>()?
+                }
+                other => return node.error(format!("`{path}` must be a list of lists of layers, not {other}")),
+            };
+            Layer::Parallel { join, branches }
+        }
         name => Layer::Activation { activation: activation(name, &r)? },
     })
+}
+
+const ROW_INITS: &Kinds = &[("uniform", &["bound"]), ("normal", &["std"]), ("zeros", &[])];
+
+fn row_init(r: &Reader<'_>) -> Result<RowInit> {
+    let one = |node| {
+        choice(node, "init", &r.full("init"), ROW_INITS, &[], |name, r| {
+            Ok(match name {
+                "zeros" => RowInit::Zeros,
+                "normal" => RowInit::Normal { std: r.f32("std", &POSITIVE)?.needed("std = 0.01")? },
+                _ => RowInit::Uniform { bound: r.f32("bound", &POSITIVE)?.or(ROW_BOUND) },
+            })
+        })
+    };
+    r.node("init").optional().map_or(Ok(RowInit::Uniform { bound: ROW_BOUND }), one)
 }
 
 const INITS: &Kinds = &[
@@ -453,6 +577,7 @@ fn train(node: &Node) -> Result<Train> {
         "steps",
         "loss",
         "optimizer",
+        "tables",
         "schedule",
         "clip_norm",
         "clip_value",
@@ -479,6 +604,7 @@ fn train(node: &Node) -> Result<Train> {
         length,
         loss: r.node("loss").optional().map_or(Ok(loss_default), loss)?,
         optimizer: r.node("optimizer").optional().map_or(Ok(optimizer_default), optimizer)?,
+        tables: r.node("tables").optional().map(tables).transpose()?,
         schedule: r.node("schedule").optional().map_or(Ok(schedule_default), schedule)?,
         clip_norm: r.f32("clip_norm", &POSITIVE)?.optional(),
         clip_value: r.f32("clip_value", &POSITIVE)?.optional(),
@@ -574,6 +700,57 @@ fn optimizer(node: &Node) -> Result<Optimizer> {
                 momentum: momentum()?,
                 centered: r.flag("centered")?.or(false),
                 weight_decay,
+            },
+        })
+    })
+}
+
+fn tables(node: &Node) -> Result<Tables> {
+    let r = Reader::new(node, "train.tables")?;
+    r.only(&["optimizer", "memory_mb"])?;
+    let Tables { optimizer, memory } = Tables::default();
+    Ok(Tables {
+        optimizer: r.node("optimizer").optional().map_or(Ok(optimizer), row_optimizer)?,
+        memory: r.integer("memory_mb", 1..=1 << 24)?.or(memory >> 20) << 20,
+    })
+}
+
+const ROW_OPTIMIZERS: &Kinds = &[
+    ("adagrad", &["eps", "initial_accumulator"]),
+    ("sgd", &[]),
+    ("row-adagrad", &["eps", "initial_accumulator"]),
+    ("lazy-adam", &["beta1", "beta2", "eps"]),
+    ("ftrl", &["beta", "l1", "l2"]),
+];
+
+fn row_optimizer(node: &Node) -> Result<RowOptimizer> {
+    choice(node, "optimizer", "train.tables.optimizer", ROW_OPTIMIZERS, &["lr"], |name, r| {
+        let value = |key, range, default| Ok(r.f32(key, range)?.or(default));
+        let accumulator = || value("initial_accumulator", &NOT_NEGATIVE, 0.0);
+        let lr = |default| value("lr", &POSITIVE, default);
+        Ok(match name {
+            "sgd" => RowOptimizer::Sgd { lr: lr(0.01)? },
+            "row-adagrad" => RowOptimizer::RowAdagrad {
+                lr: lr(0.01)?,
+                eps: value("eps", &POSITIVE, 1e-10)?,
+                initial_accumulator: accumulator()?,
+            },
+            "lazy-adam" => RowOptimizer::LazyAdam {
+                lr: lr(1e-3)?,
+                beta1: value("beta1", &FRACTION, 0.9)?,
+                beta2: value("beta2", &FRACTION, 0.999)?,
+                eps: value("eps", &POSITIVE, 1e-8)?,
+            },
+            "ftrl" => RowOptimizer::Ftrl {
+                lr: lr(0.05)?,
+                beta: value("beta", &NOT_NEGATIVE, 1.0)?,
+                l1: value("l1", &NOT_NEGATIVE, 0.0)?,
+                l2: value("l2", &NOT_NEGATIVE, 0.0)?,
+            },
+            _ => RowOptimizer::Adagrad {
+                lr: lr(0.01)?,
+                eps: value("eps", &POSITIVE, 1e-10)?,
+                initial_accumulator: accumulator()?,
             },
         })
     })

@@ -53,12 +53,13 @@ impl fmt::Display for Kind {
 }
 
 /// Tables that `"name"` is short for, as `{ kind = "name" }`, and what they are when nothing is said.
-const SHORTHANDS: [(&str, &str); 5] = [
+const SHORTHANDS: [(&str, &str); 6] = [
     ("data.tokenizer", "words"),
     ("model.activation", "relu"),
     ("train.loss", "cross-entropy"),
     ("train.optimizer", "adamw"),
     ("train.schedule", "constant"),
+    ("train.tables.optimizer", "adagrad"),
 ];
 
 /// No key of a job is deeper than three; trees of thousands would overflow the stack.

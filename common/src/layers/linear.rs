@@ -164,7 +164,7 @@ impl Layer for Linear {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Segments;
+    use super::super::{Rows, Segments};
     use super::*;
     use crate::rng::{Key, Purpose};
     use std::cell::RefCell;
@@ -188,8 +188,8 @@ mod tests {
             let key = Key::new(0, Purpose::Dropout);
             let pass = Pass { segments: &segments, train: true, key, first: 0, finished: &finished };
             let mut gradient = vec![f32::NAN; parameters.len()];
-            let grads = Grads { trainable: &mut gradient, running: &mut [] };
-            let params = Params { trainable: &parameters, running: &[] };
+            let grads = Grads { trainable: &mut gradient, running: &mut [], rows: &mut [] };
+            let params = Params { trainable: &parameters, running: &[], rows: Rows::NONE };
             let mut scratch = vec![f32::NAN; layer.scratch(rows, segments.len())];
             layer.backward(&pass, params, &x, &y, &dy, dx, grads, &mut [], &mut scratch);
             assert!(gradient.iter().all(|g| g.is_finite()));

@@ -14,8 +14,11 @@ mod batch_norm;
 mod conv2d;
 mod dropout;
 mod embedding;
+mod interaction;
 mod layer_norm;
 mod linear;
+mod lookup;
+mod parallel;
 mod pool;
 mod sequential;
 
@@ -26,14 +29,18 @@ pub use batch_norm::BatchNorm;
 pub use conv2d::Conv2d;
 pub use dropout::Dropout;
 pub use embedding::{Embedding, EmbeddingBag, Positions, Table, TiedEmbedding};
+pub use interaction::{DotInteraction, FactorizationMachine, Sum};
 pub use layer_norm::LayerNorm;
 pub use linear::Linear;
+pub use lookup::{Lookup, Slice};
+pub use parallel::Parallel;
 pub use pool::{GlobalAvgPool, Pool2d};
 pub use sequential::{Flatten, Residual, Sequential};
 
 use crate::kernels;
 use crate::layout::Tensor;
 use crate::rng::Key;
+use crate::rows::{Lookups, Table as RowTable};
 use crate::tree::Node;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -107,6 +114,11 @@ pub trait Layer: Send + Sync {
         Vec::new()
     }
 
+    /// The layer's sparse tables; names as those of tensors.
+    fn tables(&self) -> Vec<RowTable> {
+        Vec::new()
+    }
+
     /// How many of the job's layers it stands for.
     fn span(&self) -> usize {
         1
@@ -168,13 +180,31 @@ pub struct Params<'a> {
     pub trainable: &'a [f32],
     /// Running statistics; nothing in a forward pass of training, which does not read them.
     pub running: &'a [f32],
+    /// Those of sparse tables that the batch asks for; not the layer's alone, but the whole model's.
+    pub rows: Rows<'a>,
+}
+
+/// Rows of sparse tables.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// Which rows they are, and for which ids of the batch.
+    pub lookups: &'a Lookups,
+    /// `(keys, width)`
+    pub values: &'a [f32],
+    /// Values of a row.
+    pub width: usize,
+}
+
+impl Rows<'_> {
+    /// Those of a model without sparse tables.
+    pub const NONE: Rows<'static> = Rows { lookups: &Lookups::none(), values: &[], width: 0 };
 }
 
 impl<'a> Params<'a> {
     /// Those at these places; of running statistics where there are any.
     fn part(self, trainable: Range<usize>, running: Range<usize>) -> Params<'a> {
         let running = if self.running.is_empty() { self.running } else { &self.running[running] };
-        Params { trainable: &self.trainable[trainable], running }
+        Params { trainable: &self.trainable[trainable], running, ..self }
     }
 }
 
@@ -182,6 +212,8 @@ impl<'a> Params<'a> {
 pub struct Grads<'a> {
     pub trainable: &'a mut [f32],
     pub running: &'a mut [f32],
+    /// The **sums** of rows' gradients, `(keys, width)`; a layer overwrites its table's part of each.
+    pub rows: &'a mut [f32],
 }
 
 /// `out` = the sum of `leaf(segment)` over the segments `lo..hi`, in the fixed tree. `spare` holds [`tree_spare`] floats.

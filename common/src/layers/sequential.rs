@@ -1,6 +1,6 @@
 //! Layers one after another, and around them.
 
-use super::{Grads, Layer, Params, Pass, over_rows};
+use super::{Grads, Layer, Params, Pass, RowTable, over_rows};
 use crate::kernels::{self, vectorized};
 use crate::layout::{Role, Tensor};
 use std::ops::Range;
@@ -52,7 +52,8 @@ impl Sequential {
 
     /// The first layer with parameters; nobody needs the gradient of its inputs unless somebody needs that of all.
     fn first(&self) -> usize {
-        self.sizes.iter().position(|&size| size != (0, 0)).unwrap_or(self.layers.len())
+        let learns = |(size, layer): (&(usize, usize), &Box<dyn Layer>)| *size != (0, 0) || !layer.tables().is_empty();
+        self.sizes.iter().zip(&self.layers).position(learns).unwrap_or(self.layers.len())
     }
 
     fn inner_scratch(&self, rows: usize, segments: usize) -> usize {
@@ -111,6 +112,14 @@ impl Layer for Sequential {
         all
     }
 
+    fn tables(&self) -> Vec<RowTable> {
+        let named = |(i, layer): (&usize, &Box<dyn Layer>)| {
+            let i = *i;
+            layer.tables().into_iter().map(move |t| RowTable { name: format!("{i}.{}", t.name), ..t })
+        };
+        self.places.iter().zip(&self.layers).flat_map(named).collect()
+    }
+
     fn saved(&self, rows: usize, segments: usize) -> usize {
         self.between() * rows + self.layers.iter().map(|l| l.saved(rows, segments)).sum::<usize>()
     }
@@ -159,7 +168,7 @@ impl Layer for Sequential {
         let (gradients, scratch) = scratch.split_at_mut(2 * self.widest() * rows);
         let (mut above, mut below) = gradients.split_at_mut(self.widest() * rows);
         let (mut trainable, mut running) = (params.trainable, params.running);
-        let (mut d_trainable, mut d_running) = (grads.trainable, grads.running);
+        let Grads { trainable: mut d_trainable, running: mut d_running, rows: d_rows } = grads;
         let mut between = &*between;
         let mut dx = dx;
         let end = if dx.is_some() { 0 } else { self.first() };
@@ -187,8 +196,8 @@ impl Layer for Sequential {
             let into = if i == end { dx.take() } else { Some(&mut below[..in_len]) };
             let key = pass.key.with(self.places[i] as u64);
             let pass = Pass { key, first: pass.first + d_trainable.len(), ..*pass };
-            let (mine, into_grads) =
-                (Params { trainable: mine_t, running: mine_r }, Grads { trainable: grad_t, running: grad_r });
+            let mine = Params { trainable: mine_t, running: mine_r, ..params };
+            let into_grads = Grads { trainable: grad_t, running: grad_r, rows: &mut *d_rows };
             let scratch = &mut scratch[..layer.scratch(rows, segments)];
             layer.backward(&pass, mine, x, y, dy, into, into_grads, saved, scratch);
             std::mem::swap(&mut above, &mut below);
@@ -215,6 +224,10 @@ pub struct Residual {
 impl Layer for Residual {
     fn out_shape(&self) -> &[usize] {
         self.body.out_shape()
+    }
+
+    fn tables(&self) -> Vec<RowTable> {
+        self.body.tables()
     }
 
     fn tensors(&self) -> Vec<Tensor> {

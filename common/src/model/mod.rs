@@ -5,10 +5,13 @@ mod named;
 use crate::job::{self, WeightInit};
 use crate::kernels::{Finish, conv::Window};
 use crate::layers::{
-    Activation, Attention, BatchNorm, Conv2d, Dropout, Embedding, EmbeddingBag, Flatten, GlobalAvgPool, Layer,
-    LayerNorm, Linear, Pool2d, Positions, Residual, Rotary, Sequential, Swiglu, Table, TiedEmbedding, finish,
+    Activation, Attention, BatchNorm, Conv2d, DotInteraction, Dropout, Embedding, EmbeddingBag, FactorizationMachine,
+    Flatten, GlobalAvgPool, Layer, LayerNorm, Linear, Lookup, Parallel, Pool2d, Positions, Residual, Rotary,
+    Sequential, Slice, Sum, Swiglu, Table, TiedEmbedding, finish,
 };
 use crate::layout::{Init, Layout};
+use crate::rows::RowLayout;
+use std::cell::Cell;
 
 /// Why a model cannot be built on a data set.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -24,6 +27,14 @@ pub enum ModelError {
          \"tied-embedding\": begin model.layers with one of them, or use kind = \"gpt\" or \"text-classifier\""
     )]
     Tokens,
+    #[error(
+        "model.layers[{0}] (lookup) needs ids, and the data has none: name columns in data.ids, or leave the layer out"
+    )]
+    NoIds(String),
+    #[error(
+        "the data has {0} ids a sample, and the model looks none of them up: begin with {{ op = \"lookup\", width = 16 }}, or use kind = \"deepfm\", \"wide-deep\", \"dlrm\" or \"logistic\""
+    )]
+    Ids(usize),
     #[error("the model has {0} parameters; at most 2^31 are possible")]
     TooLarge(u128),
     #[error("the model has no parameters to train; add for example {{ op = \"linear\", units = {0} }}")]
@@ -40,6 +51,8 @@ fn words(shape: &[usize]) -> String {
 pub struct Signature {
     /// Of a sample.
     pub input: Vec<usize>,
+    /// Ids that a sample has beside it, of rows of sparse tables.
+    pub ids: usize,
     /// Where a sample's values are tokens: how many there are.
     pub vocabulary: Option<usize>,
     /// `[outputs]`, or `[positions, outputs]` where each position has a target.
@@ -49,9 +62,9 @@ pub struct Signature {
 }
 
 impl Signature {
-    /// For samples of `shape` that are no tokens and have one target each.
+    /// For samples of `shape` that are no tokens, have no ids, and have one target each.
     pub fn new(shape: &[usize], outputs: usize) -> Signature {
-        Signature { input: shape.into(), vocabulary: None, output: vec![outputs], causal: false }
+        Signature { input: shape.into(), ids: 0, vocabulary: None, output: vec![outputs], causal: false }
     }
 }
 
@@ -59,6 +72,7 @@ impl Signature {
 pub struct Model {
     net: Sequential,
     layout: Layout,
+    rows: RowLayout,
     input_len: usize,
     positions: usize,
     output: Vec<usize>,
@@ -109,6 +123,9 @@ fn window(
 struct Builder {
     vocabulary: Option<usize>,
     causal: bool,
+    ids: usize,
+    /// Values of a row of the sparse tables so far.
+    row: Cell<usize>,
 }
 
 impl Builder {
@@ -239,6 +256,51 @@ impl Builder {
                 }
                 Box::new(Swiglu { shape: [rest, &[width / 2]].concat() })
             }
+            job::Layer::Lookup { width, init } => {
+                if self.ids == 0 {
+                    return Err(ModelError::NoIds(at.into()));
+                }
+                let init = match *init {
+                    job::RowInit::Zeros => Init::Constant(0.0),
+                    job::RowInit::Uniform { bound } => Init::Uniform { bound },
+                    job::RowInit::Normal { std } => Init::Normal { std },
+                };
+                Box::new(Lookup { shape: [self.ids, *width], at: self.row.replace(self.row.get() + width), init })
+            }
+            job::Layer::Slice { from, len } => {
+                let of = product(shape);
+                if from.checked_add(*len).is_none_or(|end| end > of) {
+                    return wrong("slice", format!("at least {} values", from.saturating_add(*len)));
+                }
+                Box::new(Slice { from: *from, len: [*len], of })
+            }
+            job::Layer::Sum => {
+                let width = shape[shape.len() - 1];
+                Box::new(Sum { vectors: product(shape) / width, width: [width] })
+            }
+            job::Layer::FactorizationMachine { width } | job::Layer::DotInteraction { width } => {
+                let dot = matches!(spec, job::Layer::DotInteraction { .. });
+                let op = if dot { "dot-interaction" } else { "factorization-machine" };
+                let vectors = product(shape) / width;
+                if !product(shape).is_multiple_of(*width) || vectors < 2 {
+                    return wrong(op, format!("at least two whole vectors of {width} values"));
+                }
+                if dot {
+                    Box::new(DotInteraction::new(vectors, *width))
+                } else {
+                    Box::new(FactorizationMachine { fields: vectors, width: *width })
+                }
+            }
+            job::Layer::Parallel { join, branches } => {
+                let branch =
+                    |(i, specs): (usize, &Vec<job::Layer>)| self.chain(specs, &format!("{at}].branches[{i}]["), shape);
+                let built: Vec<Sequential> = branches.iter().enumerate().map(branch).collect::<Result<_, _>>()?;
+                let shapes: Vec<&[usize]> = built.iter().map(|b| b.out_shape()).collect();
+                if *join == job::Join::Sum && shapes.iter().any(|s| *s != shapes[0]) {
+                    return wrong("parallel", format!("branches that give the same shape to add up, not {shapes:?}"));
+                }
+                Box::new(Parallel::new(product(shape), built, *join))
+            }
         })
     }
 
@@ -265,7 +327,7 @@ impl Builder {
 impl Model {
     /// Builds `spec` for what goes in and has to come out. `linear` and `mlp` take a sample as one row.
     pub fn build(spec: &job::Model, signature: &Signature) -> Result<Model, ModelError> {
-        let &Signature { ref input, vocabulary, ref output, causal } = signature;
+        let &Signature { ref input, ids, vocabulary, ref output, causal } = signature;
         let (specs, shape) = named::layers(spec, signature);
         let first = specs.first();
         let takes_tokens = matches!(
@@ -275,7 +337,11 @@ impl Model {
         if vocabulary.is_some() && !takes_tokens {
             return Err(ModelError::Tokens);
         }
-        let net = Builder { vocabulary, causal }.chain(&specs, "", &shape)?;
+        let net = Builder { vocabulary, causal, ids, row: Cell::new(0) }.chain(&specs, "", &shape)?;
+        let rows = RowLayout::new(net.tables());
+        if ids > 0 && rows.is_empty() {
+            return Err(ModelError::Ids(ids));
+        }
         if net.out_shape() != output {
             return Err(ModelError::Outputs { got: net.out_shape().into(), want: output.clone() });
         }
@@ -288,12 +354,33 @@ impl Model {
             return Err(ModelError::Nothing(output[output.len() - 1]));
         }
         let positions = vocabulary.map_or(1, |_| product(input));
-        Ok(Model { layout: Layout::new(tensors), input_len: product(input), positions, output: output.clone(), net })
+        Ok(Model {
+            layout: Layout::new(tensors),
+            rows,
+            input_len: product(input),
+            positions,
+            output: output.clone(),
+            net,
+        })
     }
 
     /// Where its parameters lie.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// What the rows of its sparse tables hold.
+    pub fn rows(&self) -> &RowLayout {
+        &self.rows
+    }
+
+    /// Digest of names, shapes and roles of all that is learnt: two builds that disagree cannot train together.
+    pub fn digest(&self) -> [u8; 32] {
+        if self.rows.is_empty() {
+            return self.layout.digest();
+        }
+        let rows = serde_json::to_vec(&self.rows).expect("a layout is plain data");
+        *blake3::Hasher::new().update(&self.layout.digest()).update(&rows).finalize().as_bytes()
     }
 
     /// Values of one input sample.

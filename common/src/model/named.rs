@@ -1,10 +1,41 @@
 //! The named kinds of models, as the layers that they are short for.
 
 use super::{Signature, product};
-use crate::job::{Activation, FeedForward, Gpt, Layer, Model, Norm, PositionKind, WeightInit};
+use crate::job::{
+    Activation, Deep, FeedForward, Gpt, Interaction, Join, Layer, Model, Norm, PositionKind, ROW_BOUND, RowInit,
+    WeightInit,
+};
 
 fn linear(units: usize) -> Layer {
     Layer::Linear { units, bias: true, init: None }
+}
+
+/// Hidden layers.
+fn mlp(hidden: &[usize], dropout: f32) -> Vec<Layer> {
+    let mut layers = Vec::new();
+    for &units in hidden {
+        layers.extend([linear(units), Layer::Activation { activation: Activation::Relu }]);
+        layers.extend((dropout > 0.0).then_some(Layer::Dropout { rate: dropout }));
+    }
+    layers
+}
+
+fn sum(branches: Vec<Vec<Layer>>) -> Layer {
+    Layer::Parallel { join: Join::Sum, branches }
+}
+
+fn lookup(width: usize) -> Layer {
+    Layer::Lookup { width, init: RowInit::Uniform { bound: ROW_BOUND } }
+}
+
+/// The ids' vectors, and behind them the numbers.
+fn vectors(width: usize) -> Layer {
+    Layer::Parallel { join: Join::Concat, branches: vec![vec![lookup(width)], vec![]] }
+}
+
+/// A linear function of the numbers, and a value for each id, as branches to be added up.
+fn wide(outputs: usize) -> Vec<Vec<Layer>> {
+    vec![vec![linear(outputs)], vec![Layer::Lookup { width: outputs, init: RowInit::Zeros }, Layer::Sum]]
 }
 
 /// A model's layers, and the shape of what they take.
@@ -28,14 +59,38 @@ pub(super) fn layers(spec: &Model, signature: &Signature) -> (Vec<Layer>, Vec<us
             // Small, so that what was hardly seen says hardly anything.
             let init = Some(WeightInit::Normal { std: 0.02 });
             let mut layers = vec![Layer::EmbeddingBag { width: *width, init }];
-            let dropout = || (*dropout > 0.0).then_some(Layer::Dropout { rate: *dropout });
-            layers.extend(dropout());
-            for &units in hidden {
-                layers.extend([linear(units), Layer::Activation { activation: Activation::Relu }]);
-                layers.extend(dropout());
-            }
+            layers.extend((*dropout > 0.0).then_some(Layer::Dropout { rate: *dropout }));
+            layers.extend(mlp(hidden, *dropout));
             layers.push(linear(outputs));
             (layers, input.clone())
+        }
+        Model::Logistic => (vec![sum(wide(outputs))], row),
+        Model::MatrixFactorization { width } => {
+            let machine = vec![lookup(*width), Layer::FactorizationMachine { width: *width }];
+            (vec![sum([wide(outputs), vec![machine]].concat())], row)
+        }
+        Model::WideDeep(deep) => {
+            let mlp = [vec![vectors(deep.width)], mlp(&deep.hidden, deep.dropout), vec![linear(outputs)]].concat();
+            (vec![sum([wide(outputs), vec![mlp]].concat())], row)
+        }
+        Model::DeepFm(Deep { width, hidden, dropout }) => {
+            // Both parts learn the same vectors.
+            let machine = vec![
+                Layer::Slice { from: 0, len: signature.ids * width },
+                Layer::FactorizationMachine { width: *width },
+            ];
+            let mlp = [mlp(hidden, *dropout), vec![linear(outputs)]].concat();
+            let both = vec![vectors(*width), sum(vec![machine, mlp])];
+            (vec![sum([wide(outputs), vec![both]].concat())], row)
+        }
+        Model::Dlrm { width, bottom, top, interaction } => {
+            let numbers = [mlp(bottom, 0.0), vec![linear(*width)]].concat();
+            let branches = vec![numbers, vec![lookup(*width)]];
+            let mut layers = vec![Layer::Parallel { join: Join::Concat, branches }];
+            layers.extend((*interaction == Interaction::Dot).then_some(Layer::DotInteraction { width: *width }));
+            layers.extend(mlp(top, 0.0));
+            layers.push(linear(outputs));
+            (layers, row)
         }
         Model::Layers { layers } => (layers.clone(), input.clone()),
     }

@@ -3,10 +3,11 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use unisono_common::data::Targets;
-use unisono_common::job::{Activation, Layer, Loss};
+use unisono_common::job::{Activation, Join, Layer, Loss};
 use unisono_common::layers::Segments;
 use unisono_common::model::Model;
 use unisono_common::rng::Key;
+use unisono_common::rows::lookup::NOWHERE;
 
 /// Samples, each with its values.
 type Rows = Vec<Vec<f64>>;
@@ -16,6 +17,8 @@ pub struct Oracle<'a> {
     pub layers: &'a [Layer],
     pub shape: &'a [usize],
     pub segments: &'a Segments,
+    /// Of each sample's ids, among the rows of sparse tables.
+    pub places: &'a [u32],
     /// Seed and step, as the layers get them.
     pub key: Key,
     /// How near any value came to a kink (of relu, of a maximum): there, a slope means nothing.
@@ -209,6 +212,48 @@ impl Oracle<'_> {
                     (0..width).map(|i| x[i] / (1.0 + (-x[i]).exp()) * x[width + i]).collect()
                 };
                 ([rest, &[width]].concat(), each(&|x| x.chunks(2 * width).flat_map(row).collect()))
+            }
+            Layer::Lookup { width, .. } => {
+                let (w, ids) = (tensor("weight"), self.places.len() / x.len().max(1));
+                let row = |place: &u32| match *place {
+                    NOWHERE => vec![0.0; *width],
+                    place => w[place as usize * width..][..*width].to_vec(),
+                };
+                let rows = (0..x.len()).map(|i| self.places[i * ids..(i + 1) * ids].iter().flat_map(row).collect());
+                (vec![ids, *width], rows.collect())
+            }
+            Layer::Slice { from, len } => (vec![*len], each(&|x| x[*from..from + len].to_vec())),
+            Layer::Sum => {
+                let width = shape[shape.len() - 1];
+                let sum = |x: &[f64], f: usize| x.iter().skip(f).step_by(width).sum::<f64>();
+                (vec![width], each(&|x| (0..width).map(|f| sum(x, f)).collect()))
+            }
+            Layer::FactorizationMachine { width } | Layer::DotInteraction { width } => {
+                let products = |x: &[f64]| -> Vec<f64> {
+                    let v: Vec<&[f64]> = x.chunks(*width).collect();
+                    let dot = |i: usize, j: usize| v[i].iter().zip(v[j]).map(|(a, b)| a * b).sum();
+                    (0..v.len()).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| dot(i, j)).collect()
+                };
+                let y = match layer {
+                    Layer::DotInteraction { .. } => each(&|x| [&x[..*width], &products(x)].concat()),
+                    _ => each(&|x| vec![products(x).iter().sum()]),
+                };
+                (vec![y.first().map_or(0, Vec::len)], y)
+            }
+            Layer::Parallel { join, branches } => {
+                let branch = |(i, layers): (usize, &Vec<Layer>)| {
+                    self.chain(t, layers, &format!("{name}{i}."), shape.clone(), x.clone(), key.with(i as u64))
+                };
+                let all: Vec<Rows> = branches.iter().enumerate().map(branch).collect();
+                let join = |row: usize| -> Vec<f64> {
+                    let parts = all.iter().map(|y| y[row].clone());
+                    match join {
+                        Join::Concat => parts.flatten().collect(),
+                        Join::Sum => parts.reduce(|a, b| a.iter().zip(b).map(|(a, b)| a + b).collect()).unwrap(),
+                    }
+                };
+                let y: Rows = (0..x.len()).map(join).collect();
+                (vec![y.first().map_or(0, Vec::len)], y)
             }
             Layer::Residual { layers } => {
                 let body = self.chain(t, layers, name, shape.clone(), x.clone(), key);

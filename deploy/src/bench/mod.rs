@@ -24,6 +24,9 @@ const AFTER: Duration = Duration::from_millis(300);
 /// Batches of each worker thread, as the peers have it: an epoch is so many steps.
 const BATCHES: usize = 8;
 
+/// Where rows are to be new for long.
+const MANY_BATCHES: usize = 256;
+
 /// Compute threads of all workers together, at most.
 const MOST_THREADS: usize = 4096;
 
@@ -40,10 +43,22 @@ enum Workload {
     Cnn,
     /// A decoder of 4 layers, 4 heads and width 128 on 64 of 65 tokens, 0.8 million parameters, batches of 12
     Gpt,
+    /// 13 numbers and 26 ids of 520,000 possible ones, rows of 16 values and two mlps, batches of 512
+    Dlrm,
+    /// The same with 20 million possible ids, and more batches
+    DlrmLarge,
 }
 
 impl Workload {
-    const ALL: [Workload; 5] = [Workload::Softmax, Workload::Mlp, Workload::MlpWide, Workload::Cnn, Workload::Gpt];
+    const ALL: [Workload; 7] = [
+        Workload::Softmax,
+        Workload::Mlp,
+        Workload::MlpWide,
+        Workload::Cnn,
+        Workload::Gpt,
+        Workload::Dlrm,
+        Workload::DlrmLarge,
+    ];
 
     fn name(self) -> &'static str {
         match self {
@@ -52,6 +67,8 @@ impl Workload {
             Workload::MlpWide => "mlp-wide",
             Workload::Cnn => "cnn",
             Workload::Gpt => "gpt",
+            Workload::Dlrm => "dlrm",
+            Workload::DlrmLarge => "dlrm-large",
         }
     }
 
@@ -62,6 +79,7 @@ impl Workload {
             Workload::MlpWide => include_str!("mlp-wide.toml"),
             Workload::Cnn => include_str!("cnn.toml"),
             Workload::Gpt => include_str!("gpt.toml"),
+            Workload::Dlrm | Workload::DlrmLarge => include_str!("dlrm.toml"),
         }
     }
 
@@ -72,8 +90,11 @@ impl Workload {
             Ok(job::parse(JobText { file, base: ".".into(), toml, overrides })?)
         };
         let batch = with(vec![])?.train.micro_batch;
-        let samples = BATCHES * batch * partitions;
-        with(vec![format!("train.partitions={partitions}"), format!("data.samples={samples}")])
+        let batches = if self == Workload::DlrmLarge { MANY_BATCHES } else { BATCHES };
+        let samples = batches * batch * partitions;
+        let mut overrides = vec![format!("train.partitions={partitions}"), format!("data.samples={samples}")];
+        overrides.extend((self == Workload::DlrmLarge).then(|| "data.vocabulary=769231".to_string()));
+        with(overrides)
     }
 }
 

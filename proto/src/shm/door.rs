@@ -11,8 +11,16 @@ pub use linux::{Door, knock};
 /// # Errors
 /// Always.
 #[cfg(not(target_os = "linux"))]
-pub fn knock(_: &str, _: &[u8], _: usize) -> std::io::Result<(super::Weights, super::Lane, super::memory::BellMemory)> {
+pub fn knock(_: &str, _: &[u8], _: super::SlotSize, _: Option<super::Capacity>) -> std::io::Result<Opened> {
     Err(std::io::ErrorKind::Unsupported.into())
+}
+
+/// What is behind the door: weights, lane and the coordinator's bell, and the rows of sparse tables where there are any.
+pub struct Opened {
+    pub weights: super::Weights,
+    pub lane: super::Lane,
+    pub bell: super::memory::BellMemory,
+    pub rows: Option<super::Rows>,
 }
 
 /// Bytes of the secret.
@@ -20,9 +28,9 @@ pub const SECRET: usize = 16;
 
 #[cfg(target_os = "linux")]
 mod linux {
-    use super::SECRET;
+    use super::{Opened, SECRET};
     use crate::shm::memory::{BELL_BYTES, BellMemory, Memory};
-    use crate::shm::{Lane, Weights};
+    use crate::shm::{Capacity, Lane, Rows, SlotSize, Weights};
     use rustix::fd::{BorrowedFd, OwnedFd};
     use rustix::net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -36,7 +44,8 @@ mod linux {
     /// Neither side waits longer for the other.
     const MOST: Duration = Duration::from_secs(2);
 
-    const FILES: usize = 3;
+    /// Files that are given, at most.
+    const FILES: usize = 4;
 
     /// The coordinator's side.
     pub struct Door {
@@ -86,13 +95,10 @@ mod linux {
         ///
         /// # Errors
         /// A memory without a file, and who does not take them.
-        pub fn give(stream: &UnixStream, memories: [&Memory; FILES]) -> io::Result<()> {
+        pub fn give(stream: &UnixStream, memories: &[&Memory]) -> io::Result<()> {
             let none = || io::Error::other("this memory cannot be shared");
-            let mut files: [Option<BorrowedFd<'_>>; FILES] = [None; FILES];
-            for (file, memory) in files.iter_mut().zip(memories) {
-                *file = Some(memory.file().ok_or_else(none)?);
-            }
-            let files = files.map(|f| f.expect("each was set"));
+            let files: Vec<BorrowedFd<'_>> =
+                memories.iter().map(|memory| memory.file().ok_or_else(none)).collect::<io::Result<_>>()?;
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             if !control.push(SendAncillaryMessage::ScmRights(&files)) {
@@ -103,11 +109,11 @@ mod linux {
         }
     }
 
-    /// The worker's side: weights, lane and the coordinator's bell, for gradients of `len` values.
+    /// The worker's side, for slots of `size`, and where there are sparse tables, rows of a capacity.
     ///
     /// # Errors
     /// Nobody opens (the coordinator is on another host), or what is given does not fit.
-    pub fn knock(name: &str, secret: &[u8], len: usize) -> io::Result<(Weights, Lane, BellMemory)> {
+    pub fn knock(name: &str, secret: &[u8], size: SlotSize, rows: Option<Capacity>) -> io::Result<Opened> {
         let mut stream = UnixStream::connect_addr(&SocketAddr::from_abstract_name(name)?)?;
         stream.set_read_timeout(Some(MOST))?;
         stream.set_write_timeout(Some(MOST))?;
@@ -124,13 +130,22 @@ mod linux {
             })
             .flatten()
             .collect();
-        let [weights, lane, bell] = <[OwnedFd; FILES]>::try_from(files)
-            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the coordinator gave no shared memory"))?;
-        Ok((
-            Weights::of(Memory::open(weights, Weights::bytes(len), false)?, len),
-            Lane::of(Memory::open(lane, Lane::bytes(len), true)?, len),
-            BellMemory::of(Memory::open(bell, BELL_BYTES, true)?),
-        ))
+        let mut files = files.into_iter();
+        let mut next = || {
+            files
+                .next()
+                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the coordinator gave no shared memory"))
+        };
+        let len = size.len;
+        Ok(Opened {
+            weights: Weights::of(Memory::open(next()?, Weights::bytes(len), false)?, len),
+            lane: Lane::of(Memory::open(next()?, Lane::bytes(size), true)?, size),
+            bell: BellMemory::of(Memory::open(next()?, BELL_BYTES, true)?),
+            rows: match rows {
+                Some(capacity) => Some(Rows::of(Memory::open(next()?, capacity.bytes(), false)?, capacity)),
+                None => None,
+            },
+        })
     }
 
     #[cfg(test)]
@@ -143,19 +158,23 @@ mod linux {
         fn who_knows_the_secret_gets_the_memory() {
             let door =
                 Door::open(std::process::id().to_le_bytes().repeat(2).try_into().expect("8 bytes")).expect("a socket");
-            let (weights, lane) = (Weights::create(3).expect("memory"), Lane::create(3).expect("memory"));
+            let (size, capacity) = (SlotSize { len: 3, rows: 5, width: 2 }, Capacity { width: 2, state: 0, rows: 10 });
+            let (weights, lane) = (Weights::create(3).expect("memory"), Lane::create(size).expect("memory"));
+            let rows = crate::shm::RowStore::create(capacity).expect("memory");
             let bell = BellMemory::create().expect("memory");
             let name = door.name().to_string();
-            let worker = std::thread::spawn(move || knock(&name, &[7; SECRET], 3));
+            let worker = std::thread::spawn(move || knock(&name, &[7; SECRET], size, Some(capacity)));
             let (mut stream, _) = door.listener().accept().expect("a knock");
             assert_eq!(Door::ask(&mut stream).expect("a secret"), [7; SECRET]);
-            Door::give(&stream, [weights.memory(), lane.memory(), bell.memory()]).expect("it takes them");
-            let (theirs, their_lane, _) = worker.join().expect("no panic").expect("memory");
-            assert_eq!(theirs.of_step(0, 0..3), [0.0; 3]);
+            let memories = [weights.memory(), lane.memory(), bell.memory(), rows.memory()];
+            Door::give(&stream, &memories).expect("it takes them");
+            let theirs = worker.join().expect("no panic").expect("memory");
+            assert!(theirs.rows.is_some_and(|rows| rows.is_empty()));
+            assert_eq!(theirs.weights.of_step(0, 0..3), [0.0; 3]);
             let order = Order { step: 5, generation: 0, node: Node { lo: 0, hi: 1 }, evaluate: true };
             assert!(lane.order(order));
-            assert_eq!(their_lane.next_order(|| ()), Some(order));
-            assert!(knock("unisono-nobody", &[7; SECRET], 3).is_err());
+            assert_eq!(theirs.lane.next_order(|| ()), Some(order));
+            assert!(knock("unisono-nobody", &[7; SECRET], size, None).is_err());
         }
     }
 }

@@ -22,6 +22,8 @@ pub struct Header {
     pub generation: u64,
     pub node: Node,
     pub sums: LossSums,
+    /// How many rows of sparse tables it has gradients of.
+    pub rows: u32,
 }
 
 /// Where a worker's time for one node went, in nanoseconds, one after the other.
@@ -45,6 +47,8 @@ pub enum Report {
     Begin { slot: u32, header: Header },
     /// These chunks of it are final; with the last ones comes what it took.
     Ready { slot: u32, from: u32, to: u32, spent: Option<Spent> },
+    /// The gradients of its rows are final.
+    Rows { slot: u32 },
 }
 
 /// Puts numbers into a frame, one after the other.
@@ -118,15 +122,16 @@ impl Report {
     /// As a frame.
     pub fn to_frame(self) -> [u32; FRAME] {
         match self {
-            Report::Begin { slot, header: Header { step, generation, node, sums } } => {
+            Report::Begin { slot, header: Header { step, generation, node, sums, rows } } => {
                 let words = Words::tagged(2).u32(slot).u64(step).u64(generation).node(node);
-                words.u64(sums.loss.to_bits()).u64(sums.weight.to_bits()).u64(sums.samples).frame
+                words.u64(sums.loss.to_bits()).u64(sums.weight.to_bits()).u64(sums.samples).u32(rows).frame
             }
             Report::Ready { slot, from, to, spent } => {
                 let words = Words::tagged(3).u32(slot).u32(from).u32(to).u32(spent.is_some().into());
                 let Spent { data, forward, backward, encode, encoded } = spent.unwrap_or_default();
                 words.u64(data).u64(forward).u64(backward).u64(encode).u64(encoded).frame
             }
+            Report::Rows { slot } => Words::tagged(4).u32(slot).frame,
         }
     }
 
@@ -141,7 +146,7 @@ impl Report {
                 let (slot, step, generation, node) = (read.u32(), read.u64(), read.u64(), read.node());
                 let (loss, weight) = (f64::from_bits(read.u64()), f64::from_bits(read.u64()));
                 let sums = LossSums { loss, weight, samples: read.u64() };
-                Ok(Report::Begin { slot, header: Header { step, generation, node, sums } })
+                Ok(Report::Begin { slot, header: Header { step, generation, node, sums, rows: read.u32() } })
             }
             3 => {
                 let (slot, from, to, said) = (read.u32(), read.u32(), read.u32(), read.u32() != 0);
@@ -149,6 +154,7 @@ impl Report {
                 let spent = Spent { data, forward, backward, encode: read.u64(), encoded: read.u64() };
                 Ok(Report::Ready { slot, from, to, spent: said.then_some(spent) })
             }
+            4 => Ok(Report::Rows { slot: read.u32() }),
             tag => Err(unknown(tag)),
         }
     }
@@ -166,10 +172,10 @@ mod tests {
             assert_eq!(Order::from_frame(&order.to_frame()), Ok(order));
             assert!(Report::from_frame(&order.to_frame()).is_err());
             let sums = LossSums { loss: -1.5e300, weight: f64::MIN_POSITIVE, samples: step };
-            let begin = Report::Begin { slot: 1, header: Header { step, generation, node, sums } };
+            let begin = Report::Begin { slot: 1, header: Header { step, generation, node, sums, rows: u32::MAX } };
             let spent = Spent { data: 1, forward: u64::MAX, backward: 3, encode: 1 << 33, encoded: step };
             let ready = |spent| Report::Ready { slot: 7, from: 1, to: u32::MAX, spent };
-            for report in [begin, ready(None), ready(Some(spent))] {
+            for report in [begin, ready(None), ready(Some(spent)), Report::Rows { slot: 9 }] {
                 assert_eq!(Report::from_frame(&report.to_frame()), Ok(report));
                 assert!(Order::from_frame(&report.to_frame()).is_err());
             }

@@ -23,40 +23,65 @@ const BELL: usize = Bell::<AtomicU32>::WORDS;
 /// Words before the slots: the bell, a line for the slots' states, the two rings.
 const WORDS: usize = BELL + 16 + 2 * RING;
 
+/// What a slot has room for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotSize {
+    /// Values of a gradient.
+    pub len: usize,
+    /// Rows of sparse tables, and values of each.
+    pub rows: usize,
+    pub width: usize,
+}
+
+impl SlotSize {
+    /// Of a model without sparse tables.
+    pub fn dense(len: usize) -> SlotSize {
+        SlotSize { len, ..SlotSize::default() }
+    }
+
+    /// The gradient's bytes, the rows' keys', and the rows' gradients'.
+    fn parts(self) -> [usize; 3] {
+        [self.len * 4, self.rows * 8, self.rows * self.width * 4].map(whole_pages)
+    }
+
+    fn bytes(self) -> usize {
+        self.parts().iter().sum()
+    }
+}
+
 /// One worker's lane.
 pub struct Lane {
     memory: Memory,
-    /// Values of a gradient.
-    len: usize,
+    size: SlotSize,
     /// Ends the worker's waiting; of this process only.
     closed: AtomicBool,
 }
 
 impl Lane {
-    /// Bytes of the memory for gradients of `len` values.
-    pub fn bytes(len: usize) -> usize {
-        whole_pages(WORDS * 4) + SLOTS as usize * whole_pages(len * 4)
+    /// Bytes of the memory for slots of a size.
+    pub fn bytes(size: SlotSize) -> usize {
+        whole_pages(WORDS * 4) + SLOTS as usize * size.bytes()
     }
 
     /// A lane that can be given to a worker.
     ///
     /// # Errors
     /// Where the system has not so much memory to give.
-    pub fn create(len: usize) -> io::Result<Lane> {
-        Ok(Lane::of(Memory::create("unisono-lane", Lane::bytes(len), false)?, len))
+    pub fn create(size: SlotSize) -> io::Result<Lane> {
+        Ok(Lane::of(Memory::create("unisono-lane", Lane::bytes(size), false)?, size))
     }
 
     /// A lane for this process alone.
     ///
     /// # Errors
     /// Where the system has not so much memory to give.
-    pub fn private(len: usize) -> io::Result<Lane> {
-        Ok(Lane::of(Memory::private(Lane::bytes(len))?, len))
+    pub fn private(size: SlotSize) -> io::Result<Lane> {
+        Ok(Lane::of(Memory::private(Lane::bytes(size))?, size))
     }
 
-    /// A lane for gradients of `len` values in a memory of [`Lane::bytes`].
-    pub fn of(memory: Memory, len: usize) -> Lane {
-        Lane { memory, len, closed: AtomicBool::new(false) }
+    /// A lane with slots of a size in a memory of [`Lane::bytes`].
+    pub fn of(memory: Memory, size: SlotSize) -> Lane {
+        Lane { memory, size, closed: AtomicBool::new(false) }
     }
 
     /// The memory, to give it away.
@@ -83,7 +108,12 @@ impl Lane {
     }
 
     fn slot_at(&self, slot: u32) -> usize {
-        whole_pages(WORDS * 4) + slot as usize * whole_pages(self.len * 4)
+        whole_pages(WORDS * 4) + slot as usize * self.size.bytes()
+    }
+
+    /// What the slots have room for.
+    pub fn size(&self) -> SlotSize {
+        self.size
     }
 
     // The coordinator's side.
@@ -165,7 +195,22 @@ impl Lane {
     pub fn slot(&self, slot: u32) -> &mut [f32] {
         assert!(slot < SLOTS && self.taken(slot).load(Ordering::Relaxed) != 0, "the slot is taken first");
         // SAFETY: nobody reads of a taken slot what its worker has not reported as ready, and then the worker writes it no more.
-        unsafe { self.memory.values_mut(self.slot_at(slot), 0..self.len) }
+        unsafe { self.memory.values_mut(self.slot_at(slot), 0..self.size.len) }
+    }
+
+    /// The keys and gradients of `rows` rows in a slot that the worker has taken, to be filled; as [`Lane::slot`].
+    #[allow(clippy::mut_from_ref, reason = "as Lane::slot")]
+    #[allow(unsafe_code, reason = "shared memory")]
+    pub fn slot_rows(&self, slot: u32, rows: usize) -> (&mut [u64], &mut [f32]) {
+        assert!(slot < SLOTS && self.taken(slot).load(Ordering::Relaxed) != 0, "the slot is taken first");
+        assert!(rows <= self.size.rows, "{rows} rows in a slot for {}", self.size.rows);
+        let [gradient, keys, _] = self.size.parts();
+        let at = self.slot_at(slot) + gradient;
+        // SAFETY: as for the slot's gradient; the two do not overlap.
+        let (keys, values) = unsafe {
+            (self.memory.values_mut(at, 0..2 * rows), self.memory.values_mut(at + keys, 0..rows * self.size.width))
+        };
+        (bytemuck::cast_slice_mut(keys), values)
     }
 }
 
@@ -221,6 +266,32 @@ impl Part {
     }
 }
 
+/// The rows of a slot that were reported as ready.
+pub struct RowPart {
+    hold: Arc<Hold>,
+    rows: usize,
+}
+
+impl RowPart {
+    /// The first `rows` rows; `None` where a slot has no room for so many.
+    pub fn new(hold: &Arc<Hold>, rows: usize) -> Option<RowPart> {
+        (rows <= hold.lane.size.rows).then(|| RowPart { hold: hold.clone(), rows })
+    }
+
+    /// Their keys, and their gradients, `(keys, width)`.
+    #[allow(unsafe_code, reason = "shared memory")]
+    pub fn values(&self) -> (&[u64], &[f32]) {
+        let (lane, size) = (&self.hold.lane, self.hold.lane.size);
+        let [gradient, keys, _] = size.parts();
+        let at = lane.slot_at(self.hold.slot) + gradient;
+        // SAFETY: they are final, and the slot is not free before this part is dropped.
+        let (keys, values) = unsafe {
+            (lane.memory.values(at, 0..2 * self.rows), lane.memory.values(at + keys, 0..self.rows * size.width))
+        };
+        (bytemuck::cast_slice(keys), values)
+    }
+}
+
 impl AsRef<[u8]> for Part {
     fn as_ref(&self) -> &[u8] {
         unisono_common::layout::le_bytes(self.values())
@@ -240,7 +311,8 @@ mod tests {
 
     #[test]
     fn orders_go_down_reports_go_up_and_slots_come_back() {
-        let lane = Arc::new(Lane::create(10).expect("memory"));
+        let size = SlotSize { len: 10, rows: 600, width: 3 };
+        let lane = Arc::new(Lane::create(size).expect("memory"));
         for step in 0..1000 {
             assert!(lane.order(order(step)));
             assert_eq!(lane.next_order(|| panic!("an order is there")), Some(order(step)));
@@ -255,7 +327,13 @@ mod tests {
             assert_eq!(lane.take_slot(), Some(1), "the first is in use");
             drop(a);
             assert_eq!(b.values(), [step as f32; 6]);
-            drop((b, Hold::of(&lane, 1)));
+            let (keys, values) = lane.slot_rows(1, 600);
+            (keys.fill(step), values.fill(-1.0));
+            let hold = Hold::of(&lane, 1).expect("taken");
+            let rows = RowPart::new(&hold, 600).expect("room");
+            assert_eq!(rows.values(), (&[step; 600][..], &[-1.0; 1800][..]));
+            assert!(RowPart::new(&hold, 601).is_none() && b.values() == [step as f32; 6]);
+            drop((b, rows, hold));
         }
         assert_eq!(lane.report(), Ok(None));
         assert!(Hold::of(&lane, 0).is_none() && Hold::of(&lane, SLOTS).is_none());

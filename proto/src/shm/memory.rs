@@ -118,6 +118,18 @@ impl Memory {
         unsafe { self.start.add(byte) }
     }
 
+    /// Says that the cache line at a byte is wanted soon.
+    pub(super) fn prefetch(&self, byte: usize) {
+        let start = self.at(byte & !3, 4);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every x86-64 processor has it, and it changes nothing.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(start.as_ptr().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = start;
+    }
+
     /// Words that both sides may read and write at any time.
     ///
     /// # Panics
@@ -126,6 +138,16 @@ impl Memory {
         assert!(self.writable, "this memory may only be read");
         let start = self.at(byte, words * 4);
         // SAFETY: within the mapping and aligned; atomics may be shared with anybody, and any bits are one.
+        unsafe { std::slice::from_raw_parts(start.cast().as_ptr(), words) }
+    }
+
+    /// Words that the other side may write at any time, to be loaded and never stored.
+    ///
+    /// # Panics
+    /// Outside of the memory.
+    pub(super) fn read_words(&self, byte: usize, words: usize) -> &[AtomicU32] {
+        let start = self.at(byte, words * 4);
+        // SAFETY: within the mapping and aligned; any bits are an atomic word, and one of memory for reading may be loaded.
         unsafe { std::slice::from_raw_parts(start.cast().as_ptr(), words) }
     }
 

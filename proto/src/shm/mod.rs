@@ -7,6 +7,7 @@
 //! | [`ring`] | the protocol's order: a ring of frames for one sender and one receiver, and a bell to wait for |
 //! | [`frame`] | what the frames say |
 //! | [`lane`] | one worker's part: two rings, a bell, and two slots for gradients |
+//! | [`rows`] | rows of sparse tables, and where each lies |
 //! | [`door`] | how a worker gets at it: a Unix socket, a nonce, and open files |
 //!
 //! **Why no step tears another.** Weights lie in two buffers, those of step `s` in buffer `s % 2`. An update of step `s`
@@ -21,6 +22,8 @@ pub mod frame;
 pub mod lane;
 pub mod memory;
 pub mod ring;
+pub mod rows;
 
-pub use lane::{Hold, Lane, Part};
+pub use lane::{Hold, Lane, Part, RowPart, SlotSize};
 pub use memory::{Memory, Piece, Weights};
+pub use rows::{Capacity, Full, Places, RowStore, Rows};

@@ -1,0 +1,463 @@
+//! Sparse tables: the rows that were touched, the open reduction tree of their gradients, and the update.
+//!
+//! Rows are updated as soon as all of their gradients are there, beside the values of the open step, which whoever joins or is slow
+//! can still read until the step is committed. A checkpoint that is being written copies only rows that change meanwhile.
+
+use crate::lock;
+use anyhow::{Context, Result, bail};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use tokio::sync::watch;
+use unisono_common::ids::Step;
+use unisono_common::job;
+use unisono_common::kernels;
+use unisono_common::loss::LossSums;
+use unisono_common::optim::sum_squares;
+use unisono_common::rows::optim::RowOptimizer;
+use unisono_common::rows::sums::{RowSums, merge};
+use unisono_common::rows::{First, RowBlock, RowLayout};
+use unisono_common::tree::{Node, Offer, Open};
+use unisono_proto::shm::{Capacity, Memory, RowPart, RowStore};
+
+/// Gradient sums of some rows.
+pub enum RowGradient {
+    /// Where a worker computed them.
+    Slot(RowPart),
+    Sums(RowSums),
+    /// The root's two halves, that are still to be added.
+    Both(Box<[RowGradient; 2]>),
+}
+
+impl RowGradient {
+    /// Keys, and gradients, `(keys, width)`.
+    pub fn parts(&self) -> (&[u64], &[f32]) {
+        match self {
+            RowGradient::Slot(part) => part.values(),
+            RowGradient::Sums(sums) => sums.parts(),
+            RowGradient::Both(_) => unreachable!("only the root's two halves wait to be added"),
+        }
+    }
+
+    /// One or two that are still to be added up.
+    fn halves(&self) -> [(&[u64], &[f32]); 2] {
+        match self {
+            RowGradient::Both(both) => [both[0].parts(), both[1].parts()],
+            one => [one.parts(), (&[], &[])],
+        }
+    }
+
+    /// What may wait for long: it keeps no slot from its worker.
+    fn kept(self) -> RowGradient {
+        match self {
+            RowGradient::Slot(part) => {
+                let (keys, values) = part.values();
+                RowGradient::Sums(RowSums { keys: keys.to_vec(), values: values.to_vec() })
+            }
+            other => other,
+        }
+    }
+}
+
+/// A node's sums.
+struct Part {
+    gradient: RowGradient,
+    sums: LossSums,
+    partitions: u32,
+}
+
+/// The rows, and what is known of each.
+struct Held {
+    /// The step whose gradients are taken next.
+    step: Step,
+    store: RowStore,
+    keys: Vec<u64>,
+    /// For each row the step that comes after its last change.
+    changed: Vec<AtomicU64>,
+    keeping: Option<Keeping>,
+}
+
+/// A checkpoint that has not taken all rows yet.
+struct Keeping {
+    step: Step,
+    /// Rows that there were at its step, and those of them that it has taken.
+    rows: usize,
+    taken: usize,
+    /// Those of the others that have changed since, as they were.
+    old: HashMap<u32, Vec<f32>>,
+}
+
+/// The open step's gradients.
+struct Coming {
+    tree: Open<Part>,
+    whole: Option<Part>,
+}
+
+/// The sparse tables of one run.
+pub struct Tables {
+    layout: RowLayout,
+    first: First,
+    optimizer: RowOptimizer,
+    partitions: u32,
+    memory: u64,
+    held: RwLock<Held>,
+    coming: Mutex<Coming>,
+    /// The step whose rows are there.
+    committed: watch::Sender<u64>,
+}
+
+/// Why an update did not come about.
+#[derive(Debug)]
+pub enum Failed {
+    /// A value of this table is not finite.
+    Diverged(String),
+    /// There is no room for rows that are new.
+    Full(String),
+}
+
+/// Rows that a checkpoint takes at once; updates wait meanwhile.
+const BLOCK: usize = 16_384;
+
+impl Tables {
+    /// Tables of `layout` at `step`, with rows that were kept.
+    ///
+    /// # Errors
+    /// Where the system has not so much address space to give, and rows that do not fit.
+    pub fn new(
+        layout: RowLayout,
+        seed: u64,
+        job: &job::Tables,
+        partitions: u32,
+        step: Step,
+        rows: &[RowBlock],
+    ) -> Result<Tables> {
+        let optimizer = RowOptimizer::new(&job.optimizer, &layout);
+        let width = layout.width();
+        let capacity = Capacity::of_bytes(width, optimizer.state_len(), job.memory);
+        let store = RowStore::create(capacity).context("no memory for the tables; lower train.tables.memory_mb")?;
+        let mut held = Held { step, store, keys: Vec::new(), changed: Vec::new(), keeping: None };
+        for block in rows {
+            for (key, row) in block.keys.iter().zip(block.rows.chunks_exact(optimizer.row_len())) {
+                let placed = held.store.place(*key, step.0, |values, state| {
+                    values.copy_from_slice(&row[..width]);
+                    state.copy_from_slice(&row[width..]);
+                });
+                if placed.is_err() {
+                    bail!("{}", full(capacity.rows, job.memory));
+                }
+                held.keys.push(*key);
+            }
+        }
+        held.changed = held.keys.iter().map(|_| AtomicU64::new(step.0)).collect();
+        Ok(Tables {
+            first: layout.first(seed),
+            layout,
+            optimizer,
+            partitions,
+            memory: job.memory,
+            held: RwLock::new(held),
+            coming: Mutex::new(Coming { tree: Open::new(partitions), whole: None }),
+            committed: watch::Sender::new(step.0),
+        })
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Held> {
+        self.held.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Held> {
+        self.held.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// What the rows hold.
+    pub fn layout(&self) -> &RowLayout {
+        &self.layout
+    }
+
+    /// How its state is kept.
+    pub fn optimizer(&self) -> &RowOptimizer {
+        &self.optimizer
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.read().keys.len()
+    }
+
+    /// Passes the rows' memory on, to be given away.
+    pub fn with_memory<R>(&self, give: impl FnOnce(&Memory) -> R) -> R {
+        give(self.read().store.memory())
+    }
+
+    /// Wakes when the rows of another step are there.
+    pub fn committed(&self) -> watch::Receiver<u64> {
+        self.committed.subscribe()
+    }
+
+    /// Takes the checked sums of a node's rows; the loss sums of the whole tree when it is there.
+    pub fn accept(&self, step: Step, node: Node, sums: LossSums, gradient: RowGradient) -> Option<LossSums> {
+        let width = self.layout.width();
+        let mut coming = lock(&self.coming);
+        if coming.whole.is_some() || coming.tree.holds(node) || self.read().step != step {
+            return None; // late, or there already
+        }
+        let gradient = if coming.tree.merges(node) { gradient } else { gradient.kept() };
+        let add = |left: Part, right: Part| {
+            let (sums, partitions) = (left.sums + right.sums, left.partitions + right.partitions);
+            let gradient = if partitions == self.partitions {
+                RowGradient::Both(Box::new([left.gradient, right.gradient]))
+            } else {
+                RowGradient::Sums(RowSums::of_both(left.gradient.parts(), right.gradient.parts(), width))
+            };
+            Part { gradient, sums, partitions }
+        };
+        let part = Part { gradient, sums, partitions: node.len() };
+        if coming.tree.offer(node, part, add) != Offer::Complete {
+            return None;
+        }
+        coming.whole = coming.tree.take_root();
+        coming.whole.as_ref().map(|whole| whole.sums)
+    }
+
+    /// The sum of squares of the whole tree's gradients, which are multiplied by `factor`, in the order of the keys.
+    pub fn sum_squares(&self, factor: f32) -> f64 {
+        let coming = lock(&self.coming);
+        let Some(whole) = &coming.whole else { return 0.0 };
+        let [left, right] = whole.gradient.halves();
+        let (mut sum, width) = (0.0, self.layout.width());
+        let mut row = vec![0.0; width];
+        merge(left.0, right.0, |_, side| {
+            side.read((left.1, right.1), width, &mut row);
+            kernels::scale(&mut row, factor);
+            sum += sum_squares(&row);
+        });
+        sum
+    }
+
+    /// The rows of the next step, from the whole tree's gradients times `factor`, each clamped to `-limit..=limit`; on the
+    /// current thread pool. They are read from [`Tables::commit`] on.
+    ///
+    /// # Errors
+    /// Values that are not finite, and no room for new rows.
+    pub fn update(&self, lr: f32, factor: f32, limit: Option<f32>) -> Result<(), Failed> {
+        let Some(whole) = lock(&self.coming).whole.take() else { return Ok(()) };
+        let [left, right] = whole.gradient.halves();
+        let most = left.0.len() + right.0.len();
+        let (mut keys, mut sides) = (Vec::with_capacity(most), Vec::with_capacity(most));
+        merge(left.0, right.0, |key, side| {
+            keys.push(key);
+            sides.push(side);
+        });
+        let width = self.layout.width();
+        let mut held = self.write();
+        let Held { step, store, keys: known, changed, keeping } = &mut *held;
+        let (now, next) = (*step, step.next());
+        let places = store.places(&keys, now.0, |key, values, state| {
+            self.first.fill(key, values);
+            self.optimizer.first_state(state);
+        });
+        let places = places.map_err(|_| Failed::Full(full(store.len(), self.memory)))?;
+        if known.len() < store.len() as usize {
+            // Those that are new, in the order of their keys.
+            let new = keys.iter().zip(places.as_slice()).filter(|(_, place)| **place as usize >= known.len());
+            let new: Vec<u64> = new.map(|(key, _)| *key).collect();
+            changed.extend(new.iter().map(|_| AtomicU64::new(next.0)));
+            known.extend(new);
+        }
+        if let Some(keeping) = keeping {
+            for &place in places.as_slice() {
+                let at = place as usize;
+                if (keeping.taken..keeping.rows).contains(&at) && changed[at].load(Ordering::Relaxed) <= keeping.step.0
+                {
+                    let row = [store.values(place, now.0), store.state(place)].concat();
+                    keeping.old.insert(place, row);
+                }
+            }
+        }
+        let update = self.optimizer.at(next.0, lr);
+        let bad = Mutex::new(None::<usize>);
+        let at = places.as_slice();
+        let change = |gradient: &mut Vec<f32>, i: usize, values: &mut [f32], state: &mut [f32]| {
+            changed[at[i] as usize].store(next.0, Ordering::Relaxed);
+            let finite = kernels::vectorized(
+                #[inline(always)]
+                || {
+                    sides[i].read((left.1, right.1), width, gradient);
+                    gradient.iter_mut().for_each(|g| *g *= factor);
+                    // Before it is clamped, which would hide an infinite one.
+                    let finite = gradient.iter().fold(0.0, |zero, g| zero + g * 0.0) == 0.0;
+                    if let Some(limit) = limit {
+                        gradient.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
+                    }
+                    update.run(gradient, values, state) && finite
+                },
+            );
+            if !finite {
+                let mut pairs = gradient.iter().zip(&*values);
+                let at = pairs.position(|(g, w)| !g.is_finite() || !w.is_finite()).unwrap_or(0);
+                let mut bad = lock(&bad);
+                *bad = Some(bad.map_or(at, |first| first.min(at)));
+            }
+        };
+        store.change(&places, now.0, || vec![0.0; width], change);
+        *step = next;
+        drop(held);
+        match bad.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+            Some(at) => Err(Failed::Diverged(self.layout.table_at(at).map(|t| t.name.clone()).unwrap_or_default())),
+            None => Ok(()),
+        }
+    }
+
+    /// The step was committed: from now on, the rows of `next` are read.
+    pub fn commit(&self, next: Step) {
+        self.committed.send_replace(next.0);
+    }
+
+    /// The rows of `keys` that there are and that have changed since `since` (or all of them): places among the keys, and values;
+    /// and the step whose rows they are.
+    pub fn pull(&self, keys: &[u64], since: Option<Step>) -> (Step, Vec<u32>, Vec<f32>) {
+        let held = self.read();
+        let step = *self.committed.borrow();
+        let (mut places, mut values) = (Vec::new(), Vec::new());
+        for (i, key) in keys.iter().enumerate() {
+            let Some(place) = held.store.find(*key) else { continue };
+            // One that has changed for the next step already may have changed for this one before.
+            if since.is_none_or(|since| held.changed[place as usize].load(Ordering::Relaxed) > since.0) {
+                places.push(i as u32);
+                values.extend_from_slice(held.store.values(place, step));
+            }
+        }
+        (Step(step), places, values)
+    }
+
+    /// Whether the rows that are read are those of a step before `step`.
+    pub fn is_before(&self, step: Step) -> bool {
+        *self.committed.borrow() < step.0
+    }
+
+    /// Whether the rows are those of `step`, and no update of it has run.
+    pub fn is_at(&self, step: Step) -> bool {
+        self.read().step == step
+    }
+
+    /// Promises that [`Tables::flush`] gives the rows as they are now.
+    pub fn keep(&self) {
+        let mut held = self.write();
+        let (step, rows) = (held.step, held.keys.len());
+        held.keeping = Some(Keeping { step, rows, taken: 0, old: HashMap::new() });
+    }
+
+    /// Gives away all rows that were promised, in the order in which they were first touched.
+    pub fn flush(&self, mut give: impl FnMut(&RowBlock)) {
+        let len = self.optimizer.row_len();
+        loop {
+            let mut held = self.write();
+            let Held { step: Step(step), store, keys, keeping, .. } = &mut *held;
+            let Some(kept) = keeping.as_mut().filter(|kept| kept.taken < kept.rows) else {
+                *keeping = None;
+                return;
+            };
+            let next = (kept.taken + BLOCK).min(kept.rows);
+            let mut block = RowBlock { keys: keys[kept.taken..next].to_vec(), rows: Vec::new() };
+            block.rows.reserve(block.keys.len() * len);
+            for place in kept.taken as u32..next as u32 {
+                match kept.old.remove(&place) {
+                    Some(old) => block.rows.extend_from_slice(&old),
+                    None => {
+                        block.rows.extend_from_slice(store.values(place, *step));
+                        block.rows.extend_from_slice(store.state(place));
+                    }
+                }
+            }
+            kept.taken = next;
+            drop(held);
+            give(&block);
+        }
+    }
+}
+
+fn full(rows: u32, memory: u64) -> String {
+    format!(
+        "the sparse tables have {rows} rows, and no more fit into train.tables.memory_mb = {}: raise it, or let ids that hardly \
+         ever come share a row",
+        memory >> 20
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unisono_common::layout::Init;
+    use unisono_common::rows::{Table, key};
+
+    fn tables(memory: u64, rows: &[RowBlock]) -> Tables {
+        let layout = RowLayout::new(vec![Table { name: "a".into(), width: 2, init: Init::Uniform { bound: 1.0 } }]);
+        let job = job::Tables { optimizer: job::RowOptimizer::Sgd { lr: 1.0 }, memory };
+        Tables::new(layout, 7, &job, 2, Step(5), rows).expect("memory")
+    }
+
+    /// Gradients of 1 for the rows of these ids, from each of two partitions.
+    fn step(tables: &Tables, step: u64, ids: [&[u64]; 2]) -> Option<LossSums> {
+        let mut last = None;
+        for (partition, ids) in ids.iter().enumerate() {
+            let mut keys: Vec<u64> = ids.iter().map(|id| key(*id)).collect();
+            keys.sort();
+            let gradient = RowGradient::Sums(RowSums { values: vec![1.0; 2 * keys.len()], keys });
+            let sums = LossSums { loss: 1.0, weight: 1.0, samples: 1 };
+            last = tables.accept(Step(step), Node::leaf(partition as u32), sums, gradient);
+        }
+        last
+    }
+
+    fn value(tables: &Tables, id: u64) -> f32 {
+        let mut row = [0.0; 2];
+        tables.layout.first(7).fill(key(id), &mut row);
+        let (_, places, values) = tables.pull(&[key(id)], None);
+        if places.is_empty() { 0.0 } else { values[0] - row[0] }
+    }
+
+    #[test]
+    fn rows_change_when_all_is_there_and_a_checkpoint_has_them_as_they_were() {
+        let tables = tables(1 << 20, &[]);
+        assert!(step(&tables, 4, [&[1], &[1]]).is_none(), "it is not the open step");
+        assert!(step(&tables, 5, [&[1, 2], &[2, 3]]).is_some_and(|sums| sums.samples == 2));
+        assert!(step(&tables, 5, [&[1], &[1]]).is_none(), "it is there already");
+        assert_eq!((tables.rows(), value(&tables, 2)), (0, 0.0), "nothing changes before it is committed");
+        assert_eq!(tables.sum_squares(0.5), (2.0 + 2.0 + 4.0 * 2.0) / 4.0);
+        tables.update(1.0, 0.5, None).expect("finite");
+        assert_eq!((tables.rows(), value(&tables, 2)), (3, 0.0), "what is not committed is not read");
+        tables.commit(Step(6));
+        assert!(tables.is_at(Step(6)) && tables.rows() == 3);
+        let near = |a: f32, b: f32| (a - b).abs() < 1e-6;
+        assert!(near(value(&tables, 1), -0.5) && near(value(&tables, 2), -1.0) && near(value(&tables, 3), -0.5));
+        // Only what has changed since is pulled again.
+        let keys = [1, 9, 2].map(key);
+        assert_eq!(tables.pull(&keys, None).1, [0, 2]);
+        tables.keep();
+        step(&tables, 6, [&[2, 9], &[]]);
+        tables.update(1.0, 1.0, Some(0.25)).expect("finite");
+        tables.commit(Step(7));
+        assert_eq!(tables.pull(&keys, Some(Step(6))).1, [1, 2]);
+        assert!(near(value(&tables, 2), -1.25) && near(value(&tables, 9), -0.25));
+        let mut kept = Vec::new();
+        tables.flush(|block| kept.push(block.clone()));
+        assert_eq!(kept.iter().map(|block| block.keys.len()).sum::<usize>(), 3, "the fourth is newer");
+        let again = self::tables(1 << 20, &kept);
+        assert!(near(value(&again, 2), -1.0) && near(value(&again, 3), -0.5) && value(&again, 9) == 0.0);
+        tables.flush(|_| panic!("nothing was promised"));
+    }
+
+    #[test]
+    fn what_is_not_finite_and_what_does_not_fit_is_said() {
+        let tables = tables(1 << 10, &[]);
+        let ids: Vec<u64> = (0..1000).collect();
+        step(&tables, 5, [&ids, &[]]);
+        match tables.update(1.0, 1.0, None) {
+            Err(Failed::Full(why)) => assert!(why.contains("memory_mb"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+        let tables = self::tables(1 << 20, &[]);
+        step(&tables, 5, [&[1], &[2]]);
+        assert!(matches!(tables.update(1.0, f32::INFINITY, Some(1.0)), Err(Failed::Diverged(table)) if table == "a"));
+    }
+}

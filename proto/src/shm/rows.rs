@@ -1,0 +1,496 @@
+//! Rows of sparse tables in memory that processes share: one writes, the others only read, and no row takes memory before it
+//! is written.
+//!
+//! An index says where the row of a key lies: open addressing by the key's first bits, so that keys in their order are found
+//! in the order of memory. It grows by generations, each twice as large as the one before, one behind another; rows stay
+//! where they are. The file behind the memory is as large as the rows may become, and takes no more than what was written.
+
+use super::memory::{Memory, PAGE, whole_pages};
+use rayon::prelude::*;
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Words of an entry: the key's two halves, and one more than the row's place (0: nothing is there).
+const ENTRY: usize = 3;
+
+/// Entries of the first generation.
+const FIRST: usize = 1024;
+
+/// Words of the header: the generation, and how many rows there are.
+const GENERATION: usize = 0;
+const ROWS: usize = 1;
+
+/// How large the rows may become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Values of a row, and of its state.
+    pub width: usize,
+    pub state: usize,
+    pub rows: u32,
+}
+
+impl Capacity {
+    /// Rows that take no more than so many bytes, index and all: an entry for two rows at least, in generations.
+    pub fn of_bytes(width: usize, state: usize, bytes: u64) -> Capacity {
+        let capacity = Capacity { width, state, rows: 1 };
+        let each = 4 * (capacity.record() + 8 * ENTRY) as u64;
+        Capacity { rows: (bytes / each).clamp(1, 1 << 30) as u32, ..capacity }
+    }
+
+    /// Words of a row: its values of two steps, its state, and which two steps.
+    fn record(self) -> usize {
+        2 * self.width + self.state + 2
+    }
+
+    fn generations(self) -> u32 {
+        let entries = (2 * self.rows as usize).next_power_of_two().max(FIRST);
+        (entries / FIRST).trailing_zeros() + 1
+    }
+
+    fn index_bytes(self) -> usize {
+        whole_pages(FIRST * ((1 << self.generations()) - 1) * ENTRY * 4)
+    }
+
+    /// Bytes of the memory, most of which are never touched.
+    pub fn bytes(self) -> usize {
+        PAGE + self.index_bytes() + whole_pages(self.rows as usize * self.record() * 4)
+    }
+
+    fn rows_at(self) -> usize {
+        PAGE + self.index_bytes()
+    }
+}
+
+/// Where a row's newest values up to a step begin, by the steps that its two are of: steps are counted modulo 2^32, and one after
+/// `step` is far away.
+fn newest(capacity: Capacity, record: &[f32], step: u64) -> usize {
+    let [.., first, second] = record else { return 0 };
+    let age = |of: &f32| (step as u32).wrapping_sub(of.to_bits());
+    if age(first) <= age(second) { 0 } else { capacity.width }
+}
+
+/// One generation of the index.
+struct Index<'a> {
+    words: &'a [AtomicU32],
+    bits: u32,
+}
+
+/// What stands at a key's place.
+enum Found {
+    Row(u32),
+    /// Nothing, in this entry.
+    Free(usize),
+}
+
+impl Index<'_> {
+    fn entry(&self, at: usize) -> &[AtomicU32] {
+        &self.words[at * ENTRY..(at + 1) * ENTRY]
+    }
+
+    /// Looks for a key. What a stranger to the current step sees may be anything, and is looked at so often at most.
+    fn find(&self, key: u64) -> Found {
+        let entries = 1usize << self.bits;
+        let mut at = (key >> (64 - self.bits)) as usize;
+        for _ in 0..entries {
+            let entry = self.entry(at);
+            let row = entry[2].load(Ordering::Acquire);
+            if row == 0 {
+                break;
+            }
+            let half = |i: usize| entry[i].load(Ordering::Relaxed) as u64;
+            if half(0) | half(1) << 32 == key {
+                return Found::Row(row - 1);
+            }
+            at = (at + 1) % entries;
+        }
+        Found::Free(at)
+    }
+
+    /// The place of a key's row among so many, or [`NOWHERE`].
+    fn place(&self, key: u64, rows: u32) -> u32 {
+        match self.find(key) {
+            Found::Row(row) if row < rows => row,
+            Found::Row(_) | Found::Free(_) => NOWHERE,
+        }
+    }
+
+    fn put(&self, at: usize, key: u64, row: u32) {
+        let entry = self.entry(at);
+        entry[0].store(key as u32, Ordering::Relaxed);
+        entry[1].store((key >> 32) as u32, Ordering::Relaxed);
+        entry[2].store(row + 1, Ordering::Release);
+    }
+}
+
+/// The rows, for reading.
+pub struct Rows {
+    memory: Memory,
+    capacity: Capacity,
+}
+
+impl Rows {
+    /// Rows in a memory of [`Capacity::bytes`] that another process gave.
+    pub fn of(memory: Memory, capacity: Capacity) -> Rows {
+        Rows { memory, capacity }
+    }
+
+    fn header(&self) -> &[AtomicU32] {
+        self.memory.read_words(0, 2)
+    }
+
+    fn index(&self, generation: u32) -> Index<'_> {
+        let generation = generation.min(self.capacity.generations() - 1);
+        let bits = FIRST.trailing_zeros() + generation;
+        let before = FIRST * ((1 << generation) - 1) * ENTRY * 4;
+        Index { words: self.memory.read_words(PAGE + before, ENTRY << bits), bits }
+    }
+
+    /// The place of a key's row, where it has one.
+    pub fn find(&self, key: u64) -> Option<u32> {
+        let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
+        Some(index.place(key, self.capacity.rows)).filter(|place| *place != NOWHERE)
+    }
+
+    /// How many rows there are.
+    pub fn len(&self) -> u32 {
+        self.header()[ROWS].load(Ordering::Acquire).min(self.capacity.rows)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    #[allow(unsafe_code, reason = "shared memory")]
+    fn record(&self, place: u32) -> &[f32] {
+        let (len, rows) = (self.capacity.record(), self.capacity.rows);
+        assert!(place < rows, "row {place} of {rows}");
+        let at = place as usize * len;
+        // SAFETY: values of a step are written while the step before is open, over those of the step before that, through the one
+        // `RowStore`, which is borrowed for it in its process; who reads elsewhere has an order of the open step, and reads those up
+        // to it, or is given up and reads values of any kind.
+        unsafe { self.memory.values(self.capacity.rows_at(), at..at + len) }
+    }
+
+    /// The values of a row at the beginning of `step`: the open one, or where no update of it has run, the next.
+    pub fn values(&self, place: u32, step: u64) -> &[f32] {
+        let record = self.record(place);
+        &record[newest(self.capacity, record, step)..][..self.capacity.width]
+    }
+
+    /// What a row's optimizer remembers; changed with the newest values.
+    pub fn state(&self, place: u32) -> &[f32] {
+        &self.record(place)[2 * self.capacity.width..][..self.capacity.state]
+    }
+
+    /// Copies each key's row at the beginning of `step` to `out`, `(keys, width)`; `absent` fills those of a row that nobody has
+    /// touched. `places` is memory to work with.
+    pub fn read(
+        &self,
+        keys: &[u64],
+        step: u64,
+        places: &mut Vec<u32>,
+        out: &mut [f32],
+        mut absent: impl FnMut(u64, &mut [f32]),
+    ) {
+        let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
+        places.clear();
+        places.extend(keys.iter().map(|key| {
+            let place = index.place(*key, self.capacity.rows);
+            self.come(place);
+            place
+        }));
+        for ((key, place), out) in keys.iter().zip(places).zip(out.chunks_exact_mut(self.capacity.width)) {
+            match *place {
+                NOWHERE => absent(*key, out),
+                place => out.copy_from_slice(self.values(place, step)),
+            }
+        }
+    }
+
+    /// Says that a row is wanted soon: it is somewhere in a large memory, and others are looked for meanwhile.
+    fn come(&self, place: u32) {
+        let (len, at) = (4 * self.capacity.record(), self.capacity.rows_at());
+        if place < self.capacity.rows {
+            for byte in (0..len).step_by(64) {
+                self.memory.prefetch(at + place as usize * len + byte);
+            }
+        }
+    }
+}
+
+/// The place of a key without a row.
+const NOWHERE: u32 = u32::MAX;
+
+/// No more rows fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// The rows, for the one who writes them.
+pub struct RowStore(Rows);
+
+impl std::ops::Deref for RowStore {
+    type Target = Rows;
+
+    fn deref(&self) -> &Rows {
+        &self.0
+    }
+}
+
+impl RowStore {
+    /// No rows yet, in memory that others may read.
+    ///
+    /// # Errors
+    /// Where the system has not so much address space to give.
+    pub fn create(capacity: Capacity) -> io::Result<RowStore> {
+        Ok(RowStore(Rows::of(Memory::create("unisono-rows", capacity.bytes(), true)?, capacity)))
+    }
+
+    /// No rows yet, in memory of this process alone.
+    ///
+    /// # Errors
+    /// Where the system has not so much address space to give.
+    pub fn private(capacity: Capacity) -> io::Result<RowStore> {
+        Ok(RowStore(Rows::of(Memory::private(capacity.bytes())?, capacity)))
+    }
+
+    /// The memory, to give it away.
+    pub fn memory(&self) -> &Memory {
+        &self.0.memory
+    }
+
+    /// How large it may become.
+    pub fn capacity(&self) -> Capacity {
+        self.0.capacity
+    }
+
+    /// The place of a key's row; where it is new, `first` fills its values, those at the beginning of `step`, and its state.
+    ///
+    /// # Errors
+    /// No room for a new one.
+    pub fn place(&mut self, key: u64, step: u64, first: impl FnOnce(&mut [f32], &mut [f32])) -> Result<u32, Full> {
+        let generation = self.header()[GENERATION].load(Ordering::Relaxed);
+        let free = match self.index(generation).find(key) {
+            Found::Row(row) => return Ok(row),
+            Found::Free(at) => at,
+        };
+        let (row, Capacity { width, rows, .. }) = (self.len(), self.0.capacity);
+        if row == rows {
+            return Err(Full);
+        }
+        let record = self.record_mut(row);
+        let (both, state) = record.split_at_mut(2 * width);
+        let (state, steps) = state.split_at_mut(state.len() - 2);
+        first(&mut both[..width], state);
+        both.copy_within(0..width, width);
+        steps.fill(f32::from_bits(step as u32));
+        let index = self.index(generation);
+        index.put(free, key, row);
+        self.memory().words(0, 2)[ROWS].store(row + 1, Ordering::Release);
+        if 2 * (row as usize + 1) > 1 << index.bits && generation + 1 < self.0.capacity.generations() {
+            self.grow(generation);
+        }
+        Ok(row)
+    }
+
+    /// Copies a generation's entries to the next one, which nobody looks at yet.
+    fn grow(&mut self, generation: u32) {
+        let (old, new) = (self.index(generation), self.index(generation + 1));
+        for at in 0..1usize << old.bits {
+            let entry = old.entry(at);
+            let row = entry[2].load(Ordering::Relaxed);
+            if row > 0 {
+                let half = |i: usize| entry[i].load(Ordering::Relaxed) as u64;
+                let key = half(0) | half(1) << 32;
+                if let Found::Free(free) = new.find(key) {
+                    new.put(free, key, row - 1);
+                }
+            }
+        }
+        self.memory().words(0, 2)[GENERATION].store(generation + 1, Ordering::Release);
+    }
+
+    #[allow(unsafe_code, reason = "shared memory")]
+    fn record_mut(&mut self, place: u32) -> &mut [f32] {
+        let (len, rows) = (self.0.capacity.record(), self.0.capacity.rows);
+        assert!(place < rows, "row {place} of {rows}");
+        let at = place as usize * len;
+        // SAFETY: this is the one who writes, and it is borrowed; nobody finds the row before it is in the index.
+        unsafe { self.memory().values_mut(self.0.capacity.rows_at(), at..at + len) }
+    }
+
+    /// The places of keys' rows, new ones filled by `first` as [`RowStore::place`] says; on the current thread pool.
+    ///
+    /// # Errors
+    /// No room for a new one; those before it have one.
+    ///
+    /// # Panics
+    /// Where keys are not ascending.
+    pub fn places(
+        &mut self,
+        keys: &[u64],
+        step: u64,
+        mut first: impl FnMut(u64, &mut [f32], &mut [f32]),
+    ) -> Result<Places, Full> {
+        assert!(keys.is_sorted_by(|a, b| a < b), "keys are ascending");
+        let (rows, generation) = (self.0.capacity.rows, self.header()[GENERATION].load(Ordering::Relaxed));
+        let (index, mut places) = (self.index(generation), vec![NOWHERE; keys.len()]);
+        let each = each(keys.len());
+        places.par_chunks_mut(each).zip(keys.par_chunks(each)).for_each(|(places, keys)| {
+            places.iter_mut().zip(keys).for_each(|(place, key)| *place = index.place(*key, rows));
+        });
+        for (place, &key) in places.iter_mut().zip(keys).filter(|(place, _)| **place == NOWHERE) {
+            *place = self.place(key, step, |values, state| first(key, values, state))?;
+        }
+        Ok(Places(places))
+    }
+
+    /// Makes the values of the step after `step` at each place: calls `change(room, i, values, state)`, `i` the place's number among
+    /// them, with the values of `step`; on the current thread pool, with room that each thread makes.
+    #[allow(unsafe_code, reason = "shared memory")]
+    pub fn change<T>(
+        &mut self,
+        Places(places): &Places,
+        step: u64,
+        room: impl Fn() -> T + Sync,
+        change: impl Fn(&mut T, usize, &mut [f32], &mut [f32]) + Sync,
+    ) {
+        let (capacity, rows) = (self.0.capacity, self.len());
+        let (len, each) = (capacity.record(), each(places.len()));
+        places.par_chunks(each).enumerate().for_each(|(chunk, places)| {
+            let mut room = room();
+            for (i, &place) in places.iter().enumerate() {
+                if let Some(ahead) = places.get(i + AHEAD) {
+                    self.come(*ahead);
+                }
+                assert!(place < rows, "row {place} of {rows}");
+                let at = place as usize * len;
+                // SAFETY: this is the one who writes, it is borrowed, and no place is there twice. Of the record others read no
+                // state, and of the values those up to `step`, which are not written; see `Rows::record`.
+                let record = unsafe { self.memory().values_mut(capacity.rows_at(), at..at + len) };
+                let old = newest(capacity, record, step);
+                let new = capacity.width - old;
+                let (both, state) = record.split_at_mut(2 * capacity.width);
+                let (state, steps) = state.split_at_mut(capacity.state);
+                both.copy_within(old..old + capacity.width, new);
+                change(&mut room, chunk * each + i, &mut both[new..new + capacity.width], state);
+                steps[new / capacity.width.max(1)] = f32::from_bits(step.wrapping_add(1) as u32);
+            }
+        });
+    }
+}
+
+/// Rows that are fetched while one is worked on.
+const AHEAD: usize = 8;
+
+/// Of so many rows those that a thread takes at once.
+fn each(rows: usize) -> usize {
+    rows.div_ceil(rayon::current_num_threads()).max(256)
+}
+
+/// Places of different rows.
+pub struct Places(Vec<u32>);
+
+impl Places {
+    /// The places.
+    pub fn as_slice(&self) -> &[u32] {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unisono_common::rows::key;
+
+    fn capacity(rows: u32) -> Capacity {
+        Capacity { width: 3, state: 1, rows }
+    }
+
+    #[test]
+    fn rows_are_found_where_they_were_put_however_many_there_are() {
+        let mut store = RowStore::create(capacity(5000)).expect("memory");
+        for id in 0..5000u64 {
+            let place = store.place(key(id), 7, |row, _| row.fill(id as f32)).expect("room");
+            assert_eq!((place as u64, store.place(key(id), 7, |_, _| panic!("it is there"))), (id, Ok(place)));
+        }
+        assert_eq!((store.len(), store.place(key(5000), 7, |_, _| ())), (5000, Err(Full)));
+        let keys: Vec<u64> = [7, 6000, 4999].map(key).to_vec();
+        let mut out = vec![9.0; 9];
+        store.read(&keys, 7, &mut Vec::new(), &mut out, |absent, row| {
+            assert_eq!(absent, key(6000));
+            row.fill(-1.0);
+        });
+        assert_eq!(out, [7.0, 7.0, 7.0, -1.0, -1.0, -1.0, 4999.0, 4999.0, 4999.0]);
+        // Keys that begin alike, up to the end of the index and around it.
+        let mut store = RowStore::private(capacity(5000)).expect("memory");
+        for low in 0..600u64 {
+            assert_eq!(store.place(u64::MAX - low, 7, |_, _| ()), Ok(low as u32));
+        }
+        assert!((0..600u64).all(|low| store.find(u64::MAX - low) == Some(low as u32)));
+        assert_eq!(store.find(5), None);
+    }
+
+    /// Whoever reads a step's rows finds them as they were at its beginning, before and after its update.
+    #[test]
+    fn an_open_steps_rows_stay() {
+        let mut store = RowStore::private(capacity(100)).expect("memory");
+        let mut ids = [3u64, 1, 40];
+        ids.sort_by_key(|id| key(*id));
+        let keys = ids.map(key);
+        // Near the end of what 32 bits count, too.
+        for first in [0, u32::MAX as u64 - 2] {
+            for step in first..first + 6 {
+                // Not all rows change in each step, and one is new in a later one.
+                let some = if step.is_multiple_of(2) { &keys[..] } else { &keys[..1] };
+                let places = store.places(some, step, |_, row, state| {
+                    row.fill(step as f32);
+                    state.fill(0.0);
+                });
+                let places = places.expect("room");
+                let at = |store: &RowStore, step| {
+                    places.as_slice().iter().map(|p| store.values(*p, step)[2]).collect::<Vec<_>>()
+                };
+                let before = at(&store, step);
+                let change = |_: &mut (), i: usize, row: &mut [f32], state: &mut [f32]| {
+                    assert_eq!(row, [before[i]; 3]);
+                    (row.fill(before[i] + 1.0), state.fill(step as f32));
+                };
+                store.change(&places, step, || (), change);
+                assert_eq!(at(&store, step), before);
+                assert_eq!(at(&store, step + 1), before.iter().map(|v| v + 1.0).collect::<Vec<_>>());
+                assert!(places.as_slice().iter().all(|p| store.state(*p) == [step as f32]));
+            }
+            store = RowStore::private(capacity(100)).expect("memory");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "keys are ascending")]
+    fn no_row_is_changed_by_two() {
+        RowStore::private(capacity(10)).expect("memory").places(&[5, 5], 0, |_, _, _| ()).ok();
+    }
+
+    #[test]
+    fn bytes_are_what_was_allowed() {
+        for (width, bytes) in [(17, 1 << 20), (17, 1 << 30), (1, 1 << 26), (100, 1 << 32)] {
+            let capacity = Capacity::of_bytes(width, 1, bytes);
+            assert!(capacity.bytes() as u64 <= bytes + (3 * PAGE) as u64, "{width} {bytes}: {}", capacity.bytes());
+            assert!(capacity.rows as u64 * width as u64 * 4 > bytes / 10);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn others_read_what_was_written() {
+        let mut store = RowStore::create(capacity(3000)).expect("memory");
+        let file = store.memory().file().expect("a file").try_clone_to_owned().expect("a second handle");
+        let memory = Memory::open(file, capacity(3000).bytes(), false).expect("for reading");
+        let theirs = Rows::of(memory, capacity(3000));
+        assert!(theirs.is_empty() && theirs.find(key(1)).is_none());
+        for id in 0..3000u64 {
+            store.place(key(id), 1, |row, _| row.fill(id as f32)).expect("room");
+        }
+        assert!((0..3000u64).all(|id| theirs.values(theirs.find(key(id)).expect("a row"), 1)[1] == id as f32));
+    }
+}
