@@ -1,7 +1,7 @@
 //! Sparse tables: the rows that were touched, the open reduction tree of their gradients, and the update.
 //!
-//! Rows are updated as soon as all of their gradients are there, beside the values of the open step, which whoever joins or is slow
-//! can still read until the step is committed. A checkpoint that is being written copies only rows that change meanwhile.
+//! Rows change between two steps only, when all gradients of a step are there, dense and sparse: until then, whoever joins or is
+//! slow can still read those of the open step. A checkpoint that is being written copies only rows that change meanwhile.
 
 use crate::lock;
 use anyhow::{Context, Result, bail};
@@ -138,11 +138,7 @@ impl Tables {
         let mut held = Held { step, store, keys: Vec::new(), changed: Vec::new(), keeping: None };
         for block in rows {
             for (key, row) in block.keys.iter().zip(block.rows.chunks_exact(optimizer.row_len())) {
-                let placed = held.store.place(*key, step.0, |values, state| {
-                    values.copy_from_slice(&row[..width]);
-                    state.copy_from_slice(&row[width..]);
-                });
-                if placed.is_err() {
+                if held.store.place(*key, |to| to.copy_from_slice(row)).is_err() {
                     bail!("{}", full(capacity.rows, job.memory));
                 }
                 held.keys.push(*key);
@@ -235,7 +231,7 @@ impl Tables {
     }
 
     /// The rows of the next step, from the whole tree's gradients times `factor`, each clamped to `-limit..=limit`; on the
-    /// current thread pool. They are read from [`Tables::commit`] on.
+    /// current thread pool.
     ///
     /// # Errors
     /// Values that are not finite, and no room for new rows.
@@ -251,8 +247,9 @@ impl Tables {
         let width = self.layout.width();
         let mut held = self.write();
         let Held { step, store, keys: known, changed, keeping } = &mut *held;
-        let (now, next) = (*step, step.next());
-        let places = store.places(&keys, now.0, |key, values, state| {
+        let next = step.next();
+        let places = store.places(&keys, |key, row| {
+            let (values, state) = row.split_at_mut(width);
             self.first.fill(key, values);
             self.optimizer.first_state(state);
         });
@@ -269,73 +266,69 @@ impl Tables {
                 let at = place as usize;
                 if (keeping.taken..keeping.rows).contains(&at) && changed[at].load(Ordering::Relaxed) <= keeping.step.0
                 {
-                    let row = [store.values(place, now.0), store.state(place)].concat();
-                    keeping.old.insert(place, row);
+                    keeping.old.insert(place, store.row(place).to_vec());
                 }
             }
         }
         let update = self.optimizer.at(next.0, lr);
         let bad = Mutex::new(None::<usize>);
         let at = places.as_slice();
-        let change = |gradient: &mut Vec<f32>, i: usize, values: &mut [f32], state: &mut [f32]| {
-            changed[at[i] as usize].store(next.0, Ordering::Relaxed);
-            let finite = kernels::vectorized(
+        store.change(&places, |some, mut rows| {
+            let mut gradient = vec![0.0; width];
+            kernels::vectorized(
                 #[inline(always)]
                 || {
-                    sides[i].read((left.1, right.1), width, gradient);
-                    gradient.iter_mut().for_each(|g| *g *= factor);
-                    // Before it is clamped, which would hide an infinite one.
-                    let finite = gradient.iter().fold(0.0, |zero, g| zero + g * 0.0) == 0.0;
-                    if let Some(limit) = limit {
-                        gradient.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
+                    for i in some {
+                        changed[at[i] as usize].store(next.0, Ordering::Relaxed);
+                        let (values, state) = rows.row(i).split_at_mut(width);
+                        sides[i].read((left.1, right.1), width, &mut gradient);
+                        gradient.iter_mut().for_each(|g| *g *= factor);
+                        let mut finite = true;
+                        if let Some(limit) = limit {
+                            // It would hide an infinite one.
+                            finite = gradient.iter().fold(0.0, |zero, g| zero + g * 0.0) == 0.0;
+                            gradient.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
+                        }
+                        if !(update.run(&gradient, values, state) && finite) {
+                            let mut pairs = gradient.iter().zip(&*values);
+                            let at = pairs.position(|(g, w)| !g.is_finite() || !w.is_finite()).unwrap_or(0);
+                            let mut bad = lock(&bad);
+                            *bad = Some(bad.map_or(at, |first| first.min(at)));
+                        }
                     }
-                    update.run(gradient, values, state) && finite
                 },
             );
-            if !finite {
-                let mut pairs = gradient.iter().zip(&*values);
-                let at = pairs.position(|(g, w)| !g.is_finite() || !w.is_finite()).unwrap_or(0);
-                let mut bad = lock(&bad);
-                *bad = Some(bad.map_or(at, |first| first.min(at)));
-            }
-        };
-        store.change(&places, now.0, || vec![0.0; width], change);
+        });
         *step = next;
         drop(held);
+        self.committed.send_replace(next.0);
         match bad.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
             Some(at) => Err(Failed::Diverged(self.layout.table_at(at).map(|t| t.name.clone()).unwrap_or_default())),
             None => Ok(()),
         }
     }
 
-    /// The step was committed: from now on, the rows of `next` are read.
-    pub fn commit(&self, next: Step) {
-        self.committed.send_replace(next.0);
-    }
-
     /// The rows of `keys` that there are and that have changed since `since` (or all of them): places among the keys, and values;
     /// and the step whose rows they are.
     pub fn pull(&self, keys: &[u64], since: Option<Step>) -> (Step, Vec<u32>, Vec<f32>) {
         let held = self.read();
-        let step = *self.committed.borrow();
         let (mut places, mut values) = (Vec::new(), Vec::new());
         for (i, key) in keys.iter().enumerate() {
             let Some(place) = held.store.find(*key) else { continue };
-            // One that has changed for the next step already may have changed for this one before.
             if since.is_none_or(|since| held.changed[place as usize].load(Ordering::Relaxed) > since.0) {
                 places.push(i as u32);
-                values.extend_from_slice(held.store.values(place, step));
+                values.extend_from_slice(held.store.values(place));
             }
         }
-        (Step(step), places, values)
+        (held.step, places, values)
     }
 
-    /// Whether the rows that are read are those of a step before `step`.
+    /// Whether the rows are those of a step before `step`.
     pub fn is_before(&self, step: Step) -> bool {
-        *self.committed.borrow() < step.0
+        self.read().step < step
     }
 
-    /// Whether the rows are those of `step`, and no update of it has run.
+    /// Whether the rows are those of `step`.
     pub fn is_at(&self, step: Step) -> bool {
         self.read().step == step
     }
@@ -352,7 +345,7 @@ impl Tables {
         let len = self.optimizer.row_len();
         loop {
             let mut held = self.write();
-            let Held { step: Step(step), store, keys, keeping, .. } = &mut *held;
+            let Held { store, keys, keeping, .. } = &mut *held;
             let Some(kept) = keeping.as_mut().filter(|kept| kept.taken < kept.rows) else {
                 *keeping = None;
                 return;
@@ -363,10 +356,7 @@ impl Tables {
             for place in kept.taken as u32..next as u32 {
                 match kept.old.remove(&place) {
                     Some(old) => block.rows.extend_from_slice(&old),
-                    None => {
-                        block.rows.extend_from_slice(store.values(place, *step));
-                        block.rows.extend_from_slice(store.state(place));
-                    }
+                    None => block.rows.extend_from_slice(store.row(place)),
                 }
             }
             kept.taken = next;
@@ -425,8 +415,6 @@ mod tests {
         assert_eq!((tables.rows(), value(&tables, 2)), (0, 0.0), "nothing changes before it is committed");
         assert_eq!(tables.sum_squares(0.5), (2.0 + 2.0 + 4.0 * 2.0) / 4.0);
         tables.update(1.0, 0.5, None).expect("finite");
-        assert_eq!((tables.rows(), value(&tables, 2)), (3, 0.0), "what is not committed is not read");
-        tables.commit(Step(6));
         assert!(tables.is_at(Step(6)) && tables.rows() == 3);
         let near = |a: f32, b: f32| (a - b).abs() < 1e-6;
         assert!(near(value(&tables, 1), -0.5) && near(value(&tables, 2), -1.0) && near(value(&tables, 3), -0.5));
@@ -436,7 +424,6 @@ mod tests {
         tables.keep();
         step(&tables, 6, [&[2, 9], &[]]);
         tables.update(1.0, 1.0, Some(0.25)).expect("finite");
-        tables.commit(Step(7));
         assert_eq!(tables.pull(&keys, Some(Step(6))).1, [1, 2]);
         assert!(near(value(&tables, 2), -1.25) && near(value(&tables, 9), -0.25));
         let mut kept = Vec::new();

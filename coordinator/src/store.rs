@@ -209,8 +209,6 @@ pub struct Store {
     pending: AtomicUsize,
     /// Place of the first value that is not finite.
     diverged: Mutex<Option<usize>>,
-    /// Why the rows of sparse tables could not be updated.
-    failed: Mutex<Option<Failed>>,
     changed: watch::Sender<u64>,
     applied: Box<dyn Fn(Applied) + Send + Sync>,
     /// Threads that reduce and update.
@@ -283,7 +281,6 @@ impl Store {
             spare: Arc::default(),
             rates: Mutex::default(),
             diverged: Mutex::new(None),
-            failed: Mutex::new(None),
             changed: watch::Sender::new(0),
             applied,
             pool,
@@ -350,11 +347,9 @@ impl Store {
     /// Takes the checked sums of a node's rows, as [`Store::accept`] does those of its chunks.
     pub fn accept_rows(&self, step: Step, node: Node, sums: LossSums, gradient: RowGradient) {
         let Some(tables) = &self.tables else { return };
-        let Some(sums) = tables.accept(step, node, sums, gradient) else { return };
-        if self.clip.norm.is_none() {
-            self.update_rows(tables, inverse(sums));
+        if let Some(sums) = tables.accept(step, node, sums, gradient) {
+            self.one_less(step, sums);
         }
-        self.one_less(step, sums);
     }
 
     /// A chunk, or the tables' gradient, is whole; the last one finishes the step.
@@ -362,25 +357,23 @@ impl Store {
         if self.pending.fetch_sub(1, Ordering::SeqCst) != 1 {
             return;
         }
-        if let Some(norm) = self.clip.norm {
-            let factor = inverse(sums) * self.apply_clipped(norm, inverse(sums));
-            if let Some(tables) = &self.tables {
-                self.update_rows(tables, factor);
-            }
-        }
-        self.finish(step, sums);
-    }
-
-    /// New rows from their gradients' sums times `factor`.
-    fn update_rows(&self, tables: &Tables, factor: f32) {
-        let rate = lock(&self.rates).tables;
+        let factor = match self.clip.norm {
+            Some(norm) => inverse(sums) * self.apply_clipped(norm, inverse(sums)),
+            None => inverse(sums),
+        };
+        // Rows change in place, when nobody reads those of this step any more.
         let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
-        if let Err(failed) = self.pool.install(|| tables.update(rate, factor, self.clip.value)) {
-            lock(&self.failed).get_or_insert(failed);
-        }
+        let updated = match &self.tables {
+            Some(tables) => {
+                let rate = lock(&self.rates).tables;
+                self.pool.install(|| tables.update(rate, factor, self.clip.value))
+            }
+            None => Ok(()),
+        };
         if let Some((timers, began)) = began {
             timers.add(Duration::ZERO, began.elapsed());
         }
+        self.finish(step, sums, updated);
     }
 
     /// Whether `node`'s sum of chunk `index` would be added to another, or is all there is to add.
@@ -507,16 +500,13 @@ impl Store {
         }
     }
 
-    fn finish(&self, step: Step, sums: LossSums) {
-        if let Some(tables) = &self.tables {
-            tables.commit(step.next());
-        }
+    fn finish(&self, step: Step, sums: LossSums, updated: Result<(), Failed>) {
         let diverged = lock(&self.diverged).and_then(|at| self.layout.tensor_at(at));
-        (self.applied)(match (diverged, lock(&self.failed).take()) {
+        (self.applied)(match (diverged, updated) {
             (Some(tensor), _) => Applied::Diverged { step, tensor: tensor.name.clone() },
-            (None, Some(Failed::Diverged(tensor))) => Applied::Diverged { step, tensor },
-            (None, Some(Failed::Full(why))) => Applied::Full { step, why },
-            (None, None) => Applied::Done { step, sums },
+            (None, Err(Failed::Diverged(tensor))) => Applied::Diverged { step, tensor },
+            (None, Err(Failed::Full(why))) => Applied::Full { step, why },
+            (None, Ok(())) => Applied::Done { step, sums },
         });
     }
 

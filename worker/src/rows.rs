@@ -58,7 +58,7 @@ impl Source {
             Source::None => Some(()),
             Source::Shared(rows) => {
                 batch.make_room(width);
-                rows.read(batch.lookups.keys(), step, places, &mut batch.rows, |key, row| first.fill(key, row));
+                rows.read(batch.lookups.keys(), places, &mut batch.rows, |key, row| first.fill(key, row));
                 Some(())
             }
             Source::Pulled(_) => {

@@ -177,7 +177,7 @@ fn ids(node: &Node) -> Result<Vec<Id>> {
         if let Kind::Text(column) = &node.kind {
             return Ok(Id { columns: vec![column.clone()], size: None });
         }
-        let r = Reader::new(node, &format!("data.ids[{i}]"))?;
+        let r = Reader::new(node, format!("data.ids[{i}]"))?;
         r.only(&["column", "size", "cross"])?;
         let column = r.text("column")?.optional();
         let cross = r.list("cross", "a text", text)?.optional();

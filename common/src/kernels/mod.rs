@@ -90,6 +90,14 @@ pub(crate) fn largest(x: &[f32]) -> f32 {
     tail.iter().copied().fold(top, pick)
 }
 
+/// `out = a`, for short rows: in place of a call. Inside of [`vectorized`], whole vectors.
+#[inline(always)]
+pub fn copy(out: &mut [f32], a: &[f32]) {
+    let ((out, out_tail), (a, tail)) = (out.as_chunks_mut::<LANES>(), a.as_chunks::<LANES>());
+    out.iter_mut().zip(a).for_each(|(out, a)| *out = *a);
+    out_tail.copy_from_slice(tail);
+}
+
 /// `out[i] += a[i]`.
 pub fn add_into(out: &mut [f32], a: &[f32]) {
     vectorized(|| out.iter_mut().zip(a).for_each(|(o, a)| *o += a));

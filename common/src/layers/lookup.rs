@@ -1,7 +1,7 @@
 //! Rows of a sparse table, chosen by the ids of a sample.
 
 use super::{Grads, Layer, Params, Pass, over_rows};
-use crate::kernels;
+use crate::kernels::{self, vectorized};
 use crate::layout::Init;
 use crate::rows::lookup::NOWHERE;
 use crate::rows::{Table, sums};
@@ -46,12 +46,17 @@ impl Layer for Lookup {
         // A place is 4 bytes, as a value is: they are split alike.
         let each = places.len().div_ceil(kernels::lanes()).max(1);
         y.par_chunks_mut(each * width).zip(places.par_chunks(each)).for_each(|(y, places)| {
-            for (y, &place) in y.chunks_exact_mut(width).zip(places) {
-                match place {
-                    NOWHERE => y.fill(0.0),
-                    place => y.copy_from_slice(&rows.values[place as usize * rows.width + self.at..][..width]),
-                }
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, &place) in y.chunks_exact_mut(width).zip(places) {
+                        match place {
+                            NOWHERE => y.fill(0.0),
+                            place => kernels::copy(y, &rows.values[place as usize * rows.width + self.at..][..width]),
+                        }
+                    }
+                },
+            );
         });
     }
 

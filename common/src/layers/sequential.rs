@@ -52,8 +52,8 @@ impl Sequential {
 
     /// The first layer with parameters; nobody needs the gradient of its inputs unless somebody needs that of all.
     fn first(&self) -> usize {
-        let learns = |(size, layer): (&(usize, usize), &Box<dyn Layer>)| *size != (0, 0) || !layer.tables().is_empty();
-        self.sizes.iter().zip(&self.layers).position(learns).unwrap_or(self.layers.len())
+        let learns = |i: &usize| self.sizes[*i] != (0, 0) || !self.layers[*i].tables().is_empty();
+        (0..self.layers.len()).find(learns).unwrap_or(self.layers.len())
     }
 
     fn inner_scratch(&self, rows: usize, segments: usize) -> usize {
@@ -113,11 +113,11 @@ impl Layer for Sequential {
     }
 
     fn tables(&self) -> Vec<RowTable> {
-        let named = |(i, layer): (&usize, &Box<dyn Layer>)| {
-            let i = *i;
-            layer.tables().into_iter().map(move |t| RowTable { name: format!("{i}.{}", t.name), ..t })
-        };
-        self.places.iter().zip(&self.layers).flat_map(named).collect()
+        let mut all = Vec::new();
+        for (i, layer) in self.places.iter().zip(&self.layers) {
+            all.extend(layer.tables().into_iter().map(|t| RowTable { name: format!("{i}.{}", t.name), ..t }));
+        }
+        all
     }
 
     fn saved(&self, rows: usize, segments: usize) -> usize {

@@ -18,7 +18,7 @@ pub fn tree_sum<'a>(
     let children = Node { lo: lo as u32, hi: hi as u32 }.children();
     let (Some((left, right)), 2..) = (children, ids.len()) else {
         if let Some((first, others)) = ids.split_first() {
-            out.copy_from_slice(gradient(*first));
+            kernels::copy(out, gradient(*first));
             others.iter().for_each(|id| add(out, gradient(*id)));
         }
         return;
@@ -125,8 +125,8 @@ impl Side {
             i * width..(i + 1) * width
         };
         match self {
-            Side::Left(l) => out.copy_from_slice(&left[row(left, l)]),
-            Side::Right(r) => out.copy_from_slice(&right[row(right, r)]),
+            Side::Left(l) => kernels::copy(out, &left[row(left, l)]),
+            Side::Right(r) => kernels::copy(out, &right[row(right, r)]),
             Side::Both(l, r) => {
                 let (left, right) = (&left[row(left, l)], &right[row(right, r)]);
                 out.iter_mut().zip(left.iter().zip(right)).for_each(|(out, (l, r))| *out = l + r);

@@ -8,7 +8,9 @@
 use super::memory::{Memory, PAGE, whole_pages};
 use rayon::prelude::*;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
+use unisono_common::kernels;
 
 /// Words of an entry: the key's two halves, and one more than the row's place (0: nothing is there).
 const ENTRY: usize = 3;
@@ -37,9 +39,9 @@ impl Capacity {
         Capacity { rows: (bytes / each).clamp(1, 1 << 30) as u32, ..capacity }
     }
 
-    /// Words of a row: its values of two steps, its state, and which two steps.
+    /// Values of a row and its state together.
     fn record(self) -> usize {
-        2 * self.width + self.state + 2
+        self.width + self.state
     }
 
     fn generations(self) -> u32 {
@@ -59,14 +61,6 @@ impl Capacity {
     fn rows_at(self) -> usize {
         PAGE + self.index_bytes()
     }
-}
-
-/// Where a row's newest values up to a step begin, by the steps that its two are of: steps are counted modulo 2^32, and one after
-/// `step` is far away.
-fn newest(capacity: Capacity, record: &[f32], step: u64) -> usize {
-    let [.., first, second] = record else { return 0 };
-    let age = |of: &f32| (step as u32).wrapping_sub(of.to_bits());
-    if age(first) <= age(second) { 0 } else { capacity.width }
 }
 
 /// One generation of the index.
@@ -161,38 +155,25 @@ impl Rows {
         self.len() == 0
     }
 
+    /// The values of a row, and its state.
     #[allow(unsafe_code, reason = "shared memory")]
-    fn record(&self, place: u32) -> &[f32] {
+    pub fn row(&self, place: u32) -> &[f32] {
         let (len, rows) = (self.capacity.record(), self.capacity.rows);
         assert!(place < rows, "row {place} of {rows}");
         let at = place as usize * len;
-        // SAFETY: values of a step are written while the step before is open, over those of the step before that, through the one
-        // `RowStore`, which is borrowed for it in its process; who reads elsewhere has an order of the open step, and reads those up
-        // to it, or is given up and reads values of any kind.
+        // SAFETY: rows are written between two steps, through the one `RowStore`, which is borrowed for it in its process; who reads
+        // elsewhere has an order of the open step, or is given up and reads values of any kind.
         unsafe { self.memory.values(self.capacity.rows_at(), at..at + len) }
     }
 
-    /// The values of a row at the beginning of `step`: the open one, or where no update of it has run, the next.
-    pub fn values(&self, place: u32, step: u64) -> &[f32] {
-        let record = self.record(place);
-        &record[newest(self.capacity, record, step)..][..self.capacity.width]
+    /// The values of a row.
+    pub fn values(&self, place: u32) -> &[f32] {
+        &self.row(place)[..self.capacity.width]
     }
 
-    /// What a row's optimizer remembers; changed with the newest values.
-    pub fn state(&self, place: u32) -> &[f32] {
-        &self.record(place)[2 * self.capacity.width..][..self.capacity.state]
-    }
-
-    /// Copies each key's row at the beginning of `step` to `out`, `(keys, width)`; `absent` fills those of a row that nobody has
+    /// Copies each key's row to `out`, `(keys, width)`; `absent` fills those of a row that nobody has
     /// touched. `places` is memory to work with.
-    pub fn read(
-        &self,
-        keys: &[u64],
-        step: u64,
-        places: &mut Vec<u32>,
-        out: &mut [f32],
-        mut absent: impl FnMut(u64, &mut [f32]),
-    ) {
+    pub fn read(&self, keys: &[u64], places: &mut Vec<u32>, out: &mut [f32], mut absent: impl FnMut(u64, &mut [f32])) {
         let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
         places.clear();
         places.extend(keys.iter().map(|key| {
@@ -200,12 +181,17 @@ impl Rows {
             self.come(place);
             place
         }));
-        for ((key, place), out) in keys.iter().zip(places).zip(out.chunks_exact_mut(self.capacity.width)) {
-            match *place {
-                NOWHERE => absent(*key, out),
-                place => out.copy_from_slice(self.values(place, step)),
-            }
-        }
+        kernels::vectorized(
+            #[inline(always)]
+            || {
+                for ((key, place), out) in keys.iter().zip(places).zip(out.chunks_exact_mut(self.capacity.width)) {
+                    match *place {
+                        NOWHERE => absent(*key, out),
+                        place => kernels::copy(out, self.values(place)),
+                    }
+                }
+            },
+        );
     }
 
     /// Says that a row is wanted soon: it is somewhere in a large memory, and others are looked for meanwhile.
@@ -264,26 +250,21 @@ impl RowStore {
         self.0.capacity
     }
 
-    /// The place of a key's row; where it is new, `first` fills its values, those at the beginning of `step`, and its state.
+    /// The place of a key's row; where it is new, `first` fills its values and its state.
     ///
     /// # Errors
     /// No room for a new one.
-    pub fn place(&mut self, key: u64, step: u64, first: impl FnOnce(&mut [f32], &mut [f32])) -> Result<u32, Full> {
+    pub fn place(&mut self, key: u64, first: impl FnOnce(&mut [f32])) -> Result<u32, Full> {
         let generation = self.header()[GENERATION].load(Ordering::Relaxed);
         let free = match self.index(generation).find(key) {
             Found::Row(row) => return Ok(row),
             Found::Free(at) => at,
         };
-        let (row, Capacity { width, rows, .. }) = (self.len(), self.0.capacity);
-        if row == rows {
+        let row = self.len();
+        if row == self.0.capacity.rows {
             return Err(Full);
         }
-        let record = self.record_mut(row);
-        let (both, state) = record.split_at_mut(2 * width);
-        let (state, steps) = state.split_at_mut(state.len() - 2);
-        first(&mut both[..width], state);
-        both.copy_within(0..width, width);
-        steps.fill(f32::from_bits(step as u32));
+        first(self.row_mut(row));
         let index = self.index(generation);
         index.put(free, key, row);
         self.memory().words(0, 2)[ROWS].store(row + 1, Ordering::Release);
@@ -311,7 +292,7 @@ impl RowStore {
     }
 
     #[allow(unsafe_code, reason = "shared memory")]
-    fn record_mut(&mut self, place: u32) -> &mut [f32] {
+    fn row_mut(&mut self, place: u32) -> &mut [f32] {
         let (len, rows) = (self.0.capacity.record(), self.0.capacity.rows);
         assert!(place < rows, "row {place} of {rows}");
         let at = place as usize * len;
@@ -326,12 +307,7 @@ impl RowStore {
     ///
     /// # Panics
     /// Where keys are not ascending.
-    pub fn places(
-        &mut self,
-        keys: &[u64],
-        step: u64,
-        mut first: impl FnMut(u64, &mut [f32], &mut [f32]),
-    ) -> Result<Places, Full> {
+    pub fn places(&mut self, keys: &[u64], mut first: impl FnMut(u64, &mut [f32])) -> Result<Places, Full> {
         assert!(keys.is_sorted_by(|a, b| a < b), "keys are ascending");
         let (rows, generation) = (self.0.capacity.rows, self.header()[GENERATION].load(Ordering::Relaxed));
         let (index, mut places) = (self.index(generation), vec![NOWHERE; keys.len()]);
@@ -340,43 +316,44 @@ impl RowStore {
             places.iter_mut().zip(keys).for_each(|(place, key)| *place = index.place(*key, rows));
         });
         for (place, &key) in places.iter_mut().zip(keys).filter(|(place, _)| **place == NOWHERE) {
-            *place = self.place(key, step, |values, state| first(key, values, state))?;
+            *place = self.place(key, |row| first(key, row))?;
         }
         Ok(Places(places))
     }
 
-    /// Makes the values of the step after `step` at each place: calls `change(room, i, values, state)`, `i` the place's number among
-    /// them, with the values of `step`; on the current thread pool, with room that each thread makes.
-    #[allow(unsafe_code, reason = "shared memory")]
-    pub fn change<T>(
-        &mut self,
-        Places(places): &Places,
-        step: u64,
-        room: impl Fn() -> T + Sync,
-        change: impl Fn(&mut T, usize, &mut [f32], &mut [f32]) + Sync,
-    ) {
-        let (capacity, rows) = (self.0.capacity, self.len());
-        let (len, each) = (capacity.record(), each(places.len()));
+    /// Calls `change` with some of the places' numbers and the rows there, until all were given, on the current thread pool.
+    pub fn change(&mut self, Places(places): &Places, change: impl Fn(Range<usize>, Changing<'_>) + Sync) {
+        let each = each(places.len());
+        let store = &*self;
         places.par_chunks(each).enumerate().for_each(|(chunk, places)| {
-            let mut room = room();
-            for (i, &place) in places.iter().enumerate() {
-                if let Some(ahead) = places.get(i + AHEAD) {
-                    self.come(*ahead);
-                }
-                assert!(place < rows, "row {place} of {rows}");
-                let at = place as usize * len;
-                // SAFETY: this is the one who writes, it is borrowed, and no place is there twice. Of the record others read no
-                // state, and of the values those up to `step`, which are not written; see `Rows::record`.
-                let record = unsafe { self.memory().values_mut(capacity.rows_at(), at..at + len) };
-                let old = newest(capacity, record, step);
-                let new = capacity.width - old;
-                let (both, state) = record.split_at_mut(2 * capacity.width);
-                let (state, steps) = state.split_at_mut(capacity.state);
-                both.copy_within(old..old + capacity.width, new);
-                change(&mut room, chunk * each + i, &mut both[new..new + capacity.width], state);
-                steps[new / capacity.width.max(1)] = f32::from_bits(step.wrapping_add(1) as u32);
-            }
+            let first = chunk * each;
+            change(first..first + places.len(), Changing { store, first, places });
         });
+    }
+}
+
+/// Rows that are changed: nobody else has them.
+pub struct Changing<'a> {
+    store: &'a RowStore,
+    first: usize,
+    places: &'a [u32],
+}
+
+impl Changing<'_> {
+    /// The values of the row with this number among all places, and its state.
+    #[inline(always)]
+    #[allow(unsafe_code, reason = "shared memory")]
+    pub fn row(&mut self, i: usize) -> &mut [f32] {
+        let (store, i) = (&self.store.0, i - self.first);
+        if let Some(ahead) = self.places.get(i + AHEAD) {
+            store.come(*ahead);
+        }
+        let (place, len) = (self.places[i], store.capacity.record());
+        assert!(place < store.capacity.rows, "row {place} of {}", store.capacity.rows);
+        let at = place as usize * len;
+        // SAFETY: `RowStore::change` borrows the one who writes, no place is there twice, and each is given to one thread, which
+        // borrows these rows; nobody has an order to read rows now.
+        unsafe { store.memory.values_mut(store.capacity.rows_at(), at..at + len) }
     }
 }
 
@@ -411,64 +388,40 @@ mod tests {
     fn rows_are_found_where_they_were_put_however_many_there_are() {
         let mut store = RowStore::create(capacity(5000)).expect("memory");
         for id in 0..5000u64 {
-            let place = store.place(key(id), 7, |row, _| row.fill(id as f32)).expect("room");
-            assert_eq!((place as u64, store.place(key(id), 7, |_, _| panic!("it is there"))), (id, Ok(place)));
+            let place = store.place(key(id), |row| row.fill(id as f32)).expect("room");
+            assert_eq!((place as u64, store.place(key(id), |_| panic!("it is there"))), (id, Ok(place)));
         }
-        assert_eq!((store.len(), store.place(key(5000), 7, |_, _| ())), (5000, Err(Full)));
+        assert_eq!((store.len(), store.place(key(5000), |_| ())), (5000, Err(Full)));
         let keys: Vec<u64> = [7, 6000, 4999].map(key).to_vec();
         let mut out = vec![9.0; 9];
-        store.read(&keys, 7, &mut Vec::new(), &mut out, |absent, row| {
+        store.read(&keys, &mut Vec::new(), &mut out, |absent, row| {
             assert_eq!(absent, key(6000));
             row.fill(-1.0);
         });
         assert_eq!(out, [7.0, 7.0, 7.0, -1.0, -1.0, -1.0, 4999.0, 4999.0, 4999.0]);
+        let mut ids: Vec<u64> = (0..4000).step_by(3).collect();
+        ids.sort_by_key(|id| key(*id));
+        let keys: Vec<u64> = ids.iter().copied().map(key).collect();
+        let places = store.places(&keys, |_, _| panic!("they are there")).expect("room");
+        assert_eq!(places.as_slice().iter().map(|place| *place as u64).collect::<Vec<_>>(), ids);
+        store.change(&places, |some, mut rows| some.for_each(|i| rows.row(i).fill(10_000.0 + ids[i] as f32)));
+        for id in 0..5000 {
+            let more = if id < 4000 && id % 3 == 0 { 10_000.0 } else { 0.0 };
+            assert_eq!(store.row(id), [more + id as f32; 4]);
+        }
         // Keys that begin alike, up to the end of the index and around it.
         let mut store = RowStore::private(capacity(5000)).expect("memory");
         for low in 0..600u64 {
-            assert_eq!(store.place(u64::MAX - low, 7, |_, _| ()), Ok(low as u32));
+            assert_eq!(store.place(u64::MAX - low, |_| ()), Ok(low as u32));
         }
         assert!((0..600u64).all(|low| store.find(u64::MAX - low) == Some(low as u32)));
         assert_eq!(store.find(5), None);
     }
 
-    /// Whoever reads a step's rows finds them as they were at its beginning, before and after its update.
-    #[test]
-    fn an_open_steps_rows_stay() {
-        let mut store = RowStore::private(capacity(100)).expect("memory");
-        let mut ids = [3u64, 1, 40];
-        ids.sort_by_key(|id| key(*id));
-        let keys = ids.map(key);
-        // Near the end of what 32 bits count, too.
-        for first in [0, u32::MAX as u64 - 2] {
-            for step in first..first + 6 {
-                // Not all rows change in each step, and one is new in a later one.
-                let some = if step.is_multiple_of(2) { &keys[..] } else { &keys[..1] };
-                let places = store.places(some, step, |_, row, state| {
-                    row.fill(step as f32);
-                    state.fill(0.0);
-                });
-                let places = places.expect("room");
-                let at = |store: &RowStore, step| {
-                    places.as_slice().iter().map(|p| store.values(*p, step)[2]).collect::<Vec<_>>()
-                };
-                let before = at(&store, step);
-                let change = |_: &mut (), i: usize, row: &mut [f32], state: &mut [f32]| {
-                    assert_eq!(row, [before[i]; 3]);
-                    (row.fill(before[i] + 1.0), state.fill(step as f32));
-                };
-                store.change(&places, step, || (), change);
-                assert_eq!(at(&store, step), before);
-                assert_eq!(at(&store, step + 1), before.iter().map(|v| v + 1.0).collect::<Vec<_>>());
-                assert!(places.as_slice().iter().all(|p| store.state(*p) == [step as f32]));
-            }
-            store = RowStore::private(capacity(100)).expect("memory");
-        }
-    }
-
     #[test]
     #[should_panic(expected = "keys are ascending")]
     fn no_row_is_changed_by_two() {
-        RowStore::private(capacity(10)).expect("memory").places(&[5, 5], 0, |_, _, _| ()).ok();
+        RowStore::private(capacity(10)).expect("memory").places(&[5, 5], |_, _| ()).ok();
     }
 
     #[test]
@@ -476,7 +429,7 @@ mod tests {
         for (width, bytes) in [(17, 1 << 20), (17, 1 << 30), (1, 1 << 26), (100, 1 << 32)] {
             let capacity = Capacity::of_bytes(width, 1, bytes);
             assert!(capacity.bytes() as u64 <= bytes + (3 * PAGE) as u64, "{width} {bytes}: {}", capacity.bytes());
-            assert!(capacity.rows as u64 * width as u64 * 4 > bytes / 10);
+            assert!(capacity.rows as u64 * width as u64 * 4 > bytes / 40);
         }
     }
 
@@ -489,8 +442,8 @@ mod tests {
         let theirs = Rows::of(memory, capacity(3000));
         assert!(theirs.is_empty() && theirs.find(key(1)).is_none());
         for id in 0..3000u64 {
-            store.place(key(id), 1, |row, _| row.fill(id as f32)).expect("room");
+            store.place(key(id), |row| row.fill(id as f32)).expect("room");
         }
-        assert!((0..3000u64).all(|id| theirs.values(theirs.find(key(id)).expect("a row"), 1)[1] == id as f32));
+        assert!((0..3000u64).all(|id| theirs.values(theirs.find(key(id)).expect("a row"))[1] == id as f32));
     }
 }
