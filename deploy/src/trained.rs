@@ -1,4 +1,4 @@
-//! Using what was trained: metrics on a data set, predictions for new inputs, weights for other programs.
+//! Using what was trained: metrics on a data set, predictions for new inputs.
 
 use crate::{Wrong, read_job};
 use anyhow::{Context, Result, anyhow, bail};
@@ -108,28 +108,6 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
             path.display()
         );
     }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// `unisono export`: the weights alone, as safetensors.
-pub fn export(checkpoint: &Path, to: &Path, force: bool) -> Result<ExitCode> {
-    let (loaded, trained) = load(checkpoint).map_err(Wrong)?;
-    if to.extension().is_some_and(|e| e != "safetensors") {
-        return Err(Wrong(anyhow!("{}: only safetensors can be written; name it *.safetensors", to.display())).into());
-    }
-    if let Some(folder) = to.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
-        return Err(Wrong(anyhow!("there is no folder {}: make it first", folder.display())).into());
-    }
-    if to.exists() && !force {
-        return Err(Wrong(anyhow!("{} exists; add --force to replace it", to.display())).into());
-    }
-    std::fs::write(to, &loaded.weights).with_context(|| format!("cannot write {}", to.display()))?;
-    let layout = trained.model.layout();
-    println!("{}: {} tensors, {} values", to.display(), layout.tensors().count(), layout.len());
-    for (tensor, _) in layout.tensors() {
-        println!("  {:<24} {:?}", tensor.name, tensor.shape);
-    }
-    println!("In PyTorch: model.load_state_dict(safetensors.torch.load_file({:?}))", to.display().to_string());
     Ok(ExitCode::SUCCESS)
 }
 
