@@ -68,7 +68,8 @@ def gpt(vocabulary, positions, tie, feed_forward, norm):
     between = (2 * hidden, Swiglu) if feed_forward == "swiglu" else (hidden, nn.GELU)
     body = [] if rotary else [Positions(CONTEXT, width)]
     for _ in range(blocks):
-        body += [Residual(normal(), nn.Linear(width, 3 * width), Attention(heads, True, rotary), nn.Linear(width, width)),
+        attention = nn.Linear(width, 3 * width), Attention(heads, True, rotary), nn.Linear(width, width)
+        body += [Residual(normal(), *attention),
                  Residual(normal(), nn.Linear(width, between[0]), between[1](), nn.Linear(hidden, width))]
     body.append(normal())
     if tie:
@@ -167,7 +168,7 @@ class Exported:
             want = self.module(torch.from_numpy(inputs)).numpy()
         if got.shape != want.shape:
             sys.exit(f"{self.name}: onnxruntime gives {got.shape}, PyTorch {want.shape}")
-        self.apart = max(self.apart, float(np.abs(got - want).max()))
+        self.apart = float(np.max([self.apart, np.abs(got - want).max()]))
         return got
 
     def predict(self, rows):
@@ -179,13 +180,13 @@ class Exported:
         """The largest difference of predicted values, or of probabilities of the predicted class."""
         logits, answers = self.logits(inputs), self.predict(rows)
         if "classes" not in self.notes:
-            return max(abs(row[0] - answer["prediction"]) for row, answer in zip(logits, answers, strict=True))
+            return np.max([abs(row[0] - answer["prediction"]) for row, answer in zip(logits, answers, strict=True)])
         if logits.shape[1] == 1:
             logits = np.concatenate([np.zeros_like(logits), logits], 1)
         shares = np.exp(logits - logits.max(1, keepdims=True))
         shares /= shares.sum(1, keepdims=True)
         at = [self.notes["classes"].index(answer["prediction"]) for answer in answers]
-        return max(abs(share[i] - answer["probability"]) for share, i, answer in zip(shares, at, answers, strict=True))
+        return np.max([abs(share[i] - answer["probability"]) for share, i, answer in zip(shares, at, answers, strict=True)])
 
     def features(self):
         """Rows of numbers, of about the size that the data's have."""
@@ -197,7 +198,8 @@ class Exported:
     def table(self):
         """Rows of a table: the features are called as the file says."""
         draw = random.Random(4)
-        rows = [{"size": draw.gauss(1000, 300), "colour": draw.choice(["red", "green", "blue"]), "weight": draw.gauss(0, 0.01)}
+        colours = ["red", "green", "blue"]
+        rows = [{"size": draw.gauss(1000, 300), "colour": draw.choice(colours), "weight": draw.gauss(0, 0.01)}
                 for _ in range(ROWS)]
         value = lambda row, name: row[name] if name in row else float(row[name.split("=")[0]] == name.split("=")[1])
         inputs = np.array([[value(row, name) for name in self.notes["features"]] for row in rows], np.float32)
@@ -223,7 +225,7 @@ class Exported:
             ids = np.array([[characters.index(c) for c in text]], np.int64)
             logits = torch.from_numpy(self.logits(ids[:, :-1]))[0]
             loss = nn.functional.cross_entropy(logits, torch.from_numpy(ids[0, 1:])).item()
-            apart = max(apart, abs(loss - json.loads(out.splitlines()[-1])["eval"]["loss"]))
+            apart = np.max([apart, abs(loss - json.loads(out.splitlines()[-1])["eval"]["loss"])])
         text = start = "the "
         for _ in range(40):
             seen = [characters.index(c) for c in text[-CONTEXT:]]
@@ -248,14 +250,15 @@ VALUES.pop("classes")
 
 def models(words, letters):
     """Name: data, the model, what of training is its own, and how it is compared."""
-    relu, attention = op("relu", nn.ReLU()), lambda causal: op("attention", Attention(2, causal), heads=2, causal=causal)
     conv = lambda i, o, kernel, stride=1, padding=0, **keys: op(
-        "conv2d", nn.Conv2d(i, o, kernel, stride, padding, **keys), filters=o, kernel=kernel, stride=stride, padding=padding, **keys)
+        "conv2d", nn.Conv2d(i, o, kernel, stride, padding, **keys), filters=o, kernel=kernel, stride=stride, padding=padding,
+        **keys)
     yield "mlp", {"format": "digits"}, mlp(64, 10, "gelu", nn.GELU), {}, Exported.features
     yield "mlp-table", TABLE, mlp(5, 1, "silu", nn.SiLU), {"loss": "binary-cross-entropy"}, Exported.table
     yield "linear-image", image([2, 5, 4]), linear_of_images(40, 4), {}, Exported.features
     yield "cnn", image([3, 12, 10]), layers(
-        conv(3, 8, 3, bias=False), op("batch-norm", nn.BatchNorm2d(8)), relu, op("max-pool2d", nn.MaxPool2d(2), size=2),
+        conv(3, 8, 3, bias=False), op("batch-norm", nn.BatchNorm2d(8)), op("relu", nn.ReLU()),
+        op("max-pool2d", nn.MaxPool2d(2), size=2),
         residual(conv(8, 8, 3, padding=1), op("leaky-relu", nn.LeakyReLU(0.1), slope=0.1)),
         op("layer-norm", nn.LayerNorm([8, 5, 4])), conv(8, 6, 2, 2, 1), op("avg-pool2d", nn.AvgPool2d(2, 1), size=2, stride=1),
         op("global-avg-pool", Mean()), linear(6, 4)), {}, Exported.features
@@ -264,15 +267,16 @@ def models(words, letters):
         op("batch-norm", nn.BatchNorm1d(16)), op("tanh", nn.Tanh()), op("dropout", nn.Dropout(), rate=0.2),
         linear(16, 4)), {}, Exported.features
     yield "values", VALUES, layers(
-        linear(6, 16), op("rms-norm", nn.RMSNorm(16, 1e-5)), op("swiglu", Swiglu()), residual(linear(8, 8), op("gelu", nn.GELU())),
-        linear(8, 1)), {"loss": "mse"}, Exported.features
+        linear(6, 16), op("rms-norm", nn.RMSNorm(16, 1e-5)), op("swiglu", Swiglu()),
+        residual(linear(8, 8), op("gelu", nn.GELU())), linear(8, 1)), {"loss": "mse"}, Exported.features
     yield "text-classifier", TEXTS, (
         {"kind": "text-classifier", "width": 12, "hidden": [8]},
         nn.Sequential(Bag(words, 12), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 2))), {}, Exported.texts
     yield "text-attention", TEXTS, layers(
-        op("embedding", nn.Embedding(words, 8), width=8), op("positions", Positions(CONTEXT, 8)), linear(8, 24), attention(False),
-        op("rms-norm", nn.RMSNorm([CONTEXT, 8], 1e-5)), op("batch-norm", nn.BatchNorm1d(CONTEXT)), linear(8, 6),
-        op("silu", nn.SiLU()), op("flatten", nn.Flatten()), linear(6 * CONTEXT, 2)), {}, Exported.texts
+        op("embedding", nn.Embedding(words, 8), width=8), op("positions", Positions(CONTEXT, 8)), linear(8, 24),
+        op("attention", Attention(2, False), heads=2, causal=False), op("rms-norm", nn.RMSNorm([CONTEXT, 8], 1e-5)),
+        op("batch-norm", nn.BatchNorm1d(CONTEXT)), linear(8, 6), op("silu", nn.SiLU()), op("flatten", nn.Flatten()),
+        linear(6 * CONTEXT, 2)), {}, Exported.texts
     # One partition: a single window is a whole test set.
     one = {"partitions": 1, "micro_batch": 16, "steps": 100}
     for positions, tie, feed_forward, norm in [
