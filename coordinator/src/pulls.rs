@@ -122,7 +122,8 @@ async fn send(shared: &Shared, tables: &Tables, pull: &mut Pull, replies: &Repli
         let values = wire::encode_values(values);
         shared.store.bytes_pulled.fetch_add((places.len() + values.len()) as u64, Ordering::Relaxed);
         let mut crc = wire::Crc::new();
-        (crc.update(&places), crc.update(&values));
+        crc.update(&places);
+        crc.update(&values);
         let last = pieces.peek().is_none() && at == pull.step;
         let crc = crc.finalize();
         let reply = v1::RowReply { pull: pull.id, places: places.into(), values, crc, last, late: false };

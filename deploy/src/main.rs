@@ -1,6 +1,7 @@
 //! `unisono`: a distributed data-parallel trainer for CPUs, in one program.
 
 mod bench;
+mod export;
 mod generate;
 mod local;
 mod operate;
@@ -173,13 +174,16 @@ enum Cmd {
         #[command(flatten)]
         sampling: generate::Sampling,
     },
-    /// Writes a checkpoint's weights as safetensors, with PyTorch's names and layouts
+    /// Writes a checkpoint for other programs: its weights with PyTorch's names and layouts, or the model as ONNX
     Export {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
         checkpoint: PathBuf,
+        /// What to write [default: what the name of FILE ends in]
+        #[arg(long)]
+        format: Option<export::Format>,
         /// The file to write
-        #[arg(long, value_name = "FILE")]
-        to: PathBuf,
+        #[arg(long, value_name = "FILE", alias = "to")]
+        out: PathBuf,
         /// Replaces FILE where it exists
         #[arg(long)]
         force: bool,
@@ -341,7 +345,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             generate::generate(&checkpoint, &prompt, sampling)
         }
         Cmd::Predict { checkpoint, input, format, .. } => trained::predict(&checkpoint, input.as_ref(), format),
-        Cmd::Export { checkpoint, to, force } => trained::export(&checkpoint, &to, force),
+        Cmd::Export { checkpoint, format, out, force } => export::export(&checkpoint, format, &out, force),
         Cmd::Status { coordinator, json } => operate::status(&coordinator, json).await,
         Cmd::Drain { worker, coordinator } => operate::drain(&coordinator, worker).await,
         Cmd::Stop { coordinator } => operate::stop(&coordinator).await,

@@ -1,4 +1,4 @@
-//! Using what was trained: metrics on a data set, predictions for new inputs, weights for other programs.
+//! Using what was trained: metrics on a data set, predictions for new inputs.
 
 use crate::{Wrong, read_job};
 use anyhow::{Context, Result, anyhow, bail};
@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use unisono_common::checkpoint::{Manifest, rows_from_safetensors, weights_from_safetensors, with_rows_to_safetensors};
+use unisono_common::checkpoint::{Manifest, rows_from_safetensors, weights_from_safetensors};
 use unisono_common::data::csv::{encode, encode_ids, encode_text};
 use unisono_common::data::tokenizer::Encoder;
 use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Targets};
@@ -160,36 +160,6 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
             path.display()
         );
     }
-    Ok(ExitCode::SUCCESS)
-}
-
-/// `unisono export`: the weights alone, as safetensors.
-pub fn export(checkpoint: &Path, to: &Path, force: bool) -> Result<ExitCode> {
-    let (loaded, trained) = load(checkpoint).map_err(Wrong)?;
-    if to.extension().is_some_and(|e| e != "safetensors") {
-        return Err(Wrong(anyhow!("{}: only safetensors can be written; name it *.safetensors", to.display())).into());
-    }
-    if let Some(folder) = to.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
-        return Err(Wrong(anyhow!("there is no folder {}: make it first", folder.display())).into());
-    }
-    if to.exists() && !force {
-        return Err(Wrong(anyhow!("{} exists; add --force to replace it", to.display())).into());
-    }
-    let model = &trained.model;
-    let bytes = match model.rows().is_empty() {
-        true => loaded.weights,
-        false => with_rows_to_safetensors(model.layout(), &trained.weights, model.rows(), &trained.blocks),
-    };
-    std::fs::write(to, bytes).with_context(|| format!("cannot write {}", to.display()))?;
-    let layout = model.layout();
-    println!("{}: {} tensors, {} values", to.display(), layout.tensors().count(), layout.len());
-    for (table, _) in model.rows().tables() {
-        println!("  {:<24} {:?}, of the ids in `ids`", table.name, [trained.blocks.keys.len(), table.width]);
-    }
-    for (tensor, _) in layout.tensors() {
-        println!("  {:<24} {:?}", tensor.name, tensor.shape);
-    }
-    println!("In PyTorch: model.load_state_dict(safetensors.torch.load_file({:?}))", to.display().to_string());
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,6 +1,8 @@
 //! Using what was trained: eval, predict, export.
 
+use prost::Message;
 use serde_json::Value;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use unisono_tests::{finish, free_port, root, run, start, summary};
@@ -77,11 +79,13 @@ fn exports_are_the_checkpoints_tensors_and_damage_is_named() {
     let dir = tempfile::tempdir().expect("a folder");
     let (_, checkpoint) = trained(dir.path());
     let to = dir.path().join("model.safetensors");
-    let export = ["export", text(&checkpoint), "--to", text(&to)];
+    let export = ["export", text(&checkpoint), "--out", text(&to)];
     assert!(run(dir.path(), &export).status.success());
     let weights = checkpoint.join("weights.safetensors");
     assert_eq!(std::fs::read(&to).expect("exported"), std::fs::read(&weights).expect("there"));
     refused(&run(dir.path(), &export), &["exists", "--force"]);
+    let other = ["export", text(&checkpoint), "--out", "model.bin"];
+    refused(&run(dir.path(), &other), &["model.bin", "*.onnx", "--format"]);
 
     let mut bytes = std::fs::read(&weights).expect("there");
     let at = bytes.len() / 2;
@@ -89,6 +93,112 @@ fn exports_are_the_checkpoints_tensors_and_damage_is_named() {
     std::fs::write(&weights, bytes).expect("written");
     refused(&run(dir.path(), &["eval", text(&checkpoint)]), &["weights.safetensors is damaged", "digest"]);
     refused(&run(dir.path(), &["eval", "nowhere"]), &["there is no nowhere", "runs/NAME"]);
+}
+
+/// What is looked at in an ONNX file, by the numbers that its public definition gives the fields.
+mod onnx {
+    use prost::Message;
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Model {
+        #[prost(message, optional, tag = "7")]
+        pub graph: Option<Graph>,
+        #[prost(message, repeated, tag = "14")]
+        pub notes: Vec<Note>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Note {
+        #[prost(string, tag = "1")]
+        pub key: String,
+        #[prost(string, tag = "2")]
+        pub value: String,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Graph {
+        #[prost(message, repeated, tag = "1")]
+        pub nodes: Vec<Node>,
+        #[prost(message, repeated, tag = "5")]
+        pub tensors: Vec<Tensor>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Node {
+        #[prost(string, repeated, tag = "1")]
+        pub inputs: Vec<String>,
+        #[prost(string, repeated, tag = "2")]
+        pub outputs: Vec<String>,
+        #[prost(string, tag = "4")]
+        pub op: String,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Tensor {
+        #[prost(int64, repeated, tag = "1")]
+        pub sizes: Vec<i64>,
+        #[prost(string, tag = "8")]
+        pub name: String,
+        #[prost(bytes = "vec", tag = "9")]
+        pub bytes: Vec<u8>,
+    }
+
+    /// The operators of an mlp, of one sample.
+    pub fn run(op: &str, inputs: &[&Vec<f32>]) -> Vec<f32> {
+        let each = |f: fn(f32, f32) -> f32| {
+            let (x, y) = (inputs[0], inputs[1]);
+            x.iter().zip(y.iter().cycle().take(x.len())).map(|(x, y)| f(*x, *y)).collect()
+        };
+        match op {
+            "Sub" => each(|x, y| x - y),
+            "Mul" => each(|x, y| x * y),
+            "Add" => each(|x, y| x + y),
+            "Relu" => inputs[0].iter().map(|x| x.max(0.0)).collect(),
+            // Tables stay as they are: the product below reads them by what are their columns then.
+            "Identity" | "Transpose" => inputs[0].clone(),
+            "MatMul" => {
+                let (x, columns) = (inputs[0], inputs[1].chunks_exact(inputs[0].len()));
+                columns.map(|column| x.iter().zip(column).map(|(x, w)| x * w).sum()).collect()
+            }
+            other => panic!("an mlp has no {other}"),
+        }
+    }
+}
+
+/// The nodes of the file, computed here one after another, give the program's own prediction for raw pixels.
+#[test]
+fn an_onnx_file_computes_what_predict_says() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_, checkpoint) = trained(dir.path());
+    let out = run(dir.path(), &["export", text(&checkpoint), "--format", "onnx", "--out", "model"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let said = String::from_utf8_lossy(&out.stdout).to_string();
+    assert!(said.contains("[batch, 64]") && said.contains("[batch, 10]"), "{said}");
+    let bytes = std::fs::read(dir.path().join("model")).expect("exported");
+    let onnx::Model { graph, notes } = onnx::Model::decode(&bytes[..]).expect("a whole file");
+    let onnx::Graph { nodes, tensors } = graph.expect("a graph");
+    assert!(tensors.iter().any(|tensor| tensor.name == "0.weight" && tensor.sizes == [128, 64]));
+
+    let pixels: Vec<f32> = (0..64).map(|i| (i % 17) as f32).collect();
+    let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let mut values: HashMap<String, Vec<f32>> = tensors.iter().map(|t| (t.name.clone(), floats(&t.bytes))).collect();
+    values.insert("features".into(), pixels.clone());
+    for node in nodes {
+        let inputs: Vec<&Vec<f32>> = node.inputs.iter().map(|name| &values[name]).collect();
+        let result = onnx::run(&node.op, &inputs);
+        values.insert(node.outputs[0].clone(), result);
+    }
+    let logits = &values["logits"];
+    let (best, top) = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).expect("some");
+    let probability = 1.0 / logits.iter().map(|logit| (logit - top).exp()).sum::<f32>();
+
+    std::fs::write(dir.path().join("row.jsonl"), format!("{{\"features\":{pixels:?}}}\n")).expect("written");
+    let answer = summary(&run(dir.path(), &["predict", text(&checkpoint), "row.jsonl"]));
+    let classes = notes.iter().find(|note| note.key == "classes").expect("the classes' names");
+    let classes: Vec<String> = serde_json::from_str(&classes.value).expect("a list");
+    assert_eq!(answer["prediction"].as_str(), Some(classes[best].as_str()));
+    let apart = answer["probability"].as_f64().expect("a number") - probability as f64;
+    assert!(apart.abs() < 1e-5, "{answer}, by the file {probability}");
 }
 
 #[test]

@@ -134,7 +134,8 @@ pub fn start(
 fn check(reply: &v1::RowReply, width: usize) -> Result<(), Status> {
     let v1::RowReply { places, values, crc, late, .. } = reply;
     let mut got = wire::Crc::new();
-    (got.update(places), got.update(values));
+    got.update(places);
+    got.update(values);
     let rows = places.len() / 4;
     let whole = places.len() == 4 * rows && values.len() == 4 * rows * width;
     let sound = whole && (*late || got.finalize() == *crc) && unisono_common::kernels::all_finite_bytes(values);

@@ -41,6 +41,11 @@ impl Rotary {
         Rotary { turns: (0..positions * half).map(turn).collect(), half }
     }
 
+    /// `(positions, d/2)`: cosine and sine of the angle by which each pair turns.
+    pub fn turns(&self) -> &[[f32; 2]] {
+        &self.turns
+    }
+
     /// Turns rows of a head, the first of them at position 0; back, where `sign` is -1.
     fn turn(&self, rows: &mut [f32], sign: f32) {
         for (row, turns) in rows.chunks_exact_mut(2 * self.half).zip(self.turns.chunks_exact(self.half)) {

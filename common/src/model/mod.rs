@@ -2,6 +2,8 @@
 
 mod named;
 
+pub use named::layers;
+
 use crate::job::{self, WeightInit};
 use crate::kernels::{Finish, conv::Window};
 use crate::layers::{
@@ -328,7 +330,7 @@ impl Model {
     /// Builds `spec` for what goes in and has to come out. `linear` and `mlp` take a sample as one row.
     pub fn build(spec: &job::Model, signature: &Signature) -> Result<Model, ModelError> {
         let &Signature { ref input, ids, vocabulary, ref output, causal } = signature;
-        let (specs, shape) = named::layers(spec, signature);
+        let (specs, shape) = layers(spec, signature);
         let first = specs.first();
         let takes_tokens = matches!(
             first,

@@ -39,7 +39,7 @@ fn wide(outputs: usize) -> Vec<Vec<Layer>> {
 }
 
 /// A model's layers, and the shape of what they take.
-pub(super) fn layers(spec: &Model, signature: &Signature) -> (Vec<Layer>, Vec<usize>) {
+pub fn layers(spec: &Model, signature: &Signature) -> (Vec<Layer>, Vec<usize>) {
     let Signature { input, output, .. } = signature;
     let outputs = output[output.len() - 1];
     let row = vec![product(input)];
