@@ -9,7 +9,7 @@
 //! | `text` | windows of plain text, as tokens |
 //! | [`id`] | what the ids are that choose rows of sparse tables |
 //! | [`tokenizer`] | from text to tokens, and back |
-//! | `synthetic`, `clicks` | samples made from a seed, for measuring; those with ids |
+//! | `synthetic`, `clicks`, `ratings` | samples made from a seed, for measuring; those with ids |
 //! | [`partition`] | which samples belong to which partition and step |
 //!
 //! A format yields raw samples; [`open`] learns from the training set how they are normalised ([`Prepared`]).
@@ -23,6 +23,7 @@ mod error;
 pub mod id;
 mod idx;
 pub mod partition;
+mod ratings;
 mod synthetic;
 mod text;
 pub mod tokenizer;
@@ -162,6 +163,7 @@ fn open_in(
             synthetic::text(seed, *vocabulary, *context, *samples, *test_samples)?
         }
         job::Source::Clicks(spec) => clicks::make(seed, spec)?,
+        job::Source::Ratings(spec) => ratings::make(seed, spec)?,
     };
     Ok(raw.prepare(data.normalize))
 }

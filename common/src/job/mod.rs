@@ -88,6 +88,8 @@ pub enum Source {
     },
     /// `synthetic` with `task = "clicks"`.
     Clicks(Clicks),
+    /// `synthetic` with `task = "ratings"`.
+    Ratings(Ratings),
     /// `synthetic` with `task = "language"`.
     SyntheticText {
         vocabulary: usize,
@@ -157,6 +159,17 @@ pub struct Clicks {
     pub fields: usize,
     pub vocabulary: u64,
     pub zipf: f64,
+    pub samples: usize,
+    pub test_samples: usize,
+}
+
+/// Made-up ratings of `items` by `users`, of planted vectors of `rank` values, with noise of this deviation.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Ratings {
+    pub users: u64,
+    pub items: u64,
+    pub rank: usize,
+    pub noise: f32,
     pub samples: usize,
     pub test_samples: usize,
 }

@@ -85,7 +85,22 @@ const FORMATS: &Kinds = &[
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
     (
         "synthetic",
-        &["task", "shape", "classes", "numbers", "fields", "vocabulary", "zipf", "context", "samples", "test_samples"],
+        &[
+            "task",
+            "shape",
+            "classes",
+            "numbers",
+            "fields",
+            "vocabulary",
+            "zipf",
+            "users",
+            "items",
+            "rank",
+            "noise",
+            "context",
+            "samples",
+            "test_samples",
+        ],
     ),
 ];
 
@@ -106,7 +121,10 @@ fn data(node: &Node, base: &str) -> Result<Data> {
         "text" => Source::Text(plain_text(&r, base)?),
         _ => synthetic(&r)?,
     };
-    let made = matches!(source, Source::Synthetic { .. } | Source::SyntheticText { .. } | Source::Clicks(_));
+    let made = matches!(
+        source,
+        Source::Synthetic { .. } | Source::SyntheticText { .. } | Source::Clicks(_) | Source::Ratings(_)
+    );
     let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
     let normalize = r.flag("normalize")?.or(!made);
     Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed })
@@ -247,11 +265,25 @@ fn tokenizer(r: &Reader<'_>, default: Tokenizer) -> Result<Tokenizer> {
 }
 
 fn synthetic(r: &Reader<'_>) -> Result<Source> {
-    let task = r.word("task", "task", &["classification", "regression", "language", "clicks"])?.or("classification");
+    let task = r
+        .word("task", "task", &["classification", "regression", "language", "clicks", "ratings"])?
+        .or("classification");
     let samples = r.integer("samples", COUNT)?.needed("samples = 65536")?;
     let test_samples = r.integer("test_samples", COUNT_OR_0)?.or((samples / 8).max(1));
     let (samples, test_samples) = (samples as usize, test_samples as usize);
     let not_for = |keys: &[&'static str]| r.only_with(keys, &format!("another `data.task` than {task:?}"));
+    if task == "ratings" {
+        not_for(&["shape", "classes", "numbers", "fields", "vocabulary", "zipf", "context"])?;
+        return Ok(Source::Ratings(Ratings {
+            users: r.integer("users", 1..=1 << 40)?.needed("users = 1000")?,
+            items: r.integer("items", 1..=1 << 40)?.needed("items = 500")?,
+            rank: r.integer("rank", 1..=1 << 12)?.or(4) as usize,
+            noise: r.f32("noise", &NOT_NEGATIVE)?.or(0.5),
+            samples,
+            test_samples,
+        }));
+    }
+    not_for(&["users", "items", "rank", "noise"])?;
     if task == "clicks" {
         not_for(&["shape", "classes", "context"])?;
         return Ok(Source::Clicks(Clicks {

@@ -293,7 +293,10 @@ mod tests {
                 let sizes = shape.iter().map(usize::to_string);
                 format!("[{}]", ["batch".to_string()].into_iter().chain(sizes).collect::<Vec<_>>().join(", "))
             };
-            let [input] = &graph.input[..] else { panic!("one input") };
+            let (input, ids) = graph.input.split_first().expect("an input");
+            let of_ids = ids.iter().map(|value| (value.name.as_str(), kind(value), sizes(value)));
+            let want = (signature.ids > 0).then(|| ("ids", Some(INT64), batch(&[signature.ids])));
+            assert!(of_ids.eq(want));
             let want = if prepared.tokens.is_some() { ("tokens", INT64) } else { ("features", FLOAT) };
             assert_eq!((input.name.as_str(), kind(input)), (want.0, Some(want.1)));
             assert_eq!(sizes(input), batch(&prepared.shape));
