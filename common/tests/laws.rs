@@ -24,7 +24,11 @@ fn linear(units: usize) -> Layer {
 }
 
 fn conv(filters: usize, kernel: usize, stride: usize, padding: usize) -> Layer {
-    Layer::Conv2d { filters, kernel, stride, padding, bias: true, init: None }
+    grouped(1, filters, kernel, stride, padding)
+}
+
+fn grouped(groups: usize, filters: usize, kernel: usize, stride: usize, padding: usize) -> Layer {
+    Layer::Conv2d { filters, kernel, stride, padding, groups, bias: true, init: None }
 }
 
 fn act(activation: Activation) -> Layer {
@@ -152,6 +156,10 @@ proptest! {
         let cases: Vec<Vec<Layer>> = vec![
             vec![conv(filters, kernel, stride, padding)],
             vec![conv(filters, kernel, stride, padding), Layer::BatchNorm { momentum: 0.1, eps: 1e-2 }],
+            // Depthwise, one filter a channel and several; then groups of several channels.
+            vec![grouped(channels, channels, kernel, stride, padding), act(Activation::Relu)],
+            vec![grouped(channels, channels * filters, kernel, stride, padding)],
+            vec![conv(6, 1, 1, 0), grouped(1 + channels % 3, 6 * filters, kernel, stride, padding)],
             vec![conv(2, 1, 1, 0), Layer::MaxPool2d { size: kernel, stride }],
             vec![conv(2, 1, 1, 0), Layer::AvgPool2d { size: kernel, stride }],
             vec![conv(3, 2, 1, 1), Layer::GlobalAvgPool],
@@ -275,6 +283,7 @@ proptest! {
             Layer::Residual { layers: vec![conv(5, 3, 1, 1), act(Activation::Gelu)] },
             // Few channels and many, by minimal filtering and not.
             conv(16, 1, 1, 0), conv(64, 3, 1, 0), act(Activation::Relu), conv(80, 3, 1, 1), conv(410, 1, 1, 0),
+            grouped(5, 10, 3, 2, 1), act(Activation::Relu), grouped(10, 30, 3, 1, 1), grouped(30, 30, 3, 1, 1),
             Layer::Flatten, linear(96), Layer::LayerNorm { dims: None, eps: 1e-5 }, act(Activation::Tanh),
             Layer::Dropout { rate: 0.4 }, linear(4),
         ];

@@ -12,13 +12,17 @@ use unisono_common::train::{Workspace, gradient};
 fn a_gradient_allocates_nothing_after_the_first() {
     let act = |activation| Layer::Activation { activation };
     let linear = |units| Layer::Linear { units, bias: true, init: None };
-    let conv = |filters| Layer::Conv2d { filters, kernel: 3, stride: 1, padding: 1, bias: true, init: None };
+    let grouped =
+        |groups, filters| Layer::Conv2d { filters, kernel: 3, stride: 1, padding: 1, groups, bias: true, init: None };
+    let conv = |filters| grouped(1, filters);
     let layers = vec![
         conv(7),
         Layer::BatchNorm { momentum: 0.1, eps: 1e-5 },
         act(Activation::Gelu),
         Layer::MaxPool2d { size: 2, stride: 2 },
         Layer::Residual { layers: vec![conv(7), act(Activation::Relu)] },
+        grouped(7, 14),
+        grouped(2, 8),
         Layer::AvgPool2d { size: 2, stride: 1 },
         Layer::Flatten,
         linear(40),

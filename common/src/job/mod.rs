@@ -269,6 +269,9 @@ pub enum Layer {
         kernel: usize,
         stride: usize,
         padding: usize,
+        /// Of channels and filters that see only each other.
+        #[serde(default = "one", skip_serializing_if = "is_one")]
+        groups: usize,
         bias: bool,
         init: Option<WeightInit>,
     },
@@ -337,6 +340,14 @@ pub enum Layer {
     Residual {
         layers: Vec<Layer>,
     },
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(n: &usize) -> bool {
+    *n == 1
 }
 
 /// `init` of a layer; the default is PyTorch's for that layer.

@@ -350,7 +350,7 @@ fn layers(node: &Node, path: &str) -> Result<Vec<Layer>> {
 
 const LAYERS: &Kinds = &[
     ("linear", &["units", "bias", "init"]),
-    ("conv2d", &["filters", "kernel", "stride", "padding", "bias", "init"]),
+    ("conv2d", &["filters", "kernel", "stride", "padding", "groups", "bias", "init"]),
     ("max-pool2d", &["size", "stride"]),
     ("avg-pool2d", &["size", "stride"]),
     ("global-avg-pool", &[]),
@@ -386,7 +386,11 @@ fn layer(node: &Node, path: &str) -> Result<Layer> {
             let kernel = r.size("kernel")?.needed("kernel = 3")?;
             // More would give outputs that see nothing but padding.
             let padding = r.integer("padding", 0..=kernel as u64 - 1)?.or(0) as usize;
-            Layer::Conv2d { filters, kernel, stride: stride(1)?, padding, bias: bias()?, init: init(&r)? }
+            let groups = r.size("groups")?.or(1);
+            if !filters.is_multiple_of(groups) {
+                return r.refuse("groups", &format!("must divide `filters`, which is {filters}; change one of them"));
+            }
+            Layer::Conv2d { filters, kernel, stride: stride(1)?, padding, groups, bias: bias()?, init: init(&r)? }
         }
         pool @ ("max-pool2d" | "avg-pool2d") => {
             let size = r.size("size")?.needed("size = 2")?;

@@ -5,8 +5,8 @@ mod named;
 use crate::job::{self, WeightInit};
 use crate::kernels::{Finish, conv::Window};
 use crate::layers::{
-    Activation, Attention, BatchNorm, Conv2d, Dropout, Embedding, EmbeddingBag, Flatten, GlobalAvgPool, Layer,
-    LayerNorm, Linear, Pool2d, Positions, Residual, Rotary, Sequential, Swiglu, Table, TiedEmbedding, finish,
+    Activation, Attention, BatchNorm, Conv2d, Dropout, Embedding, EmbeddingBag, Flatten, GlobalAvgPool, GroupedConv2d,
+    Layer, LayerNorm, Linear, Pool2d, Positions, Residual, Rotary, Sequential, Swiglu, Table, TiedEmbedding, finish,
 };
 use crate::layout::{Init, Layout};
 
@@ -143,11 +143,18 @@ impl Builder {
                 let out_shape = [&shape[..shape.len() - 1], &[*units]].concat();
                 Box::new(Linear { inputs, out_shape, init, bias, finish })
             }
-            job::Layer::Conv2d { filters, kernel, stride, padding, bias, init: kind } => {
-                let window = window("conv2d", at, shape, *kernel, *stride, *padding)?;
+            job::Layer::Conv2d { filters, kernel, stride, padding, groups, bias, init: kind } => {
+                let mut window = window("conv2d", at, shape, *kernel, *stride, *padding)?;
+                if !window.channels.is_multiple_of(*groups) {
+                    return wrong("conv2d", format!("channels that its {groups} groups can share"));
+                }
+                window.channels /= groups;
                 let out_shape = [*filters, window.out_height(), window.out_width()];
                 let init = init(*kind, window.patch(), filters * kernel * kernel);
-                Box::new(Conv2d { window, out_shape, bias: *bias, init, finish })
+                match (*bias, *groups) {
+                    (bias, 1) => Box::new(Conv2d { window, out_shape, bias, init, finish }),
+                    (bias, groups) => Box::new(GroupedConv2d { window, groups, out_shape, bias, init, finish }),
+                }
             }
             job::Layer::MaxPool2d { size, stride } | job::Layer::AvgPool2d { size, stride } => {
                 let max = matches!(spec, job::Layer::MaxPool2d { .. });

@@ -71,11 +71,13 @@ impl Oracle<'_> {
                 let rows = |x: &[f64]| x.chunks(n).flat_map(|x| (0..*units).map(|o| unit(x, o))).collect();
                 ([&shape[..shape.len() - 1], &[*units]].concat(), each(&rows))
             }
-            Layer::Conv2d { filters, kernel, stride, padding, bias, .. } => {
-                let (w, patch) = (tensor("weight"), shape[0] * kernel * kernel);
+            Layer::Conv2d { filters, kernel, stride, padding, groups, bias, .. } => {
+                let (w, patch) = (tensor("weight"), shape[0] / groups * kernel * kernel);
                 let (shape, windows) = windows(&shape, *kernel, *stride, *padding);
                 let value = |x: &[f64], f: usize, (y, x0): (usize, usize)| -> f64 {
-                    let terms = windows(y, x0).into_iter().filter_map(|(at, k)| Some(w[f * patch + k] * x[at?]));
+                    let group = f / (filters / groups);
+                    let own = windows(y, x0).into_iter().filter(|(_, k)| k / patch == group);
+                    let terms = own.filter_map(|(at, k)| Some(w[f * patch + k % patch] * x[at?]));
                     terms.sum::<f64>() + if *bias { tensor("bias")[f] } else { 0.0 }
                 };
                 let out = |x: &[f64]| {

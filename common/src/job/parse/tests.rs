@@ -190,7 +190,8 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
     assert_eq!(all, Model::TextClassifier { width: 8, hidden: vec![4], dropout: 0.5 });
 
     let act = |activation| Layer::Activation { activation };
-    let conv = |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, bias, init };
+    let conv =
+        |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, groups: 1, bias, init };
     let cases = [
         ("op = \"linear\", units = 3", Layer::Linear { units: 3, bias: true, init: None }),
         (
@@ -201,6 +202,10 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
         (
             "op = \"conv2d\", filters = 5, kernel = 3, stride = 2, padding = 1, bias = false, init = \"kaiming-normal\"",
             conv(2, 1, false, Some(WeightInit::KaimingNormal)),
+        ),
+        (
+            "op = \"conv2d\", filters = 6, kernel = 3, groups = 3",
+            Layer::Conv2d { filters: 6, kernel: 3, stride: 1, padding: 0, groups: 3, bias: true, init: None },
         ),
         ("op = \"max-pool2d\", size = 2", Layer::MaxPool2d { size: 2, stride: 2 }),
         ("op = \"max-pool2d\", size = 3, stride = 1", Layer::MaxPool2d { size: 3, stride: 1 }),
