@@ -177,6 +177,7 @@ pub fn fingerprint() -> [u8; 32] {
                 Op::Conv2d { filters: 17, kernel: 3, stride: 1, padding: 1, groups: 1, bias: false, init: None },
                 act(Activation::Tanh),
             ],
+            shortcut: vec![],
         },
         Op::Conv2d { filters: 34, kernel: 3, stride: 2, padding: 1, groups: 17, bias: true, init: None },
         Op::Conv2d { filters: 18, kernel: 3, stride: 1, padding: 1, groups: 2, bias: true, init: None },

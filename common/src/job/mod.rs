@@ -235,6 +235,13 @@ pub enum Norm {
     RmsNorm,
 }
 
+    /// Residual blocks of two convolutions in three stages (He et al., 2016, section 4.2).
+    Resnet {
+        /// Layers with weights: `6 n + 2`, for `n` blocks a stage.
+        depth: usize,
+        /// Filters of the first stage; each other one has twice those of the one before.
+        width: usize,
+    },
 /// How a model knows where in its context a token is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -336,7 +343,7 @@ pub enum Layer {
     },
     /// Halves the last dimension.
     Swiglu,
-    /// `y = x + body(x)`.
+    /// `y = x + body(x)`, or `shortcut(x) + body(x)`.
     Residual {
         layers: Vec<Layer>,
     },
@@ -380,6 +387,9 @@ pub struct Train {
     pub early_stopping: Option<EarlyStopping>,
 }
 
+        /// None of them: the inputs themselves.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        shortcut: Vec<Layer>,
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Length {

@@ -273,6 +273,7 @@ fn model(node: &Node) -> Result<Model> {
     let r = Reader::new(node, "model")?;
     Ok(match r.kind("kind", "model kind", MODELS, &[])? {
         "linear" => Model::Linear,
+    ("resnet", &["depth", "width"]),
         "mlp" => {
             let hidden = r.list("hidden", SIZE, size)?.needed("hidden = [512, 256]")?;
             if hidden.is_empty() {
@@ -298,6 +299,13 @@ fn model(node: &Node) -> Result<Model> {
     })
 }
 
+        "resnet" => {
+            let depth = r.integer("depth", 8..=1202)?.needed("depth = 20")? as usize;
+            if depth % 6 != 2 {
+                return r.refuse("depth", &format!("is {depth}; it must be 8, 14, 20, 26, 32 or another 6 n + 2"));
+            }
+            Model::Resnet { depth, width: r.size("width")?.or(16) }
+        }
 fn gpt(r: &Reader<'_>) -> Result<Gpt> {
     let (width, heads) = (r.size("width")?.needed("width = 128")?, r.size("heads")?.needed("heads = 4")?);
     if !width.is_multiple_of(heads) {
@@ -371,7 +379,7 @@ const LAYERS: &Kinds = &[
     ("tied-embedding", &["width", "init", "layers"]),
     ("positions", &["init"]),
     ("attention", &["heads", "causal", "rotary"]),
-    ("residual", &["layers"]),
+    ("residual", &["layers", "shortcut"]),
 ];
 
 fn layer(node: &Node, path: &str) -> Result<Layer> {
@@ -419,7 +427,9 @@ fn layer(node: &Node, path: &str) -> Result<Layer> {
         "swiglu" => Layer::Swiglu,
         "residual" => {
             let body = r.node("layers").needed("layers = [{ op = \"relu\" }]")?;
-            Layer::Residual { layers: layers(body, &format!("{path}.layers"))? }
+            let around = |node| layers(node, &format!("{path}.shortcut"));
+            let shortcut = r.node("shortcut").optional().map(around).transpose()?.unwrap_or_default();
+            Layer::Residual { layers: layers(body, &format!("{path}.layers"))?, shortcut }
         }
         name => Layer::Activation { activation: activation(name, &r)? },
     })

@@ -185,13 +185,21 @@ impl Builder {
                 }
                 Box::new(LayerNorm { shape: whole(), dims, centered, eps: *eps })
             }
-            job::Layer::Residual { layers } => {
+            job::Layer::Residual { layers, shortcut } => {
                 let body = self.chain(layers, &format!("{at}].layers["), shape)?;
-                if body.out_shape() != shape {
-                    let need = format!("a body that gives the same shape; its body gives {:?}", body.out_shape());
+                let around = || self.chain(shortcut, &format!("{at}].shortcut["), shape);
+                let shortcut = (!shortcut.is_empty()).then(around).transpose()?;
+                let (got, want) = (body.out_shape(), shortcut.as_ref().map_or(shape, |s| s.out_shape()));
+                if got != want {
+                    let need = match shortcut {
+                        None => format!("a body that gives the same shape, or a `shortcut`; its body gives {got:?}"),
+                        Some(_) => {
+                            format!("a body and a shortcut that give the same shape; they give {got:?} and {want:?}")
+                        }
+                    };
                     return wrong("residual", need);
                 }
-                Box::new(Residual { body })
+                Box::new(Residual { body, shortcut })
             }
             job::Layer::Embedding { width, init } => {
                 let (positions, table) = table("embedding", *width, *init)?;

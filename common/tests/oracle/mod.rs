@@ -43,11 +43,23 @@ impl Oracle<'_> {
         self.margin.set(self.margin.get().min(distance.abs()));
     }
 
-    fn chain(&self, t: &Tensors, layers: &[Layer], prefix: &str, mut shape: Vec<usize>, mut x: Rows, key: Key) -> Rows {
+    fn chain(&self, t: &Tensors, layers: &[Layer], prefix: &str, shape: Vec<usize>, x: Rows, key: Key) -> Rows {
+        self.chain_and_shape(t, layers, prefix, shape, x, key).1
+    }
+
+    fn chain_and_shape(
+        &self,
+        t: &Tensors,
+        layers: &[Layer],
+        prefix: &str,
+        mut shape: Vec<usize>,
+        mut x: Rows,
+        key: Key,
+    ) -> (Vec<usize>, Rows) {
         for (i, layer) in layers.iter().enumerate() {
             (shape, x) = self.layer(t, layer, &format!("{prefix}{i}."), shape, x, key.with(i as u64));
         }
-        x
+        (shape, x)
     }
 
     fn layer(
@@ -212,9 +224,11 @@ impl Oracle<'_> {
                 };
                 ([rest, &[width]].concat(), each(&|x| x.chunks(2 * width).flat_map(row).collect()))
             }
-            Layer::Residual { layers } => {
+            Layer::Residual { layers, shortcut } => {
                 let body = self.chain(t, layers, name, shape.clone(), x.clone(), key);
-                (shape, x.iter().zip(body).map(|(x, y)| x.iter().zip(y).map(|(x, y)| x + y).collect()).collect())
+                let key = key.named("shortcut");
+                let (shape, around) = self.chain_and_shape(t, shortcut, &format!("{name}shortcut."), shape, x, key);
+                (shape, around.iter().zip(body).map(|(x, y)| x.iter().zip(y).map(|(x, y)| x + y).collect()).collect())
             }
         }
     }

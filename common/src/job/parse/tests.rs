@@ -189,6 +189,10 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
     let all = texts(", width = 8, hidden = [4], dropout = 0.5");
     assert_eq!(all, Model::TextClassifier { width: 8, hidden: vec![4], dropout: 0.5 });
 
+    let resnet = |keys: &str| job(DIGITS, &format!("kind = \"resnet\", depth = {keys}"), "").model;
+    assert_eq!(resnet("20"), Model::Resnet { depth: 20, width: 16 });
+    assert_eq!(resnet("8, width = 4"), Model::Resnet { depth: 8, width: 4 });
+
     let act = |activation| Layer::Activation { activation };
     let conv =
         |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, groups: 1, bias, init };
@@ -245,7 +249,14 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
             "op = \"attention\", heads = 2, causal = true, rotary = 100",
             Layer::Attention { heads: 2, causal: true, rotary: Some(100.0) },
         ),
-        ("op = \"residual\", layers = [{ op = \"tanh\" }]", Layer::Residual { layers: vec![act(Activation::Tanh)] }),
+        (
+            "op = \"residual\", layers = [{ op = \"tanh\" }]",
+            Layer::Residual { layers: vec![act(Activation::Tanh)], shortcut: vec![] },
+        ),
+        (
+            "op = \"residual\", layers = [{ op = \"tanh\" }], shortcut = [{ op = \"flatten\" }]",
+            Layer::Residual { layers: vec![act(Activation::Tanh)], shortcut: vec![Layer::Flatten] },
+        ),
     ];
     for (text, layer) in cases {
         let got = job(DIGITS, &format!("kind = \"layers\", layers = [{{ {text} }}]"), "").model;
@@ -506,6 +517,17 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         (with("[8]", "[8"), "job.toml:8: this is not TOML: missing comma between array elements"),
         (with("seed = 7", "seed = 7\nseed = 8"), "job.toml:3: this is not TOML: duplicate key"),
         // Out of range.
+        (
+            with("kind = \"mlp\"\nhidden = [8]", "kind = \"resnet\"\ndepth = 18"),
+            "job.toml:7: `model.depth` is 18; it must be 8, 14, 20, 26, 32 or another 6 n + 2",
+        ),
+        (
+            with(
+                "kind = \"mlp\"\nhidden = [8]",
+                "kind = \"layers\"\nlayers = [{ op = \"conv2d\", filters = 6, kernel = 3, groups = 4 }]",
+            ),
+            "job.toml:7: `model.layers[0].groups` must divide `filters`, which is 6; change one of them",
+        ),
         (with("seed = 7", "seed = -7"), "job.toml:2: `seed` must be a whole number of at least 0, not -7"),
         (
             with("[8]", "[\n  8,\n  0]"),
