@@ -62,6 +62,9 @@ pub struct Data {
     pub ship: Option<bool>,
     /// Hash samples to partitions instead of cutting contiguous ranges.
     pub hashed: bool,
+    /// How pictures change from epoch to epoch of training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub augment: Option<Augment>,
 }
 
 /// Where samples come from (`data.format`).
@@ -78,6 +81,8 @@ pub enum Source {
     },
     Csv(Csv),
     Text(Text),
+    Cifar(Cifar),
+    Images(Images),
     Synthetic {
         task: Task,
         shape: Vec<usize>,
@@ -129,6 +134,42 @@ pub struct Csv {
     /// The only column that is learnt from, where it is given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<TextColumn>,
+}
+
+/// The binary files of CIFAR-10 or CIFAR-100.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cifar {
+    #[serde(skip)]
+    pub base: String,
+    pub train: Vec<String>,
+    /// None of them: there is no test set.
+    pub test: Vec<String>,
+    /// 10 or 100.
+    pub classes: usize,
+}
+
+/// Folders with a folder of pictures for each class.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Images {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// The share of the training set, by hash of the pictures, that is the test set; only where `test` is none.
+    pub holdout: Option<f64>,
+    /// Height and width that pictures are cropped and scaled to.
+    pub size: [usize; 2],
+    /// 1 or 3.
+    pub channels: usize,
+}
+
+/// Chance in training, where it is anew in each epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Augment {
+    /// Pixels that a picture is padded by, on each side, before a part of its old size is cropped from it.
+    pub crop: usize,
+    /// Whether half of the pictures are mirrored.
+    pub flip: bool,
 }
 
 /// Windows of a plain text, each of whose tokens is to be predicted from those before it.
@@ -194,6 +235,13 @@ pub enum Model {
         hidden: Vec<usize>,
         dropout: f32,
     },
+    /// Residual blocks of two convolutions in three stages (He et al., 2016, section 4.2).
+    Resnet {
+        /// Layers with weights: `6 n + 2`, for `n` blocks a stage.
+        depth: usize,
+        /// Filters of the first stage; each other one has twice those of the one before.
+        width: usize,
+    },
     Layers {
         layers: Vec<Layer>,
     },
@@ -235,13 +283,6 @@ pub enum Norm {
     RmsNorm,
 }
 
-    /// Residual blocks of two convolutions in three stages (He et al., 2016, section 4.2).
-    Resnet {
-        /// Layers with weights: `6 n + 2`, for `n` blocks a stage.
-        depth: usize,
-        /// Filters of the first stage; each other one has twice those of the one before.
-        width: usize,
-    },
 /// How a model knows where in its context a token is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -346,6 +387,9 @@ pub enum Layer {
     /// `y = x + body(x)`, or `shortcut(x) + body(x)`.
     Residual {
         layers: Vec<Layer>,
+        /// None of them: the inputs themselves.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        shortcut: Vec<Layer>,
     },
 }
 
@@ -387,9 +431,6 @@ pub struct Train {
     pub early_stopping: Option<EarlyStopping>,
 }
 
-        /// None of them: the inputs themselves.
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        shortcut: Vec<Layer>,
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Length {

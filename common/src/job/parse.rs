@@ -5,6 +5,8 @@ use super::*;
 use crate::data::tokenizer::{MOST_NGRAMS, MOST_WORDS};
 use crate::data::{MOST_CONTEXT, MOST_TOKENS};
 
+mod pictures;
+
 pub use super::reader::JobError;
 
 /// Reads a job.
@@ -56,7 +58,9 @@ const COUNT_OR_0: std::ops::RangeInclusive<u64> = 0..=1 << 40;
 
 const FORMATS: &Kinds = &[
     ("digits", &[]),
-    ("idx", &["train", "test", "classes"]),
+    ("idx", &["train", "test", "classes", "augment"]),
+    ("cifar", &["train", "test", "classes", "augment"]),
+    ("images", &["train", "test", "holdout", "size", "channels", "augment"]),
     (
         "csv",
         &[
@@ -78,7 +82,7 @@ const FORMATS: &Kinds = &[
         ],
     ),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
-    ("synthetic", &["task", "shape", "classes", "vocabulary", "context", "samples", "test_samples"]),
+    ("synthetic", &["task", "shape", "classes", "vocabulary", "context", "samples", "test_samples", "augment"]),
 ];
 
 fn data(node: &Node, base: &str) -> Result<Data> {
@@ -96,11 +100,14 @@ fn data(node: &Node, base: &str) -> Result<Data> {
         },
         "csv" => Source::Csv(csv(&r, base)?),
         "text" => Source::Text(plain_text(&r, base)?),
+        "cifar" => Source::Cifar(pictures::cifar(&r, base)?),
+        "images" => Source::Images(pictures::images(&r, base)?),
         _ => synthetic(&r)?,
     };
     let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
     let normalize = r.flag("normalize")?.or(!matches!(source, Source::Synthetic { .. } | Source::SyntheticText { .. }));
-    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed })
+    let augment = r.node("augment").optional().map(pictures::augment).transpose()?;
+    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment })
 }
 
 fn idx_paths(node: &Node, base: &str, path: &str) -> Result<IdxPaths> {
@@ -213,7 +220,7 @@ fn synthetic(r: &Reader<'_>) -> Result<Source> {
     let (samples, test_samples) = (samples as usize, test_samples as usize);
     let not_for = |keys: &[&'static str]| r.only_with(keys, &format!("another `data.task` than {task:?}"));
     if task == "language" {
-        not_for(&["shape", "classes"])?;
+        not_for(&["shape", "classes", "augment"])?;
         let vocabulary = r.integer("vocabulary", 2..=MOST_TOKENS as u64)?.needed("vocabulary = 65")? as usize;
         let context = context(r)?;
         return Ok(Source::SyntheticText { vocabulary, context, samples, test_samples });
@@ -266,6 +273,7 @@ const MODELS: &Kinds = &[
     ("mlp", &["hidden", "activation", "dropout"]),
     ("gpt", &["layers", "heads", "width", "hidden", "feed_forward", "norm", "positions", "bias", "tie", "dropout"]),
     ("text-classifier", &["width", "hidden", "dropout"]),
+    ("resnet", &["depth", "width"]),
     ("layers", &["layers"]),
 ];
 
@@ -273,7 +281,6 @@ fn model(node: &Node) -> Result<Model> {
     let r = Reader::new(node, "model")?;
     Ok(match r.kind("kind", "model kind", MODELS, &[])? {
         "linear" => Model::Linear,
-    ("resnet", &["depth", "width"]),
         "mlp" => {
             let hidden = r.list("hidden", SIZE, size)?.needed("hidden = [512, 256]")?;
             if hidden.is_empty() {
@@ -292,13 +299,6 @@ fn model(node: &Node) -> Result<Model> {
             hidden: r.list("hidden", SIZE, size)?.or(Vec::new()),
             dropout: r.f32("dropout", &FRACTION)?.or(0.0),
         },
-        _ => {
-            let list = r.node("layers").needed("layers = [{ op = \"linear\", units = 10 }]")?;
-            Model::Layers { layers: layers(list, "model.layers")? }
-        }
-    })
-}
-
         "resnet" => {
             let depth = r.integer("depth", 8..=1202)?.needed("depth = 20")? as usize;
             if depth % 6 != 2 {
@@ -306,6 +306,13 @@ fn model(node: &Node) -> Result<Model> {
             }
             Model::Resnet { depth, width: r.size("width")?.or(16) }
         }
+        _ => {
+            let list = r.node("layers").needed("layers = [{ op = \"linear\", units = 10 }]")?;
+            Model::Layers { layers: layers(list, "model.layers")? }
+        }
+    })
+}
+
 fn gpt(r: &Reader<'_>) -> Result<Gpt> {
     let (width, heads) = (r.size("width")?.needed("width = 128")?, r.size("heads")?.needed("heads = 4")?);
     if !width.is_multiple_of(heads) {

@@ -33,7 +33,7 @@ fn defaults_are_filled_in() {
         text: got.text.clone(),
         name: "job".into(),
         seed: 0,
-        data: Data { source: Source::Digits, normalize: true, ship: None, hashed: false },
+        data: Data { source: Source::Digits, normalize: true, ship: None, hashed: false, augment: None },
         model: Model::Linear,
         train: Train {
             partitions: 8,
@@ -66,7 +66,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let full =
         job(&format!("{both}, classes = 7, normalize = false, ship = true, partition = \"hashed\""), LINEAR, "").data;
     let source = Source::Idx { train: idx("a"), test: Some(idx("b")), classes: Some(7) };
-    assert_eq!(full, Data { source, normalize: false, ship: Some(true), hashed: true });
+    assert_eq!(full, Data { source, normalize: false, ship: Some(true), hashed: true, augment: None });
 
     let csv = Csv {
         base: "/base".into(),
@@ -106,7 +106,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let made = job("format = \"synthetic\", shape = [1, 2, 3], classes = 4, samples = 5", LINEAR, "").data;
     let shape = vec![1, 2, 3];
     let source = Source::Synthetic { task: Task::Classification, shape, classes: 4, samples: 5, test_samples: 1 };
-    assert_eq!(made, Data { source, normalize: false, ship: None, hashed: false });
+    assert_eq!(made, Data { source, normalize: false, ship: None, hashed: false, augment: None });
     let spec = "format = \"synthetic\", task = \"regression\", shape = [9], samples = 80, normalize = true";
     let made = job(spec, LINEAR, "").data;
     let source =
@@ -459,7 +459,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "\"parquet\""),
-            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `csv`, `text`, `synthetic`",
+            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `synthetic`",
         ),
         (
             with(
@@ -512,7 +512,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "1979-05-27"),
-            "job.toml:4: `data.format` must be one of `digits`, `idx`, `csv`, `text`, `synthetic`, not a date",
+            "job.toml:4: `data.format` must be one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `synthetic`, not a date",
         ),
         (with("[8]", "[8"), "job.toml:8: this is not TOML: missing comma between array elements"),
         (with("seed = 7", "seed = 7\nseed = 8"), "job.toml:3: this is not TOML: duplicate key"),
