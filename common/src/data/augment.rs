@@ -79,9 +79,9 @@ impl View {
 /// # Errors
 /// Where they are no pictures, or smaller than what is cropped.
 pub(super) fn check(augment: Augment, shape: &[usize]) -> Result<(), DataError> {
-    match shape {
-        &[_, height, width] if augment.crop < height.min(width) => Ok(()),
-        &[_, height, width] => Err(DataError::Crop { crop: augment.crop, height, width }),
+    match *shape {
+        [_, height, width] if augment.crop < height.min(width) => Ok(()),
+        [_, height, width] => Err(DataError::Crop { crop: augment.crop, height, width }),
         _ => Err(DataError::NoPictures { shape: shape.into() }),
     }
 }
