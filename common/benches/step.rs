@@ -43,7 +43,7 @@ fn cross_entropy(classes: usize) -> Loss {
 /// `deploy/src/bench/NAME.toml`: the model, what goes in and comes out, and the samples of a step.
 fn workload(name: &str) -> (Spec, Signature, usize) {
     let mlp = |hidden: &[usize]| Spec::Mlp { hidden: hidden.into(), activation: Act::Relu, dropout: 0.0 };
-    let conv = |filters| Op::Conv2d { filters, kernel: 3, stride: 1, padding: 0, bias: true, init: None };
+    let conv = |filters| Op::Conv2d { filters, kernel: 3, stride: 1, padding: 0, groups: 1, bias: true, init: None };
     let linear = |units| Op::Linear { units, bias: true, init: None };
     let relu = Op::Activation { activation: Act::Relu };
     let pixels = Signature::new(&[784], 10);

@@ -178,16 +178,19 @@ pub fn fingerprint() -> [u8; 32] {
     let act = |activation| Op::Activation { activation };
     let linear = |units| Op::Linear { units, bias: true, init: None };
     let images = vec![
-        Op::Conv2d { filters: 17, kernel: 3, stride: 1, padding: 1, bias: true, init: None },
+        Op::Conv2d { filters: 17, kernel: 3, stride: 1, padding: 1, groups: 1, bias: true, init: None },
         Op::BatchNorm { momentum: 0.1, eps: 1e-5 },
         act(Activation::Gelu),
         Op::MaxPool2d { size: 2, stride: 2 },
         Op::Residual {
             layers: vec![
-                Op::Conv2d { filters: 17, kernel: 3, stride: 1, padding: 1, bias: false, init: None },
+                Op::Conv2d { filters: 17, kernel: 3, stride: 1, padding: 1, groups: 1, bias: false, init: None },
                 act(Activation::Tanh),
             ],
+            shortcut: vec![],
         },
+        Op::Conv2d { filters: 34, kernel: 3, stride: 2, padding: 1, groups: 17, bias: true, init: None },
+        Op::Conv2d { filters: 18, kernel: 3, stride: 1, padding: 1, groups: 2, bias: true, init: None },
         Op::AvgPool2d { size: 2, stride: 1 },
         Op::Flatten,
         linear(300),

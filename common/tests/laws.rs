@@ -25,7 +25,11 @@ fn linear(units: usize) -> Layer {
 }
 
 fn conv(filters: usize, kernel: usize, stride: usize, padding: usize) -> Layer {
-    Layer::Conv2d { filters, kernel, stride, padding, bias: true, init: None }
+    grouped(1, filters, kernel, stride, padding)
+}
+
+fn grouped(groups: usize, filters: usize, kernel: usize, stride: usize, padding: usize) -> Layer {
+    Layer::Conv2d { filters, kernel, stride, padding, groups, bias: true, init: None }
 }
 
 fn act(activation: Activation) -> Layer {
@@ -61,7 +65,7 @@ fn targets(kind: &LossKind, count: usize, classes: u64, salt: u64) -> Targets {
 /// Outputs and gradients of `layers` and a last linear layer, against the oracle's outputs and slopes.
 fn check(shape: &[usize], layers: Vec<Layer>, kind: &LossKind, rows: usize, salt: u64) -> Result<(), TestCaseError> {
     // A layer before those that are looked at: its gradients show that theirs for their inputs are right.
-    let before = vec![Layer::Residual { layers: vec![Layer::LayerNorm { dims: None, eps: 1e-3 }] }];
+    let before = vec![Layer::Residual { layers: vec![Layer::LayerNorm { dims: None, eps: 1e-3 }], shortcut: vec![] }];
     let outputs = if matches!(kind, LossKind::CrossEntropy { .. }) { 4 } else { 1 };
     let layers = [before, layers, vec![Layer::Flatten, linear(outputs)]].concat();
     let batch = batch(shape, rows, targets(kind, rows, 4, salt), salt);
@@ -177,6 +181,10 @@ proptest! {
         let cases: Vec<Vec<Layer>> = vec![
             vec![conv(filters, kernel, stride, padding)],
             vec![conv(filters, kernel, stride, padding), Layer::BatchNorm { momentum: 0.1, eps: 1e-2 }],
+            // Depthwise, one filter a channel and several; then groups of several channels.
+            vec![grouped(channels, channels, kernel, stride, padding), act(Activation::Relu)],
+            vec![grouped(channels, channels * filters, kernel, stride, padding)],
+            vec![conv(6, 1, 1, 0), grouped(1 + channels % 3, 6 * filters, kernel, stride, padding)],
             vec![conv(2, 1, 1, 0), Layer::MaxPool2d { size: kernel, stride }],
             vec![conv(2, 1, 1, 0), Layer::AvgPool2d { size: kernel, stride }],
             vec![conv(3, 2, 1, 1), Layer::GlobalAvgPool],
@@ -185,7 +193,11 @@ proptest! {
             vec![Layer::Flatten, linear(5), act(Activation::Gelu)],
             vec![Layer::Flatten, linear(5), act(Activation::Tanh), linear(3), act(Activation::Sigmoid)],
             vec![Layer::Flatten, linear(6), Layer::Dropout { rate: 0.3 }, Layer::LayerNorm { dims: None, eps: 1e-2 }],
-            vec![Layer::Residual { layers: vec![conv(channels, 3, 1, 1), act(Activation::Tanh)] }],
+            vec![Layer::Residual { layers: vec![conv(channels, 3, 1, 1), act(Activation::Tanh)], shortcut: vec![] }],
+            vec![Layer::Residual {
+                layers: vec![conv(filters, 3, stride, 1), Layer::Dropout { rate: 0.3 }],
+                shortcut: vec![conv(filters, 1, stride, 0), Layer::Dropout { rate: 0.3 }, act(Activation::Tanh)],
+            }],
         ];
         for layers in cases {
             check(&image, layers, &LossKind::Mse, rows, salt)?;
@@ -202,7 +214,7 @@ proptest! {
         let norm = Layer::LayerNorm { dims: Some(1), eps: 1e-2 };
         let of_blocks = vec![
             Layer::Positions { init: None },
-            Layer::Residual { layers: vec![norm, linear(3 * width), attention, linear(width)] },
+            Layer::Residual { layers: vec![norm, linear(3 * width), attention, linear(width)], shortcut: vec![] },
             Layer::RmsNorm { dims: Some(1), eps: 1e-2 },
             linear(2 * width),
             Layer::Swiglu,
@@ -280,17 +292,19 @@ proptest! {
     #[test]
     fn gradients_are_announced_once_from_the_last_to_the_first_and_stay(rows in 1usize..5, salt in any::<u64>()) {
         let norm = Layer::BatchNorm { momentum: 0.1, eps: 1e-5 };
-        let inner = Layer::Residual { layers: vec![norm.clone(), conv(2, 3, 1, 1)] };
+        let inner = Layer::Residual { layers: vec![norm.clone(), conv(2, 3, 1, 1)], shortcut: vec![] };
         let deep = vec![
-            conv(2, 3, 1, 1), norm.clone(), Layer::Residual { layers: vec![conv(2, 1, 1, 0), inner, act(Activation::Tanh)] },
-            Layer::Flatten, Layer::Residual { layers: vec![] }, linear(6), Layer::LayerNorm { dims: None, eps: 1e-5 }, linear(3),
+            conv(2, 3, 1, 1), norm.clone(), Layer::Residual { layers: vec![conv(2, 1, 1, 0), inner, act(Activation::Tanh)], shortcut: vec![] },
+            Layer::Flatten, Layer::Residual { layers: vec![], shortcut: vec![] }, linear(6), Layer::LayerNorm { dims: None, eps: 1e-5 }, linear(3),
         ];
+        let around = vec![Layer::Residual { layers: vec![conv(3, 3, 2, 1), norm.clone()], shortcut: vec![conv(3, 1, 2, 0), norm] },
+            Layer::Flatten, linear(3)];
         // A first layer of more than a chunk is announced in parts.
         let wide = vec![Layer::Flatten, linear(2 * CHUNK / 40), linear(3)];
         let tied = vec![Layer::TiedEmbedding { width: 6, init: None, layers: vec![Layer::Positions { init: None }, linear(6)] }];
         let images = Signature::new(&[2, 4, 5], 3);
         let tokens = Signature { ids: 0, input: vec![40], vocabulary: Some(3), output: vec![40, 3], causal: false };
-        for (layers, parts, signature) in [(deep, 1, &images), (wide, 2, &images), (tied, 1, &tokens)] {
+        for (layers, parts, signature) in [(deep, 1, &images), (around, 1, &images), (wide, 2, &images), (tied, 1, &tokens)] {
             let model = Model::build(&Spec::Layers { layers }, signature).expect("the model fits");
             let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
             let mut batch = batch(&signature.input, rows, Targets::Class(vec![1; rows * model.targets()]), salt);
@@ -325,9 +339,14 @@ proptest! {
         let images = vec![
             conv(5, 3, 1, 1), Layer::BatchNorm { momentum: 0.1, eps: 1e-5 }, act(Activation::Relu),
             Layer::MaxPool2d { size: 2, stride: 2 },
-            Layer::Residual { layers: vec![conv(5, 3, 1, 1), act(Activation::Gelu)] },
+            Layer::Residual { layers: vec![conv(5, 3, 1, 1), act(Activation::Gelu)], shortcut: vec![] },
             // Few channels and many, by minimal filtering and not.
             conv(16, 1, 1, 0), conv(64, 3, 1, 0), act(Activation::Relu), conv(80, 3, 1, 1), conv(410, 1, 1, 0),
+            grouped(5, 10, 3, 2, 1), act(Activation::Relu), grouped(10, 30, 3, 1, 1), grouped(30, 30, 3, 1, 1),
+            Layer::Residual {
+                layers: vec![conv(20, 3, 2, 1), act(Activation::Relu)],
+                shortcut: vec![conv(20, 1, 2, 0), Layer::BatchNorm { momentum: 0.1, eps: 1e-5 }],
+            },
             Layer::Flatten, linear(96), Layer::LayerNorm { dims: None, eps: 1e-5 }, act(Activation::Tanh),
             Layer::Dropout { rate: 0.4 }, linear(4),
         ];
@@ -335,7 +354,7 @@ proptest! {
         let attention = Layer::Attention { heads: 2, causal: true, rotary: Some(1e4) };
         let inner = vec![
             Layer::Positions { init: None },
-            Layer::Residual { layers: vec![norm, linear(36), attention, linear(12)] },
+            Layer::Residual { layers: vec![norm, linear(36), attention, linear(12)], shortcut: vec![] },
             linear(400), Layer::Swiglu, Layer::RmsNorm { dims: Some(1), eps: 1e-5 }, Layer::Dropout { rate: 0.2 },
             linear(12),
         ];

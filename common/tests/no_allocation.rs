@@ -12,13 +12,18 @@ use unisono_common::train::{Workspace, gradient};
 fn a_gradient_allocates_nothing_after_the_first() {
     let act = |activation| Layer::Activation { activation };
     let linear = |units| Layer::Linear { units, bias: true, init: None };
-    let conv = |filters| Layer::Conv2d { filters, kernel: 3, stride: 1, padding: 1, bias: true, init: None };
+    let grouped =
+        |groups, filters| Layer::Conv2d { filters, kernel: 3, stride: 1, padding: 1, groups, bias: true, init: None };
+    let conv = |filters| grouped(1, filters);
     let layers = vec![
         conv(7),
         Layer::BatchNorm { momentum: 0.1, eps: 1e-5 },
         act(Activation::Gelu),
         Layer::MaxPool2d { size: 2, stride: 2 },
-        Layer::Residual { layers: vec![conv(7), act(Activation::Relu)] },
+        Layer::Residual { layers: vec![conv(7), act(Activation::Relu)], shortcut: vec![] },
+        grouped(7, 14),
+        grouped(2, 8),
+        Layer::Residual { layers: vec![conv(9)], shortcut: vec![grouped(1, 9), act(Activation::Relu)] },
         Layer::AvgPool2d { size: 2, stride: 1 },
         Layer::Flatten,
         linear(40),
@@ -30,7 +35,10 @@ fn a_gradient_allocates_nothing_after_the_first() {
     let images = Signature::new(&[2, 10, 10], 10);
     let norm = Layer::LayerNorm { dims: Some(1), eps: 1e-5 };
     let attention = Layer::Attention { heads: 2, causal: true, rotary: Some(1e4) };
-    let block = Layer::Residual { layers: vec![norm, linear(24), attention, linear(16), Layer::Swiglu, linear(8)] };
+    let block = Layer::Residual {
+        layers: vec![norm, linear(24), attention, linear(16), Layer::Swiglu, linear(8)],
+        shortcut: vec![],
+    };
     let sequences = vec![Layer::TiedEmbedding {
         width: 8,
         init: None,

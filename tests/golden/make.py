@@ -115,9 +115,10 @@ def tied(vocabulary, width, *body):
     return Tied(vocabulary, width, *[m for m, _ in body]), spec
 
 
-def conv(channels, filters, kernel, stride=1, padding=0):
+def conv(channels, filters, kernel, stride=1, padding=0, groups=1):
     spec = {"op": "conv2d", "filters": filters, "kernel": kernel, "stride": stride, "padding": padding, "bias": True}
-    return nn.Conv2d(channels, filters, kernel, stride, padding), {**spec, "init": None}
+    spec |= {"groups": groups} if groups > 1 else {}
+    return nn.Conv2d(channels, filters, kernel, stride, padding, groups=groups), {**spec, "init": None}
 
 
 def act(module, spec):
@@ -266,6 +267,45 @@ def of_tokens():
     }
 
 
+def of_images():
+    return {
+        "conv2d-grouped": ([4, 6, 7], [conv(4, 6, 3, 1, 1, groups=2), flatten(), linear(252, 1)]),
+        "conv2d-depthwise": ([4, 6, 7], [conv(4, 8, 3, 2, 1, groups=4), act(nn.ReLU(), "relu"), flatten(), linear(96, 1)]),
+    }
+
+
+class Block(nn.Module):
+    """He et al., 2016, section 4.2, with a projection where the shape changes."""
+
+    def __init__(self, channels, filters, stride):
+        super().__init__()
+        conv = lambda inputs, kernel, stride: nn.Conv2d(inputs, filters, kernel, stride, kernel // 2, bias=False)
+        self.conv1, self.bn1 = conv(channels, 3, stride), nn.BatchNorm2d(filters)
+        self.conv2, self.bn2 = conv(filters, 3, 1), nn.BatchNorm2d(filters)
+        self.around = nn.Sequential()
+        if (channels, stride) != (filters, 1):
+            self.around = nn.Sequential(conv(channels, 1, stride), nn.BatchNorm2d(filters))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.around(x))
+
+
+class ResNet(nn.Module):
+    def __init__(self, channels, depth, width, classes):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        blocks, inputs = [], width
+        for stage in range(3):
+            for block in range((depth - 2) // 6):
+                blocks.append(Block(inputs, width << stage, 2 if stage > 0 and block == 0 else 1))
+                inputs = width << stage
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(inputs, classes)
+
+    def forward(self, x):
+        return self.head(self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3)))
+
+
 def flat(tensor):
     return [float(f"{v:.9g}") for v in tensor.detach().reshape(-1).tolist()]
 
@@ -355,6 +395,27 @@ def gpt():
     return sequences("gpt", positions, model, spec, OPTIMIZERS["adamw"], rename)
 
 
+def resnet():
+    """A whole residual network, under the names that its layers have here."""
+    depth, width, shape = 8, 4, [3, 12, 12]
+    inside = {"conv1": "0", "bn1": "1", "conv2": "3", "bn2": "4", "around": "shortcut"}
+
+    def rename(name):
+        part, *path = name.split(".")
+        if part == "blocks":
+            block, layer, *rest = path
+            return ".".join([str(3 + 2 * int(block)), inside[layer], *rest])
+        return ".".join([{"conv": "0", "bn": "1", "head": str(4 + 2 * (depth - 2) // 2)}[part], *path])
+
+    model = ResNet(shape[0], depth, width, 4)
+    _, y, criterion, loss_spec = LOSSES["cross-entropy"]
+    redraw("resnet", model)
+    about = {"name": "resnet", "shape": shape, "model": {"kind": "resnet", "depth": depth, "width": width},
+             "loss": loss_spec, "classes": True, "clip_norm": None, "clip_value": None}
+    x = torch.randn(ROWS, *shape)
+    return trained(about, model, x, y, lambda out: criterion(out, y), OPTIMIZERS["sgd-momentum-decay"], rename)
+
+
 def schedules(total=60):
     def factors(build):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -424,6 +485,8 @@ def main():
     of_layers = lambda parts: (nn.Sequential(*[m for m, _ in parts]), {"kind": "layers", "layers": [s for _, s in parts]})
     cases += [sequences(f"layer {n}", t, *of_layers(parts), plain) for n, (t, parts) in of_tokens().items()]
     cases += [bag(), gpt()]
+    cases += [case(f"layer {n}", shape, parts, mse, plain, **own) for n, (shape, parts) in of_images().items()]
+    cases += [resnet()]
     values = {"torch": torch.__version__, "rows": ROWS, "cases": cases, "schedules": schedules()}
     Path(__file__).with_name("values.json").write_text(json.dumps(values, separators=(",", ":")) + "\n")
 

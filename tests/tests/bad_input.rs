@@ -304,6 +304,46 @@ fn texts_and_models_that_do_not_fit_are_named() {
 }
 
 #[test]
+fn pictures_that_do_not_fit_are_named() {
+    let dir = folder();
+    let of =
+        |data: &str, model: &str| with("format = \"digits\"", data).replace("kind = \"mlp\"\nhidden = [16, 16]", model);
+    let resnet = "kind = \"resnet\"\ndepth = 8\nwidth = 2";
+    write(dir.path(), "batch.bin", [1; 3073 * 8 + 1]);
+    let cifar = "format = \"cifar\"\ntrain = [\"batch.bin\"]";
+    refused(dir.path(), &of(cifar, resnet), &["batch.bin", "24585 bytes", "3073", "copy the file again"]);
+    write(dir.path(), "batch.bin", [11; 3073 * 8]);
+    refused(dir.path(), &of(cifar, resnet), &["batch.bin", "sample 0 has label 11", "end at 9"]);
+    write(dir.path(), "batch.bin", [1; 3073 * 8]);
+    let crop = format!("{cifar}\naugment = {{ crop = 32 }}");
+    refused(dir.path(), &of(&crop, resnet), &["data.augment.crop = 32", "32x32"]);
+
+    let images = "format = \"images\"\ntrain = \"pictures\"\nsize = [8, 8]";
+    refused(dir.path(), &of(images, resnet), &["there is no folder `pictures`", "UNISONO_DATA"]);
+    for class in ["cat", "dog"] {
+        std::fs::create_dir_all(dir.path().join("pictures").join(class)).expect("made");
+        write(dir.path(), &format!("pictures/{class}/1.png"), "no picture");
+    }
+    refused(dir.path(), &of(images, resnet), &["pictures/", "1.png", "cannot be read as a picture", "PNG or JPEG"]);
+
+    let rows = "format = \"synthetic\"\nshape = [8]\nclasses = 4\nsamples = 64\naugment = { flip = true }";
+    refused(dir.path(), &of(rows, "kind = \"linear\""), &["data.augment", "shape [8]", "leave it out"]);
+    refused(dir.path(), &of("format = \"digits\"", resnet), &["model.layers[0] (conv2d)", "[64]", "image data"]);
+    let deep = resnet.replace('8', "9");
+    refused(dir.path(), &of("format = \"digits\"", &deep), &["job.toml:6", "`model.depth` is 9", "6 n + 2"]);
+    let planes = "format = \"synthetic\"\nshape = [4, 8, 8]\nclasses = 4\nsamples = 64";
+    for (layer, words) in [
+        ("{ op = \"conv2d\", filters = 6, kernel = 3, groups = 3 }", &["model.layers[0] (conv2d)", "3 groups"][..]),
+        (
+            "{ op = \"residual\", layers = [{ op = \"relu\" }], shortcut = [{ op = \"flatten\" }] }",
+            &["model.layers[0] (residual)", "shortcut", "[4, 8, 8]", "[256]"],
+        ),
+    ] {
+        refused(dir.path(), &of(planes, &format!("kind = \"layers\"\nlayers = [{layer}]")), words);
+    }
+}
+
+#[test]
 fn a_taken_port_is_named() {
     let dir = folder();
     write(dir.path(), "job.toml", JOB);

@@ -158,6 +158,28 @@ fn texts() -> String {
     format!("text,kind\n{}", (0..331).map(line).collect::<String>())
 }
 
+/// A residual network on pictures that are cropped and mirrored anew in each epoch, whoever has them; hashed partitions and
+/// last batches are uneven.
+const PICTURES: &str = r#"
+data = { format = "idx", train = { images = "pictures", labels = "labels" }, partition = "hashed",
+         augment = { crop = 2, flip = true } }
+train = { partitions = 7, micro_batch = 5, steps = 60, optimizer = { kind = "sgd", lr = 0.05, momentum = 0.9 } }
+model = { kind = "resnet", depth = 8, width = 4 }
+"#;
+
+/// Pictures of 9x10 and their labels, as files of IDX.
+fn pictures() -> [(&'static str, Vec<u8>); 2] {
+    let file = |magic: u32, sizes: &[u32], bytes: Vec<u8>| {
+        std::iter::once(&magic).chain(sizes).flat_map(|n| n.to_be_bytes()).chain(bytes).collect()
+    };
+    let pixel = |i: usize| (i % 90 * (i / 90 % 4 + 3) + i / 90 * 31) as u8;
+    let labels = (0..331).map(|i| (i % 4) as u8).collect();
+    [
+        ("pictures", file(0x803, &[331, 9, 10], (0..331 * 90).map(pixel).collect())),
+        ("labels", file(0x801, &[331], labels)),
+    ]
+}
+
 /// The path of a job file with this text.
 fn written(dir: &Path, job: &str) -> String {
     let path = dir.join("job.toml");
@@ -283,6 +305,9 @@ fn a_storm_changes_nothing_for_digits() {
 fn is_the_same_for_all(job: &str, storm: u32) {
     let dir = tempfile::tempdir().expect("a folder");
     std::fs::write(dir.path().join("texts.csv"), texts()).expect("written");
+    for (name, bytes) in pictures() {
+        std::fs::write(dir.path().join(name), bytes).expect("written");
+    }
     let job = written(dir.path(), job);
     let with = |more: &[&str]| {
         let dir = tempfile::tempdir().expect("a folder");
@@ -304,6 +329,36 @@ fn is_the_same_for_all(job: &str, storm: u32) {
 #[test]
 fn images_with_batch_norm_and_dropout_are_the_same_for_all() {
     is_the_same_for_all(IMAGES, 3000);
+}
+
+#[test]
+fn pictures_that_change_in_each_epoch_are_the_same_for_all() {
+    is_the_same_for_all(PICTURES, 2000);
+    // Each key counts.
+    let dir = tempfile::tempdir().expect("a folder");
+    for (name, bytes) in pictures() {
+        std::fs::write(dir.path().join(name), bytes).expect("written");
+    }
+    let job = written(dir.path(), PICTURES);
+    let digest = |more: &[&str]| calm(&[&[job.as_str()], more].concat())["weights_digest"].clone();
+    let sets = ["data.augment.crop=2", "data.augment.crop=1", "data.augment.flip=false"];
+    let digests = sets.map(|set| digest(&["--set", set]));
+    assert_eq!(digests[0], digest(&[]));
+    assert!(digests[1..].iter().all(|other| *other != digests[0]), "{digests:?}");
+}
+
+/// Files of three channels, which are read or sent.
+#[test]
+fn cifar_that_is_sent_gives_the_weights_of_cifar_that_is_read() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let pixels = |i: usize| (0..3072).map(move |p| (p * (i % 7 + 1) / 9 + i * i) as u8);
+    let file: Vec<u8> = (0..40).flat_map(|i| std::iter::once((i % 10) as u8).chain(pixels(i))).collect();
+    std::fs::write(dir.path().join("batch.bin"), file).expect("written");
+    let job = PICTURES.replace("steps = 60", "steps = 9").replace("\"idx\"", "\"cifar\"");
+    let job = written(dir.path(), &job.replace("{ images = \"pictures\", labels = \"labels\" }", "[\"batch.bin\"]"));
+    let read = calm(&[&job, "--set", "train.partitions=3"]);
+    let sent = ["--set", "train.partitions=3", "--set", "data.ship=true"];
+    assert_eq!(calm(&[&[job.as_str()], &sent[..]].concat())["weights_digest"], read["weights_digest"]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use unisono_common::data::partition::{Feeder, Partitions};
-use unisono_common::data::{Batch, Prepared};
+use unisono_common::data::{Batch, Draw, Prepared};
 use unisono_common::job::Job;
 use unisono_common::layers::Segments;
 use unisono_common::loss::{Loss, LossSums};
@@ -110,7 +110,7 @@ impl Compute {
         }
         let mut segments = Segments { lo: node.lo, starts: vec![0] };
         self.batch.clear();
-        let draw = Key::new(self.job.seed, Purpose::Augment).with(self.feeder.epoch(step));
+        let draw = Draw::new(self.job.seed, self.feeder.epoch(step), self.job.data.augment);
         for partition in node.lo..node.hi {
             let rows = self.feeder.positions(step, partition).iter().map(|&i| i as usize);
             self.samples.fill(&mut self.batch, &self.prepared, &self.train_parts, (partition, false), rows, Some(draw));

@@ -6,9 +6,8 @@ use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use unisono_common::data::partition::Partitions;
-use unisono_common::data::{Batch, Dataset, Opened, Prepared};
+use unisono_common::data::{Batch, Dataset, Draw, Opened, Prepared};
 use unisono_common::loss::Loss;
-use unisono_common::rng::Key;
 use unisono_proto::{self as wire, v1};
 
 /// A partition's number, and whether it is one of the test set.
@@ -117,7 +116,7 @@ async fn download(client: &mut Client, request: v1::FetchRequest, most: u64) -> 
 }
 
 impl Samples {
-    /// Appends samples to `batch`: positions within one partition, as they are in the epoch whose key is `draw`.
+    /// Appends samples to `batch`: positions within one partition, as they are in the epoch of `draw`.
     ///
     /// # Panics
     /// Where the partition was neither read nor sent: the session waits for it before it gives the order.
@@ -128,7 +127,7 @@ impl Samples {
         parts: &Partitions,
         of: PartitionOf,
         positions: impl Iterator<Item = usize>,
-        draw: Option<Key>,
+        draw: Option<Draw<'_>>,
     ) {
         match self {
             Samples::Read(opened) => {
@@ -138,6 +137,7 @@ impl Samples {
             }
             Samples::Sent(sent) => {
                 let data = sent.lock().get(&of).cloned().expect("the session fetched it");
+                let draw = draw.map(|draw| draw.of_partition(parts, of.0));
                 batch.fill(&data, prepared, positions, draw, true);
             }
         }

@@ -1,8 +1,8 @@
 //! Batches: samples of a data set, ready to be computed on.
 
-use super::{Dataset, Features, Prepared, Targets};
+use super::augment::View;
+use super::{Dataset, Draw, Features, Prepared, Targets};
 use crate::kernels::vectorized;
-use crate::rng::Key;
 use crate::rows::{First, Lookups};
 
 /// A contiguous batch: inputs `(samples, features)` row-major, ids `(samples, fields)`, and targets.
@@ -27,14 +27,42 @@ fn window<T: Copy + Into<u32>>(tokens: &[T], inputs: &mut Vec<f32>, next: &mut V
 }
 
 /// Appends the inputs of one raw sample.
-fn normalise<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, out: &mut Vec<f32>) {
-    let start = out.len();
-    out.resize(start + raw.len(), 0.0);
-    let (out, scales) = (&mut out[start..], (&prepared.mean[..], &prepared.inv_std[..]));
+fn normalise<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, inputs: &mut Vec<f32>) {
+    let start = inputs.len();
+    inputs.resize(start + raw.len(), 0.0);
+    normalise_to(raw, prepared, &mut inputs[start..]);
+}
+
+/// The same of what a view of the sample shows.
+fn normalise_view<T: Copy + Into<f32>>(
+    raw: &[T],
+    view: View,
+    shape: &[usize],
+    prepared: &Prepared,
+    inputs: &mut Vec<f32>,
+) {
+    let start = inputs.len();
+    inputs.resize(start + 2 * raw.len(), 0.0);
+    let (out, seen) = inputs[start..].split_at_mut(raw.len());
+    view.look(shape, raw, seen);
+    normalise_to(seen, prepared, out);
+    inputs.truncate(start + raw.len());
+}
+
+fn normalise_to<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, out: &mut [f32]) {
+    let scales = (&prepared.mean[..], &prepared.inv_std[..]);
     vectorized(
         #[inline(always)]
         || match scales {
             (&[mean], &[inv_std]) => out.iter_mut().zip(raw).for_each(|(out, &x)| *out = (x.into() - mean) * inv_std),
+            (mean, inv_std) if mean.len() < raw.len() => {
+                let plane = raw.len() / mean.len();
+                assert_eq!(plane * mean.len(), raw.len(), "statistics of other channels");
+                let planes = out.chunks_exact_mut(plane).zip(raw.chunks_exact(plane));
+                for ((out, raw), (mean, inv_std)) in planes.zip(mean.iter().zip(inv_std)) {
+                    out.iter_mut().zip(raw).for_each(|(out, &x)| *out = (x.into() - mean) * inv_std);
+                }
+            }
             (mean, inv_std) => {
                 assert_eq!((mean.len(), inv_std.len()), (raw.len(), raw.len()), "statistics of other features");
                 let scales = mean.iter().zip(inv_std);
@@ -85,7 +113,7 @@ impl Batch {
 
     /// Puts the given samples, normalised, behind those that are there (`append`) or in their place.
     ///
-    /// `draw` is the key of an epoch, which decides where its windows of tokens begin; `None` in an evaluation. Allocates
+    /// `draw` decides where an epoch's windows of tokens begin and how its pictures change; `None` in an evaluation. Allocates
     /// only until the batch has had its largest size.
     ///
     /// # Panics
@@ -95,7 +123,7 @@ impl Batch {
         data: &Dataset,
         prepared: &Prepared,
         rows: impl Iterator<Item = usize>,
-        draw: Option<Key>,
+        draw: Option<Draw<'_>>,
         append: bool,
     ) {
         if !append {
@@ -127,10 +155,13 @@ impl Batch {
                     panic!("a batch holds targets of one kind")
                 }
             }
-            match &data.features {
-                Features::U8(v) => normalise(&v[stored], prepared, &mut self.inputs),
-                Features::F32(v) => normalise(&v[stored], prepared, &mut self.inputs),
-                Features::U32(v) => self.inputs.extend(v[stored].iter().map(|&token| token as f32)),
+            let (view, inputs) = (draw.and_then(|draw| draw.view(row)), &mut self.inputs);
+            match (&data.features, view) {
+                (Features::U8(v), None) => normalise(&v[stored], prepared, inputs),
+                (Features::U8(v), Some(view)) => normalise_view(&v[stored], view, &data.shape, prepared, inputs),
+                (Features::F32(v), None) => normalise(&v[stored], prepared, inputs),
+                (Features::F32(v), Some(view)) => normalise_view(&v[stored], view, &data.shape, prepared, inputs),
+                (Features::U32(v), _) => inputs.extend(v[stored].iter().map(|&token| token as f32)),
             }
             self.samples += 1;
         }

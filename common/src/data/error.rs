@@ -6,10 +6,10 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error(
-        "there is no file `{path}`: looked for {tried}; set UNISONO_DATA to the folder that holds it, or correct the \
+        "there is no {what} `{path}`: looked for {tried}; set UNISONO_DATA to the folder that holds it, or correct the \
          path in the job file"
     )]
-    Missing { path: String, tried: String },
+    Missing { what: &'static str, path: String, tried: String },
     #[error("cannot read {path}: {source}; check its permissions, and that it was copied whole")]
     Read { path: String, source: io::Error },
     #[error("{path} holds no samples; give a file with at least one")]
@@ -65,7 +65,7 @@ pub enum DataError {
     RowEmpty,
     #[error("the text has {tokens} tokens, the model takes at most {context}; shorten it")]
     RowText { tokens: usize, context: usize },
-    #[error("data.holdout = {share} leaves no line of {path} to {what}; change it, or give data.test")]
+    #[error("data.holdout = {share} leaves nothing of {path} to {what}; change it, or give data.test")]
     Holdout { share: f64, path: String, what: &'static str },
     #[error(
         "{path}:{line}: the text of column `{column}` has the character {character:?}, which no text of the training set has; \
@@ -158,6 +158,32 @@ pub enum DataError {
     Synthetic { what: &'static str, key: &'static str },
     #[error("{samples} samples of {features} features do not fit in memory; lower data.samples or data.shape")]
     TooLarge { samples: usize, features: usize },
+
+    #[error(
+        "{path} has {got} bytes, which is no whole number of CIFAR-{classes}'s samples of {record} bytes; copy the file again, \
+         or set data.classes = {other}"
+    )]
+    Cifar { path: String, got: usize, record: usize, classes: usize, other: usize },
+    #[error(
+        "{path} holds {found} folder{} of pictures; give a folder that has a folder for each class, two at least", if *found == 1 { "" } else { "s" }
+    )]
+    NoClasses { path: String, found: usize },
+    #[error("{path} is a class's folder, but it holds no pictures; add some, or remove the folder")]
+    EmptyClass { path: String },
+    #[error(
+        "{path} is of the class `{class}`, for which there is no folder in {train}; train on that class too, or remove the folder"
+    )]
+    OtherClass { path: String, class: String, train: String },
+    #[error(
+        "{path} cannot be read as a picture: {why}; copy it again or convert it to PNG or JPEG, or take it out of the folder"
+    )]
+    Picture { path: String, why: String },
+    #[error("{pictures} pictures of {len} bytes do not fit in memory; lower data.size")]
+    PicturesTooLarge { pictures: usize, len: usize },
+    #[error("data.augment is for pictures, [channels, height, width]; the samples have shape {shape:?}: leave it out")]
+    NoPictures { shape: Vec<usize> },
+    #[error("data.augment.crop = {crop} can leave nothing of pictures of {height}x{width}; make it smaller than both")]
+    Crop { crop: usize, height: usize, width: usize },
 
     #[error("train.partitions is 0; set it to at least 1")]
     NoPartitions,

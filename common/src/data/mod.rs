@@ -5,6 +5,9 @@
 //! | `dataset`, `batch` | samples as they were read; those of a step, as a model takes them |
 //! | `digits` | the embedded UCI digits |
 //! | `idx` | IDX files, gzipped or not (MNIST's format) |
+//! | `cifar` | the binary files of CIFAR-10 and CIFAR-100 |
+//! | `images`, `picture` | folders of PNG and JPEG files, and one of these |
+//! | `augment` | pictures that are a little different in each epoch |
 //! | [`csv`] | tables: numbers, and categories one-hot encoded |
 //! | `text` | windows of plain text, as tokens |
 //! | [`id`] | what the ids are that choose rows of sparse tables |
@@ -14,7 +17,9 @@
 //!
 //! A format yields raw samples; [`open`] learns from the training set how they are normalised ([`Prepared`]).
 
+mod augment;
 mod batch;
+mod cifar;
 mod clicks;
 pub mod csv;
 mod dataset;
@@ -22,12 +27,15 @@ mod digits;
 mod error;
 pub mod id;
 mod idx;
+mod images;
 pub mod partition;
+mod picture;
 mod ratings;
 mod synthetic;
 mod text;
 pub mod tokenizer;
 
+pub use augment::Draw;
 pub use batch::Batch;
 pub use dataset::{Dataset, Features, Ids, Targets};
 pub use error::DataError;
@@ -48,7 +56,7 @@ pub struct Prepared {
     pub shape: Vec<usize>,
     /// `None` for regression.
     pub classes: Option<Vec<String>>,
-    /// `input = (raw - mean[f]) * inv_std[f]`; one entry for all features, or one a feature.
+    /// `input = (raw - mean[f]) * inv_std[f]`; one entry for all features, one a channel of pictures, or one a feature.
     pub mean: Vec<f32>,
     pub inv_std: Vec<f32>,
     pub train_samples: u64,
@@ -124,7 +132,8 @@ struct Raw {
 
 /// How features are brought to a common scale.
 struct Scale {
-    /// Each feature has its own statistics; otherwise, as for the pixels of an image, all share one mean and deviation.
+    /// Each feature has its own statistics; otherwise, as for the pixels of an image, all of a channel share one mean and
+    /// deviation.
     per_feature: bool,
     /// Where data are not normalised, inputs are `raw * unit`.
     unit: f32,
@@ -156,6 +165,8 @@ fn open_in(
         job::Source::Idx { train, test, classes } => idx::read(root, train, test.as_ref(), *classes)?,
         job::Source::Csv(spec) => csv::read(root, spec, seed, tokenizer)?,
         job::Source::Text(spec) => text::read(root, spec, tokenizer)?,
+        job::Source::Cifar(spec) => cifar::read(root, spec)?,
+        job::Source::Images(spec) => images::read(root, spec, seed)?,
         job::Source::Synthetic { task, shape, classes, samples, test_samples } => {
             synthetic::make(seed, *task, shape, *classes, *samples, *test_samples)?
         }
@@ -165,6 +176,9 @@ fn open_in(
         job::Source::Clicks(spec) => clicks::make(seed, spec)?,
         job::Source::Ratings(spec) => ratings::make(seed, spec)?,
     };
+    if let Some(augment) = data.augment {
+        augment::check(augment, &raw.train.shape)?;
+    }
     Ok(raw.prepare(data.normalize))
 }
 
@@ -178,10 +192,12 @@ impl Raw {
     /// Learns the normalisation; there is at least one training sample.
     fn prepare(self, normalize: bool) -> Opened {
         let Raw { train, test, classes, columns, missing, tokens, ids, scale } = self;
-        let width = if scale.per_feature { train.sample_len() } else { 1 };
+        // How many statistics, and how many values that follow one another share them.
+        let width = if scale.per_feature { train.sample_len() } else { channels(&train.shape) };
+        let plane = train.sample_len() / width;
         let (mean, inv_std) = match &train.features {
-            Features::U8(v) if normalize && tokens.is_none() => statistics(v, width),
-            Features::F32(v) if normalize => statistics(v, width),
+            Features::U8(v) if normalize && tokens.is_none() => statistics(v, width, plane),
+            Features::F32(v) if normalize => statistics(v, width, plane),
             Features::U8(_) | Features::F32(_) | Features::U32(_) => (vec![0.0], vec![scale.unit]),
         };
         let mut digest = blake3::Hasher::new();
@@ -208,27 +224,34 @@ impl Raw {
     }
 }
 
-/// Mean and inverse deviation of each of `width` interleaved features, summed in f64 in the order of the samples.
+/// Channels of samples that are pictures; of others, 1.
+fn channels(shape: &[usize]) -> usize {
+    if let [channels, _, _] = shape { *channels } else { 1 }
+}
+
+/// Mean and inverse deviation of each of a sample's `width` runs of `plane` values, summed in f64 in the order of the samples.
 ///
 /// Sums are of differences from the first sample, so that a constant feature has a deviation of exactly 0, for which
 /// the inverse is 1.
-fn statistics<T: Copy + Into<f64>>(values: &[T], width: usize) -> (Vec<f32>, Vec<f32>) {
+fn statistics<T: Copy + Into<f64>>(values: &[T], width: usize, plane: usize) -> (Vec<f32>, Vec<f32>) {
     let samples = (values.len() / width) as f64;
-    let first: Vec<f64> = values[..width].iter().map(|&x| x.into()).collect();
+    let first: Vec<f64> = values[..width * plane].iter().step_by(plane).map(|&x| x.into()).collect();
     let mut mean = vec![0.0f64; width];
-    for row in values.chunks_exact(width) {
-        for ((sum, &x), first) in mean.iter_mut().zip(row).zip(&first) {
-            *sum += x.into() - first;
+    for row in values.chunks_exact(width * plane) {
+        for ((sum, x), first) in mean.iter_mut().zip(row.chunks_exact(plane)).zip(&first) {
+            x.iter().for_each(|&x| *sum += x.into() - first);
         }
     }
     for (mean, first) in mean.iter_mut().zip(&first) {
         *mean = first + *mean / samples;
     }
     let mut square = vec![0.0f64; width];
-    for row in values.chunks_exact(width) {
-        for ((sum, &x), mean) in square.iter_mut().zip(row).zip(&mean) {
-            let d = x.into() - mean;
-            *sum += d * d;
+    for row in values.chunks_exact(width * plane) {
+        for ((sum, x), mean) in square.iter_mut().zip(row.chunks_exact(plane)).zip(&mean) {
+            for &x in x {
+                let d = x.into() - mean;
+                *sum += d * d;
+            }
         }
     }
     let inverse = |square: f64| {
@@ -249,7 +272,7 @@ impl Prepared {
         if self.shape.is_empty() || width == 0 {
             return wrong("a sample has no features");
         }
-        if self.mean.len() != self.inv_std.len() || ![1, width].contains(&self.mean.len()) {
+        if self.mean.len() != self.inv_std.len() || ![1, channels(&self.shape), width].contains(&self.mean.len()) {
             return wrong("their normalisation is of another shape");
         }
         if !crate::kernels::all_finite(&self.mean) || !crate::kernels::all_finite(&self.inv_std) {
@@ -336,10 +359,21 @@ impl Prepared {
 
 /// Where a file of the job is: below `root` (`UNISONO_DATA`), or else below the job file's folder.
 fn find(root: Option<&Path>, base: &str, path: &str) -> Result<PathBuf, DataError> {
+    look_up(root, base, path, "file", Path::is_file)
+}
+
+/// [`find`], of what `is` one.
+fn look_up(
+    root: Option<&Path>,
+    base: &str,
+    path: &str,
+    what: &'static str,
+    is: fn(&Path) -> bool,
+) -> Result<PathBuf, DataError> {
     let there = Path::new(base).join(path);
     // Joining an absolute path yields that path, from either folder.
     let first = root.map(|root| root.join(path)).filter(|first| *first != there);
-    if let Some(found) = first.iter().chain([&there]).find(|p| p.is_file()) {
+    if let Some(found) = first.iter().chain([&there]).find(|p| is(p)) {
         return Ok(found.clone());
     }
     let tried = match (&first, root) {
@@ -347,7 +381,7 @@ fn find(root: Option<&Path>, base: &str, path: &str) -> Result<PathBuf, DataErro
         (None, None) if Path::new(path).is_relative() => format!("{} (UNISONO_DATA is not set)", there.display()),
         (None, _) => there.display().to_string(),
     };
-    Err(DataError::Missing { path: path.into(), tried })
+    Err(DataError::Missing { what, path: path.into(), tried })
 }
 
 /// Opens a file, and unpacks it on the way where it is gzipped.
@@ -387,7 +421,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn job(source: job::Source, normalize: bool) -> job::Data {
-        job::Data { source, normalize, ship: None, hashed: false }
+        job::Data { source, normalize, ship: None, hashed: false, augment: None }
     }
 
     fn synthetic(task: job::Task) -> job::Source {
@@ -515,7 +549,7 @@ mod tests {
     fn a_constant_feature_becomes_0() {
         // 0.1 is not a binary fraction: a plain sum of it is not n times it.
         let rows: Vec<f32> = (0..1000).flat_map(|i| [0.1, i as f32]).collect();
-        let (mean, inv_std) = statistics(&rows, 2);
+        let (mean, inv_std) = statistics(&rows, 2, 1);
         assert_eq!((mean[0], inv_std[0]), (0.1, 1.0));
         assert!(inv_std[1] < 1.0);
     }

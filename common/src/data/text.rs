@@ -76,16 +76,15 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Text, known: Option<&Tokeniz
 
 impl Prepared {
     /// Where an epoch's windows begin: so many tokens behind where they were stored.
-    pub(super) fn shift(&self, draw: Option<crate::rng::Key>) -> usize {
-        draw.map_or(0, |key| key.below(0, self.shape[0] as u64) as usize)
+    pub(super) fn shift(&self, draw: Option<super::Draw<'_>>) -> usize {
+        draw.map_or(0, |draw| draw.key().below(0, self.shape[0] as u64) as usize)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::Batch;
-    use crate::rng::{Key, Purpose};
+    use crate::data::{Batch, Draw};
     use proptest::prelude::*;
 
     fn spec(folder: &Path, text: &str) -> job::Text {
@@ -116,7 +115,7 @@ mod tests {
             let raw = Raw { tokens: Some(tokens), ..Raw::new(data.clone(), None, None, scale) };
             let prepared = raw.prepare(false).prepared;
             let mut batch = Batch::empty();
-            for draw in [None, Some(Key::new(3, Purpose::Augment).with(epoch))] {
+            for draw in [None, Some(Draw::new(3, epoch, None))] {
                 batch.fill(&data, &prepared, 0..data.samples(), draw, false);
                 let first = batch.inputs[0];
                 prop_assert!(first < context as f32 && (draw.is_some() || first == 0.0));

@@ -63,6 +63,9 @@ pub struct Data {
     pub ship: Option<bool>,
     /// Hash samples to partitions instead of cutting contiguous ranges.
     pub hashed: bool,
+    /// How pictures change from epoch to epoch of training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub augment: Option<Augment>,
 }
 
 /// Where samples come from (`data.format`).
@@ -79,6 +82,8 @@ pub enum Source {
     },
     Csv(Csv),
     Text(Text),
+    Cifar(Cifar),
+    Images(Images),
     Synthetic {
         task: Task,
         shape: Vec<usize>,
@@ -174,6 +179,42 @@ pub struct Ratings {
     pub test_samples: usize,
 }
 
+/// The binary files of CIFAR-10 or CIFAR-100.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cifar {
+    #[serde(skip)]
+    pub base: String,
+    pub train: Vec<String>,
+    /// None of them: there is no test set.
+    pub test: Vec<String>,
+    /// 10 or 100.
+    pub classes: usize,
+}
+
+/// Folders with a folder of pictures for each class.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Images {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// The share of the training set, by hash of the pictures, that is the test set; only where `test` is none.
+    pub holdout: Option<f64>,
+    /// Height and width that pictures are cropped and scaled to.
+    pub size: [usize; 2],
+    /// 1 or 3.
+    pub channels: usize,
+}
+
+/// Chance in training, where it is anew in each epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Augment {
+    /// Pixels that a picture is padded by, on each side, before a part of its old size is cropped from it.
+    pub crop: usize,
+    /// Whether half of the pictures are mirrored.
+    pub flip: bool,
+}
+
 /// Windows of a plain text, each of whose tokens is to be predicted from those before it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Text {
@@ -255,6 +296,13 @@ pub enum Model {
         bottom: Vec<usize>,
         top: Vec<usize>,
         interaction: Interaction,
+    },
+    /// Residual blocks of two convolutions in three stages (He et al., 2016, section 4.2).
+    Resnet {
+        /// Layers with weights: `6 n + 2`, for `n` blocks a stage.
+        depth: usize,
+        /// Filters of the first stage; each other one has twice those of the one before.
+        width: usize,
     },
     Layers {
         layers: Vec<Layer>,
@@ -350,6 +398,9 @@ pub enum Layer {
         kernel: usize,
         stride: usize,
         padding: usize,
+        /// Of channels and filters that see only each other.
+        #[serde(default = "one", skip_serializing_if = "is_one")]
+        groups: usize,
         bias: bool,
         init: Option<WeightInit>,
     },
@@ -439,9 +490,12 @@ pub enum Layer {
         join: Join,
         branches: Vec<Vec<Layer>>,
     },
-    /// `y = x + body(x)`.
+    /// `y = x + body(x)`, or `shortcut(x) + body(x)`.
     Residual {
         layers: Vec<Layer>,
+        /// None of them: the inputs themselves.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        shortcut: Vec<Layer>,
     },
 }
 
@@ -467,6 +521,14 @@ pub enum RowInit {
     Normal {
         std: f32,
     },
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(n: &usize) -> bool {
+    *n == 1
 }
 
 /// `init` of a layer; the default is PyTorch's for that layer.

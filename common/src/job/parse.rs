@@ -5,6 +5,8 @@ use super::*;
 use crate::data::tokenizer::{MOST_NGRAMS, MOST_WORDS};
 use crate::data::{MOST_CONTEXT, MOST_TOKENS};
 
+mod pictures;
+
 pub use super::reader::JobError;
 
 /// Reads a job.
@@ -59,7 +61,9 @@ const COUNT_OR_0: std::ops::RangeInclusive<u64> = 0..=1 << 40;
 
 const FORMATS: &Kinds = &[
     ("digits", &[]),
-    ("idx", &["train", "test", "classes"]),
+    ("idx", &["train", "test", "classes", "augment"]),
+    ("cifar", &["train", "test", "classes", "augment"]),
+    ("images", &["train", "test", "holdout", "size", "channels", "augment"]),
     (
         "csv",
         &[
@@ -100,6 +104,7 @@ const FORMATS: &Kinds = &[
             "context",
             "samples",
             "test_samples",
+            "augment",
         ],
     ),
 ];
@@ -119,6 +124,8 @@ fn data(node: &Node, base: &str) -> Result<Data> {
         },
         "csv" => Source::Csv(csv(&r, base)?),
         "text" => Source::Text(plain_text(&r, base)?),
+        "cifar" => Source::Cifar(pictures::cifar(&r, base)?),
+        "images" => Source::Images(pictures::images(&r, base)?),
         _ => synthetic(&r)?,
     };
     let made = matches!(
@@ -127,7 +134,8 @@ fn data(node: &Node, base: &str) -> Result<Data> {
     );
     let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
     let normalize = r.flag("normalize")?.or(!made);
-    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed })
+    let augment = r.node("augment").optional().map(pictures::augment).transpose()?;
+    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment })
 }
 
 fn idx_paths(node: &Node, base: &str, path: &str) -> Result<IdxPaths> {
@@ -297,7 +305,7 @@ fn synthetic(r: &Reader<'_>) -> Result<Source> {
     }
     not_for(&["numbers", "fields", "zipf"])?;
     if task == "language" {
-        not_for(&["shape", "classes"])?;
+        not_for(&["shape", "classes", "augment"])?;
         let vocabulary = r.integer("vocabulary", 2..=MOST_TOKENS as u64)?.needed("vocabulary = 65")? as usize;
         let context = context(r)?;
         return Ok(Source::SyntheticText { vocabulary, context, samples, test_samples });
@@ -355,6 +363,7 @@ const MODELS: &Kinds = &[
     ("wide-deep", &["width", "hidden", "dropout"]),
     ("deepfm", &["width", "hidden", "dropout"]),
     ("dlrm", &["width", "bottom", "top", "interaction"]),
+    ("resnet", &["depth", "width"]),
     ("layers", &["layers"]),
 ];
 
@@ -399,6 +408,13 @@ fn model(node: &Node) -> Result<Model> {
                 _ => Interaction::Dot,
             },
         },
+        "resnet" => {
+            let depth = r.integer("depth", 8..=1202)?.needed("depth = 20")? as usize;
+            if depth % 6 != 2 {
+                return r.refuse("depth", &format!("is {depth}; it must be 8, 14, 20, 26, 32 or another 6 n + 2"));
+            }
+            Model::Resnet { depth, width: r.size("width")?.or(16) }
+        }
         _ => {
             let list = r.node("layers").needed("layers = [{ op = \"linear\", units = 10 }]")?;
             Model::Layers { layers: layers(list, "model.layers")? }
@@ -458,7 +474,7 @@ fn layers(node: &Node, path: &str) -> Result<Vec<Layer>> {
 
 const LAYERS: &Kinds = &[
     ("linear", &["units", "bias", "init"]),
-    ("conv2d", &["filters", "kernel", "stride", "padding", "bias", "init"]),
+    ("conv2d", &["filters", "kernel", "stride", "padding", "groups", "bias", "init"]),
     ("max-pool2d", &["size", "stride"]),
     ("avg-pool2d", &["size", "stride"]),
     ("global-avg-pool", &[]),
@@ -479,7 +495,7 @@ const LAYERS: &Kinds = &[
     ("tied-embedding", &["width", "init", "layers"]),
     ("positions", &["init"]),
     ("attention", &["heads", "causal", "rotary"]),
-    ("residual", &["layers"]),
+    ("residual", &["layers", "shortcut"]),
     ("lookup", &["width", "init"]),
     ("slice", &["from", "len"]),
     ("sum", &[]),
@@ -500,7 +516,11 @@ fn layer(node: &Node, path: &str) -> Result<Layer> {
             let kernel = r.size("kernel")?.needed("kernel = 3")?;
             // More would give outputs that see nothing but padding.
             let padding = r.integer("padding", 0..=kernel as u64 - 1)?.or(0) as usize;
-            Layer::Conv2d { filters, kernel, stride: stride(1)?, padding, bias: bias()?, init: init(&r)? }
+            let groups = r.size("groups")?.or(1);
+            if !filters.is_multiple_of(groups) {
+                return r.refuse("groups", &format!("must divide `filters`, which is {filters}; change one of them"));
+            }
+            Layer::Conv2d { filters, kernel, stride: stride(1)?, padding, groups, bias: bias()?, init: init(&r)? }
         }
         pool @ ("max-pool2d" | "avg-pool2d") => {
             let size = r.size("size")?.needed("size = 2")?;
@@ -529,7 +549,9 @@ fn layer(node: &Node, path: &str) -> Result<Layer> {
         "swiglu" => Layer::Swiglu,
         "residual" => {
             let body = r.node("layers").needed("layers = [{ op = \"relu\" }]")?;
-            Layer::Residual { layers: layers(body, &format!("{path}.layers"))? }
+            let around = |node| layers(node, &format!("{path}.shortcut"));
+            let shortcut = r.node("shortcut").optional().map(around).transpose()?.unwrap_or_default();
+            Layer::Residual { layers: layers(body, &format!("{path}.layers"))?, shortcut }
         }
         "lookup" => Layer::Lookup { width: r.size("width")?.needed("width = 16")?, init: row_init(&r)? },
         "slice" => Layer::Slice {

@@ -61,7 +61,7 @@ impl Window {
     }
 
     /// Where row `p` of the patches begins in a shifted image, all of its positions one after another.
-    fn line(&self, p: usize) -> usize {
+    pub(super) fn line(&self, p: usize) -> usize {
         let (rows, phases) = self.shifts();
         let (ky, kx) = (p / self.kernel % self.kernel, p % self.kernel);
         let plane = (p / (self.kernel * self.kernel) * self.kernel + kx) * phases + ky % self.stride;

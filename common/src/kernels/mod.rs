@@ -5,6 +5,7 @@
 //! reductions add in [`LANES`] fixed lanes, so neither the width nor the tail nor the threads move a bit.
 
 pub mod conv;
+mod depthwise;
 pub mod gemm;
 pub mod isa;
 pub mod math;

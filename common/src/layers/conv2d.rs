@@ -80,25 +80,48 @@ impl Conv2d {
     }
 }
 
+/// The weight and bias of filters that see what lies under `window`.
+pub(super) fn tensors(filters: usize, window: &Window, bias: bool, init: Init) -> Vec<Tensor> {
+    let tensor = |name: &str, shape: &[usize], init| Tensor {
+        name: name.into(),
+        shape: shape.into(),
+        role: Role::Trainable,
+        init,
+    };
+    let mut all = vec![tensor("weight", &[filters, window.channels, window.kernel, window.kernel], init)];
+    if bias {
+        let bound = 1.0 / libm::sqrtf(window.patch() as f32);
+        all.push(tensor("bias", &[filters], Init::Uniform { bound }));
+    }
+    all
+}
+
+/// `db`: the bias' gradient, from `dy: (rows, filters, positions)`, summed over the segments.
+pub(super) fn sum_planes(segments: &Segments, dy: &[f32], positions: usize, db: &mut [f32], scratch: &mut [f32]) {
+    let out_len = db.len() * positions;
+    tree_sum(0, segments.len(), db, scratch, &mut |segment, out| {
+        out.fill(0.0);
+        for row in segments.rows(segment) {
+            let planes = dy[row * out_len..(row + 1) * out_len].chunks_exact(positions);
+            kernels::vectorized(
+                #[inline(always)]
+                || {
+                    for (o, dy) in out.iter_mut().zip(planes) {
+                        *o += kernels::sum(dy);
+                    }
+                },
+            );
+        }
+    });
+}
+
 impl Layer for Conv2d {
     fn out_shape(&self) -> &[usize] {
         &self.out_shape
     }
 
     fn tensors(&self) -> Vec<Tensor> {
-        let w = &self.window;
-        let tensor = |name: &str, shape: &[usize], init| Tensor {
-            name: name.into(),
-            shape: shape.into(),
-            role: Role::Trainable,
-            init,
-        };
-        let mut all = vec![tensor("weight", &[self.filters(), w.channels, w.kernel, w.kernel], self.init)];
-        if self.bias {
-            let bound = 1.0 / libm::sqrtf(w.patch() as f32);
-            all.push(tensor("bias", &[self.filters()], Init::Uniform { bound }));
-        }
-        all
+        tensors(self.filters(), &self.window, self.bias, self.init)
     }
 
     /// The job's layers that it stands for: its activation is one, too.
@@ -200,20 +223,7 @@ impl Layer for Conv2d {
             }
         });
         if self.bias {
-            tree_sum(0, segments.len(), db_f, scratch, &mut |segment, out| {
-                out.fill(0.0);
-                for row in segments.rows(segment) {
-                    let planes = dy[row * out_len..(row + 1) * out_len].chunks_exact(n);
-                    kernels::vectorized(
-                        #[inline(always)]
-                        || {
-                            for (o, dy) in out.iter_mut().zip(planes) {
-                                *o += kernels::sum(dy);
-                            }
-                        },
-                    );
-                }
-            });
+            sum_planes(segments, dy, n, db_f, scratch);
         }
         pass.finish(grads.trainable);
         if let Some(dx) = dx {

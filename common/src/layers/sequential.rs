@@ -40,6 +40,11 @@ impl Sequential {
         Sequential { layers, in_len: len(in_shape), out_shape, sizes, places }
     }
 
+    /// Trainable and running values of all layers.
+    fn size(&self) -> (usize, usize) {
+        self.sizes.iter().fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1))
+    }
+
     /// Values between the layers, a sample: the outputs of all but the last.
     fn between(&self) -> usize {
         self.layers.iter().rev().skip(1).map(|l| len(l.out_shape())).sum()
@@ -216,9 +221,30 @@ fn add(y: &mut [f32], a: &[f32], b: &[f32]) {
     );
 }
 
-/// `y = x + body(x)` (He et al., 2016); tensors keep the body's names.
+/// `y = x + body(x)`, or `shortcut(x) + body(x)` where the body's outputs have another shape (He et al., 2016, eq. 1 and 2).
+///
+/// The body's tensors keep their names, those of the shortcut begin with `shortcut.`. The body's come first.
 pub struct Residual {
     pub body: Sequential,
+    pub shortcut: Option<Sequential>,
+}
+
+impl Residual {
+    fn out_len(&self) -> usize {
+        len(self.body.out_shape())
+    }
+
+    /// Parameters of the body, and of the shortcut.
+    fn parts<'a>(&self, params: Params<'a>) -> (Params<'a>, Params<'a>) {
+        let (trainable, running) = self.body.size();
+        let all = (params.trainable.len(), params.running.len());
+        (params.part(0..trainable, 0..running), params.part(trainable..all.0, running..all.1))
+    }
+}
+
+/// The pass of the shortcut, whose layers draw numbers of their own.
+fn beside<'a>(pass: &Pass<'a>) -> Pass<'a> {
+    Pass { key: pass.key.named("shortcut"), ..*pass }
 }
 
 impl Layer for Residual {
@@ -227,28 +253,37 @@ impl Layer for Residual {
     }
 
     fn tables(&self) -> Vec<RowTable> {
-        self.body.tables()
+        let of_shortcut = self.shortcut.iter().flat_map(|shortcut| shortcut.tables());
+        let named = of_shortcut.map(|t| RowTable { name: format!("shortcut.{}", t.name), ..t });
+        self.body.tables().into_iter().chain(named).collect()
     }
 
     fn tensors(&self) -> Vec<Tensor> {
-        self.body.tensors()
+        let of_shortcut = self.shortcut.iter().flat_map(|shortcut| shortcut.tensors());
+        let named = of_shortcut.map(|t| Tensor { name: format!("shortcut.{}", t.name), ..t });
+        self.body.tensors().into_iter().chain(named).collect()
     }
 
-    /// The body's output, then what the body keeps.
+    /// The body's output, then what the body keeps; then the same of the shortcut.
     fn saved(&self, rows: usize, segments: usize) -> usize {
-        rows * self.body.in_len + self.body.saved(rows, segments)
+        let of = |chain: &Sequential| rows * self.out_len() + chain.saved(rows, segments);
+        of(&self.body) + self.shortcut.as_ref().map_or(0, of)
     }
 
+    /// What one of both needs, and the gradient of the shortcut's inputs.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
-        self.body.scratch(rows, segments)
+        let body = self.body.scratch(rows, segments);
+        self.shortcut
+            .as_ref()
+            .map_or(body, |shortcut| rows * self.body.in_len + body.max(shortcut.scratch(rows, segments)))
     }
 
     fn multiply_adds(&self) -> u64 {
-        self.body.multiply_adds()
+        self.body.multiply_adds() + self.shortcut.as_ref().map_or(0, Layer::multiply_adds)
     }
 
     fn input_multiply_adds(&self) -> u64 {
-        self.body.input_multiply_adds()
+        self.body.input_multiply_adds() + self.shortcut.as_ref().map_or(0, Layer::input_multiply_adds)
     }
 
     fn forward(
@@ -260,10 +295,22 @@ impl Layer for Residual {
         saved: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (out, saved) = saved.split_at_mut(x.len());
-        self.body.forward(pass, params, x, out, saved, scratch);
-        let len = self.body.in_len;
-        over_rows(pass.segments.total(), (y, len), (x, len), |first, y, x| add(y, x, &out[first * len..][..y.len()]));
+        let (rows, segments, len) = (pass.segments.total(), pass.segments.len(), self.out_len());
+        let (out, saved) = saved.split_at_mut(rows * len);
+        let (saved, of_shortcut) = saved.split_at_mut(self.body.saved(rows, segments));
+        let (body, rest) = self.parts(params);
+        let needed = self.body.scratch(rows, segments);
+        self.body.forward(pass, body, x, out, saved, &mut scratch[..needed]);
+        let x: &[f32] = match &self.shortcut {
+            None => x,
+            Some(shortcut) => {
+                let (side, saved) = of_shortcut.split_at_mut(rows * len);
+                let needed = shortcut.scratch(rows, segments);
+                shortcut.forward(&beside(pass), rest, x, side, saved, &mut scratch[..needed]);
+                side
+            }
+        };
+        over_rows(rows, (y, len), (x, len), |first, y, x| add(y, x, &out[first * len..][..y.len()]));
     }
 
     fn backward(
@@ -278,11 +325,33 @@ impl Layer for Residual {
         saved: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (out, saved) = saved.split_at_mut(x.len());
-        self.body.backward(pass, params, x, out, dy, dx.as_deref_mut(), grads, saved, scratch);
+        let (rows, segments, len) = (pass.segments.total(), pass.segments.len(), self.out_len());
+        let (out, saved) = saved.split_at_mut(rows * len);
+        let (saved, of_shortcut) = saved.split_at_mut(self.body.saved(rows, segments));
+        let (body, rest) = self.parts(params);
+        let (trainable, running) = self.body.size();
+        let (d_body, d_rest) = grads.trainable.split_at_mut(trainable);
+        let (running, running_rest) = grads.running.split_at_mut(running);
+        let d_rows = grads.rows;
+        let (around, scratch): (&[f32], _) = match &self.shortcut {
+            None => (dy, scratch),
+            Some(shortcut) => {
+                let (around, scratch) = scratch.split_at_mut(rows * self.body.in_len);
+                let (side, saved) = of_shortcut.split_at_mut(rows * len);
+                let pass = Pass { first: pass.first + trainable, ..beside(pass) };
+                let wanted = dx.is_some().then_some(&mut *around);
+                let needed = shortcut.scratch(rows, segments);
+                let grads = Grads { trainable: d_rest, running: running_rest, rows: &mut *d_rows };
+                shortcut.backward(&pass, rest, x, side, dy, wanted, grads, saved, &mut scratch[..needed]);
+                (around, scratch)
+            }
+        };
+        let of_body = Grads { trainable: d_body, running, rows: d_rows };
+        let needed = self.body.scratch(rows, segments);
+        self.body.backward(pass, body, x, out, dy, dx.as_deref_mut(), of_body, saved, &mut scratch[..needed]);
         if let Some(dx) = dx {
             let len = self.body.in_len;
-            over_rows(pass.segments.total(), (dx, len), (dy, len), |_, dx, dy| kernels::add_into(dx, dy));
+            over_rows(rows, (dx, len), (around, len), |_, dx, around| kernels::add_into(dx, around));
         }
     }
 }

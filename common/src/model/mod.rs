@@ -8,8 +8,8 @@ use crate::job::{self, WeightInit};
 use crate::kernels::{Finish, conv::Window};
 use crate::layers::{
     Activation, Attention, BatchNorm, Conv2d, DotInteraction, Dropout, Embedding, EmbeddingBag, FactorizationMachine,
-    Flatten, GlobalAvgPool, Layer, LayerNorm, Linear, Lookup, Parallel, Pool2d, Positions, Residual, Rotary,
-    Sequential, Slice, Sum, Swiglu, Table, TiedEmbedding, finish,
+    Flatten, GlobalAvgPool, GroupedConv2d, Layer, LayerNorm, Linear, Lookup, Parallel, Pool2d, Positions, Residual,
+    Rotary, Sequential, Slice, Sum, Swiglu, Table, TiedEmbedding, finish,
 };
 use crate::layout::{Init, Layout};
 use crate::rows::RowLayout;
@@ -162,11 +162,18 @@ impl Builder {
                 let out_shape = [&shape[..shape.len() - 1], &[*units]].concat();
                 Box::new(Linear { inputs, out_shape, init, bias, finish })
             }
-            job::Layer::Conv2d { filters, kernel, stride, padding, bias, init: kind } => {
-                let window = window("conv2d", at, shape, *kernel, *stride, *padding)?;
+            job::Layer::Conv2d { filters, kernel, stride, padding, groups, bias, init: kind } => {
+                let mut window = window("conv2d", at, shape, *kernel, *stride, *padding)?;
+                if !window.channels.is_multiple_of(*groups) {
+                    return wrong("conv2d", format!("channels that its {groups} groups can share"));
+                }
+                window.channels /= groups;
                 let out_shape = [*filters, window.out_height(), window.out_width()];
                 let init = init(*kind, window.patch(), filters * kernel * kernel);
-                Box::new(Conv2d { window, out_shape, bias: *bias, init, finish })
+                match (*bias, *groups) {
+                    (bias, 1) => Box::new(Conv2d { window, out_shape, bias, init, finish }),
+                    (bias, groups) => Box::new(GroupedConv2d { window, groups, out_shape, bias, init, finish }),
+                }
             }
             job::Layer::MaxPool2d { size, stride } | job::Layer::AvgPool2d { size, stride } => {
                 let max = matches!(spec, job::Layer::MaxPool2d { .. });
@@ -197,13 +204,21 @@ impl Builder {
                 }
                 Box::new(LayerNorm { shape: whole(), dims, centered, eps: *eps })
             }
-            job::Layer::Residual { layers } => {
+            job::Layer::Residual { layers, shortcut } => {
                 let body = self.chain(layers, &format!("{at}].layers["), shape)?;
-                if body.out_shape() != shape {
-                    let need = format!("a body that gives the same shape; its body gives {:?}", body.out_shape());
+                let around = || self.chain(shortcut, &format!("{at}].shortcut["), shape);
+                let shortcut = (!shortcut.is_empty()).then(around).transpose()?;
+                let (got, want) = (body.out_shape(), shortcut.as_ref().map_or(shape, |s| s.out_shape()));
+                if got != want {
+                    let need = match shortcut {
+                        None => format!("a body that gives the same shape, or a `shortcut`; its body gives {got:?}"),
+                        Some(_) => {
+                            format!("a body and a shortcut that give the same shape; they give {got:?} and {want:?}")
+                        }
+                    };
                     return wrong("residual", need);
                 }
-                Box::new(Residual { body })
+                Box::new(Residual { body, shortcut })
             }
             job::Layer::Embedding { width, init } => {
                 let (positions, table) = table("embedding", *width, *init)?;

@@ -92,8 +92,32 @@ pub fn layers(spec: &Model, signature: &Signature) -> (Vec<Layer>, Vec<usize>) {
             layers.push(linear(outputs));
             (layers, row)
         }
+        Model::Resnet { depth, width } => (resnet_layers((depth - 2) / 6, *width, outputs), input.clone()),
         Model::Layers { layers } => (layers.clone(), input.clone()),
     }
+}
+
+/// Three stages of `blocks` blocks. Where a stage begins with a stride or more filters, its shortcut is a convolution with
+/// batch-norm ("option B" of He et al., 2016, section 3.3); weights begin as in He et al., 2015.
+fn resnet_layers(blocks: usize, width: usize, classes: usize) -> Vec<Layer> {
+    let relu = || Layer::Activation { activation: Activation::Relu };
+    let normed = |filters, kernel, stride| {
+        let (padding, init) = (kernel / 2, Some(WeightInit::KaimingNormal));
+        let conv = Layer::Conv2d { filters, kernel, stride, padding, groups: 1, bias: false, init };
+        [conv, Layer::BatchNorm { momentum: 0.1, eps: 1e-5 }]
+    };
+    let mut layers = normed(width, 3, 1).to_vec();
+    layers.push(relu());
+    for (stage, block) in (0..3).flat_map(|stage| (0..blocks).map(move |block| (stage, block))) {
+        let (filters, first) = (width << stage, stage > 0 && block == 0);
+        let stride = if first { 2 } else { 1 };
+        let [conv, norm] = normed(filters, 3, stride);
+        let body = [conv, norm, relu()].into_iter().chain(normed(filters, 3, 1)).collect();
+        let shortcut = if first { normed(filters, 1, stride).to_vec() } else { vec![] };
+        layers.extend([Layer::Residual { layers: body, shortcut }, relu()]);
+    }
+    layers.extend([Layer::GlobalAvgPool, linear(classes)]);
+    layers
 }
 
 /// Weights begin as GPT-2's do: normal with deviation 0.02, and smaller by the root of their number for those whose outputs
@@ -121,7 +145,7 @@ fn gpt_layers(gpt: &Gpt, vocabulary: usize) -> Vec<Layer> {
         };
         let feed_forward = [norm(), linear(inner, plain), between, linear(width, added)];
         for part in [attention, feed_forward] {
-            body.push(Layer::Residual { layers: part.into_iter().chain(dropout()).collect() });
+            body.push(Layer::Residual { layers: part.into_iter().chain(dropout()).collect(), shortcut: vec![] });
         }
     }
     body.push(norm());

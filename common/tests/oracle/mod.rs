@@ -46,11 +46,23 @@ impl Oracle<'_> {
         self.margin.set(self.margin.get().min(distance.abs()));
     }
 
-    fn chain(&self, t: &Tensors, layers: &[Layer], prefix: &str, mut shape: Vec<usize>, mut x: Rows, key: Key) -> Rows {
+    fn chain(&self, t: &Tensors, layers: &[Layer], prefix: &str, shape: Vec<usize>, x: Rows, key: Key) -> Rows {
+        self.chain_and_shape(t, layers, prefix, shape, x, key).1
+    }
+
+    fn chain_and_shape(
+        &self,
+        t: &Tensors,
+        layers: &[Layer],
+        prefix: &str,
+        mut shape: Vec<usize>,
+        mut x: Rows,
+        key: Key,
+    ) -> (Vec<usize>, Rows) {
         for (i, layer) in layers.iter().enumerate() {
             (shape, x) = self.layer(t, layer, &format!("{prefix}{i}."), shape, x, key.with(i as u64));
         }
-        x
+        (shape, x)
     }
 
     fn layer(
@@ -74,11 +86,13 @@ impl Oracle<'_> {
                 let rows = |x: &[f64]| x.chunks(n).flat_map(|x| (0..*units).map(|o| unit(x, o))).collect();
                 ([&shape[..shape.len() - 1], &[*units]].concat(), each(&rows))
             }
-            Layer::Conv2d { filters, kernel, stride, padding, bias, .. } => {
-                let (w, patch) = (tensor("weight"), shape[0] * kernel * kernel);
+            Layer::Conv2d { filters, kernel, stride, padding, groups, bias, .. } => {
+                let (w, patch) = (tensor("weight"), shape[0] / groups * kernel * kernel);
                 let (shape, windows) = windows(&shape, *kernel, *stride, *padding);
                 let value = |x: &[f64], f: usize, (y, x0): (usize, usize)| -> f64 {
-                    let terms = windows(y, x0).into_iter().filter_map(|(at, k)| Some(w[f * patch + k] * x[at?]));
+                    let group = f / (filters / groups);
+                    let own = windows(y, x0).into_iter().filter(|(_, k)| k / patch == group);
+                    let terms = own.filter_map(|(at, k)| Some(w[f * patch + k % patch] * x[at?]));
                     terms.sum::<f64>() + if *bias { tensor("bias")[f] } else { 0.0 }
                 };
                 let out = |x: &[f64]| {
@@ -255,9 +269,11 @@ impl Oracle<'_> {
                 let y: Rows = (0..x.len()).map(join).collect();
                 (vec![y.first().map_or(0, Vec::len)], y)
             }
-            Layer::Residual { layers } => {
+            Layer::Residual { layers, shortcut } => {
                 let body = self.chain(t, layers, name, shape.clone(), x.clone(), key);
-                (shape, x.iter().zip(body).map(|(x, y)| x.iter().zip(y).map(|(x, y)| x + y).collect()).collect())
+                let key = key.named("shortcut");
+                let (shape, around) = self.chain_and_shape(t, shortcut, &format!("{name}shortcut."), shape, x, key);
+                (shape, around.iter().zip(body).map(|(x, y)| x.iter().zip(y).map(|(x, y)| x + y).collect()).collect())
             }
         }
     }

@@ -22,9 +22,9 @@ pub fn chain(g: &mut Graph<'_>, path: &str, layers: &[Layer], mut x: Value) -> V
 fn layer(g: &mut Graph<'_>, at: &str, spec: &Layer, x: &Value) -> Value {
     match spec {
         Layer::Linear { units, bias, init: _ } => linear(g, at, x, *units, *bias),
-        Layer::Conv2d { filters, kernel, stride, padding, bias, init: _ } => {
+        Layer::Conv2d { filters, kernel, stride, padding, groups, bias, init: _ } => {
             let bias = bias.then(|| g.parameter(at, "bias"));
-            conv2d(g, at, x, *filters, Window { size: *kernel, stride: *stride, padding: *padding }, bias)
+            conv2d(g, at, x, *filters, Window { size: *kernel, stride: *stride, padding: *padding }, *groups, bias)
         }
         Layer::MaxPool2d { size, stride } => {
             pool2d(g, at, x, "MaxPool", Window { size: *size, stride: *stride, padding: 0 })
@@ -46,7 +46,7 @@ fn layer(g: &mut Graph<'_>, at: &str, spec: &Layer, x: &Value) -> Value {
         Layer::Positions { init: _ } => positions(g, at, x),
         Layer::Attention { heads, causal, rotary } => attention(g, at, x, *heads, *causal, *rotary),
         Layer::Swiglu => swiglu(g, at, x),
-        Layer::Residual { layers } => residual(g, at, x, layers),
+        Layer::Residual { layers, shortcut } => residual(g, at, x, layers, shortcut),
         Layer::Lookup { width, init: _ } => lookup(g, at, *width),
         Layer::Slice { from, len } => slice(g, at, x, *from, *len),
         Layer::Sum => sum(g, at, x),
@@ -101,10 +101,19 @@ impl Window {
     }
 }
 
-fn conv2d(g: &mut Graph<'_>, at: &str, x: &Value, filters: usize, window: Window, bias: Option<String>) -> Value {
+fn conv2d(
+    g: &mut Graph<'_>,
+    at: &str,
+    x: &Value,
+    filters: usize,
+    window: Window,
+    groups: usize,
+    bias: Option<String>,
+) -> Value {
     let weight = g.parameter(at, "weight");
     let inputs: Vec<&str> = [&x.name, &weight].into_iter().chain(&bias).map(String::as_str).collect();
-    let name = g.node(at, "Conv", &inputs, window.attributes());
+    let attributes = [window.attributes(), vec![int("group", groups as i64)]].concat();
+    let name = g.node(at, "Conv", &inputs, attributes);
     Value { name, shape: window.over(&x.shape, filters) }
 }
 
@@ -256,9 +265,10 @@ fn swiglu(g: &mut Graph<'_>, at: &str, x: &Value) -> Value {
     Value { name, shape: with_last(&x.shape, x.shape[x.shape.len() - 1] / 2) }
 }
 
-fn residual(g: &mut Graph<'_>, at: &str, x: &Value, layers: &[Layer]) -> Value {
+fn residual(g: &mut Graph<'_>, at: &str, x: &Value, layers: &[Layer], shortcut: &[Layer]) -> Value {
     let body = chain(g, &format!("{at}."), layers, x.clone());
-    Value { name: g.node(at, "Add", &[&x.name, &body.name], vec![]), ..body }
+    let around = chain(g, &format!("{at}.shortcut."), shortcut, x.clone());
+    Value { name: g.node(at, "Add", &[&around.name, &body.name], vec![]), ..body }
 }
 
 fn lookup(g: &mut Graph<'_>, at: &str, width: usize) -> Value {

@@ -155,7 +155,7 @@ mod tests {
         test_samples = 4 }"#;
 
     /// Data and models that have each layer and activation somewhere.
-    const MODELS: [(&str, &str); 11] = [
+    const MODELS: [(&str, &str); 13] = [
         (IMAGES, r#"{ kind = "linear" }"#),
         (ROWS, r#"{ kind = "mlp", hidden = [4, 5], activation = "gelu", dropout = 0.5 }"#),
         (
@@ -187,6 +187,13 @@ mod tests {
             r#"{ kind = "layers", layers = [
                 { op = "embedding", width = 4 }, { op = "positions" }, { op = "linear", units = 12 },
                 { op = "attention", heads = 2 }, { op = "flatten" }, { op = "linear", units = 2 },
+            ] }"#,
+        ),
+        (IMAGES, r#"{ kind = "resnet", depth = 8, width = 2 }"#),
+        (
+            IMAGES,
+            r#"{ kind = "layers", layers = [
+                { op = "conv2d", filters = 4, kernel = 3, groups = 2 }, { op = "flatten" }, { op = "linear", units = 3 },
             ] }"#,
         ),
         (CLICKS, r#"{ kind = "deepfm", width = 3, hidden = [4] }"#),

@@ -33,7 +33,7 @@ fn defaults_are_filled_in() {
         text: got.text.clone(),
         name: "job".into(),
         seed: 0,
-        data: Data { source: Source::Digits, normalize: true, ship: None, hashed: false },
+        data: Data { source: Source::Digits, normalize: true, ship: None, hashed: false, augment: None },
         model: Model::Linear,
         train: Train {
             partitions: 8,
@@ -67,7 +67,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let full =
         job(&format!("{both}, classes = 7, normalize = false, ship = true, partition = \"hashed\""), LINEAR, "").data;
     let source = Source::Idx { train: idx("a"), test: Some(idx("b")), classes: Some(7) };
-    assert_eq!(full, Data { source, normalize: false, ship: Some(true), hashed: true });
+    assert_eq!(full, Data { source, normalize: false, ship: Some(true), hashed: true, augment: None });
 
     let csv = Csv {
         base: "/base".into(),
@@ -109,7 +109,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let made = job("format = \"synthetic\", shape = [1, 2, 3], classes = 4, samples = 5", LINEAR, "").data;
     let shape = vec![1, 2, 3];
     let source = Source::Synthetic { task: Task::Classification, shape, classes: 4, samples: 5, test_samples: 1 };
-    assert_eq!(made, Data { source, normalize: false, ship: None, hashed: false });
+    assert_eq!(made, Data { source, normalize: false, ship: None, hashed: false, augment: None });
     let spec = "format = \"synthetic\", task = \"regression\", shape = [9], samples = 80, normalize = true";
     let made = job(spec, LINEAR, "").data;
     let source =
@@ -192,8 +192,13 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
     let all = texts(", width = 8, hidden = [4], dropout = 0.5");
     assert_eq!(all, Model::TextClassifier { width: 8, hidden: vec![4], dropout: 0.5 });
 
+    let resnet = |keys: &str| job(DIGITS, &format!("kind = \"resnet\", depth = {keys}"), "").model;
+    assert_eq!(resnet("20"), Model::Resnet { depth: 20, width: 16 });
+    assert_eq!(resnet("8, width = 4"), Model::Resnet { depth: 8, width: 4 });
+
     let act = |activation| Layer::Activation { activation };
-    let conv = |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, bias, init };
+    let conv =
+        |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, groups: 1, bias, init };
     let cases = [
         ("op = \"linear\", units = 3", Layer::Linear { units: 3, bias: true, init: None }),
         (
@@ -204,6 +209,10 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
         (
             "op = \"conv2d\", filters = 5, kernel = 3, stride = 2, padding = 1, bias = false, init = \"kaiming-normal\"",
             conv(2, 1, false, Some(WeightInit::KaimingNormal)),
+        ),
+        (
+            "op = \"conv2d\", filters = 6, kernel = 3, groups = 3",
+            Layer::Conv2d { filters: 6, kernel: 3, stride: 1, padding: 0, groups: 3, bias: true, init: None },
         ),
         ("op = \"max-pool2d\", size = 2", Layer::MaxPool2d { size: 2, stride: 2 }),
         ("op = \"max-pool2d\", size = 3, stride = 1", Layer::MaxPool2d { size: 3, stride: 1 }),
@@ -243,7 +252,14 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
             "op = \"attention\", heads = 2, causal = true, rotary = 100",
             Layer::Attention { heads: 2, causal: true, rotary: Some(100.0) },
         ),
-        ("op = \"residual\", layers = [{ op = \"tanh\" }]", Layer::Residual { layers: vec![act(Activation::Tanh)] }),
+        (
+            "op = \"residual\", layers = [{ op = \"tanh\" }]",
+            Layer::Residual { layers: vec![act(Activation::Tanh)], shortcut: vec![] },
+        ),
+        (
+            "op = \"residual\", layers = [{ op = \"tanh\" }], shortcut = [{ op = \"flatten\" }]",
+            Layer::Residual { layers: vec![act(Activation::Tanh)], shortcut: vec![Layer::Flatten] },
+        ),
     ];
     for (text, layer) in cases {
         let got = job(DIGITS, &format!("kind = \"layers\", layers = [{{ {text} }}]"), "").model;
@@ -446,7 +462,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "\"parquet\""),
-            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `csv`, `text`, `synthetic`",
+            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `synthetic`",
         ),
         (
             with(
@@ -499,11 +515,22 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "1979-05-27"),
-            "job.toml:4: `data.format` must be one of `digits`, `idx`, `csv`, `text`, `synthetic`, not a date",
+            "job.toml:4: `data.format` must be one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `synthetic`, not a date",
         ),
         (with("[8]", "[8"), "job.toml:8: this is not TOML: missing comma between array elements"),
         (with("seed = 7", "seed = 7\nseed = 8"), "job.toml:3: this is not TOML: duplicate key"),
         // Out of range.
+        (
+            with("kind = \"mlp\"\nhidden = [8]", "kind = \"resnet\"\ndepth = 18"),
+            "job.toml:7: `model.depth` is 18; it must be 8, 14, 20, 26, 32 or another 6 n + 2",
+        ),
+        (
+            with(
+                "kind = \"mlp\"\nhidden = [8]",
+                "kind = \"layers\"\nlayers = [{ op = \"conv2d\", filters = 6, kernel = 3, groups = 4 }]",
+            ),
+            "job.toml:7: `model.layers[0].groups` must divide `filters`, which is 6; change one of them",
+        ),
         (with("seed = 7", "seed = -7"), "job.toml:2: `seed` must be a whole number of at least 0, not -7"),
         (
             with("[8]", "[\n  8,\n  0]"),
