@@ -27,10 +27,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from make import Attention, Bag, Positions, Residual, Swiglu, Tied
+from make import (NO_ID, Attention, Bag, Lookup, Parallel, Positions, Products, Residual, Sum, Swiglu, Tied, deepfm, dlrm,
+                  perceptron, vectors, wide)
 
 TOLERANCE = 1e-4
 ROWS, CONTEXT = 50, 24
+# What columns of ids are called, and how many values each has, which the job says of all but HASHED.
+HASHED = "kind"
+SHOPS, RATINGS = {"shop": 40, "city": 12, "kind": 7}, {"user": 30, "film": 20}
 WORDS = "a big red dog saw the small old cat near our house and ran away from it".split()
 
 
@@ -45,6 +49,15 @@ def toml(value):
 def op(name, module, **keys):
     """A layer as the job has it, and as PyTorch has it."""
     return {"op": name, **keys}, module
+
+
+def parallel(join, *branches):
+    specs, modules = ([[part[i] for part in branch] for branch in branches] for i in range(2))
+    return op("parallel", Parallel(join, *modules), join=join, branches=specs)
+
+
+def lookup(rows, width):
+    return op("lookup", Lookup(rows, width), width=width)
 
 
 def residual(*parts):
@@ -110,6 +123,24 @@ def write_table(path, draw):
     path.write_text("\n".join(lines) + "\n")
 
 
+def purchase(draw):
+    return {"price": draw.gauss(50, 20), "age": draw.gauss(40, 15), **{name: draw.randrange(n) for name, n in SHOPS.items()}}
+
+
+def write_shops(path, draw):
+    """Numbers and ids, each of which has a say in the answer."""
+    rows = [purchase(draw) for _ in range(400)]
+    answer = lambda row: (row["age"] - 40) / 15 + row["shop"] % 3 - row["city"] % 2 + (row["kind"] == 1) * row["shop"] % 2 > 0.7
+    lines = [",".join(map(str, [*row.values(), "yes" if answer(row) else "no"])) for row in rows]
+    path.write_text("\n".join([",".join([*rows[0], "answer"]), *lines]) + "\n")
+
+
+def write_ratings(path, draw):
+    pairs = [[draw.randrange(n) for n in RATINGS.values()] for _ in range(400)]
+    lines = [f"{user},{film},{user % 3 + film % 2 + (user % 5) * (film % 4) / 4:.2f}" for user, film in pairs]
+    path.write_text("\n".join([",".join([*RATINGS, "stars"]), *lines]) + "\n")
+
+
 def write_texts(path, draw):
     texts = [sentence(draw) for _ in range(400)]
     label = lambda text: "pet" if "dog" in text or "cat" in text else "other"
@@ -118,6 +149,22 @@ def write_texts(path, draw):
 
 def write_book(path, draw):
     path.write_text("".join(sentence(draw) + ".\n" for _ in range(200)))
+
+
+def hashed(columns, cells):
+    """The id of cells in columns without a declared size (common/src/data/id.rs, common/src/rng.rs)."""
+    gamma, low = 0x9E3779B97F4A7C15, lambda z: z & NO_ID
+
+    def mix(z):
+        z = low((z ^ z >> 30) * 0xBF58476D1CE4E5B9)
+        z = low((z ^ z >> 27) * 0x94D049BB133111EB)
+        return z ^ z >> 31
+
+    key = mix(mix(gamma) ^ low(10 * gamma))
+    for name in map(str.encode, [*columns, *cells]):
+        for part in (len(name), *name):
+            key = mix(key ^ low(mix(low(part + gamma)) * gamma))
+    return min(key, NO_ID - 1)
 
 
 class Program:
@@ -149,17 +196,27 @@ class Exported:
         onnx.checker.check_model(onnx.load(model), full_check=True)
         self.session = onnxruntime.InferenceSession(model)
         self.notes = {k: json.loads(v) for k, v in self.session.get_modelmeta().custom_metadata_map.items()}
-        unmatched = module.load_state_dict(load_file(weights), strict=False)
+        tensors = load_file(weights)
+        ids = tensors.pop("ids", torch.tensor([])).tolist()
+        self.places = {id: place for place, id in enumerate(ids)}
+        for path, part in module.named_modules():
+            if isinstance(part, Lookup):
+                tensors[f"{path}.weight"] = nn.functional.pad(tensors[f"{path}.weight"], (0, 0, 0, 1))
+        unmatched = module.load_state_dict(tensors, strict=False)
         # PyTorch counts batches; nothing reads the count.
         if unmatched.unexpected_keys or any("num_batches" not in key for key in unmatched.missing_keys):
             sys.exit(f"{name}: PyTorch has other tensors: {unmatched}")
         self.module = module.eval()
         self.apart = 0.0
 
-    def logits(self, inputs):
+    def logits(self, inputs, *ids):
         """Of onnxruntime, from raw inputs; `apart` becomes the largest difference from PyTorch's."""
-        [given] = self.session.get_inputs()
-        got = self.session.run(["logits"], {given.name: inputs})[0]
+        given, *others = self.session.get_inputs()
+        names = [value.name for value in (given, *others)]
+        got = self.session.run(["logits"], dict(zip(names, (inputs, *ids), strict=True)))[0]
+        for of_batch in ids:
+            places = [[self.places.get(id, len(self.places)) for id in row] for row in of_batch.view(np.uint64).tolist()]
+            Lookup.places = torch.tensor(places)
         with torch.no_grad():
             if given.name == "features":
                 mean, inverse = (np.array(self.prepared[key], np.float32) for key in ("mean", "inv_std"))
@@ -176,9 +233,9 @@ class Exported:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [json.loads(line) for line in self.program.run("predict", f"runs/{self.name}", path).splitlines()]
 
-    def answers(self, inputs, rows):
+    def answers(self, inputs, rows, *ids):
         """The largest difference of predicted values, or of probabilities of the predicted class."""
-        logits, answers = self.logits(inputs), self.predict(rows)
+        logits, answers = self.logits(inputs, *ids), self.predict(rows)
         if "classes" not in self.notes:
             return np.max([abs(row[0] - answer["prediction"]) for row, answer in zip(logits, answers, strict=True)])
         if logits.shape[1] == 1:
@@ -204,6 +261,26 @@ class Exported:
         value = lambda row, name: row[name] if name in row else float(row[name.split("=")[0]] == name.split("=")[1])
         inputs = np.array([[value(row, name) for name in self.notes["features"]] for row in rows], np.float32)
         return self.answers(inputs, rows)
+
+    def shops(self):
+        """Rows with ids, some of which are missing: what they stand for counts as zeros."""
+        draw = random.Random(8)
+        return self.by_ids([{**purchase(draw), **{name: "?" for name in SHOPS if draw.random() < 0.1}} for _ in range(ROWS)])
+
+    def ratings(self):
+        draw = random.Random(9)
+        return self.by_ids([{name: draw.randrange(n) for name, n in RATINGS.items()} for _ in range(ROWS)])
+
+    def by_ids(self, rows):
+        """Without numbers, a single 0 stands for them."""
+        def id(field, cells):
+            if "?" in cells:
+                return NO_ID
+            return hashed(field["columns"], map(str, cells)) if field["size"] is None else field["first"] + cells[0]
+
+        ids = [[id(field, [row[name] for name in field["columns"]]) for field in self.prepared["ids"]] for row in rows]
+        numbers = [[row[name] for name in self.notes.get("features", [])] or [0.0] for row in rows]
+        return self.answers(np.array(numbers, np.float32), rows, np.array(ids, np.uint64).view(np.int64))
 
     def texts(self):
         """Texts of words, each one more than its place in the vocabulary; 0 fills up."""
@@ -244,6 +321,11 @@ TABLE = {"format": "csv", "train": "table.csv", "target": "answer", "categorical
 TEXTS = {"format": "csv", "train": "texts.tsv", "separator": "\t", "target": "kind", "text": "said", "context": CONTEXT,
          "tokenizer": {"kind": "words", "ngrams": 1}}
 BOOK = {"format": "text", "train": "book.txt", "test": "book.txt", "tokenizer": "characters", "context": CONTEXT}
+def of_ids(columns, **data):
+    ids = [name if name == HASHED else {"column": name, "size": size} for name, size in columns.items()]
+    return {"format": "csv", "ids": ids, **data}
+
+
 VALUES = {**image([6]), "task": "regression"}
 VALUES.pop("classes")
 
@@ -277,6 +359,23 @@ def models(words, letters):
         op("attention", Attention(2, False), heads=2, causal=False), op("rms-norm", nn.RMSNorm([CONTEXT, 8], 1e-5)),
         op("batch-norm", nn.BatchNorm1d(CONTEXT)), linear(8, 6), op("silu", nn.SiLU()), op("flatten", nn.Flatten()),
         linear(6 * CONTEXT, 2)), {}, Exported.texts
+    # Every id comes, so that each has a row; behind them is one of zeros.
+    shops, rows = of_ids(SHOPS, train="shops.csv", target="answer"), sum(SHOPS.values())
+    tables = {"loss": "binary-cross-entropy", "tables": {"optimizer": {"kind": "adagrad", "lr": 0.1}}}
+    yield "wide-deep", shops, (
+        {"kind": "wide-deep", "width": 6, "hidden": [12]},
+        nn.Sequential(Parallel("sum", *wide(2, rows), [vectors(rows, 6), *perceptron(20, 12, 1)]))), tables, Exported.shops
+    yield "deepfm", shops, (
+        {"kind": "deepfm", "width": 6, "hidden": [12, 8]}, deepfm(2, 3, rows, 6, [12, 8])), tables, Exported.shops
+    for interaction in ("dot", "concat"):
+        spec = {"kind": "dlrm", "width": 6, "bottom": [10], "top": [12, 8], "interaction": interaction}
+        module = dlrm(2, 3, rows, 6, [10], [12, 8], interaction == "dot")
+        yield f"dlrm-{interaction}", shops, (spec, module), tables, Exported.shops
+    ratings, rows = of_ids(RATINGS, train="ratings.csv", target="stars", task="regression"), sum(RATINGS.values())
+    yield "matrix-factorization", ratings, layers(parallel(
+        "sum", [linear(1, 1)], [lookup(rows, 1), op("sum", Sum())],
+        [lookup(rows, 6), op("factorization-machine", Products(6, add_up=True), width=6)])), {
+            **tables, "loss": "mse"}, Exported.ratings
     # One partition: a single window is a whole test set.
     one = {"partitions": 1, "micro_batch": 16, "steps": 100}
     for positions, tie, feed_forward, norm in [
@@ -299,6 +398,8 @@ def main():
         write_table(folder / "table.csv", random.Random(1))
         write_texts(folder / "texts.tsv", random.Random(1))
         write_book(folder / "book.txt", random.Random(1))
+        write_shops(folder / "shops.csv", random.Random(1))
+        write_ratings(folder / "ratings.csv", random.Random(1))
         program = Program(options.program, folder)
         # A token for each word, one for all others, and 0.
         words, letters = len(WORDS) + 2, len(set((folder / "book.txt").read_text()))

@@ -5,10 +5,14 @@
 
 Every case holds a model and a training job in the form that unisono's job has as JSON, the initial weights under the
 names of nn.Sequential, a batch, and then PyTorch's outputs (in evaluation mode, before and after training), first gradient
-and 20 losses. Tests read the file; they need no PyTorch.
+and 20 losses. Where batches have ids, there are several, which come in turn; rows that they choose are as PyTorch's sparse
+gradients and optimizers leave them. Tests read the file; they need no PyTorch.
+
+Cases that the file has keep their numbers, since other machines round otherwise; those named after the program are made anew.
 """
 
 import json
+import math
 import sys
 import zlib
 from pathlib import Path
@@ -19,7 +23,7 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
-from torch_ddp import GPT  # noqa: E402
+from torch_ddp import DLRM, GPT  # noqa: E402
 
 torch.manual_seed(7)
 torch.set_num_threads(1)
@@ -95,6 +99,83 @@ class Tied(nn.Sequential):
 
     def forward(self, x):
         return super().forward(F.embedding(x, self.weight)) @ self.weight.T
+
+
+class Lookup(nn.Embedding):
+    """The rows of a batch's ids, which are in `places`; behind all rows is one of zeros, for ids that have none."""
+
+    places = None
+
+    def __init__(self, rows, width):
+        super().__init__(rows + 1, width, padding_idx=rows, sparse=True)
+
+    def forward(self, _):
+        return super().forward(Lookup.places)
+
+
+class Parallel(nn.ModuleList):
+    def __init__(self, join, *branches):
+        super().__init__(nn.Sequential(*branch) for branch in branches)
+        self.join = join
+
+    def forward(self, x):
+        outs = [branch(x) for branch in self]
+        return sum(outs) if self.join == "sum" else torch.cat([out.flatten(1) for out in outs], 1)
+
+
+class Sum(nn.Module):
+    def forward(self, x):
+        return x.sum(1)
+
+
+class Slice(nn.Module):
+    def __init__(self, start, length):
+        super().__init__()
+        self.part = slice(start, start + length)
+
+    def forward(self, x):
+        return x.flatten(1)[:, self.part]
+
+
+class Products(nn.Module):
+    """Of each two of a sample's vectors: (1, 0), (2, 0), (2, 1), ...; behind the first of them, or added up."""
+
+    def __init__(self, width, add_up=False):
+        super().__init__()
+        self.width, self.add_up = width, add_up
+
+    def forward(self, x):
+        vectors = x.flatten(1).unflatten(1, (-1, self.width))
+        i, j = torch.tril_indices(vectors.shape[1], vectors.shape[1], -1)
+        products = (vectors[:, i] * vectors[:, j]).sum(2)
+        return products.sum(1, keepdim=True) if self.add_up else torch.cat([vectors[:, 0], products], 1)
+
+
+def perceptron(*sizes):
+    parts = [part for pair in zip(sizes, sizes[1:]) for part in (nn.Linear(*pair), nn.ReLU())]
+    return parts[:-1]
+
+
+def wide(numbers, rows):
+    return [[nn.Linear(numbers, 1)], [Lookup(rows, 1), Sum()]]
+
+
+def vectors(rows, width):
+    return Parallel("concat", [Lookup(rows, width)], [])
+
+
+def deepfm(numbers, fields, rows, width, hidden):
+    """Guo et al., "DeepFM", 2017, equations 1 to 4."""
+    machine = [Slice(0, fields * width), Products(width, add_up=True)]
+    both = Parallel("sum", machine, perceptron(fields * width + numbers, *hidden, 1))
+    return nn.Sequential(Parallel("sum", *wide(numbers, rows), [vectors(rows, width), both]))
+
+
+def dlrm(numbers, fields, rows, width, bottom, top, dot):
+    """Naumov et al., "Deep Learning Recommendation Model", 2019; without products, the vectors one after another."""
+    first = Parallel("concat", perceptron(numbers, *bottom, width), [Lookup(rows, width)])
+    inputs = width + fields * (fields + 1) // 2 if dot else width * (fields + 1)
+    return nn.Sequential(first, *[Products(width)] * dot, *perceptron(inputs, *top, 1))
 
 
 def linear(inputs, units):
@@ -234,6 +315,64 @@ OPTIMIZERS = {
         "initial_accumulator_value": s["initial_accumulator"]}),
     "rmsprop": rmsprop(),
     "rmsprop-centered-momentum": rmsprop(centered=True, momentum=0.5, weight_decay=0.01),
+}
+
+
+class RowAdagrad(torch.optim.Optimizer):
+    """Mudigere et al., "Software-Hardware Co-design for Fast and Scalable Training of Deep Learning Recommendation Models",
+    2022: one sum for each row, of the means of its gradients' squares."""
+
+    def __init__(self, parameters, lr, eps, initial_accumulator):
+        super().__init__(parameters, {"lr": lr, "eps": eps, "initial": initial_accumulator})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                sums = self.state[w].setdefault("sums", torch.full((len(w), 1), group["initial"]))
+                rows, g = of_rows(w.grad)
+                sums[rows] += g.square().mean(1, keepdim=True)
+                w[rows] -= group["lr"] * g / (sums[rows].sqrt() + group["eps"])
+
+
+class Ftrl(torch.optim.Optimizer):
+    """Algorithm 1 of McMahan et al., "Ad Click Prediction: a View from the Trenches", 2013; `lr` is its alpha."""
+
+    def __init__(self, parameters, lr, beta, l1, l2):
+        super().__init__(parameters, {"lr": lr, "beta": beta, "l1": l1, "l2": l2})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alpha, beta, l1, l2 = (group[key] for key in ("lr", "beta", "l1", "l2"))
+            for w in group["params"]:
+                z, n = (self.state[w].setdefault(key, torch.zeros_like(w)) for key in "zn")
+                rows, g = of_rows(w.grad)
+                sigma = ((n[rows] + g**2).sqrt() - n[rows].sqrt()) / alpha
+                z[rows] += g - sigma * w[rows]
+                n[rows] += g**2
+                beyond = z[rows] - z[rows].sign() * l1
+                w[rows] = torch.where(z[rows].abs() <= l1, 0.0, -beyond / ((beta + n[rows].sqrt()) / alpha + l2))
+
+
+def of_rows(gradient):
+    """The rows of a sparse gradient, each once, and what it has of them."""
+    gradient = gradient.coalesce()
+    return gradient.indices()[0], gradient.values()
+
+
+def without_kind(spec):
+    return {k: v for k, v in spec.items() if k != "kind"}
+
+
+ROW_OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"kind": "sgd", "lr": 0.5}, without_kind),
+    "adagrad": (torch.optim.Adagrad, {"kind": "adagrad", "lr": 0.1, "eps": 1e-3, "initial_accumulator": 0.01}, lambda s: {
+        "lr": s["lr"], "eps": s["eps"], "initial_accumulator_value": s["initial_accumulator"]}),
+    "row-adagrad": (RowAdagrad, {"kind": "row-adagrad", "lr": 0.1, "eps": 1e-3, "initial_accumulator": 0.01}, without_kind),
+    "lazy-adam": (torch.optim.SparseAdam, {"kind": "lazy-adam", "lr": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3},
+                  lambda s: {"lr": s["lr"], "betas": (s["beta1"], s["beta2"]), "eps": s["eps"]}),
+    "ftrl": (Ftrl, {"kind": "ftrl", "lr": 0.3, "beta": 0.5, "l1": 0.01, "l2": 0.1}, without_kind),
 }
 
 
@@ -416,6 +555,115 @@ def resnet():
     return trained(about, model, x, y, lambda out: criterion(out, y), OPTIMIZERS["sgd-momentum-decay"], rename)
 
 
+NO_ID = 2**64 - 1
+SOME_IDS = [*range(0, 50, 3), 10**12, 2**63, NO_ID - 1]
+
+
+def noise(seed, shape):
+    """From -1 to below 1, by whole numbers alone: tests draw the same, and the file does not hold them."""
+    low = lambda x: x & 0xFFFFFFFF
+    x = low((torch.arange(math.prod(shape)) + seed) * 0x9E3779B1)
+    x = low((x ^ x >> 15) * 0x85EBCA77)
+    return ((x ^ x >> 13) >> 8).float().div(2**23).sub(1).reshape(shape)
+
+
+def thin(tensor, most=600):
+    """All values of a tensor, or of a large one some, at equal distances."""
+    return flat(tensor.detach().reshape(-1)[:: -(-tensor.numel() // most)])
+
+
+def batches_of_ids(name, count, numbers, fields, ids, per_field=False, nothing=0.0):
+    """Numbers, places of ids, low ones more often, and targets; each field has ids of its own, or all have the same."""
+    draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    random = lambda *shape: torch.rand(*shape, generator=draw)
+    for _ in range(count):
+        places = (random(ROWS, fields) ** 2 * ids).long() + (torch.arange(fields) * ids if per_field else 0)
+        places[random(ROWS, fields) < nothing] = ids
+        yield torch.randn(ROWS, numbers, generator=draw), places, (random(ROWS) < 0.5).float()
+
+
+def by_ids(name, model, spec, batches, optimizer, row_optimizer, known=SOME_IDS, steps=STEPS, zeros=False,
+           rename=lambda name: name, run=None):
+    """What becomes of a model whose batches come in turn, and of the rows that their ids choose."""
+    def through(x, places):
+        Lookup.places = places
+        return model(x)
+
+    run, batches = run or through, list(batches)
+    criterion, ids = nn.BCEWithLogitsLoss(), [*known, NO_ID]
+    tables = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    first = {"weights": {}, "rows": {}}
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            shape = (len(known), p.shape[1]) if path in tables else p.shape
+            # A power of two: products with it are exact.
+            bound = 0.0 if zeros and path in tables else 0.5 ** round(math.log2(p.shape[-1]) / 2)
+            seed = zlib.crc32(f"{name} {path}".encode())
+            p[: shape[0]] = bound * noise(seed, shape)
+            first["rows" if path in tables else "weights"][rename(path)] = {"seed": seed, "bound": bound}
+    all_of = lambda values: [value for batch in batches for value in values(*batch)]
+    out = {"name": name, "shape": [batches[0][0].shape[1]], "fields": batches[0][1].shape[1], "model": spec,
+           "loss": {"kind": "binary-cross-entropy", "positive_weight": 1.0}, "classes": True, "clip_norm": None,
+           "clip_value": None, "optimizer": optimizer[1], "row_optimizer": row_optimizer[1], "known": known, **first,
+           "inputs": all_of(lambda x, _, __: flat(x)), "targets": all_of(lambda _, __, y: flat(y)),
+           "ids": all_of(lambda _, places, __: [ids[place] for place in places.reshape(-1).tolist()])}
+    outputs = lambda: flat(run(*batches[0][:2]))
+    out |= {"outputs": outputs(), "losses": []}
+    of_tables, others = ([p for path, p in model.named_parameters() if (path in tables) == is_table]
+                         for is_table in (True, False))
+    steppers = [build(parameters, **translate(about)) for parameters, (build, about, translate) in
+                ((others, optimizer), (of_tables, row_optimizer))]
+    for step in range(steps):
+        x, places, y = batches[step % len(batches)]
+        for stepper in steppers:
+            stepper.zero_grad()
+        value = criterion(run(x, places)[:, 0], y)
+        value.backward()
+        if step == 0:
+            gradient = lambda path, p: p.grad.to_dense()[: len(known)] if path in tables else p.grad
+            out["gradients"] = {rename(path): thin(gradient(path, p)) for path, p in model.named_parameters()}
+        out["losses"].append(float(f"{value.item():.9g}"))
+        for stepper in steppers:
+            stepper.step()
+    return out | {"trained_outputs": outputs(),
+                  "trained_rows": {rename(path): thin(model.get_parameter(path)[: len(known)]) for path in tables}}
+
+
+def of_ids():
+    """Models with sparse tables, and optimizers of rows, each step of which changes some of them."""
+    both = sgd(lr=0.2), ROW_OPTIMIZERS["sgd"]
+    spec = lambda *specs: {"kind": "layers", "layers": [*specs, linear(1, 1)[1]]}
+    lookup = {"op": "lookup", "width": 3, "init": "zeros"}
+    name, rows = "layer lookup", 5
+    yield by_ids(name, nn.Sequential(vectors(rows, 3), nn.Linear(14, 1)),
+                 spec({"op": "parallel", "join": "concat", "branches": [[lookup], []]}),
+                 batches_of_ids(name, 3, 2, 4, rows, nothing=0.2), *both, SOME_IDS[-rows:])
+    for kind, row_optimizer in ROW_OPTIMIZERS.items():
+        name, rows = f"row optimizer {kind}", len(SOME_IDS)
+        yield by_ids(name, nn.Sequential(Lookup(rows, 3), nn.Flatten(), nn.Linear(6, 1)), spec(lookup, {"op": "flatten"}),
+                     batches_of_ids(name, 12, 1, 2, rows, nothing=0.1), both[0], row_optimizer, steps=24,
+                     zeros=kind == "ftrl")
+    name, fields, each = "deepfm", 3, 4
+    yield by_ids(name, deepfm(2, fields, fields * each, 4, [8]),
+                 {"kind": "deepfm", "width": 4, "hidden": [8], "dropout": 0.0},
+                 batches_of_ids(name, 2, 2, fields, each, per_field=True), *both, [*range(fields * each)])
+    name, numbers = "dlrm dot", 5
+    of_dlrm = {"kind": "dlrm", "width": 4, "bottom": [8], "top": [16], "interaction": "dot"}
+    yield by_ids(name, dlrm(numbers, fields, fields * each, 4, [8], [16], True), of_dlrm,
+                 batches_of_ids(name, 2, numbers, fields, each, per_field=True), *both, [*range(fields * each)])
+    name, fields = "dlrm", 26
+    peer = DLRM(fields=fields, vocab=each)
+
+    def rename(path):
+        for theirs, ours in (("bot.net", "0.0"), ("emb", "0.1.0"), ("top.net.0", "1"), ("top.net.2", "3"), ("top.net.4", "5")):
+            path = path.replace(theirs, ours)
+        return path
+
+    yield by_ids(name, peer, {**of_dlrm, "width": 16, "bottom": [64], "top": [256, 64], "interaction": "concat"},
+                 batches_of_ids(name, 4, 13, fields, each, per_field=True), *both, [*range(fields * each)],
+                 rename=rename, run=lambda x, places: peer(x, places - peer.off)[:, None])
+
+
 def schedules(total=60):
     def factors(build):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -486,9 +734,14 @@ def main():
     cases += [sequences(f"layer {n}", t, *of_layers(parts), plain) for n, (t, parts) in of_tokens().items()]
     cases += [bag(), gpt()]
     cases += [case(f"layer {n}", shape, parts, mse, plain, **own) for n, (shape, parts) in of_images().items()]
-    cases += [resnet()]
+    cases += [resnet(), *of_ids()]
     values = {"torch": torch.__version__, "rows": ROWS, "cases": cases, "schedules": schedules()}
-    Path(__file__).with_name("values.json").write_text(json.dumps(values, separators=(",", ":")) + "\n")
+    path = Path(__file__).with_name("values.json")
+    if path.exists():
+        before = json.loads(path.read_text())
+        known = {about["name"]: about for about in before["cases"] if about["name"] not in sys.argv[1:]}
+        values = {**before, "cases": [known.get(about["name"], about) for about in cases]}
+    path.write_text(json.dumps(values, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

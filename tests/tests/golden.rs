@@ -1,6 +1,7 @@
 //! PyTorch agrees: every layer, loss, optimizer and schedule, from the same weights and batches (`tests/golden/make.py`).
 
 use serde_json::Value;
+use std::collections::BTreeMap;
 use unisono_common::data::{Batch, Targets};
 use unisono_common::job::{self, Metric, ScheduleKind};
 use unisono_common::layers::Segments;
@@ -9,6 +10,8 @@ use unisono_common::loss::Loss;
 use unisono_common::model::{Model, Signature};
 use unisono_common::optim::{Optimizer, Sums, clip_factor, sum_squares};
 use unisono_common::rng::{Key, Purpose};
+use unisono_common::rows::optim::RowOptimizer;
+use unisono_common::rows::{self, RowLayout};
 use unisono_common::schedule::{PlateauState, factor};
 use unisono_common::train::{Workspace, evaluate, gradient};
 
@@ -24,6 +27,77 @@ fn floats(value: &Value) -> Vec<f32> {
     value.as_array().expect("a list").iter().map(|v| v.as_f64().expect("a number") as f32).collect()
 }
 
+/// First values of a tensor: those that are there, or drawn as `noise` of the script draws them.
+fn first(value: &Value, len: usize) -> Vec<f32> {
+    let Some(seed) = value["seed"].as_u64() else { return floats(value) };
+    let bound = value["bound"].as_f64().expect("a number") as f32;
+    let one = |i: u32| {
+        let x = (seed as u32).wrapping_add(i).wrapping_mul(0x9e37_79b1);
+        let x = (x ^ x >> 15).wrapping_mul(0x85eb_ca77);
+        ((x ^ x >> 13) >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..len as u32).map(|i| one(i) * bound).collect()
+}
+
+/// The values that the script keeps of a tensor.
+fn thin(values: &[f32]) -> Vec<f32> {
+    values.iter().step_by(values.len().div_ceil(600)).copied().collect()
+}
+
+/// The rows of a case's sparse tables by their keys, each with its state.
+struct Known {
+    ids: Vec<u64>,
+    layout: RowLayout,
+    optimizer: RowOptimizer,
+    rows: BTreeMap<u64, Vec<f32>>,
+}
+
+impl Known {
+    fn new(case: &Value, layout: &RowLayout) -> Option<Known> {
+        let ids: Vec<u64> = serde_json::from_value(case.get("known")?.clone()).expect("ids");
+        let kind: job::RowOptimizer = serde_json::from_value(case["row_optimizer"].clone()).expect("an optimizer");
+        let optimizer = RowOptimizer::new(&kind, layout);
+        let mut all = vec![vec![0.0; optimizer.row_len()]; ids.len()];
+        for row in &mut all {
+            optimizer.first_state(&mut row[layout.width()..]);
+        }
+        for (table, at) in layout.tables() {
+            let values = first(&case["rows"][&table.name], ids.len() * table.width);
+            for (row, values) in all.iter_mut().zip(values.chunks_exact(table.width)) {
+                row[at..at + table.width].copy_from_slice(values);
+            }
+        }
+        let rows = ids.iter().map(|id| rows::key(*id)).zip(all).collect();
+        Some(Known { ids, layout: layout.clone(), optimizer, rows })
+    }
+
+    /// Puts the rows that a batch asks for there.
+    fn fill(&self, batch: &mut Batch) {
+        let width = self.layout.width();
+        batch.rows = batch.lookups.keys().iter().flat_map(|key| &self.rows[key][..width]).copied().collect();
+    }
+
+    /// One step, by the mean gradients of the rows at `keys`.
+    fn step(&mut self, step: u64, keys: &[u64], gradients: &[f32]) {
+        let (width, update) = (self.layout.width(), self.optimizer.at(step, self.optimizer.lr()));
+        for (key, gradient) in keys.iter().zip(gradients.chunks_exact(width)) {
+            let (values, state) = self.rows.get_mut(key).expect("each is known").split_at_mut(width);
+            assert!(update.run(gradient, values, state));
+        }
+    }
+
+    /// Where a table's part of the rows of all ids, 0 for those that `row` has not, is not what `want` says.
+    fn differ<'a>(&self, what: &str, row: impl Fn(u64) -> Option<&'a [f32]>, want: &Value) -> Vec<String> {
+        let check = |(table, at): (&rows::Table, usize)| {
+            let part =
+                |id: &u64| row(rows::key(*id)).map_or(vec![0.0; table.width], |row| row[at..][..table.width].into());
+            let got: Vec<f32> = self.ids.iter().flat_map(part).collect();
+            differs(&format!("{what} {}", table.name), &thin(&got), &floats(&want[&table.name]))
+        };
+        self.layout.tables().filter_map(check).collect()
+    }
+}
+
 /// Where `got` and `want` differ by more than the tolerance.
 fn differs(what: &str, got: &[f32], want: &[f32]) -> Option<String> {
     assert_eq!(got.len(), want.len(), "{what}");
@@ -33,6 +107,25 @@ fn differs(what: &str, got: &[f32], want: &[f32]) -> Option<String> {
     (worst.is_nan() || worst > TOLERANCE).then(|| format!("{what}: {worst:e}\n  got  {got:?}\n  want {want:?}"))
 }
 
+/// The batches of a case, which come in turn.
+fn batches(case: &Value, rows: usize, input_len: usize, fields: usize) -> Vec<Batch> {
+    let (inputs, targets) = (floats(&case["inputs"]), floats(&case["targets"]));
+    let ids: Vec<u64> = case.get("ids").map_or(Vec::new(), |ids| serde_json::from_value(ids.clone()).expect("ids"));
+    let inputs = inputs.chunks_exact(rows * input_len);
+    let each = targets.len() / inputs.len();
+    let batch = |(i, (inputs, targets)): (usize, (&[f32], &[f32]))| {
+        let targets = match case["classes"] == true {
+            true => Targets::Class(targets.iter().map(|t| *t as u32).collect()),
+            false => Targets::Value(targets.into()),
+        };
+        let ids = ids[i * rows * fields..][..rows * fields].into();
+        let mut batch = Batch { inputs: inputs.into(), ids, targets, samples: rows, ..Batch::empty() };
+        batch.look_up();
+        batch
+    };
+    inputs.zip(targets.chunks_exact(each)).enumerate().map(batch).collect()
+}
+
 /// Everything about one case that does not agree.
 fn check(case: &Value, rows: usize) -> Vec<String> {
     let name = case["name"].as_str().expect("a name");
@@ -40,12 +133,13 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
     let spec: job::Model = serde_json::from_value(case["model"].clone()).expect("a model");
     let loss: job::Loss = serde_json::from_value(case["loss"].clone()).expect("a loss");
     let optimizer_job: job::Optimizer = serde_json::from_value(case["optimizer"].clone()).expect("an optimizer");
+    let fields = case["fields"].as_u64().unwrap_or(0) as usize;
     let signature = match case["vocabulary"].as_u64().map(|n| n as usize) {
         Some(n) if case["one_target"] == true => {
             Signature { vocabulary: Some(n), ..Signature::new(&shape, floats(&case["outputs"]).len() / rows) }
         }
         Some(n) => Signature { ids: 0, vocabulary: Some(n), output: vec![shape[0], n], input: shape, causal: false },
-        None => Signature::new(&shape, floats(&case["outputs"]).len() / rows),
+        None => Signature { ids: fields, ..Signature::new(&shape, floats(&case["outputs"]).len() / rows) },
     };
     let model = Model::build(&spec, &signature).expect("the model fits");
     let loss = Loss::new(&loss, model.outputs()).expect("the loss fits");
@@ -53,22 +147,27 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
     let (layout, trainable) = (model.layout(), model.layout().trainable());
     let mut weights = vec![0.0; layout.len()];
     for (tensor, range) in layout.tensors() {
-        weights[range].copy_from_slice(&floats(&case["weights"][&tensor.name]));
+        let len = range.len();
+        weights[range].copy_from_slice(&first(&case["weights"][&tensor.name], len));
     }
-    let targets = floats(&case["targets"]);
-    let targets = if case["classes"] == true {
-        Targets::Class(targets.iter().map(|t| *t as u32).collect())
-    } else {
-        Targets::Value(targets)
-    };
-    let batch = Batch { inputs: floats(&case["inputs"]), targets, samples: rows, ..Batch::empty() };
+    let mut known = Known::new(case, model.rows());
+    let mut batches = batches(case, rows, model.input_len(), fields);
     let mut workspace = Workspace::new(&model, rows, 1);
     let mut slots: Vec<Vec<f32>> = (0..optimizer.slots()).map(|s| vec![optimizer.init_slot(s); trainable]).collect();
     let mut wrong = Vec::new();
-    let before = evaluate(&model, &weights, &batch, &mut workspace).iter().copied().collect::<Vec<f32>>();
+    if let Some(known) = &known {
+        known.fill(&mut batches[0]);
+    }
+    let before = evaluate(&model, &weights, &batches[0], &mut workspace).iter().copied().collect::<Vec<f32>>();
     wrong.extend(differs("outputs", &before, &floats(&case["outputs"])));
     let mut losses = Vec::new();
     for step in 1..=floats(&case["losses"]).len() as u64 {
+        let turn = (step as usize - 1) % batches.len();
+        let batch = &mut batches[turn];
+        if let Some(known) = &known {
+            known.fill(batch);
+        }
+        let mut d_rows = vec![0.0; batch.rows.len()];
         let mut grads = vec![0.0; layout.len()];
         let key = Key::new(0, Purpose::Dropout).with(step);
         let segments = Segments::one(rows);
@@ -76,26 +175,34 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
             &model,
             &loss,
             &weights,
-            &batch,
+            batch,
             &segments,
             key,
             &mut workspace,
             &mut grads,
-            &mut [],
+            &mut d_rows,
             &mut |_, _| {},
         );
         losses.push((sums.loss / sums.weight) as f32);
-        grads[..trainable].iter_mut().for_each(|g| *g /= sums.weight as f32);
+        grads[..trainable].iter_mut().chain(&mut d_rows).for_each(|g| *g /= sums.weight as f32);
         for (tensor, range) in layout.tensors() {
             if step == 1 && tensor.role == Role::Trainable {
                 let want = floats(&case["gradients"][&tensor.name]);
-                wrong.extend(differs(&format!("gradient of {}", tensor.name), &grads[range.clone()], &want));
+                wrong.extend(differs(&format!("gradient of {}", tensor.name), &thin(&grads[range.clone()]), &want));
             }
             if let Role::Running { momentum } = tensor.role {
                 for i in range {
                     weights[i] = (1.0 - momentum) * weights[i] + momentum * grads[i] / rows as f32;
                 }
             }
+        }
+        if let Some(known) = &mut known {
+            let (keys, width) = (batch.lookups.keys(), model.rows().width());
+            if step == 1 {
+                let row = |key| keys.binary_search(&key).ok().map(|i| &d_rows[i * width..][..width]);
+                wrong.extend(known.differ("gradient of", row, &case["gradients"]));
+            }
+            known.step(step, keys, &d_rows);
         }
         let mut sums = Sums::mean(&grads[..trainable]);
         if let Some(norm) = case["clip_norm"].as_f64() {
@@ -111,7 +218,12 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
     for (step, (got, want)) in losses.iter().zip(floats(&case["losses"])).enumerate() {
         wrong.extend(differs(&format!("loss of step {step}"), &[*got], &[want]));
     }
-    let after = evaluate(&model, &weights, &batch, &mut workspace).iter().copied().collect::<Vec<f32>>();
+    if let Some(known) = &known {
+        known.fill(&mut batches[0]);
+        let row = |key| known.rows.get(&key).map(Vec::as_slice);
+        wrong.extend(known.differ("trained", row, &case["trained_rows"]));
+    }
+    let after = evaluate(&model, &weights, &batches[0], &mut workspace).iter().copied().collect::<Vec<f32>>();
     wrong.extend(differs("outputs after training", &after, &floats(&case["trained_outputs"])));
     wrong.into_iter().map(|w| format!("{name}, {w}")).collect()
 }

@@ -76,5 +76,9 @@ fn show_tensors(out: &Path, trained: &Trained) {
     for (table, _) in trained.model.rows().tables() {
         println!("  {:<24} {:?}, a row for each of `ids`", table.name, [trained.blocks.keys.len(), table.width]);
     }
-    println!("In PyTorch: model.load_state_dict(safetensors.torch.load_file({:?}))", out.display().to_string());
+    let file = format!("safetensors.torch.load_file({:?})", out.display().to_string());
+    match trained.model.rows().is_empty() {
+        true => println!("In PyTorch: model.load_state_dict({file})"),
+        false => println!("In PyTorch: tensors = {file}; ids = tensors.pop(\"ids\"); model.load_state_dict(tensors)"),
+    }
 }
