@@ -190,11 +190,14 @@ impl Dataset {
         let mut ids = Ids::default();
         if !rest.is_empty() {
             ids.fields = take_size(&mut rest)?;
+            if ids.fields == 0 {
+                return Err(DataError::Encoded("they go on after their end"));
+            }
             let all = ids.fields.checked_mul(samples).and_then(|n| n.checked_mul(8));
             let all = take(&mut rest, all)?.as_chunks().0;
             ids.values = all.iter().map(|id| u64::from_le_bytes(*id)).collect();
         }
-        if !rest.is_empty() || ids.fields == 0 && ids != Ids::default() {
+        if !rest.is_empty() {
             return Err(DataError::Encoded("they go on after their end"));
         }
         let finite = |values: &Vec<f32>| crate::kernels::all_finite(values);
