@@ -124,7 +124,10 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 }
             }
             Part::Rows(head, len) => {
-                let values = if len <= stream::ROW_PIECE { reader.values().await? } else { Bytes::new() };
+                if len > stream::ROW_PIECE {
+                    return Err(WireError::Rows("a piece has more than 1 MiB").into());
+                }
+                let values = reader.values().await?;
                 if let Some(sums) = coming.add(shared, head, &values)?
                     && let Some(rows) = push.rows()?
                 {
