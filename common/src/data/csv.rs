@@ -250,8 +250,15 @@ impl Plan {
         for field in IdField::all(fields) {
             let places: Vec<usize> =
                 field.columns.iter().map(|name| train.index("ids", name)).collect::<Result<_, _>>()?;
-            if places.contains(&target) {
-                return Err(DataError::TargetIgnored { column: spec.target.clone() });
+            let target = std::slice::from_ref(&spec.target);
+            for (other, names) in [
+                ("data.target", target),
+                ("in data.categorical", &spec.categorical),
+                ("in data.ignore", &spec.ignore),
+            ] {
+                if let Some(column) = field.columns.iter().find(|column| names.contains(column)).cloned() {
+                    return Err(DataError::Twice { column, one: "in data.ids", other });
+                }
             }
             places.iter().for_each(|&i| seen[i] = None);
             ids.push((places, field));
@@ -263,7 +270,8 @@ impl Plan {
             }
         }
         if seen[target].take().is_none() {
-            return Err(DataError::TargetIgnored { column: spec.target.clone() });
+            let column = spec.target.clone();
+            return Err(DataError::Twice { column, one: "data.target", other: "in data.ignore" });
         }
         let text = spec.text.as_ref().map(|text| Ok((train.index("text", &text.column)?, text))).transpose()?;
         if text.is_some_and(|(i, _)| i == target) {

@@ -76,5 +76,9 @@ fn show_tensors(out: &Path, trained: &Trained) {
     for (table, _) in trained.model.rows().tables() {
         println!("  {:<24} {:?}, a row for each of `ids`", table.name, [trained.blocks.keys.len(), table.width]);
     }
+    if !trained.model.rows().is_empty() {
+        println!("  {:<24} {:?}", "ids", [trained.blocks.keys.len()]);
+        return;
+    }
     println!("In PyTorch: model.load_state_dict(safetensors.torch.load_file({:?}))", out.display().to_string());
 }
