@@ -50,7 +50,8 @@ async fn answer(
     requests: &mut Streaming<v1::RowRequest>,
     replies: &Replies,
 ) -> Result<(), Status> {
-    let tables = || shared.store.tables.as_ref().ok_or_else(|| Status::failed_precondition("the model has no sparse tables"));
+    let tables =
+        || shared.store.tables.as_ref().ok_or_else(|| Status::failed_precondition("the model has no sparse tables"));
     let mut committed = tables()?.committed();
     let mut pulls: Vec<Pull> = Vec::new();
     loop {
