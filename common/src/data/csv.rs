@@ -251,11 +251,9 @@ impl Plan {
             let places: Vec<usize> =
                 field.columns.iter().map(|name| train.index("ids", name)).collect::<Result<_, _>>()?;
             let target = std::slice::from_ref(&spec.target);
-            for (other, names) in [
-                ("data.target", target),
-                ("in data.categorical", &spec.categorical),
-                ("in data.ignore", &spec.ignore),
-            ] {
+            for (other, names) in
+                [("data.target", target), ("in data.categorical", &spec.categorical), ("in data.ignore", &spec.ignore)]
+            {
                 if let Some(column) = field.columns.iter().find(|column| names.contains(column)).cloned() {
                     return Err(DataError::Twice { column, one: "in data.ids", other });
                 }
@@ -820,9 +818,9 @@ mod tests {
         let want = [0.0, 1.0, small, 2.0, (small + large) / 3.0, 3.0, large, 4.0];
         let got = features(&raw.train);
         assert!(got.len() == 8 && got.iter().zip(want).all(|(got, want)| (*got as f64 - want).abs() < 1e-5), "{got:?}");
-        let prepared = raw.prepare(false).prepared;
+        let Opened { train, prepared, .. } = raw.prepare(false);
         let cells = HashMap::from([("age", "-1.5"), ("high", "2")]);
-        assert_eq!(encode(&prepared, |c| cells.get(c).copied()).unwrap(), got[2..4]);
+        assert_eq!(encode(&prepared, |c| cells.get(c).copied()).unwrap(), features(&train)[2..4]);
         for (log, ids) in [("kind", vec![]), ("age", vec![id(&["age"], None)])] {
             says(
                 one(job::Csv { log: vec![log.into()], ids, ..spec.clone() }, "age,high,kind\n0,1,no\n"),
@@ -843,8 +841,10 @@ mod tests {
             assert_eq!(encode(&prepared, cell).unwrap(), [0.0]);
         }
         let says = |user: Option<&str>, words: &[&str]| {
-            let cells: HashMap<&str, &str> =
-                [("site", "a"), ("city", "Rom"), ("age", "1")].into_iter().chain(user.map(|user| ("user", user))).collect();
+            let cells: HashMap<&str, &str> = [("site", "a"), ("city", "Rom"), ("age", "1")]
+                .into_iter()
+                .chain(user.map(|user| ("user", user)))
+                .collect();
             let message = encode_ids(&prepared, |name| cells.get(name).copied()).unwrap_err().to_string();
             assert!(words.iter().all(|word| message.contains(word)), "{message}");
         };

@@ -46,7 +46,9 @@ pub enum ModelError {
     OneValue { kind: &'static str, need: usize },
     #[error("the model has {0} parameters; at most 2^31 are possible")]
     TooLarge(u128),
-    #[error("the model has no parameters to train, but for sparse tables; add for example {{ op = \"linear\", units = {0} }}")]
+    #[error(
+        "the model has no parameters to train, but for sparse tables; add for example {{ op = \"linear\", units = {0} }}"
+    )]
     Nothing(usize),
 }
 

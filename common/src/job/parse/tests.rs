@@ -621,7 +621,8 @@ fn mistakes_about_ids_and_their_tables_are_named() {
     let model = |keys: &str| JOB.replace("kind = \"mlp\"\nhidden = [8]", keys);
     let layer = |keys: &str| model(&format!("kind = \"layers\"\nlayers = [{{ {keys} }}]"));
     let tables = |keys: &str| format!("{JOB}tables = {{ {keys} }}\n");
-    let entry = "`data.ids[1]` must be a column's name, { column = \"user\", size = 1000 } or { cross = [\"a\", \"b\"] }";
+    let entry =
+        "`data.ids[1]` must be a column's name, { column = \"user\", size = 1000 } or { cross = [\"a\", \"b\"] }";
     let cases = [
         (data("ids = \"a\""), "job.toml:7: `data.ids` must be a list of columns, not the text \"a\""),
         (data("ids = [\"a\",\n  {}]"), &format!("job.toml:8: {entry}")),
@@ -666,10 +667,7 @@ fn mistakes_about_ids_and_their_tables_are_named() {
             clicks("task = \"clicks\"\nvocabulary = 9\nfields = 0"),
             "job.toml:8: `data.fields` must be a whole number from 1 to 4096, not 0",
         ),
-        (
-            model("kind = \"logistic\"\nwidth = 4"),
-            "job.toml:7: unknown key `model.width`; the keys here are `kind`",
-        ),
+        (model("kind = \"logistic\"\nwidth = 4"), "job.toml:7: unknown key `model.width`; the keys here are `kind`"),
         (
             model("kind = \"deepfm\"\nwidth = 0"),
             "job.toml:7: `model.width` must be a whole number from 1 to 2147483648, not 0",
@@ -687,7 +685,10 @@ fn mistakes_about_ids_and_their_tables_are_named() {
             layer("op = \"lookup\", width = 4, init = { kind = \"uniform\", bound = 0 }"),
             "job.toml:7: `model.layers[0].init.bound` must be a number above 0, not 0",
         ),
-        (layer("op = \"slice\", from = 2"), "job.toml:7: `model.layers[0].len` is missing; write for example `len = 16`"),
+        (
+            layer("op = \"slice\", from = 2"),
+            "job.toml:7: `model.layers[0].len` is missing; write for example `len = 16`",
+        ),
         (
             layer("op = \"parallel\", branches = []"),
             "job.toml:7: `model.layers[0].branches` must be a list of lists of layers, not ",
@@ -701,10 +702,7 @@ fn mistakes_about_ids_and_their_tables_are_named() {
             tables("memory_mb = 0"),
             "job.toml:11: `train.tables.memory_mb` must be a whole number from 1 to 16777216, not 0",
         ),
-        (
-            tables("optimizer = \"adamw\""),
-            "job.toml:11: there is no optimizer \"adamw\"; ",
-        ),
+        (tables("optimizer = \"adamw\""), "job.toml:11: there is no optimizer \"adamw\"; "),
         (
             tables("optimizer = { kind = \"sgd\", weight_decay = 0.1 }"),
             "job.toml:11: unknown key `train.tables.optimizer.weight_decay`; the keys here are `kind`, `lr`",
