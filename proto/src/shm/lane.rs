@@ -328,7 +328,8 @@ mod tests {
             drop(a);
             assert_eq!(b.values(), [step as f32; 6]);
             let (keys, values) = lane.slot_rows(1, 600);
-            (keys.fill(step), values.fill(-1.0));
+            keys.fill(step);
+            values.fill(-1.0);
             let hold = Hold::of(&lane, 1).expect("taken");
             let rows = RowPart::new(&hold, 600).expect("room");
             assert_eq!(rows.values(), (&[step; 600][..], &[-1.0; 1800][..]));
