@@ -261,15 +261,15 @@ impl Plan {
             places.iter().for_each(|&i| seen[i] = None);
             ids.push((places, field));
         }
+        if seen[target].take().is_none() {
+            let column = spec.target.clone();
+            return Err(DataError::Twice { column, one: "data.target", other: "in data.ignore" });
+        }
         for name in &spec.log {
             let i = train.index("log", name)?;
             if !matches!(seen[i], Some(Seen::Number { .. })) {
                 return Err(DataError::NotNumeric { column: name.clone() });
             }
-        }
-        if seen[target].take().is_none() {
-            let column = spec.target.clone();
-            return Err(DataError::Twice { column, one: "data.target", other: "in data.ignore" });
         }
         let text = spec.text.as_ref().map(|text| Ok((train.index("text", &text.column)?, text))).transpose()?;
         if text.is_some_and(|(i, _)| i == target) {
@@ -769,8 +769,10 @@ mod tests {
     #[test]
     fn a_hash_is_of_a_columns_name_and_text_alone() {
         let hashes = |columns: &[&str], table: &str| {
-            let spec = of_ids(vec![id(columns, None)]);
-            one(spec, table).unwrap().train.ids.values
+            let others =
+                table.lines().next().unwrap().split(',').filter(|name| *name != "kind" && !columns.contains(name));
+            let ignore = others.map(String::from).collect();
+            one(job::Csv { ignore, ..of_ids(vec![id(columns, None)]) }, table).unwrap().train.ids.values
         };
         for columns in [&["site"][..], &["site", "city"]] {
             let all = hashes(columns, IDS);
