@@ -86,12 +86,7 @@ impl Driver {
         let ended = self.serve();
         if let Err(e) = &ended {
             self.dismiss(&format!("the run failed: {e:#}"));
-            // A checkpoint that is being written is finished first: nothing half-written stays.
-            while self.saving {
-                if let Some(input) = self.wait(None) {
-                    self.saving = !matches!(input, Input::Saved(_));
-                }
-            }
+            self.settle();
         }
         ended
     }
@@ -369,7 +364,21 @@ impl Driver {
         Ok(None)
     }
 
-    fn kept(&self) -> String {
+    /// Waits for the checkpoint that is being written: nothing half-written stays when a run fails.
+    fn settle(&mut self) {
+        while self.saving {
+            let Some(Input::Saved(result)) = self.wait(None) else { continue };
+            self.saving = false;
+            match result {
+                Ok(saved) => self.last_saved = Some(saved),
+                Err(e) => tracing::error!("no checkpoint was written: {e:#}"),
+            }
+        }
+    }
+
+    /// Where a run that fails can be gone on with.
+    fn kept(&mut self) -> String {
+        self.settle();
         match &self.last_saved {
             Some((path, _)) => format!("The last good checkpoint is {}", path.display()),
             None => "There is no checkpoint yet".into(),

@@ -1,6 +1,6 @@
 //! The lanes of workers that share memory with this process, as the driver sees them.
 
-use crate::push::{Chunk, Push};
+use crate::push::{Chunk, Push, check_rows};
 use crate::rows::RowGradient;
 use crate::shared::Shared;
 use crate::sum::Gradient;
@@ -74,7 +74,9 @@ impl LaneEnd {
                     let rows = self.push.rows()?;
                     if let Some((rows, (held, hold, count))) = rows.zip(self.hold.as_ref()) {
                         let part = RowPart::new(hold, *count as usize).filter(|_| *held == slot);
-                        rows.accept(shared, RowGradient::Slot(part.ok_or(WireError::Slot { slot })?))?;
+                        let part = part.ok_or(WireError::Slot { slot })?;
+                        check_rows(shared, part.values())?;
+                        rows.accept(shared, RowGradient::Slot(part));
                     }
                 }
             }

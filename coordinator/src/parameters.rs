@@ -1,7 +1,7 @@
 //! Gradients in and weights out, as a gRPC service by hand: a generated one would copy each chunk on its way. Here a chunk of
 //! a gradient is added up from the memory it came in, and all streams send the same bytes of a chunk of weights.
 
-use crate::push::{Chunk, Push};
+use crate::push::{Chunk, Push, check_rows};
 use crate::rows::RowGradient;
 use crate::shared::{Input, Shared};
 use crate::sum::Gradient;
@@ -124,11 +124,14 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 }
             }
             Part::Rows(head, len) => {
-                let values = if len <= stream::ROW_PIECE { reader.values().await? } else { Bytes::new() };
+                if len > stream::ROW_PIECE {
+                    return Err(WireError::Rows("a piece has more than 1 MiB").into());
+                }
+                let values = reader.values().await?;
                 if let Some(sums) = coming.add(shared, head, &values)?
                     && let Some(rows) = push.rows()?
                 {
-                    rows.accept(shared, RowGradient::Sums(sums))?;
+                    rows.accept(shared, RowGradient::Sums(sums));
                 }
             }
             Part::Short(_) => {
@@ -163,14 +166,26 @@ impl Coming {
         }
         let all = self.sums.keys.len() + rows;
         let most = self.rows.min(shared.slots().rows);
-        if values.len() != rows * each || head.index != self.pieces || all > most || rows == 0 && all < self.rows {
-            return wrong("a piece is not the next one, or there are more rows than can be");
+        if values.len() != rows * each {
+            return wrong("a piece does not hold whole rows");
+        }
+        if head.index != self.pieces {
+            return wrong("a piece is not the next one");
+        }
+        if all > most || rows == 0 && all < self.rows {
+            return wrong("there are more rows than can be, or a piece has none");
         }
         let (keys, gradients) = values.split_at(8 * rows);
         self.sums.keys.extend(keys.as_chunks::<8>().0.iter().map(|key| u64::from_le_bytes(*key)));
         self.sums.values.extend(gradients.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)));
         self.pieces += 1;
-        Ok((all == self.rows).then(|| std::mem::take(&mut self.sums)))
+        if all < self.rows {
+            return Ok(None);
+        }
+        let sums = std::mem::take(&mut self.sums);
+        // Also of a node that is not owed any more: who sends such rows is of no use.
+        check_rows(shared, sums.parts())?;
+        Ok(Some(sums))
     }
 }
 

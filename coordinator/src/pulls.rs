@@ -4,7 +4,7 @@
 //! is committed only what has changed since.
 
 use crate::rows::Tables;
-use crate::shared::Shared;
+use crate::shared::{Input, Shared};
 use bytes::Bytes;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,29 +34,35 @@ struct Pull {
 
 /// Answers the pulls of one session until it ends.
 pub async fn serve(shared: Arc<Shared>, mut requests: Streaming<v1::RowRequest>, replies: Replies) {
-    if let Err(refused) = answer(&shared, &mut requests, &replies).await {
+    let mut session = None;
+    if let Err(refused) = answer(&shared, &mut session, &mut requests, &replies).await {
+        // A worker that gets no rows is of no use: it leaves, and what it owes is done by others.
+        if let Some(worker) = session.and_then(|session| shared.member(&session).ok()) {
+            shared.input(Input::Broken { worker, why: refused.message().into() });
+        }
         replies.send(Err(refused)).await.ok();
     }
 }
 
 async fn answer(
     shared: &Arc<Shared>,
+    session: &mut Option<Bytes>,
     requests: &mut Streaming<v1::RowRequest>,
     replies: &Replies,
 ) -> Result<(), Status> {
-    let tables = || shared.store.tables.as_ref().ok_or_else(|| Status::failed_precondition("there are no tables"));
+    let tables =
+        || shared.store.tables.as_ref().ok_or_else(|| Status::failed_precondition("the model has no sparse tables"));
     let mut committed = tables()?.committed();
-    let mut session: Option<Bytes> = None;
     let mut pulls: Vec<Pull> = Vec::new();
     loop {
         tokio::select! {
             request = requests.message() => {
                 let Some(request) = request? else { return Ok(()) };
-                take(shared, &mut session, &mut pulls, request)?;
+                take(shared, session, &mut pulls, request)?;
             }
             changed = committed.changed() => if changed.is_err() { return Ok(()) },
         }
-        if let Some(session) = &session {
+        if let Some(session) = &*session {
             shared.member(session)?;
         }
         for pull in pulls.iter_mut().filter(|pull| pull.whole) {

@@ -104,22 +104,23 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Gives their sums to the store, when they are found to be sound: all of the node's rows, in order and finite.
-    ///
-    /// # Errors
-    /// Sums that are not.
-    pub fn accept(self, shared: &Shared, gradient: RowGradient) -> Result<(), WireError> {
+    /// Gives their sums to the store, which [`check_rows`] has looked at.
+    pub fn accept(self, shared: &Shared, gradient: RowGradient) {
         let Rows { worker, of } = self;
-        let width = shared.store.tables.as_ref().map_or(0, |tables| tables.layout().width());
-        let (keys, values) = gradient.parts();
-        if !RowSums::is_sound(keys, values, width) {
-            return Err(WireError::Rows("keys are not in order, or a value is not finite"));
-        }
         let (step, node, sums) = (of.step, of.node, of.sums);
         of.done(worker, shared);
         shared.store.accept_rows(step, node, sums, gradient);
-        Ok(())
     }
+}
+
+/// Checks a node's sums of rows: keys in order, each once, and finite values.
+///
+/// # Errors
+/// Sums that are not so.
+pub fn check_rows(shared: &Shared, (keys, values): (&[u64], &[f32])) -> Result<(), WireError> {
+    let width = shared.store.tables.as_ref().map_or(0, |tables| tables.layout().width());
+    let sound = RowSums::is_sound(keys, values, width);
+    if sound { Ok(()) } else { Err(WireError::Rows("keys are not in order, or a value is not finite")) }
 }
 
 impl Opened {

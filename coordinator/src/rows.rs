@@ -368,8 +368,8 @@ impl Tables {
 
 fn full(rows: u32, memory: u64) -> String {
     format!(
-        "the sparse tables have {rows} rows, and no more fit into train.tables.memory_mb = {}: raise it, or let ids that hardly \
-         ever come share a row",
+        "the sparse tables have {rows} rows, and no more fit into train.tables.memory_mb = {}: raise it (a run that is resumed may \
+         have more), or take the column with the most values out of data.ids",
         memory >> 20
     )
 }

@@ -123,7 +123,7 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
             (None, None) => format!("samples of shape {:?} with values", p.shape),
         };
         let message = format!(
-            "the data does not fit {}: the model was trained on {}, the data has {} (or other columns, class names or tokens)",
+            "the data does not fit {}: the model was trained on {}, the data has {} (or other columns, ids, class names or tokens)",
             path.display(),
             kind(&prepared),
             kind(&found)

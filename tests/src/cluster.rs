@@ -11,6 +11,10 @@ fn train(steps: u64) -> String {
     format!("train.steps={steps}")
 }
 
+fn digits() -> String {
+    root().join("examples/digits-mlp.toml").display().to_string()
+}
+
 /// A coordinator and one honest worker; both end with the test.
 pub struct Cluster<'a> {
     dir: &'a Path,
@@ -22,10 +26,14 @@ pub struct Cluster<'a> {
 impl<'a> Cluster<'a> {
     /// Starts the digits job of so many steps, and waits until it moves on.
     pub fn start(dir: &'a Path, steps: u64) -> Cluster<'a> {
-        let job = root().join("examples/digits-mlp.toml").display().to_string();
+        Cluster::of(dir, &digits(), steps)
+    }
+
+    /// The same with the job of a file.
+    pub fn of(dir: &'a Path, job: &str, steps: u64) -> Cluster<'a> {
         let address = format!("127.0.0.1:{}", free_port());
         let options = ["--json", "--quiet", "--heartbeat-timeout", "5", "--set", &train(steps)];
-        let coordinator = [&["coordinator", &job, "--listen", &address], &options[..]].concat();
+        let coordinator = [&["coordinator", job, "--listen", &address], &options[..]].concat();
         let coordinator = Some(start(dir, &coordinator));
         let worker = start(dir, &["worker", "--coordinator", &address]);
         let cluster = Cluster { dir, address, coordinator, worker };
@@ -64,8 +72,13 @@ impl Drop for Cluster<'_> {
 
 /// The summary of the same job without strangers.
 pub fn undisturbed(steps: u64) -> serde_json::Value {
+    undisturbed_of(&digits(), steps)
+}
+
+/// The same with the job of a file.
+pub fn undisturbed_of(job: &str, steps: u64) -> serde_json::Value {
     let dir = tempfile::tempdir().expect("a folder");
-    summary(&run(dir.path(), &["local", "--json", "--quiet", "--workers", "1", "--set", &train(steps)]))
+    summary(&run(dir.path(), &["local", job, "--json", "--quiet", "--workers", "1", "--set", &train(steps)]))
 }
 
 /// Equal weights, losses and metrics.

@@ -303,6 +303,113 @@ fn texts_and_models_that_do_not_fit_are_named() {
     refused(dir.path(), &mse, &["mse", "next token"]);
 }
 
+/// [`JOB`] on a table with ids.
+fn of_ids(ids: &str, model: &str) -> String {
+    let data = format!("format = \"csv\"\ntrain = \"clicks.csv\"\ntarget = \"clicked\"\n{ids}");
+    let job = with("format = \"digits\"", &data).replace("kind = \"mlp\"\nhidden = [16, 16]", model);
+    job.replace("steps = 20", "steps = 20\nloss = \"binary-cross-entropy\"")
+}
+
+/// Lines with users from 0 to 4.
+fn clicks() -> String {
+    let line = |i: usize| format!("{},{},{},{}\n", i % 5, ["news", "maps", "mail"][i % 3], i, ["no", "yes"][i / 2 % 2]);
+    (0..24).fold("user,site,visits,clicked\n".into(), |table, i| table + &line(i))
+}
+
+#[test]
+fn ids_and_models_that_do_not_fit_are_named() {
+    let dir = folder();
+    write(dir.path(), "clicks.csv", clicks());
+    let (user, deep) = ("ids = [\"site\", { column = \"user\", size = 3 }]", "kind = \"wide-deep\"\nhidden = [4]");
+    let good = "ids = [\"site\", { column = \"user\", size = 5 }]";
+    for (job, words) in [
+        (of_ids(user, deep), &["clicks.csv:5", "column `user` holds `3`", "whole number below 3", "data.ids"][..]),
+        (
+            of_ids("ids = [\"site\", { column = \"site\", size = 3 }]", deep),
+            &["clicks.csv:2", "column `site` holds `news`", "leave `size` out"],
+        ),
+        (of_ids("ids = [\"sites\"]", deep), &["data.ids names the column `sites`", "nearest is `site`"]),
+        (of_ids("ids = [\"clicked\"]", deep), &["`clicked` is in data.ids and data.target"]),
+        (
+            of_ids("ids = [\"site\"]\nignore = [\"site\"]", deep),
+            &["`site` is in data.ids and in data.ignore", "take it out of one"],
+        ),
+        (
+            of_ids("ids = [\"site\"]\nlog = [\"site\"]", deep),
+            &["data.log names the column `site`", "does not hold numbers", "data.ids"],
+        ),
+        (
+            of_ids(good, "kind = \"mlp\"\nhidden = [4]"),
+            &["the data has 2 ids a sample", "looks none of them up", "\"wide-deep\"", "take data.ids out"],
+        ),
+        (
+            of_ids(good, "kind = \"layers\"\nlayers = [{ op = \"lookup\", width = 1 }, { op = \"sum\" }]"),
+            &["no parameters to train, but for sparse tables", "linear"],
+        ),
+        (
+            of_ids(good, "kind = \"layers\"\nlayers = [{ op = \"slice\", len = 3 }, { op = \"linear\", units = 1 }]"),
+            &["model.layers[0] (slice)", "[1]", "at least 3 values"],
+        ),
+        (
+            of_ids(good, "kind = \"deepfm\"").replace("binary-cross-entropy", "cross-entropy"),
+            &["kind = \"deepfm\" gives one value", "need 2", "train.loss = \"binary-cross-entropy\""],
+        ),
+        (
+            with("kind = \"mlp\"\nhidden = [16, 16]", "kind = \"wide-deep\""),
+            &["the model looks ids up", "the data has none", "data.ids", "kind = \"mlp\""],
+        ),
+        (
+            with(
+                "kind = \"mlp\"\nhidden = [16, 16]",
+                "kind = \"layers\"\nlayers = [{ op = \"flatten\" }, { op = \"lookup\", width = 4 }]",
+            ),
+            &["the model looks ids up (model.layers[1])", "the data has none"],
+        ),
+    ] {
+        refused(dir.path(), &job, words);
+    }
+    // A row with an id that the model cannot know.
+    write(dir.path(), "job.toml", of_ids(good, deep));
+    summary(&run(dir.path(), &["local", "job.toml", "--quiet", "--json", "--workers", "2"]));
+    write(dir.path(), "rows.jsonl", "{\"site\":\"maps\",\"user\":5,\"visits\":1}\n");
+    let words = ["rows.jsonl:1", "column `user` is `5`", "whole number below 5"];
+    fails(dir.path(), &["predict", "kept", "rows.jsonl"], 2, &words);
+    write(dir.path(), "rows.jsonl", "{\"site\":\"maps\",\"visits\":1}\n");
+    fails(dir.path(), &["predict", "kept", "rows.jsonl"], 2, &["rows.jsonl:1", "column `user` is not given"]);
+}
+
+/// Tables that grow beyond what they may take end the run, and what was kept is gone on with when they may take more.
+#[test]
+fn tables_above_their_memory_end_the_run_and_keep_its_last_checkpoint() {
+    let dir = folder();
+    let job = r#"
+        name = "full"
+        data = { format = "synthetic", task = "clicks", fields = 8, vocabulary = 1000000, zipf = 0, samples = 4096 }
+        model = { kind = "logistic" }
+        train = { partitions = 4, micro_batch = 64, steps = 12, loss = "binary-cross-entropy", tables = { memory_mb = 1 } }
+        checkpoint = { dir = "kept", every_steps = 2 }
+    "#;
+    write(dir.path(), "job.toml", job);
+    let local = ["local", "job.toml", "--quiet", "--json", "--workers", "2"];
+    let words = [
+        "step 4: ",
+        "the sparse tables have ",
+        "train.tables.memory_mb = 1: raise it",
+        "data.ids",
+        "The last good checkpoint is kept/step-0000000",
+    ];
+    let error = fails(dir.path(), &local, 1, &words);
+    // The one that it names is the newest, also where it was being written.
+    let eval = summary(&run(dir.path(), &["eval", "kept", "--json"]));
+    assert!(error.contains(&format!("kept/step-{:08}\n", eval["step"].as_u64().expect("a step"))), "{error}{eval}");
+    let more = ["--set", "train.tables.memory_mb=16"];
+    let resumed = summary(&run(dir.path(), &[&local[..], &["--resume"], &more].concat()));
+    let calm = folder();
+    write(calm.path(), "job.toml", job);
+    let calm = summary(&run(calm.path(), &[&local[..], &more].concat()));
+    assert_eq!((&resumed["weights_digest"], &resumed["eval"]), (&calm["weights_digest"], &calm["eval"]));
+}
+
 #[test]
 fn pictures_that_do_not_fit_are_named() {
     let dir = folder();

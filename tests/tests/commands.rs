@@ -280,6 +280,108 @@ fn a_language_model_writes_what_it_learnt() {
     refuses(&[text(&digits), "--generate", "a"], &["--generate"]);
 }
 
+/// The tensors of a safetensors file: types and shapes by name, and the numbers of `ids`.
+fn tensors(bytes: &[u8]) -> (Value, Vec<u64>) {
+    let (length, rest) = bytes.split_first_chunk::<8>().expect("a length");
+    let (header, values) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let header: Value = serde_json::from_slice(header).expect("a header");
+    let at = |i: usize| header["ids"]["data_offsets"][i].as_u64().expect("a place") as usize;
+    let ids = values[at(0)..at(1)].as_chunks::<8>().0.iter().map(|id| u64::from_le_bytes(*id)).collect();
+    (header, ids)
+}
+
+/// Clicks depend on the user and on the pair of site and device, whose rows a small model learns.
+#[test]
+fn a_model_of_ids_is_evaluated_asked_and_exported() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (users, sites) = (10, ["news", "maps", "mail"]);
+    let clicked = |i: usize| i % users < 5 && (i.is_multiple_of(3) == i.is_multiple_of(2));
+    let line = |i: usize| {
+        let (user, site) = (i % users, sites[i % 3]);
+        format!("{user},{site},{},{},{}\n", ["phone", "desk"][i % 2], i * i % 1000, ["no", "yes"][clicked(i) as usize])
+    };
+    let table = |range: std::ops::Range<usize>| {
+        format!("user,site,device,visits,clicked\n{}", range.map(line).collect::<String>())
+    };
+    std::fs::write(dir.path().join("train.csv"), table(0..600)).expect("written");
+    std::fs::write(dir.path().join("test.csv"), table(600..700)).expect("written");
+    let job = dir.path().join("job.toml");
+    let toml = r#"
+        name = "clicks"
+        data = { format = "csv", train = "train.csv", test = "test.csv", target = "clicked", log = ["visits"],
+                 ids = [{ column = "user", size = 12 }, "site", { cross = ["site", "device"] }] }
+        model = { kind = "wide-deep", width = 4, hidden = [16] }
+        train = { partitions = 4, micro_batch = 8, epochs = 20, loss = "binary-cross-entropy", optimizer = { kind = "adamw", lr = 1e-2 },
+                  tables = { optimizer = { kind = "adagrad", lr = 0.1 } } }
+    "#;
+    std::fs::write(&job, toml).expect("written");
+    let done = summary(&run(dir.path(), &["local", text(&job), "--quiet", "--json", "--workers", "2"]));
+    assert!(done["eval"]["accuracy"].as_f64() >= Some(0.99), "{done}");
+    let again = summary(&run(dir.path(), &["eval", "runs/clicks", "--json"]));
+    assert_eq!((&again["eval"], &again["weights_digest"]), (&done["eval"], &done["weights_digest"]));
+
+    // A known row, one with cells that are missing, and one of a site that nobody has seen.
+    let (rows, lines) = (dir.path().join("rows.csv"), dir.path().join("rows.jsonl"));
+    std::fs::write(&rows, "n,user,site,device,visits\n7,2,news,phone,0\n8,,?,phone,\n9,3,new,desk,5\n")
+        .expect("written");
+    let asked = |file: &Path| {
+        let out = run(dir.path(), &["predict", "runs/clicks", text(file)]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).expect("text")
+    };
+    let csv = asked(&rows);
+    let cells: Vec<Vec<&str>> = csv.lines().skip(1).map(|line| line.split(',').collect()).collect();
+    assert_eq!((cells.len(), cells[0][5]), (3, "yes"), "{csv}");
+    let json = "{\"n\":7,\"user\":2,\"site\":\"news\",\"device\":\"phone\",\"visits\":0}\n\
+                {\"n\":8,\"user\":null,\"site\":\"?\",\"device\":\"phone\",\"visits\":\"\"}\n\
+                {\"n\":9,\"user\":\"3\",\"site\":\"new\",\"device\":\"desk\",\"visits\":5.0}\n";
+    std::fs::write(&lines, json).expect("written");
+    for (line, cells) in asked(&lines).lines().zip(&cells) {
+        let line: Value = serde_json::from_str(line).expect("an object");
+        let got = [
+            line["n"].to_string(),
+            line["prediction"].as_str().unwrap_or_default().into(),
+            line["probability"].to_string(),
+        ];
+        assert_eq!(got, [cells[0], cells[5], cells[6]]);
+    }
+
+    let out = run(dir.path(), &["export", "runs/clicks", "--format", "safetensors", "--out", "model"]);
+    let said = String::from_utf8_lossy(&out.stdout).to_string();
+    assert!(out.status.success() && said.contains("ids") && !said.contains("load_state_dict"), "{said}");
+    let (header, ids) = tensors(&std::fs::read(dir.path().join("model")).expect("exported"));
+    // All users, three sites and their six pairs with devices, each once; users 10 and 11 have never been there.
+    let mut sorted = ids.clone();
+    sorted.sort();
+    sorted.dedup();
+    assert_eq!((ids.len(), sorted.len(), &sorted[..users]), (19, 19, &(0..10).collect::<Vec<u64>>()[..]));
+    assert_eq!((&header["ids"]["dtype"], &header["ids"]["shape"]), (&"U64".into(), &serde_json::json!([19])));
+    let shapes: Vec<String> = header.as_object().expect("tensors").values().map(|t| t["shape"].to_string()).collect();
+    assert!(shapes.contains(&"[19,1]".into()) && shapes.contains(&"[19,4]".into()), "{header}");
+    assert!(said.contains("[19, 1]") && said.contains("[19, 4]"), "{said}");
+}
+
+/// Made-up clicks are asked about by the names of their numbers and ids.
+#[test]
+fn made_up_clicks_can_be_predicted() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = dir.path().join("job.toml");
+    let toml = r#"
+        name = "made"
+        data = { format = "synthetic", task = "clicks", numbers = 2, fields = 2, vocabulary = 9, samples = 80 }
+        model = { kind = "dlrm", width = 3, bottom = [4], top = [4] }
+        train = { partitions = 2, steps = 3, loss = "binary-cross-entropy" }
+    "#;
+    std::fs::write(&job, toml).expect("written");
+    summary(&run(dir.path(), &["local", text(&job), "--quiet", "--json", "--workers", "1"]));
+    let rows = dir.path().join("rows.jsonl");
+    std::fs::write(&rows, "{\"number0\":0.5,\"number1\":-1,\"id0\":8,\"id1\":0}\n").expect("written");
+    let answer = summary(&run(dir.path(), &["predict", "runs/made", text(&rows)]));
+    assert!(answer["probability"].as_f64() >= Some(0.5), "{answer}");
+    std::fs::write(&rows, "{\"number0\":0.5,\"number1\":-1,\"id0\":8}\n").expect("written");
+    refused(&run(dir.path(), &["predict", "runs/made", text(&rows)]), &["rows.jsonl:1", "`id1` is not given"]);
+}
+
 /// Texts are told apart by a pair of words, whose order is all that differs.
 #[test]
 fn a_text_classifier_reads_pairs_of_words() {

@@ -1,6 +1,6 @@
 //! Made-up clicks: numbers and ids of skewed frequencies, and a planted teacher that knows an effect of each of them.
 
-use super::{DataError, Dataset, Features, IdField, Ids, Raw, Scale, Targets, numbered};
+use super::{Column, DataError, Dataset, Features, IdField, Ids, Raw, Scale, Targets, numbered};
 use crate::job;
 use crate::rng::{Key, Purpose};
 
@@ -83,7 +83,10 @@ pub(super) fn make(seed: u64, spec: &job::Clicks) -> Result<Raw, DataError> {
     let scale = Scale { per_feature: true, unit: 1.0 };
     let field = |i: usize| (vec![format!("id{i}")], Some(spec.vocabulary));
     let ids = IdField::all((0..spec.fields).map(field));
-    Ok(Raw { ids, ..Raw::new(teacher.split(0, spec.samples)?, test, Some(numbered(2)), scale) })
+    // New samples are asked for by these names.
+    let column = |i| Column { name: format!("number{i}"), values: None, fill: 0.0, log: false };
+    let columns = (0..spec.numbers).map(column).collect();
+    Ok(Raw { columns, ids, ..Raw::new(teacher.split(0, spec.samples)?, test, Some(numbered(2)), scale) })
 }
 
 #[cfg(test)]
@@ -133,6 +136,6 @@ mod tests {
         for (i, id) in raw.train.ids.values.iter().enumerate() {
             assert!((100 * (i as u64 % 4)..100 * (i as u64 % 4 + 1)).contains(id));
         }
-        assert_eq!(raw.train.ids.fields, raw.ids.len());
+        assert_eq!((raw.train.ids.fields, raw.columns.len()), (raw.ids.len(), 3));
     }
 }

@@ -250,20 +250,26 @@ impl Plan {
         for field in IdField::all(fields) {
             let places: Vec<usize> =
                 field.columns.iter().map(|name| train.index("ids", name)).collect::<Result<_, _>>()?;
-            if places.contains(&target) {
-                return Err(DataError::TargetIgnored { column: spec.target.clone() });
+            let target = std::slice::from_ref(&spec.target);
+            for (other, names) in
+                [("data.target", target), ("in data.categorical", &spec.categorical), ("in data.ignore", &spec.ignore)]
+            {
+                if let Some(column) = field.columns.iter().find(|column| names.contains(column)).cloned() {
+                    return Err(DataError::Twice { column, one: "in data.ids", other });
+                }
             }
             places.iter().for_each(|&i| seen[i] = None);
             ids.push((places, field));
+        }
+        if seen[target].take().is_none() {
+            let column = spec.target.clone();
+            return Err(DataError::Twice { column, one: "data.target", other: "in data.ignore" });
         }
         for name in &spec.log {
             let i = train.index("log", name)?;
             if !matches!(seen[i], Some(Seen::Number { .. })) {
                 return Err(DataError::NotNumeric { column: name.clone() });
             }
-        }
-        if seen[target].take().is_none() {
-            return Err(DataError::TargetIgnored { column: spec.target.clone() });
         }
         let text = spec.text.as_ref().map(|text| Ok((train.index("text", &text.column)?, text))).transpose()?;
         if text.is_some_and(|(i, _)| i == target) {
@@ -515,6 +521,7 @@ pub(super) fn read(
 mod tests {
     use super::*;
     use crate::data::{Batch, Opened};
+    use crate::rows::NO_ID;
     use proptest::prelude::*;
     use std::collections::HashMap;
     use tempfile::TempDir;
@@ -723,6 +730,128 @@ mod tests {
             let (mean, square) = (column().sum::<f64>() / 4.0, column().map(|x| x * x).sum::<f64>() / 4.0);
             assert!(mean.abs() < 1e-6 && (square - 1.0).abs() < 1e-6, "{mean} {square}");
         }
+    }
+
+    const IDS: &str = "age,site,user,city,kind\n10,a,0,Rom,yes\n20,b,2,Oslo,no\n30, a ,?,Rom,yes\n40,,1,Rom,no\n";
+
+    fn id(columns: &[&str], size: Option<u64>) -> job::Id {
+        job::Id { columns: columns.iter().map(|column| column.to_string()).collect(), size }
+    }
+
+    /// A spec whose columns `ids` are ids, and no others categories.
+    fn of_ids(ids: Vec<job::Id>) -> job::Csv {
+        job::Csv { categorical: vec![], ids, ..spec() }
+    }
+
+    /// Hashed, declared, crossed, and declared behind that.
+    fn every_kind() -> job::Csv {
+        of_ids(vec![id(&["site"], None), id(&["user"], Some(3)), id(&["site", "city"], None), id(&["age"], Some(50))])
+    }
+
+    #[test]
+    fn ids_are_declared_hashed_or_crossed_and_missing_cells_have_none() {
+        let Raw { train, ids, .. } = one(every_kind(), IDS).unwrap();
+        assert_eq!((train.ids.fields, ids.iter().map(|field| field.first).collect::<Vec<_>>()), (4, vec![0, 0, 0, 3]));
+        let column = |i: usize| (0..4).map(|sample| train.ids.of(sample)[i]).collect::<Vec<_>>();
+        // Those of declared sizes follow one another.
+        assert_eq!((column(1), column(3)), (vec![0, 2, NO_ID, 1], vec![13, 23, 33, 43]));
+        for hashed in [column(0), column(2)] {
+            assert!(hashed[0] == hashed[2] && hashed[0] != hashed[1] && hashed[3] == NO_ID, "{hashed:?}");
+            assert!(!hashed[..2].contains(&NO_ID));
+        }
+        assert_ne!(column(0)[0], column(2)[0]);
+        // No numbers are left, so there is one that says nothing.
+        assert_eq!((train.shape, train.features), (vec![1], Features::F32(vec![0.0; 4])));
+        let some = one(of_ids(vec![id(&["site"], None), id(&["user"], None), id(&["city"], None)]), IDS).unwrap();
+        assert_eq!((some.train.shape, some.train.features), (vec![1], Features::F32(vec![10.0, 20.0, 30.0, 40.0])));
+    }
+
+    #[test]
+    fn a_hash_is_of_a_columns_name_and_text_alone() {
+        let hashes = |columns: &[&str], table: &str| {
+            let others =
+                table.lines().next().unwrap().split(',').filter(|name| *name != "kind" && !columns.contains(name));
+            let ignore = others.map(String::from).collect();
+            one(job::Csv { ignore, ..of_ids(vec![id(columns, None)]) }, table).unwrap().train.ids.values
+        };
+        for columns in [&["site"][..], &["site", "city"]] {
+            let all = hashes(columns, IDS);
+            for (line, want) in IDS.lines().skip(1).zip(&all).take(2) {
+                // Alone, and in a file with other columns in another order.
+                let cells: Vec<&str> = line.split(',').collect();
+                let [age, site, user, city, kind] = cells[..] else { panic!("five cells") };
+                assert_eq!(hashes(columns, &format!("age,site,user,city,kind\n{line}\n")), [*want]);
+                let turned = format!("kind,more,city,site,age\n{kind},{user},{city},{site},{age}\n");
+                assert_eq!(hashes(columns, &turned), [*want]);
+            }
+        }
+        // Neither another column's text, nor texts that only together are the same.
+        let table = "a,b,kind\nx,x,no\n";
+        assert_ne!(hashes(&["a"], &table.replace('b', "c")), hashes(&["b"], &table.replace('a', "c")));
+        let cut = |a: &str, b: &str| hashes(&["a", "b"], &format!("a,b,kind\n{a},{b},no\n"));
+        assert_ne!(cut("xy", "z"), cut("x", "yz"));
+    }
+
+    #[test]
+    fn ids_that_were_not_declared_are_named_with_file_line_and_column() {
+        for cell in ["3", "-1", "x", "1.0", "18446744073709551616"] {
+            let line = format!("20,b,{cell},Oslo");
+            let words = ["train.csv:3:", "`user`", &format!("`{cell}`"), "below 3", "data.ids"];
+            says(one(every_kind(), IDS.replace("20,b,2,Oslo", &line)), &words);
+        }
+        let test = "age,site,user,city,kind\n1,never seen,0,Rom,no\n50,a,0,Rom,no\n";
+        says(both(every_kind(), IDS, Some(test)), &["test.csv:3:", "`age`", "`50`", "below 50"]);
+        let with = |ids| job::Csv { ignore: vec!["age".into()], categorical: vec!["city".into()], ..of_ids(ids) };
+        for (columns, words) in [
+            (&["sit"][..], &["data.ids", "`sit`", "nearest is `site`"][..]),
+            (&["kind"], &["`kind`", "in data.ids and data.target"]),
+            (&["site", "age"], &["`age`", "in data.ids and in data.ignore"]),
+            (&["city"], &["`city`", "in data.ids and in data.categorical"]),
+        ] {
+            says(one(with(vec![id(columns, None)]), IDS), words);
+        }
+    }
+
+    #[test]
+    fn logarithms_are_taken_on_both_sides_of_0_before_the_mean() {
+        let spec = job::Csv { categorical: vec![], log: vec!["age".into()], ..spec() };
+        let raw = one(spec.clone(), "age,high,kind\n0,1,no\n-1.5,2,no\n?,3,no\n1e6,4,yes\n").unwrap();
+        let (small, large) = (-(2.5f64.ln()), 1_000_001f64.ln());
+        let want = [0.0, 1.0, small, 2.0, (small + large) / 3.0, 3.0, large, 4.0];
+        let got = features(&raw.train);
+        assert!(got.len() == 8 && got.iter().zip(want).all(|(got, want)| (*got as f64 - want).abs() < 1e-5), "{got:?}");
+        let Opened { train, prepared, .. } = raw.prepare(false);
+        let cells = HashMap::from([("age", "-1.5"), ("high", "2")]);
+        assert_eq!(encode(&prepared, |c| cells.get(c).copied()).unwrap(), features(&train)[2..4]);
+        for (log, ids) in [("kind", vec![]), ("age", vec![id(&["age"], None)])] {
+            says(
+                one(job::Csv { log: vec![log.into()], ids, ..spec.clone() }, "age,high,kind\n0,1,no\n"),
+                &["data.log", &format!("`{log}`"), "take it out"],
+            );
+        }
+    }
+
+    #[test]
+    fn new_rows_have_the_ids_of_training_rows() {
+        let Opened { train, prepared, .. } = one(every_kind(), IDS).unwrap().prepare(true);
+        let prepared: Prepared = serde_json::from_str(&serde_json::to_string(&prepared).unwrap()).unwrap();
+        let names: Vec<&str> = IDS.lines().next().unwrap().split(',').collect();
+        for (sample, line) in IDS.lines().skip(1).enumerate() {
+            let cells: HashMap<&str, &str> = names.iter().copied().zip(line.split(',')).collect();
+            let cell = |name: &str| cells.get(name).copied();
+            assert_eq!(encode_ids(&prepared, cell).unwrap(), train.ids.of(sample));
+            assert_eq!(encode(&prepared, cell).unwrap(), [0.0]);
+        }
+        let says = |user: Option<&str>, words: &[&str]| {
+            let cells: HashMap<&str, &str> = [("site", "a"), ("city", "Rom"), ("age", "1")]
+                .into_iter()
+                .chain(user.map(|user| ("user", user)))
+                .collect();
+            let message = encode_ids(&prepared, |name| cells.get(name).copied()).unwrap_err().to_string();
+            assert!(words.iter().all(|word| message.contains(word)), "{message}");
+        };
+        says(Some("3"), &["`user` is `3`", "below 3"]);
+        says(None, &["`user` is not given"]);
     }
 
     /// The text column `x` of a table.

@@ -47,6 +47,9 @@ pub enum Targets {
     Next,
 }
 
+/// What the kind of targets is marked with, in bytes, where there are ids behind them.
+const WITH_IDS: u8 = 0x80;
+
 fn gather<T: Copy>(values: &[T], width: usize, rows: &[usize]) -> Vec<T> {
     let mut out = Vec::with_capacity(rows.len() * width);
     for &row in rows {
@@ -116,8 +119,8 @@ impl Dataset {
         }
     }
 
-    /// The encoding, in pieces: kinds of features and targets, dimensions (a byte each), samples and shape (`u64`),
-    /// features, targets; where there are ids, their fields (`u64`) and the ids; little-endian.
+    /// The encoding, in pieces: kinds of features and targets (and whether there are ids), dimensions (a byte each), samples and
+    /// shape (`u64`), features, targets; where there are ids, their fields (`u64`) and the ids; little-endian.
     fn encode(&self, mut put: impl FnMut(&[u8])) {
         let features = match self.features {
             Features::U8(_) => 0,
@@ -129,7 +132,8 @@ impl Dataset {
             Targets::Value(_) => 1,
             Targets::Next => 2,
         };
-        put(&[features, targets, self.shape.len() as u8]);
+        let ids = if self.ids.fields > 0 { WITH_IDS } else { 0 };
+        put(&[features, targets | ids, self.shape.len() as u8]);
         for size in std::iter::once(self.samples()).chain(self.shape.iter().copied()) {
             put(&(size as u64).to_le_bytes());
         }
@@ -181,20 +185,23 @@ impl Dataset {
             2 => Features::U32(words(take(&mut rest, values.and_then(|n| n.checked_mul(4)))?, u32::from_le_bytes)),
             _ => return Err(DataError::Encoded("the kind of features is unknown")),
         };
-        let targets = match kinds[1] {
+        let targets = match kinds[1] & !WITH_IDS {
             0 => Targets::Class(words(take(&mut rest, samples.checked_mul(4))?, u32::from_le_bytes)),
             1 => Targets::Value(words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes)),
             2 => Targets::Next,
             _ => return Err(DataError::Encoded("the kind of targets is unknown")),
         };
         let mut ids = Ids::default();
-        if !rest.is_empty() {
+        if kinds[1] & WITH_IDS != 0 {
             ids.fields = take_size(&mut rest)?;
+            if ids.fields == 0 {
+                return Err(DataError::Encoded("a sample has no ids"));
+            }
             let all = ids.fields.checked_mul(samples).and_then(|n| n.checked_mul(8));
             let all = take(&mut rest, all)?.as_chunks().0;
             ids.values = all.iter().map(|id| u64::from_le_bytes(*id)).collect();
         }
-        if !rest.is_empty() || ids.fields == 0 && ids != Ids::default() {
+        if !rest.is_empty() {
             return Err(DataError::Encoded("they go on after their end"));
         }
         let finite = |values: &Vec<f32>| crate::kernels::all_finite(values);

@@ -87,14 +87,16 @@ pub enum DataError {
     SameName { path: String, column: String },
     #[error("data.{key} names the column `{column}`, which {path} does not have; the nearest is `{nearest}`")]
     NoColumn { key: &'static str, column: String, path: String, nearest: String },
-    #[error("column `{column}` is data.target and in data.ignore; take it out of one")]
-    TargetIgnored { column: String },
+    #[error("column `{column}` is {one} and {other}; take it out of one")]
+    Twice { column: String, one: &'static str, other: &'static str },
     #[error(
-        "data.log names column {column:?}, which does not hold numbers that are learnt from; take it out of one of the two"
+        "data.log names the column `{column}`, which does not hold numbers that are learnt from: it is the target, or in data.ids, \
+         data.categorical or data.ignore; take it out of data.log, or out of that"
     )]
     NotNumeric { column: String },
     #[error(
-        "{path}:{line}: column {column:?} holds {cell:?}, which is not a whole number below {size}; correct it, raise its `size` in data.ids, or leave `size` out"
+        "{path}:{line}: column `{column}` holds `{cell}`, which is not a whole number below {size}; correct it, raise its `size` \
+         in data.ids, or leave `size` out, for ids by their hash"
     )]
     Id { path: String, line: usize, column: String, cell: String, size: u64 },
     #[error("{path} has no columns left to learn from; take some out of data.ignore")]
@@ -151,7 +153,10 @@ pub enum DataError {
          is unknown"
     )]
     CellNumber { column: String, cell: String },
-    #[error("column {column:?} holds {cell:?}, which is not a whole number below {size}, as all ids were in training")]
+    #[error(
+        "column `{column}` is `{cell}`, which is not a whole number below {size}, as in training; correct it, or leave the cell empty \
+         if it is unknown"
+    )]
     CellId { column: String, cell: String, size: u64 },
 
     #[error("synthetic data need {what}; correct data.{key}")]

@@ -429,8 +429,8 @@ mod tests {
     }
 
     fn dataset() -> impl Strategy<Value = Dataset> {
-        (prop::collection::vec(1usize..4, 1..4), 0usize..6, 0..5, any::<u64>()).prop_map(
-            |(shape, samples, kind, seed)| {
+        (prop::collection::vec(1usize..4, 1..4), 0usize..6, 0..5, 0usize..3, any::<u64>()).prop_map(
+            |(shape, samples, kind, fields, seed)| {
                 let key = crate::rng::Key::new(seed, crate::rng::Purpose::Synthetic);
                 let values = 0..(samples * shape.iter().product::<usize>()) as u64;
                 let features = match kind {
@@ -443,7 +443,8 @@ mod tests {
                     1 | 3 => Targets::Value((0..samples as u64).map(|i| key.uniform(i)).collect()),
                     _ => Targets::Next,
                 };
-                Dataset { shape, features, ids: Ids::default(), targets }
+                let ids = Ids { fields, values: (0..(samples * fields) as u64).map(|i| key.u64(i)).collect() };
+                Dataset { shape, features, ids, targets }
             },
         )
     }
@@ -514,7 +515,7 @@ mod tests {
             let chosen = set.select(&rows);
             let raw = match chosen.features { Features::U8(v) => v.into_iter().map(f32::from).collect(), Features::F32(v) => v, Features::U32(_) => panic!("tokens") };
             let want: Vec<f32> = raw.iter().enumerate().map(|(i, x)| (x - mean[i % width % mean.len()]) * 0.5).collect();
-            prop_assert_eq!((batch.inputs, batch.samples), (want, rows.len()));
+            prop_assert_eq!((batch.inputs, batch.ids, batch.samples), (want, chosen.ids.values, rows.len()));
             // With no rows there is nothing to compare but the kind.
             prop_assert_eq!(batch.targets, chosen.targets);
         }

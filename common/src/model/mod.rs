@@ -30,16 +30,25 @@ pub enum ModelError {
     )]
     Tokens,
     #[error(
-        "model.layers[{0}] (lookup) needs ids, and the data has none: name columns in data.ids, or leave the layer out"
+        "the model looks ids up (model.layers[{0}]), and the data has none: name columns in data.ids, or choose a model without \
+         \"lookup\", such as kind = \"mlp\""
     )]
     NoIds(String),
     #[error(
-        "the data has {0} ids a sample, and the model looks none of them up: begin with {{ op = \"lookup\", width = 16 }}, or use kind = \"deepfm\", \"wide-deep\", \"dlrm\" or \"logistic\""
+        "the data has {0} ids a sample, and the model looks none of them up: use kind = \"logistic\", \"matrix-factorization\", \
+         \"wide-deep\", \"deepfm\" or \"dlrm\", {{ op = \"lookup\", width = 16 }} among model.layers, or take data.ids out"
     )]
     Ids(usize),
+    #[error(
+        "kind = {kind:?} gives one value a sample, and the data and the loss need {need}: set train.loss = \"binary-cross-entropy\" for \
+         two classes, or use \"wide-deep\" or \"dlrm\""
+    )]
+    OneValue { kind: &'static str, need: usize },
     #[error("the model has {0} parameters; at most 2^31 are possible")]
     TooLarge(u128),
-    #[error("the model has no parameters to train; add for example {{ op = \"linear\", units = {0} }}")]
+    #[error(
+        "the model has no parameters to train, but for sparse tables; add for example {{ op = \"linear\", units = {0} }}"
+    )]
     Nothing(usize),
 }
 
@@ -345,6 +354,12 @@ impl Model {
     /// Builds `spec` for what goes in and has to come out. `linear` and `mlp` take a sample as one row.
     pub fn build(spec: &job::Model, signature: &Signature) -> Result<Model, ModelError> {
         let &Signature { ref input, ids, vocabulary, ref output, causal } = signature;
+        let need = output[output.len() - 1];
+        let deep = matches!(spec, job::Model::DeepFm(_));
+        if need > 1 && (deep || matches!(spec, job::Model::MatrixFactorization { .. })) {
+            let kind = if deep { "deepfm" } else { "matrix-factorization" };
+            return Err(ModelError::OneValue { kind, need });
+        }
         let (specs, shape) = layers(spec, signature);
         let first = specs.first();
         let takes_tokens = matches!(

@@ -106,6 +106,13 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     };
     assert_eq!(job(&format!("{some_csv}, {all}"), LINEAR, "").data.source, Source::Csv(full));
 
+    let id = |columns: &[&str], size| Id { columns: columns.iter().map(|c| c.to_string()).collect(), size };
+    let ids = vec![id(&["a"], None), id(&["b"], None), id(&["c"], Some(1 << 48)), id(&["d", "a", "e"], None)];
+    let keys = "ids = [\"a\", { column = \"b\" }, { column = \"c\", size = 281474976710656 }, { cross = [\"d\", \"a\", \"e\"] }], \
+                log = [\"f\", \"g\"]";
+    let of_ids = Csv { ids, log: vec!["f".into(), "g".into()], ..plain_csv.clone() };
+    assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Csv(of_ids));
+
     let made = job("format = \"synthetic\", shape = [1, 2, 3], classes = 4, samples = 5", LINEAR, "").data;
     let shape = vec![1, 2, 3];
     let source = Source::Synthetic { task: Task::Classification, shape, classes: 4, samples: 5, test_samples: 1 };
@@ -121,6 +128,17 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let language = "format = \"synthetic\", task = \"language\", vocabulary = 5, context = 4, samples = 80";
     let source = Source::SyntheticText { vocabulary: 5, context: 4, samples: 80, test_samples: 10 };
     assert_eq!(job(language, LINEAR, "").data.source, source);
+
+    let clicks = "format = \"synthetic\", task = \"clicks\", vocabulary = 9, samples = 80";
+    let plain = Clicks { numbers: 13, fields: 26, vocabulary: 9, zipf: 1.0, samples: 80, test_samples: 10 };
+    let made = job(clicks, LINEAR, "").data;
+    assert_eq!(
+        made,
+        Data { source: Source::Clicks(plain.clone()), normalize: false, ship: None, hashed: false, augment: None }
+    );
+    let all = Clicks { numbers: 2, fields: 3, zipf: 0.0, test_samples: 0, ..plain };
+    let keys = "numbers = 2, fields = 3, zipf = 0, test_samples = 0";
+    assert_eq!(job(&format!("{clicks}, {keys}"), LINEAR, "").data.source, Source::Clicks(all));
 
     let plain = "format = \"text\", train = \"a.txt\", context = 4";
     let text = Text {
@@ -196,7 +214,24 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
     assert_eq!(resnet("20"), Model::Resnet { depth: 20, width: 16 });
     assert_eq!(resnet("8, width = 4"), Model::Resnet { depth: 8, width: 4 });
 
+    let of_ids = |kind: &str, keys: &str| job(DIGITS, &format!("kind = \"{kind}\"{keys}"), "").model;
+    assert_eq!(of_ids("logistic", ""), Model::Logistic);
+    assert_eq!(of_ids("matrix-factorization", ""), Model::MatrixFactorization { width: 16 });
+    assert_eq!(of_ids("matrix-factorization", ", width = 3"), Model::MatrixFactorization { width: 3 });
+    let deep = Deep { width: 16, hidden: vec![256, 128], dropout: 0.0 };
+    assert_eq!(of_ids("wide-deep", ""), Model::WideDeep(deep.clone()));
+    assert_eq!(of_ids("deepfm", ""), Model::DeepFm(deep));
+    let deep = Deep { width: 3, hidden: vec![], dropout: 0.5 };
+    let keys = ", width = 3, hidden = [], dropout = 0.5";
+    assert_eq!(of_ids("wide-deep", keys), Model::WideDeep(deep.clone()));
+    assert_eq!(of_ids("deepfm", keys), Model::DeepFm(deep));
+    let dlrm = |width, bottom, top, interaction| Model::Dlrm { width, bottom, top, interaction };
+    assert_eq!(of_ids("dlrm", ""), dlrm(16, vec![64], vec![256, 64], Interaction::Dot));
+    let keys = ", width = 3, bottom = [4, 5], top = [], interaction = \"concat\"";
+    assert_eq!(of_ids("dlrm", keys), dlrm(3, vec![4, 5], vec![], Interaction::Concat));
+
     let act = |activation| Layer::Activation { activation };
+    let lookup = |init| Layer::Lookup { width: 8, init };
     let conv =
         |stride, padding, bias, init| Layer::Conv2d { filters: 5, kernel: 3, stride, padding, groups: 1, bias, init };
     let cases = [
@@ -259,6 +294,27 @@ fn every_model_and_layer_has_its_defaults_and_every_key_counts() {
         (
             "op = \"residual\", layers = [{ op = \"tanh\" }], shortcut = [{ op = \"flatten\" }]",
             Layer::Residual { layers: vec![act(Activation::Tanh)], shortcut: vec![Layer::Flatten] },
+        ),
+        ("op = \"lookup\", width = 8", lookup(RowInit::Uniform { bound: 0.05 })),
+        ("op = \"lookup\", width = 8, init = \"uniform\"", lookup(RowInit::Uniform { bound: 0.05 })),
+        (
+            "op = \"lookup\", width = 8, init = { kind = \"uniform\", bound = 0.5 }",
+            lookup(RowInit::Uniform { bound: 0.5 }),
+        ),
+        ("op = \"lookup\", width = 8, init = { kind = \"normal\", std = 2 }", lookup(RowInit::Normal { std: 2.0 })),
+        ("op = \"lookup\", width = 8, init = \"zeros\"", lookup(RowInit::Zeros)),
+        ("op = \"slice\", len = 3", Layer::Slice { from: 0, len: 3 }),
+        ("op = \"slice\", from = 2, len = 3", Layer::Slice { from: 2, len: 3 }),
+        ("op = \"sum\"", Layer::Sum),
+        ("op = \"factorization-machine\", width = 4", Layer::FactorizationMachine { width: 4 }),
+        ("op = \"dot-interaction\", width = 4", Layer::DotInteraction { width: 4 }),
+        (
+            "op = \"parallel\", branches = [[], [{ op = \"sum\" }, { op = \"tanh\" }]]",
+            Layer::Parallel { join: Join::Concat, branches: vec![vec![], vec![Layer::Sum, act(Activation::Tanh)]] },
+        ),
+        (
+            "op = \"parallel\", join = \"sum\", branches = [[{ op = \"sum\" }]]",
+            Layer::Parallel { join: Join::Sum, branches: vec![vec![Layer::Sum]] },
         ),
     ];
     for (text, layer) in cases {
@@ -354,6 +410,40 @@ fn every_optimizer_has_pytorchs_defaults_and_every_key_counts() {
     for (text, optimizer) in cases {
         assert_eq!(job(DIGITS, LINEAR, &format!("optimizer = {text}")).train.optimizer, optimizer, "{text}");
     }
+}
+
+#[test]
+fn every_row_optimizer_has_its_defaults_and_every_key_counts() {
+    let tables = |keys: &str| job(DIGITS, LINEAR, &format!("tables = {{ {keys} }}")).train.tables();
+    let adagrad = |lr, eps, initial_accumulator| RowOptimizer::Adagrad { lr, eps, initial_accumulator };
+    let by_row = |lr, eps, initial_accumulator| RowOptimizer::RowAdagrad { lr, eps, initial_accumulator };
+    let adam = |lr, beta1, beta2, eps| RowOptimizer::LazyAdam { lr, beta1, beta2, eps };
+    let ftrl = |lr, beta, l1, l2| RowOptimizer::Ftrl { lr, beta, l1, l2 };
+    let cases = [
+        ("\"adagrad\"", adagrad(0.01, 1e-10, 0.0)),
+        ("{ kind = \"adagrad\", lr = 1, eps = 2, initial_accumulator = 3 }", adagrad(1.0, 2.0, 3.0)),
+        ("\"sgd\"", RowOptimizer::Sgd { lr: 0.01 }),
+        ("{ kind = \"sgd\", lr = 1 }", RowOptimizer::Sgd { lr: 1.0 }),
+        ("\"row-adagrad\"", by_row(0.01, 1e-10, 0.0)),
+        ("{ kind = \"row-adagrad\", lr = 1, eps = 2, initial_accumulator = 3 }", by_row(1.0, 2.0, 3.0)),
+        ("\"lazy-adam\"", adam(1e-3, 0.9, 0.999, 1e-8)),
+        ("{ kind = \"lazy-adam\", lr = 1, beta1 = 0.5, beta2 = 0, eps = 0.25 }", adam(1.0, 0.5, 0.0, 0.25)),
+        ("\"ftrl\"", ftrl(0.05, 1.0, 0.0, 0.0)),
+        ("{ kind = \"ftrl\", lr = 1, beta = 0, l1 = 2, l2 = 3 }", ftrl(1.0, 0.0, 2.0, 3.0)),
+    ];
+    for (text, optimizer) in cases {
+        let want = Tables { optimizer, memory: 4096 << 20 };
+        assert_eq!(tables(&format!("optimizer = {text}")), want, "{text}");
+    }
+    let plain = Tables { optimizer: adagrad(0.01, 1e-10, 0.0), memory: 4096 << 20 };
+    assert_eq!((tables(""), job(DIGITS, LINEAR, "").train.tables()), (plain.clone(), plain.clone()));
+    assert_eq!(tables("memory_mb = 7"), Tables { memory: 7 << 20, ..plain.clone() });
+    let lr = read(JOB, &["train.tables.optimizer.lr=0.5"]).unwrap().train.tables();
+    assert_eq!(lr, Tables { optimizer: adagrad(0.5, 1e-10, 0.0), ..plain });
+    // Where rows lie does not decide what is learnt; how they change does.
+    let digest = |keys: &str| job(DIGITS, LINEAR, &format!("tables = {{ {keys} }}")).digest();
+    assert_eq!(digest("memory_mb = 7"), digest(""));
+    assert_ne!(digest("optimizer = \"sgd\""), digest(""));
 }
 
 #[test]
@@ -555,6 +645,106 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
 }
 
 #[test]
+fn mistakes_about_ids_and_their_tables_are_named() {
+    let data = |keys: &str| JOB.replace("\"digits\"", &format!("\"csv\"\ntrain = \"a\"\ntarget = \"y\"\n{keys}"));
+    let clicks = |keys: &str| JOB.replace("\"digits\"", &format!("\"synthetic\"\nsamples = 9\n{keys}"));
+    let model = |keys: &str| JOB.replace("kind = \"mlp\"\nhidden = [8]", keys);
+    let layer = |keys: &str| model(&format!("kind = \"layers\"\nlayers = [{{ {keys} }}]"));
+    let tables = |keys: &str| format!("{JOB}tables = {{ {keys} }}\n");
+    let entry =
+        "`data.ids[1]` must be a column's name, { column = \"user\", size = 1000 } or { cross = [\"a\", \"b\"] }";
+    let cases = [
+        (data("ids = \"a\""), "job.toml:7: `data.ids` must be a list of columns, not the text \"a\""),
+        (data("ids = [\"a\",\n  {}]"), &format!("job.toml:8: {entry}")),
+        (data("ids = [\"a\",\n  { cross = [\"a\"] }]"), &format!("job.toml:8: {entry}")),
+        (data("ids = [\"a\",\n  { column = \"b\", cross = [\"a\", \"b\"] }]"), &format!("job.toml:8: {entry}")),
+        (
+            data("ids = [{ cross = [\"a\", \"b\"], size = 3 }]"),
+            "job.toml:7: `data.ids[0].size` and `data.ids[0].cross` are both given, but combinations are known by their hash",
+        ),
+        (data("ids = [7]"), "job.toml:7: `data.ids[0]` must be a table, not 7"),
+        (data("ids = [{ colum = \"a\" }]"), "job.toml:7: unknown key `data.ids[0].colum`; did you mean `column`?"),
+        (
+            data("ids = [{ column = \"a\", size = 0 }]"),
+            "job.toml:7: `data.ids[0].size` must be a whole number from 1 to 281474976710656, not 0",
+        ),
+        (data("log = \"a\""), "job.toml:7: `data.log` must be a list, each item a text"),
+        (
+            data("text = \"x\"\ncontext = 4\nids = [\"a\"]"),
+            "job.toml:9: `data.ids` and `data.text` are both given, but the text is all that is learnt from",
+        ),
+        (
+            data("text = \"x\"\ncontext = 4\nlog = [\"a\"]"),
+            "job.toml:9: `data.log` and `data.text` are both given, but the text is all that is learnt from",
+        ),
+        (
+            clicks("task = \"clicks\""),
+            "job.toml:3: `data.vocabulary` is missing; write for example `vocabulary = 20000`",
+        ),
+        (
+            clicks("task = \"clicks\"\nvocabulary = 9\nshape = [3]"),
+            "job.toml:8: `data.shape` is for another `data.task` than \"clicks\"",
+        ),
+        (
+            clicks("shape = [3]\nclasses = 2\nzipf = 1"),
+            "job.toml:8: `data.zipf` is for another `data.task` than \"classification\"",
+        ),
+        (
+            clicks("task = \"clicks\"\nvocabulary = 9\nzipf = -1"),
+            "job.toml:8: `data.zipf` must be a number of at least 0, not -1",
+        ),
+        (
+            clicks("task = \"clicks\"\nvocabulary = 9\nfields = 0"),
+            "job.toml:8: `data.fields` must be a whole number from 1 to 4096, not 0",
+        ),
+        (model("kind = \"logistic\"\nwidth = 4"), "job.toml:7: unknown key `model.width`; the keys here are `kind`"),
+        (
+            model("kind = \"deepfm\"\nwidth = 0"),
+            "job.toml:7: `model.width` must be a whole number from 1 to 2147483648, not 0",
+        ),
+        (
+            model("kind = \"dlrm\"\ninteraction = \"product\""),
+            "job.toml:7: there is no interaction \"product\"; choose one of `dot`, `concat`",
+        ),
+        (layer("op = \"lookup\""), "job.toml:7: `model.layers[0].width` is missing; write for example `width = 16`"),
+        (
+            layer("op = \"lookup\", width = 4, init = \"kaiming-uniform\""),
+            "job.toml:7: there is no init \"kaiming-uniform\"; ",
+        ),
+        (
+            layer("op = \"lookup\", width = 4, init = { kind = \"uniform\", bound = 0 }"),
+            "job.toml:7: `model.layers[0].init.bound` must be a number above 0, not 0",
+        ),
+        (
+            layer("op = \"slice\", from = 2"),
+            "job.toml:7: `model.layers[0].len` is missing; write for example `len = 16`",
+        ),
+        (
+            layer("op = \"parallel\", branches = []"),
+            "job.toml:7: `model.layers[0].branches` must be a list of lists of layers, not ",
+        ),
+        (
+            layer("op = \"parallel\", branches = [[{ op = \"summ\" }]]"),
+            "job.toml:7: there is no layer \"summ\"; did you mean \"sum\"?",
+        ),
+        (tables("memory = 4"), "job.toml:11: unknown key `train.tables.memory`; did you mean `memory_mb`?"),
+        (
+            tables("memory_mb = 0"),
+            "job.toml:11: `train.tables.memory_mb` must be a whole number from 1 to 16777216, not 0",
+        ),
+        (tables("optimizer = \"adamw\""), "job.toml:11: there is no optimizer \"adamw\"; "),
+        (
+            tables("optimizer = { kind = \"sgd\", weight_decay = 0.1 }"),
+            "job.toml:11: unknown key `train.tables.optimizer.weight_decay`; the keys here are `kind`, `lr`",
+        ),
+    ];
+    for (text, want) in cases {
+        let got = message(&text, &[]);
+        assert!(got.starts_with(want), "{got}\n(wanted {want})");
+    }
+}
+
+#[test]
 fn mistakes_in_overrides_are_named_with_the_override() {
     for (set, want) in [
         ("train.stps=200", "unknown key `train.stps`; did you mean `steps`?"),
@@ -642,13 +832,14 @@ fn value() -> impl Strategy<Value = String> {
     ]
 }
 
-const SOME_KEYS: [&str; 22] = [
+const SOME_KEYS: [&str; 24] = [
     "name",
     "seed",
     "data",
     "data.format",
     "data.ship",
     "data.shape",
+    "data.ids",
     "model",
     "model.kind",
     "model.hidden",
@@ -660,6 +851,7 @@ const SOME_KEYS: [&str; 22] = [
     "train.loss",
     "train.optimizer",
     "train.optimizer.lr",
+    "train.tables.optimizer.lr",
     "train.schedule.kind",
     "train.schedule.warmup_steps",
     "train.early_stopping.patience",
