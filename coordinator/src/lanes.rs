@@ -1,6 +1,6 @@
 //! The lanes of workers that share memory with this process, as the driver sees them.
 
-use crate::push::{Chunk, Push, check_rows};
+use crate::push::{Chunk, Push, check_keys};
 use crate::rows::RowGradient;
 use crate::shared::Shared;
 use crate::sum::Gradient;
@@ -75,7 +75,7 @@ impl LaneEnd {
                     if let Some((rows, (held, hold, count))) = rows.zip(self.hold.as_ref()) {
                         let part = RowPart::new(hold, *count as usize).filter(|_| *held == slot);
                         let part = part.ok_or(WireError::Slot { slot })?;
-                        check_rows(shared, part.values())?;
+                        check_keys(part.values().0)?;
                         rows.accept(shared, RowGradient::Slot(part));
                     }
                 }

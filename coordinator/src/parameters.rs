@@ -1,7 +1,7 @@
 //! Gradients in and weights out, as a gRPC service by hand: a generated one would copy each chunk on its way. Here a chunk of
 //! a gradient is added up from the memory it came in, and all streams send the same bytes of a chunk of weights.
 
-use crate::push::{Chunk, Push, check_rows};
+use crate::push::{Chunk, Push, check_keys};
 use crate::rows::RowGradient;
 use crate::shared::{Input, Shared};
 use crate::sum::Gradient;
@@ -21,6 +21,7 @@ use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::{Status, codegen::Service};
 use unisono_common::ids::WorkerId;
+use unisono_common::kernels;
 use unisono_common::rows::sums::RowSums;
 use unisono_proto::stream::{self, ChunkHead, Part, Reader};
 use unisono_proto::{self as wire, WireError, v1};
@@ -176,6 +177,9 @@ impl Coming {
             return wrong("there are more rows than can be, or a piece has none");
         }
         let (keys, gradients) = values.split_at(8 * rows);
+        if !kernels::all_finite_bytes(gradients) {
+            return wrong("a value is not finite");
+        }
         self.sums.keys.extend(keys.as_chunks::<8>().0.iter().map(|key| u64::from_le_bytes(*key)));
         self.sums.values.extend(gradients.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)));
         self.pieces += 1;
@@ -184,7 +188,7 @@ impl Coming {
         }
         let sums = std::mem::take(&mut self.sums);
         // Also of a node that is not owed any more: who sends such rows is of no use.
-        check_rows(shared, sums.parts())?;
+        check_keys(&sums.keys)?;
         Ok(Some(sums))
     }
 }

@@ -50,7 +50,7 @@ impl RowGradient {
     /// What may wait for long: it keeps no slot from its worker.
     fn kept(self) -> RowGradient {
         match self {
-            RowGradient::Slot(part) => {
+            RowGradient::Slot(part) if !part.may_wait() => {
                 let (keys, values) = part.values();
                 RowGradient::Sums(RowSums { keys: keys.to_vec(), values: values.to_vec() })
             }

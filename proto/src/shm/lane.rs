@@ -278,6 +278,11 @@ impl RowPart {
         (rows <= hold.lane.size.rows).then(|| RowPart { hold: hold.clone(), rows })
     }
 
+    /// Whether they may stay where they are for long.
+    pub fn may_wait(&self) -> bool {
+        self.hold.may_wait()
+    }
+
     /// Their keys, and their gradients, `(keys, width)`.
     #[allow(unsafe_code, reason = "shared memory")]
     pub fn values(&self) -> (&[u64], &[f32]) {
