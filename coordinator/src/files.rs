@@ -83,7 +83,7 @@ struct RowFiles {
     optimizer: RowOptimizer,
     /// What is not in a file yet.
     block: RowBlock,
-    written: Vec<TensorFile>,
+    written: Vec<FileDigest>,
     digest: rows::Digest,
 }
 
@@ -104,7 +104,7 @@ impl RowFiles {
         let block = std::mem::take(&mut self.block);
         if !block.keys.is_empty() {
             let bytes = checkpoint::rows_to_safetensors(&self.layout, &self.optimizer, &block);
-            self.written.push(TensorFile::create(aside.join(rows_file(self.written.len())), &bytes)?);
+            self.written.push(TensorFile::create(aside.join(rows_file(self.written.len())), &bytes)?.sync()?);
         }
         Ok(())
     }
@@ -187,9 +187,7 @@ impl Writing {
         if let Some(tables) = &self.tables {
             let mut tables = lock(tables);
             tables.write(&aside)?;
-            for (n, file) in tables.written.iter().enumerate() {
-                manifest.files.insert(rows_file(n), file.sync()?);
-            }
+            manifest.files.extend(tables.written.iter().cloned().enumerate().map(|(n, digest)| (rows_file(n), digest)));
             digest = tables.digest.finish(&digest);
         }
         manifest.weights_digest = digest.clone();

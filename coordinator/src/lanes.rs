@@ -75,8 +75,10 @@ impl LaneEnd {
                     if let Some((rows, (held, hold, count))) = rows.zip(self.hold.as_ref()) {
                         let part = RowPart::new(hold, *count as usize).filter(|_| *held == slot);
                         let part = part.ok_or(WireError::Slot { slot })?;
-                        check_keys(part.values().0)?;
-                        rows.accept(shared, RowGradient::Slot(part));
+                        // A copy, which nobody changes after it was checked.
+                        let keys = part.values().0.to_vec();
+                        check_keys(&keys)?;
+                        rows.accept(shared, RowGradient::Slot(keys, part));
                     }
                 }
             }

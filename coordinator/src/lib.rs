@@ -252,7 +252,8 @@ fn find(job: &Job, prepared: &Prepared, dir: &Path, model: &Model, optimizer: &O
         checkpoint::state_from_safetensors(layout.trainable(), &optimizer.slot_names(), &slots).with_context(mine)?;
     let weights = checkpoint::weights_from_safetensors(layout, &weights).with_context(mine)?;
     let of_tables = RowOptimizer::new(&job.train.tables().optimizer, model.rows());
-    let rows = rows.iter().map(|file| checkpoint::rows_from_safetensors(model.rows(), &of_tables, file));
+    // File by file: each is let go of when its rows are there.
+    let rows = rows.into_iter().map(|file| checkpoint::rows_from_safetensors(model.rows(), &of_tables, &file));
     let rows = rows.collect::<Result<_, _>>().with_context(mine)?;
     if manifest.job_digest != hex(job.digest()) {
         tracing::warn!(

@@ -132,7 +132,11 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 if let Some(sums) = coming.add(shared, head, &values)?
                     && let Some(rows) = push.rows()?
                 {
-                    rows.accept(shared, RowGradient::Sums(sums));
+                    // It may be the last of a step: the update of all rows keeps no other stream waiting.
+                    let shared = shared.clone();
+                    let accept = move || rows.accept(&shared, RowGradient::Sums(sums));
+                    let done = tokio::task::spawn_blocking(accept).await;
+                    done.map_err(|_| Status::internal("the rows could not be added"))?;
                 }
             }
             Part::Short(_) => {

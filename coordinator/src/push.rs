@@ -9,6 +9,7 @@ use std::time::Instant;
 use unisono_common::ids::{Step, WorkerId};
 use unisono_common::loss::LossSums;
 use unisono_common::protocol::Kind;
+use unisono_common::rows::{NO_ID, key};
 use unisono_common::tree::Node;
 use unisono_proto::WireError;
 use unisono_proto::shm::frame::{Header, Spent};
@@ -113,12 +114,18 @@ impl Rows {
     }
 }
 
-/// Checks the keys of a node's sums of rows: in order, each once.
+/// Checks the keys of a node's sums of rows: in order, each once, and each that of an id.
 ///
 /// # Errors
 /// Keys that are not so.
 pub fn check_keys(keys: &[u64]) -> Result<(), WireError> {
-    if keys.is_sorted_by(|a, b| a < b) { Ok(()) } else { Err(WireError::Rows("keys are not in order")) }
+    if !keys.is_sorted_by(|a, b| a < b) {
+        return Err(WireError::Rows("keys are not in order"));
+    }
+    match keys.binary_search(&key(NO_ID)) {
+        Ok(_) => Err(WireError::Rows("a key is that of no id")),
+        Err(_) => Ok(()),
+    }
 }
 
 impl Opened {

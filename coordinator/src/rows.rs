@@ -22,8 +22,8 @@ use unisono_proto::shm::{Capacity, Memory, RowPart, RowStore};
 
 /// Gradient sums of some rows.
 pub enum RowGradient {
-    /// Where a worker computed them.
-    Slot(RowPart),
+    /// Where a worker computed them; the keys are a copy, which stays as it was checked.
+    Slot(Vec<u64>, RowPart),
     Sums(RowSums),
     /// The root's two halves, that are still to be added.
     Both(Box<[RowGradient; 2]>),
@@ -33,7 +33,7 @@ impl RowGradient {
     /// Keys, and gradients, `(keys, width)`.
     pub fn parts(&self) -> (&[u64], &[f32]) {
         match self {
-            RowGradient::Slot(part) => part.values(),
+            RowGradient::Slot(keys, part) => (keys, part.values().1),
             RowGradient::Sums(sums) => sums.parts(),
             RowGradient::Both(_) => unreachable!("only the root's two halves wait to be added"),
         }
@@ -50,9 +50,9 @@ impl RowGradient {
     /// What may wait for long: it keeps no slot from its worker.
     fn kept(self) -> RowGradient {
         match self {
-            RowGradient::Slot(part) if !part.may_wait() => {
-                let (keys, values) = part.values();
-                RowGradient::Sums(RowSums { keys: keys.to_vec(), values: values.to_vec() })
+            RowGradient::Slot(keys, part) if !part.may_wait() => {
+                let values = part.values().1.to_vec();
+                RowGradient::Sums(RowSums { keys, values })
             }
             other => other,
         }
@@ -197,7 +197,10 @@ impl Tables {
         if coming.whole.is_some() || coming.tree.holds(node) || self.read().step != step {
             return None; // late, or there already
         }
-        let gradient = if coming.tree.merges(node) { gradient } else { gradient.kept() };
+        // The root's halves wait for all others; below it, what meets its sibling is summed up at once.
+        let root = Node::root(self.partitions);
+        let is_half = node.sibling_and_parent(self.partitions).is_none_or(|(_, parent)| parent == root);
+        let gradient = if coming.tree.merges(node) && !is_half { gradient } else { gradient.kept() };
         let add = |left: Part, right: Part| {
             let (sums, partitions) = (left.sums + right.sums, left.partitions + right.partitions);
             let gradient = if partitions == self.partitions {
@@ -236,7 +239,9 @@ impl Tables {
     /// # Errors
     /// Values that are not finite, and no room for new rows.
     pub fn update(&self, lr: f32, factor: f32, limit: Option<f32>) -> Result<(), Failed> {
-        let Some(whole) = lock(&self.coming).whole.take() else { return Ok(()) };
+        // Until the step has changed nothing is taken for it: it would be taken for the next one.
+        let mut coming = lock(&self.coming);
+        let Some(whole) = coming.whole.take() else { return Ok(()) };
         let [left, right] = whole.gradient.halves();
         let most = left.0.len() + right.0.len();
         let (mut keys, mut sides) = (Vec::with_capacity(most), Vec::with_capacity(most));
@@ -251,7 +256,7 @@ impl Tables {
         let places = store.places(&keys, |key, row| {
             let (values, state) = row.split_at_mut(width);
             self.first.fill(key, values);
-            self.optimizer.first_state(state);
+            self.optimizer.first_state(values, state);
         });
         let places = places.map_err(|_| Failed::Full(full(store.len(), self.memory)))?;
         if known.len() < store.len() as usize {
@@ -300,7 +305,7 @@ impl Tables {
             );
         });
         *step = next;
-        drop(held);
+        drop((held, coming));
         self.committed.send_replace(next.0);
         match bad.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
             Some(at) => Err(Failed::Diverged(self.layout.table_at(at).map(|t| t.name.clone()).unwrap_or_default())),

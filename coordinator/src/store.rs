@@ -347,6 +347,8 @@ impl Store {
     /// Takes the checked sums of a node's rows, as [`Store::accept`] does those of its chunks.
     pub fn accept_rows(&self, step: Step, node: Node, sums: LossSums, gradient: RowGradient) {
         let Some(tables) = &self.tables else { return };
+        let (keys, values) = gradient.parts();
+        self.bytes_pushed.fetch_add((8 * keys.len() + 4 * values.len()) as u64, Ordering::Relaxed);
         if let Some(sums) = tables.accept(step, node, sums, gradient) {
             self.one_less(step, sums);
         }
@@ -543,8 +545,9 @@ impl Store {
     /// before it changes it. False, and no promise, where an update of that step has run.
     pub fn keep(&self, step: Step, keep: &Arc<dyn Keep>) -> bool {
         let mut chunks: Vec<_> = self.chunks.iter().map(lock).collect();
-        let of_tables = self.tables.as_ref().is_none_or(|tables| tables.is_at(step));
-        let whole = of_tables && chunks.iter().all(|chunk| chunk.version == step);
+        // Rows are asked last: where all chunks are at the step's beginning, nobody who waits for one changes rows.
+        let whole = chunks.iter().all(|chunk| chunk.version == step)
+            && self.tables.as_ref().is_none_or(|tables| tables.is_at(step));
         if whole {
             chunks.iter_mut().for_each(|chunk| chunk.keep = Some(keep.clone()));
             if let Some(tables) = &self.tables {

@@ -40,6 +40,9 @@ pub struct Compute {
     batch: Batch,
     /// Whose samples the batch holds.
     filled: Option<Filled>,
+    /// The next step's, in a batch of its own, whose rows are asked for while this one is computed.
+    ahead: Option<Filled>,
+    next: Batch,
     /// What rows of sparse tables are at first, and memory to look for them.
     first: First,
     places: Vec<u32>,
@@ -69,6 +72,8 @@ impl Compute {
         Ok(Compute {
             batch: Batch::empty(),
             filled: None,
+            ahead: None,
+            next: Batch::empty(),
             first: model.rows().first(job.seed),
             places: Vec::new(),
             simulated: false,
@@ -108,6 +113,11 @@ impl Compute {
         if self.filled.as_ref().is_some_and(|filled| (filled.step, filled.node) == (step, node)) {
             return;
         }
+        if let Some(filled) = self.ahead.take_if(|ahead| (ahead.step, ahead.node) == (step, node)) {
+            std::mem::swap(&mut self.batch, &mut self.next);
+            self.filled = Some(filled);
+            return;
+        }
         let mut segments = Segments { lo: node.lo, starts: vec![0] };
         self.batch.clear();
         let draw = Draw::new(self.job.seed, self.feeder.epoch(step), self.job.data.augment);
@@ -119,6 +129,18 @@ impl Compute {
         self.batch.look_up();
         let asked = rows.ask(step, &self.batch);
         self.filled = Some(Filled { step, node, segments, asked });
+    }
+
+    /// Asks for the rows of the next step before this one is computed, where they have to be asked for.
+    fn ask_ahead(&mut self, step: u64, node: Node, rows: &Source) {
+        if !rows.is_pulled() || self.simulated || self.ahead.as_ref().is_some_and(|ahead| ahead.step == step + 1) {
+            return;
+        }
+        let now = self.filled.take();
+        std::mem::swap(&mut self.batch, &mut self.next);
+        self.fill(step + 1, node, rows);
+        std::mem::swap(&mut self.batch, &mut self.next);
+        self.ahead = std::mem::replace(&mut self.filled, now);
     }
 
     /// How many rows of sparse tables the batch asks for.
@@ -274,6 +296,9 @@ impl Compute {
             }
             first = first.filter(|(of, _)| *of == step).or(Some((step, node)));
             let Some(gathered) = self.prepare(step, node, link.rows()) else { continue };
+            if first == Some((step, node)) {
+                self.ask_ahead(step, node, link.rows());
+            }
             let Some(slot) = link.slot() else { break };
             let model = self.model.clone();
             let (keys, d_rows) = link.rows_of(slot, self.rows());

@@ -35,6 +35,11 @@ pub enum Source {
 pub struct Asked(std::sync::mpsc::Receiver<v1::RowReply>);
 
 impl Source {
+    /// Whether they have to be asked for.
+    pub fn is_pulled(&self) -> bool {
+        matches!(self, Source::Pulled(_))
+    }
+
     /// Asks for the rows of a batch ahead of its step, where they have to be asked for.
     pub fn ask(&self, step: u64, batch: &Batch) -> Option<Asked> {
         let Source::Pulled(asks) = self else { return None };
@@ -102,7 +107,7 @@ pub fn start(
                 ask = asks.recv() => {
                     let Some(Ask { step, keys, answer }) = ask else { return Ok(()) };
                     last += 1;
-                    waiting.insert(last, answer);
+                    waiting.insert(last, (answer, keys.len()));
                     let pieces = keys.len().div_ceil(KEYS).max(1);
                     for piece in 0..pieces {
                         let keys = &keys[piece * KEYS..((piece + 1) * KEYS).min(keys.len())];
@@ -114,13 +119,13 @@ pub fn start(
                 }
                 reply = replies.message() => {
                     let Some(reply) = reply? else { return Ok(()) };
-                    check(&reply, width)?;
-                    let over = reply.last;
-                    let pull = reply.pull;
+                    let (pull, over) = (reply.pull, reply.last);
+                    let Some((answer, keys)) = waiting.get(&pull) else {
+                        return Err(Status::invalid_argument("there is no such pull"));
+                    };
+                    check(&reply, *keys, width)?;
                     // Where nobody waits any more, the step was given to another.
-                    if let Some(answer) = waiting.get(&pull) {
-                        answer.send(reply).ok();
-                    }
+                    answer.send(reply).ok();
                     if over {
                         waiting.remove(&pull);
                     }
@@ -130,14 +135,15 @@ pub fn start(
     })
 }
 
-/// Whether a reply is whole: it came as it was sent, and its values are finite.
-fn check(reply: &v1::RowReply, width: usize) -> Result<(), Status> {
+/// Whether a reply to a pull of so many keys is whole: it came as it was sent, of keys that there are, and values are finite.
+fn check(reply: &v1::RowReply, keys: usize, width: usize) -> Result<(), Status> {
     let v1::RowReply { places, values, crc, late, .. } = reply;
     let mut got = wire::Crc::new();
     got.update(places);
     got.update(values);
     let rows = places.len() / 4;
-    let whole = places.len() == 4 * rows && values.len() == 4 * rows * width;
+    let known = places.as_chunks::<4>().0.iter().all(|place| (u32::from_le_bytes(*place) as usize) < keys);
+    let whole = known && places.len() == 4 * rows && values.len() == 4 * rows * width;
     let sound = whole && (*late || got.finalize() == *crc) && unisono_common::kernels::all_finite_bytes(values);
     if sound { Ok(()) } else { Err(Status::data_loss("rows were damaged on the way")) }
 }

@@ -73,14 +73,23 @@ impl RowOptimizer {
         }
     }
 
-    /// The first state of a row.
-    pub fn first_state(&self, state: &mut [f32]) {
-        let first = match self.kind {
+    /// The first state of a row with these values.
+    pub fn first_state(&self, values: &[f32], state: &mut [f32]) {
+        match self.kind {
             job::RowOptimizer::Adagrad { initial_accumulator, .. }
-            | job::RowOptimizer::RowAdagrad { initial_accumulator, .. } => initial_accumulator,
-            job::RowOptimizer::Sgd { .. } | job::RowOptimizer::LazyAdam { .. } | job::RowOptimizer::Ftrl { .. } => 0.0,
-        };
-        state.fill(first);
+            | job::RowOptimizer::RowAdagrad { initial_accumulator, .. } => state.fill(initial_accumulator),
+            job::RowOptimizer::Sgd { .. } | job::RowOptimizer::LazyAdam { .. } => state.fill(0.0),
+            // What the paper's weights would be these values by: it begins with weights of 0.
+            job::RowOptimizer::Ftrl { lr, beta, l1, l2 } => {
+                state.fill(0.0);
+                for (at, of_state) in &self.parts {
+                    let zs = &mut state[of_state.start - self.width..][..at.len()];
+                    for (z, w) in zs.iter_mut().zip(&values[at.clone()]) {
+                        *z = if *w == 0.0 { 0.0 } else { -(w * (beta / lr + l2) + l1.copysign(*w)) };
+                    }
+                }
+            }
+        }
     }
 
     /// What it does in `step`, which counts from 1.
@@ -103,8 +112,8 @@ impl RowUpdate<'_> {
             let state = &mut states[state.start - width..state.end - width];
             self.one(kind, &gradient[at.clone()], &mut values[at.clone()], state);
         }
-        // FTRL's weights may be finite where its state is not any more.
-        gradient.iter().chain(&*values).fold(0.0, |zero, v| zero + v * 0.0) == 0.0
+        // Weights may be finite where what follows from their state is not any more.
+        gradient.iter().chain(&*values).chain(&*states).fold(0.0, |zero, v| zero + v * 0.0) == 0.0
     }
 
     #[inline(always)]
@@ -144,7 +153,8 @@ impl RowUpdate<'_> {
                     let sigma = (n.sqrt() - root) / lr;
                     *z += g - sigma * *w;
                     let beyond = (z.abs() - l1).max(0.0);
-                    *w = -beyond.copysign(*z) / ((beta + n.sqrt()) / lr + l2);
+                    // Not by what may be 0 itself.
+                    *w = if beyond == 0.0 { 0.0 } else { -beyond.copysign(*z) / ((beta + n.sqrt()) / lr + l2) };
                 }
             }
         }
@@ -177,7 +187,7 @@ mod tests {
                 let mut row = vec![f32::NAN; optimizer.row_len()];
                 layout.first(1).fill(3, &mut row[..layout.width()]);
                 let (values, state) = row.split_at_mut(layout.width());
-                optimizer.first_state(state);
+                optimizer.first_state(values, state);
                 for step in 1..=800 {
                     let g: Vec<f32> = values.iter().zip(goals).map(|(w, goal)| 2.0 * (w - goal)).collect();
                     assert!(optimizer.at(step, optimizer.lr()).run(&g, values, state), "{kind:?}");
@@ -203,7 +213,7 @@ mod tests {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut row = vec![0.5; optimizer.row_len()];
                 let (values, state) = row.split_at_mut(3);
-                optimizer.first_state(state);
+                optimizer.first_state(values, state);
                 assert!(!optimizer.at(1, 0.1).run(&[0.0, bad, 1.0], values, state), "{kind:?}: {bad}");
             }
         }
