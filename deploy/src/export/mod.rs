@@ -16,9 +16,9 @@ use unisono_common::checkpoint::with_rows_to_safetensors;
 /// What an export is.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// The weights alone, with PyTorch's names and layouts
+    /// The weights alone, with PyTorch's names and layouts; of sparse tables the rows of `ids`
     Safetensors,
-    /// The model from raw features, or tokens, to logits
+    /// The model from raw features, or tokens, and ids to logits
     Onnx,
 }
 
