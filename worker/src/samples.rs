@@ -75,8 +75,9 @@ impl Sent {
             Some(data) => data,
             None => {
                 let request = v1::FetchRequest { session: session.clone(), partition, test };
-                // Kinds and sizes, then at most a word a value and one a target; of tokens, two windows are stored.
-                let most = 1024 + 4 * expected as u64 * (1 + 2 * prepared.shape.iter().product::<usize>() as u64);
+                // Kinds and sizes, then at most a word a value, one a target and two an id; of tokens, two windows are stored.
+                let words = 1 + 2 * (prepared.shape.iter().product::<usize>() + prepared.ids.len());
+                let most = 1024 + 4 * expected as u64 * words as u64;
                 let bytes = download(client, request, most).await?;
                 let data = decode(&bytes)?;
                 if let Some(cache) = &self.cache {
