@@ -205,6 +205,25 @@ mod tests {
         }
     }
 
+    /// Whatever a row is at first, and also where nothing but its gradient could divide: without one it stays as it is.
+    #[test]
+    fn ftrl_begins_with_a_rows_first_values() {
+        let layout = RowLayout::new(vec![Table { name: "a".into(), width: 4, init: Init::Constant(0.0) }]);
+        let first = [0.5f32, -0.25, 0.0, 1e-3];
+        for (beta, l1, l2) in [(1.0, 0.0, 0.0), (1.0, 0.01, 0.1), (0.5, 2.0, 0.0), (0.0, 0.0, 1.0)] {
+            let optimizer = RowOptimizer::new(&job::RowOptimizer::Ftrl { lr: 0.1, beta, l1, l2 }, &layout);
+            let (mut values, mut state) = (first, [f32::NAN; 8]);
+            optimizer.first_state(&values, &mut state);
+            assert!(optimizer.at(1, 0.1).run(&[0.0; 4], &mut values, &mut state));
+            let near = values.iter().zip(first).all(|(w, first)| (w - first).abs() <= 1e-6);
+            assert!(near, "{values:?} with beta {beta}, l1 {l1}, l2 {l2}");
+        }
+        let optimizer = RowOptimizer::new(&job::RowOptimizer::Ftrl { lr: 0.1, beta: 0.0, l1: 0.0, l2: 0.0 }, &layout);
+        let (mut values, mut state) = ([0.0; 4], [f32::NAN; 8]);
+        optimizer.first_state(&values, &mut state);
+        assert!(optimizer.at(1, 0.1).run(&[0.0; 4], &mut values, &mut state) && values == [0.0; 4]);
+    }
+
     #[test]
     fn what_is_not_finite_is_noticed() {
         let layout = RowLayout::new(vec![Table { name: "a".into(), width: 3, init: Init::Constant(0.5) }]);
