@@ -1,7 +1,8 @@
 //! The keys of data that are pictures.
 
 use super::super::reader::{Node, Reader, Result, size, text};
-use super::{Augment, Cifar, Images, test_set};
+use super::data::test_set;
+use super::{Augment, Cifar, Images};
 
 pub(super) fn cifar(r: &Reader<'_>, base: &str) -> Result<Cifar> {
     let paths = |key| r.list(key, "the path of a file", |k| text(k).filter(|path| !path.is_empty()));

@@ -1,0 +1,213 @@
+//! `[data]` as values.
+
+use serde::{Deserialize, Serialize};
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Data {
+    pub source: Source,
+    /// Scale inputs to mean 0 and deviation 1 with statistics of the training set.
+    pub normalize: bool,
+    /// `Some(true)`: the coordinator sends workers their partitions; `Some(false)`: workers read the paths themselves;
+    /// `None`: they read, and are sent what they cannot read.
+    #[serde(skip)]
+    pub ship: Option<bool>,
+    /// Hash samples to partitions instead of cutting contiguous ranges.
+    pub hashed: bool,
+    /// How pictures change from epoch to epoch of training.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub augment: Option<Augment>,
+}
+
+/// Where samples come from (`data.format`).
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "format", rename_all = "kebab-case")]
+pub enum Source {
+    /// The embedded UCI digits, 8x8 in 0..=16; a fifth, chosen by hash of (seed, index), is the test set.
+    Digits,
+    Idx {
+        train: IdxPaths,
+        test: Option<IdxPaths>,
+        /// `None`: as many as the training set's labels say.
+        classes: Option<usize>,
+    },
+    Csv(Csv),
+    Text(Text),
+    Cifar(Cifar),
+    Images(Images),
+    Synthetic {
+        task: Task,
+        shape: Vec<usize>,
+        classes: usize,
+        samples: usize,
+        test_samples: usize,
+    },
+    /// `synthetic` with `task = "clicks"`.
+    Clicks(Clicks),
+    /// `synthetic` with `task = "ratings"`.
+    Ratings(Ratings),
+    /// `synthetic` with `task = "language"`.
+    SyntheticText {
+        vocabulary: usize,
+        context: usize,
+        samples: usize,
+        test_samples: usize,
+    },
+}
+
+/// Paths are as the job file has them; `base` is the job file's folder (absolute).
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct IdxPaths {
+    #[serde(skip)]
+    pub base: String,
+    pub images: String,
+    pub labels: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Csv {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// Column names, where the file has no header line.
+    pub columns: Option<Vec<String>>,
+    /// Whether the first line holds column names.
+    pub header: bool,
+    pub target: String,
+    /// Columns that are one-hot encoded; other columns must be numbers.
+    pub categorical: Vec<String>,
+    /// Columns whose values are ids of rows of sparse tables.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ids: Vec<Id>,
+    /// Columns of numbers of which the logarithm is taken: `sign(x) ln(1 + |x|)`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub log: Vec<String>,
+    /// Columns that are left out.
+    pub ignore: Vec<String>,
+    /// The text that stands for a missing value (an empty field always does).
+    pub missing: String,
+    pub separator: char,
+    pub task: Task,
+    /// The share of the training file's lines that is the test set, by hash of the cells that are learnt from; only where `test`
+    /// is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holdout: Option<f64>,
+    /// The only column that is learnt from, where it is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<TextColumn>,
+}
+
+/// Where one of a sample's ids comes from.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Id {
+    /// Several are crossed: each combination of their values is an id.
+    pub columns: Vec<String>,
+    /// Values are whole numbers below it; `None`: any text, by its hash.
+    pub size: Option<u64>,
+}
+
+/// Made-up clicks: `numbers` normal numbers, and `fields` ids of `vocabulary` each, of which the `k`-th comes as often as
+/// `k^-zipf`; a planted teacher decides which samples are clicked on.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Clicks {
+    pub numbers: usize,
+    pub fields: usize,
+    pub vocabulary: u64,
+    pub zipf: f64,
+    pub samples: usize,
+    pub test_samples: usize,
+}
+
+/// Made-up ratings of `items` by `users`, of planted vectors of `rank` values, with noise of this deviation.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Ratings {
+    pub users: u64,
+    pub items: u64,
+    pub rank: usize,
+    pub noise: f32,
+    pub samples: usize,
+    pub test_samples: usize,
+}
+
+/// The binary files of CIFAR-10 or CIFAR-100.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cifar {
+    #[serde(skip)]
+    pub base: String,
+    pub train: Vec<String>,
+    /// None of them: there is no test set.
+    pub test: Vec<String>,
+    /// 10 or 100.
+    pub classes: usize,
+}
+
+/// Folders with a folder of pictures for each class.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Images {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// The share of the training set, by hash of the pictures, that is the test set; only where `test` is none.
+    pub holdout: Option<f64>,
+    /// Height and width that pictures are cropped and scaled to.
+    pub size: [usize; 2],
+    /// 1 or 3.
+    pub channels: usize,
+}
+
+/// Chance in training, where it is anew in each epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Augment {
+    /// Pixels that a picture is padded by, on each side, before a part of its old size is cropped from it.
+    pub crop: usize,
+    /// Whether half of the pictures are mirrored.
+    pub flip: bool,
+}
+
+/// Windows of a plain text, each of whose tokens is to be predicted from those before it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Text {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// The share of the training text, at its end, that is the test set; only where `test` is none.
+    pub holdout: Option<f64>,
+    pub tokenizer: Tokenizer,
+    /// Tokens of a window.
+    pub context: usize,
+}
+
+/// What a token of a text is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Tokenizer {
+    Bytes,
+    Characters,
+    /// The most frequent words, and hashed runs of up to `ngrams` words.
+    Words {
+        most: usize,
+        ngrams: usize,
+        buckets: usize,
+    },
+}
+
+/// A column of a table whose text is a sample.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TextColumn {
+    pub column: String,
+    pub tokenizer: Tokenizer,
+    /// Tokens of a text, at most.
+    pub context: usize,
+    /// Whether a longer text loses its end; otherwise it is an error.
+    pub truncate: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    Classification,
+    Regression,
+}

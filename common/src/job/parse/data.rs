@@ -1,0 +1,271 @@
+//! `[data]`.
+
+use super::*;
+use crate::data::tokenizer::{MOST_NGRAMS, MOST_WORDS};
+use crate::data::{MOST_CONTEXT, MOST_TOKENS};
+
+const FORMATS: &Kinds = &[
+    ("digits", &[]),
+    ("idx", &["train", "test", "classes", "augment"]),
+    ("cifar", &["train", "test", "classes", "augment"]),
+    ("images", &["train", "test", "holdout", "size", "channels", "augment"]),
+    (
+        "csv",
+        &[
+            "train",
+            "test",
+            "holdout",
+            "header",
+            "columns",
+            "target",
+            "categorical",
+            "ids",
+            "log",
+            "ignore",
+            "missing",
+            "separator",
+            "task",
+            "text",
+            "tokenizer",
+            "context",
+            "truncate",
+        ],
+    ),
+    ("text", &["train", "test", "holdout", "tokenizer", "context"]),
+    (
+        "synthetic",
+        &[
+            "task",
+            "shape",
+            "classes",
+            "numbers",
+            "fields",
+            "vocabulary",
+            "zipf",
+            "users",
+            "items",
+            "rank",
+            "noise",
+            "context",
+            "samples",
+            "test_samples",
+            "augment",
+        ],
+    ),
+];
+
+pub(super) fn data(node: &Node, base: &str) -> Result<Data> {
+    let r = Reader::new(node, "data")?;
+    let source = match r.kind("format", "data format", FORMATS, &["normalize", "ship", "partition"])? {
+        "digits" => Source::Digits,
+        "idx" => Source::Idx {
+            train: idx_paths(
+                r.node("train").needed("train = { images = \"images.gz\", labels = \"labels.gz\" }")?,
+                base,
+                "data.train",
+            )?,
+            test: r.node("test").optional().map(|n| idx_paths(n, base, "data.test")).transpose()?,
+            classes: r.integer("classes", 2..=256)?.optional().map(|n| n as usize),
+        },
+        "csv" => Source::Csv(csv(&r, base)?),
+        "text" => Source::Text(plain_text(&r, base)?),
+        "cifar" => Source::Cifar(pictures::cifar(&r, base)?),
+        "images" => Source::Images(pictures::images(&r, base)?),
+        _ => synthetic(&r)?,
+    };
+    let made = matches!(
+        source,
+        Source::Synthetic { .. } | Source::SyntheticText { .. } | Source::Clicks(_) | Source::Ratings(_)
+    );
+    let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
+    let normalize = r.flag("normalize")?.or(!made);
+    let augment = r.node("augment").optional().map(pictures::augment).transpose()?;
+    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment })
+}
+
+fn idx_paths(node: &Node, base: &str, path: &str) -> Result<IdxPaths> {
+    let r = Reader::new(node, path)?;
+    r.only(&["images", "labels"])?;
+    Ok(IdxPaths {
+        base: base.into(),
+        images: r.text("images")?.needed("images = \"mnist/train-images-idx3-ubyte.gz\"")?,
+        labels: r.text("labels")?.needed("labels = \"mnist/train-labels-idx1-ubyte.gz\"")?,
+    })
+}
+
+fn task(r: &Reader<'_>) -> Result<Task> {
+    Ok(match r.word("task", "task", &["classification", "regression"])?.or("classification") {
+        "regression" => Task::Regression,
+        _ => Task::Classification,
+    })
+}
+
+fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
+    let names = |key| r.list(key, "a text", text);
+    let columns = names("columns")?.optional();
+    let separator = |k: &Kind| {
+        let Kind::Text(t) = k else { return None };
+        // One byte, and not what quoting and lines are made of.
+        t.chars().next().filter(|c| t.len() == 1 && !['"', '\n', '\r'].contains(c))
+    };
+    let (test, holdout) = test_set(r)?;
+    let text_column = match r.text("text")?.optional() {
+        Some(column) => {
+            r.not_with(&["categorical", "ids", "log", "ignore"], "data.text", "the text is all that is learnt from")?;
+            let truncate = r.flag("truncate")?.or(false);
+            Some(TextColumn { column, tokenizer: tokenizer(r, WORDS)?, context: context(r)?, truncate })
+        }
+        None => {
+            r.only_with(&["tokenizer", "context", "truncate"], "data.text")?;
+            None
+        }
+    };
+    Ok(Csv {
+        base: base.into(),
+        train: r.text("train")?.needed("train = \"train.csv\"")?,
+        test,
+        holdout,
+        text: text_column,
+        header: r.flag("header")?.or(columns.is_none()),
+        columns,
+        target: r.text("target")?.needed("target = \"label\"")?,
+        categorical: names("categorical")?.or(Vec::new()),
+        ids: r.node("ids").optional().map_or(Ok(Vec::new()), ids)?,
+        log: names("log")?.or(Vec::new()),
+        ignore: names("ignore")?.or(Vec::new()),
+        missing: r.get("missing", "a text", text)?.or("?".into()),
+        separator: r.get("separator", "one plain character, such as \";\" or \"\\t\"", separator)?.or(','),
+        task: task(r)?,
+    })
+}
+
+/// `["a", { column = "b", size = 10 }, { cross = ["c", "d"] }]`
+fn ids(node: &Node) -> Result<Vec<Id>> {
+    let Kind::List(items) = &node.kind else {
+        return node.error(format!("`data.ids` must be a list of columns, not {}", node.kind));
+    };
+    let one = |(i, node): (usize, &Node)| {
+        if let Kind::Text(column) = &node.kind {
+            return Ok(Id { columns: vec![column.clone()], size: None });
+        }
+        let r = Reader::new(node, format!("data.ids[{i}]"))?;
+        r.only(&["column", "size", "cross"])?;
+        let column = r.text("column")?.optional();
+        let cross = r.list("cross", "a text", text)?.optional();
+        match (column, cross) {
+            (Some(column), None) => {
+                Ok(Id { columns: vec![column], size: r.integer("size", 1..=1 << 48)?.optional() })
+            }
+            (None, Some(columns)) if columns.len() > 1 => {
+                r.not_with(&["size"], &r.full("cross"), "combinations are known by their hash")?;
+                Ok(Id { columns, size: None })
+            }
+            _ => r.error(format!(
+                "`data.ids[{i}]` must be a column's name, {{ column = \"user\", size = 1000 }} or {{ cross = [\"a\", \"b\"] }}"
+            )),
+        }
+    };
+    items.iter().enumerate().map(one).collect()
+}
+
+fn plain_text(r: &Reader<'_>, base: &str) -> Result<Text> {
+    let (test, holdout) = test_set(r)?;
+    let tokenizer = tokenizer(r, Tokenizer::Bytes)?;
+    if matches!(tokenizer, Tokenizer::Words { ngrams: 2.., .. }) {
+        return r.refuse("tokenizer", "has `ngrams`, which are for classes of texts; leave it out");
+    }
+    Ok(Text {
+        base: base.into(),
+        train: r.text("train")?.needed("train = \"book.txt\"")?,
+        test,
+        holdout,
+        tokenizer,
+        context: context(r)?,
+    })
+}
+
+/// A file of its own, or a share of the training set.
+pub(super) fn test_set(r: &Reader<'_>) -> Result<(Option<String>, Option<f64>)> {
+    let test = r.text("test")?.optional();
+    let holdout = r.f64("holdout", &BETWEEN)?.optional();
+    if test.is_some() && holdout.is_some() {
+        return r.refuse("holdout", "and `data.test` are both given; keep one of them");
+    }
+    Ok((test, holdout))
+}
+
+fn context(r: &Reader<'_>) -> Result<usize> {
+    Ok(r.integer("context", 1..=MOST_CONTEXT as u64)?.needed("context = 64")? as usize)
+}
+
+const TOKENIZERS: &Kinds = &[("bytes", &[]), ("characters", &[]), ("words", &["most", "ngrams", "buckets"])];
+
+const WORDS: Tokenizer = Tokenizer::Words { most: 50_000, ngrams: 1, buckets: 1 << 16 };
+
+fn tokenizer(r: &Reader<'_>, default: Tokenizer) -> Result<Tokenizer> {
+    let read = |node| {
+        choice(node, "tokenizer", "data.tokenizer", TOKENIZERS, &[], |name, r| match (name, WORDS) {
+            ("words", Tokenizer::Words { most, ngrams, buckets }) => Ok(Tokenizer::Words {
+                most: r.integer("most", 1..=MOST_WORDS as u64)?.or(most as u64) as usize,
+                ngrams: r.integer("ngrams", 1..=MOST_NGRAMS as u64)?.or(ngrams as u64) as usize,
+                buckets: r.integer("buckets", 1..=MOST_WORDS as u64)?.or(buckets as u64) as usize,
+            }),
+            ("characters", _) => Ok(Tokenizer::Characters),
+            _ => Ok(Tokenizer::Bytes),
+        })
+    };
+    r.node("tokenizer").optional().map_or(Ok(default), read)
+}
+
+fn synthetic(r: &Reader<'_>) -> Result<Source> {
+    let task = r
+        .word("task", "task", &["classification", "regression", "language", "clicks", "ratings"])?
+        .or("classification");
+    let samples = r.integer("samples", COUNT)?.needed("samples = 65536")?;
+    let test_samples = r.integer("test_samples", COUNT_OR_0)?.or((samples / 8).max(1));
+    let (samples, test_samples) = (samples as usize, test_samples as usize);
+    let not_for = |keys: &[&'static str]| r.only_with(keys, &format!("another `data.task` than {task:?}"));
+    if task == "ratings" {
+        not_for(&["shape", "classes", "numbers", "fields", "vocabulary", "zipf", "context"])?;
+        return Ok(Source::Ratings(Ratings {
+            users: r.integer("users", 1..=1 << 40)?.needed("users = 1000")?,
+            items: r.integer("items", 1..=1 << 40)?.needed("items = 500")?,
+            rank: r.integer("rank", 1..=1 << 12)?.or(4) as usize,
+            noise: r.f32("noise", &NOT_NEGATIVE)?.or(0.5),
+            samples,
+            test_samples,
+        }));
+    }
+    not_for(&["users", "items", "rank", "noise"])?;
+    if task == "clicks" {
+        not_for(&["shape", "classes", "context"])?;
+        return Ok(Source::Clicks(Clicks {
+            numbers: r.integer("numbers", 1..=1 << 16)?.or(13) as usize,
+            fields: r.integer("fields", 1..=1 << 12)?.or(26) as usize,
+            vocabulary: r.integer("vocabulary", 1..=1 << 40)?.needed("vocabulary = 20000")?,
+            zipf: r.f64("zipf", &NOT_NEGATIVE)?.or(1.0),
+            samples,
+            test_samples,
+        }));
+    }
+    not_for(&["numbers", "fields", "zipf"])?;
+    if task == "language" {
+        not_for(&["shape", "classes", "augment"])?;
+        let vocabulary = r.integer("vocabulary", 2..=MOST_TOKENS as u64)?.needed("vocabulary = 65")? as usize;
+        let context = context(r)?;
+        return Ok(Source::SyntheticText { vocabulary, context, samples, test_samples });
+    }
+    not_for(&["vocabulary", "context"])?;
+    let shape = r.list("shape", SIZE, size)?.needed("shape = [784]")?;
+    if !matches!(shape.len(), 1 | 3) || shape.iter().map(|&d| d as u128).product::<u128>() > 1 << 31 {
+        return r
+            .refuse("shape", "must be [features] or [channels, height, width], with at most 2147483648 values in all");
+    }
+    let (task, classes) = if task == "regression" {
+        not_for(&["classes"])?;
+        (Task::Regression, 0)
+    } else {
+        (Task::Classification, r.integer("classes", 2..=1 << 24)?.needed("classes = 10")? as usize)
+    };
+    Ok(Source::Synthetic { task, shape, classes, samples, test_samples })
+}

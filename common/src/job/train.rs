@@ -1,0 +1,251 @@
+//! `[train]` as values.
+
+use serde::{Deserialize, Serialize};
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Train {
+    pub partitions: u32,
+    pub micro_batch: usize,
+    pub length: Length,
+    pub loss: Loss,
+    pub optimizer: Optimizer,
+    /// `None`: [`Tables::default`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tables: Option<Tables>,
+    pub schedule: Schedule,
+    pub clip_norm: Option<f32>,
+    pub clip_value: Option<f32>,
+    /// Evaluate on the test set every so many steps; `None`: after each epoch. The end is always evaluated.
+    pub eval_every: Option<u64>,
+    pub early_stopping: Option<EarlyStopping>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Length {
+    Epochs(u64),
+    Steps(u64),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Loss {
+    CrossEntropy { label_smoothing: f32, class_weights: Option<Vec<f32>> },
+    BinaryCrossEntropy { positive_weight: f32 },
+    Mse,
+    Mae,
+    Huber { delta: f32 },
+    Hinge,
+    Focal { gamma: f32 },
+}
+
+/// With exactly PyTorch's definitions and defaults; Lion with those of its paper.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Optimizer {
+    Sgd {
+        lr: f32,
+        momentum: f32,
+        dampening: f32,
+        nesterov: bool,
+        weight_decay: f32,
+    },
+    Adam {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        eps: f32,
+        weight_decay: f32,
+    },
+    #[serde(rename = "adamw")]
+    AdamW {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        eps: f32,
+        weight_decay: f32,
+    },
+    Adagrad {
+        lr: f32,
+        lr_decay: f32,
+        eps: f32,
+        weight_decay: f32,
+        initial_accumulator: f32,
+    },
+    Lion {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        weight_decay: f32,
+    },
+    #[serde(rename = "rmsprop")]
+    RmsProp {
+        lr: f32,
+        alpha: f32,
+        eps: f32,
+        momentum: f32,
+        centered: bool,
+        weight_decay: f32,
+    },
+}
+
+/// `train.tables`: what is done with sparse tables.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Tables {
+    pub optimizer: RowOptimizer,
+    /// Bytes that rows and their state may take in the coordinator.
+    #[serde(skip)]
+    pub memory: u64,
+}
+
+impl Train {
+    /// What is done with sparse tables.
+    pub fn tables(&self) -> Tables {
+        self.tables.clone().unwrap_or_default()
+    }
+}
+
+impl Default for Tables {
+    fn default() -> Tables {
+        let optimizer = RowOptimizer::Adagrad { lr: 0.01, eps: 1e-10, initial_accumulator: 0.0 };
+        Tables { optimizer, memory: 4 << 30 }
+    }
+}
+
+/// Optimizers of sparse tables, which change only rows that a step touches.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum RowOptimizer {
+    Sgd {
+        lr: f32,
+    },
+    Adagrad {
+        lr: f32,
+        eps: f32,
+        initial_accumulator: f32,
+    },
+    /// Adagrad with one accumulator for all of a row.
+    RowAdagrad {
+        lr: f32,
+        eps: f32,
+        initial_accumulator: f32,
+    },
+    LazyAdam {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        eps: f32,
+    },
+    /// FTRL-proximal; `lr` is the paper's alpha.
+    Ftrl {
+        lr: f32,
+        beta: f32,
+        l1: f32,
+        l2: f32,
+    },
+}
+
+impl RowOptimizer {
+    /// Names of what it remembers of a row with `width` values, and how many values each has.
+    pub fn slots(&self, width: usize) -> Vec<(&'static str, usize)> {
+        match self {
+            RowOptimizer::Sgd { .. } => vec![],
+            RowOptimizer::Adagrad { .. } => vec![("sum", width)],
+            RowOptimizer::RowAdagrad { .. } => vec![("sum", 1)],
+            RowOptimizer::LazyAdam { .. } => vec![("exp_avg", width), ("exp_avg_sq", width)],
+            RowOptimizer::Ftrl { .. } => vec![("z", width), ("n", width)],
+        }
+    }
+}
+
+/// The factor on the base learning rate, as a function of the step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Schedule {
+    pub kind: ScheduleKind,
+    /// Linear rise from `lr / warmup_steps` over the first steps; the main schedule starts after it.
+    pub warmup_steps: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum ScheduleKind {
+    Constant,
+    /// `gamma^(step / every)`.
+    Step {
+        every: u64,
+        gamma: f64,
+    },
+    MultiStep {
+        milestones: Vec<u64>,
+        gamma: f64,
+    },
+    Exponential {
+        gamma: f64,
+    },
+    /// From 1 to `min_factor` over the run.
+    Cosine {
+        min_factor: f64,
+    },
+    Linear {
+        end_factor: f64,
+    },
+    Polynomial {
+        power: f64,
+        end_factor: f64,
+    },
+    /// PyTorch's OneCycleLR: the base rate is `max_lr`.
+    OneCycle {
+        start_fraction: f64,
+        div_factor: f64,
+        final_div_factor: f64,
+    },
+    InverseSqrt,
+    /// Multiply by `factor` when the evaluation metric has not improved for `patience` evaluations.
+    Plateau {
+        factor: f64,
+        patience: u64,
+        threshold: f64,
+        metric: Metric,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Metric {
+    Loss,
+    Accuracy,
+    Auc,
+    Rmse,
+    Mae,
+    Perplexity,
+    BitsPerCharacter,
+}
+
+impl Metric {
+    /// Whether a larger value is better.
+    pub fn maximize(self) -> bool {
+        matches!(self, Metric::Accuracy | Metric::Auc)
+    }
+
+    /// As the job file has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Metric::Loss => "loss",
+            Metric::Accuracy => "accuracy",
+            Metric::Auc => "auc",
+            Metric::Rmse => "rmse",
+            Metric::Mae => "mae",
+            Metric::Perplexity => "perplexity",
+            Metric::BitsPerCharacter => "bits-per-character",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EarlyStopping {
+    pub metric: Metric,
+    /// Evaluations without improvement before the run ends.
+    pub patience: u64,
+    pub min_delta: f64,
+}
