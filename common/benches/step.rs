@@ -218,23 +218,25 @@ fn sum_squares(bencher: Bencher<'_, '_>) {
 }
 
 /// One chunk of parameters: weights, gradient and state come in, weights and state go out.
-#[divan::bench(args = ["sgd", "momentum", "adam", "adamw", "adagrad", "lion", "rms-prop"])]
+#[divan::bench(args = ["sgd", "momentum", "adam", "adamw", "adagrad", "lamb", "lion", "rms-prop"])]
 fn optimizer(bencher: Bencher<'_, '_>, name: &str) {
-    let (lr, eps, weight_decay) = (0.01, 1e-8, 0.01);
+    let (lr, beta1, beta2, eps, weight_decay) = (0.01, 0.9, 0.999, 1e-8, 0.01);
     let sgd = |momentum| job::Optimizer::Sgd { lr, momentum, dampening: 0.0, nesterov: false, weight_decay };
-    let optimizer = Optimizer::new(&match name {
+    let kind = match name {
         "sgd" => sgd(0.0),
         "momentum" => sgd(0.9),
-        "adam" => job::Optimizer::Adam { lr, beta1: 0.9, beta2: 0.999, eps, weight_decay },
-        "adamw" => job::Optimizer::AdamW { lr, beta1: 0.9, beta2: 0.999, eps, weight_decay },
+        "adam" => job::Optimizer::Adam { lr, beta1, beta2, eps, weight_decay },
+        "adamw" => job::Optimizer::AdamW { lr, beta1, beta2, eps, weight_decay },
+        "lamb" => job::Optimizer::Lamb { lr, beta1, beta2, eps, weight_decay },
         "lion" => job::Optimizer::Lion { lr, beta1: 0.9, beta2: 0.99, weight_decay },
         "adagrad" => job::Optimizer::Adagrad { lr, lr_decay: 0.1, eps, weight_decay, initial_accumulator: 0.0 },
         _ => job::Optimizer::RmsProp { lr, alpha: 0.99, eps, momentum: 0.9, centered: true, weight_decay },
-    });
+    };
+    let optimizer = Optimizer::new(&kind, None);
     let (weights, grads, mut out) = (values(CHUNK), values(CHUNK), vec![0.0; CHUNK]);
     let mut slots = vec![vec![0.1; CHUNK]; optimizer.slots()];
     bencher.counter(BytesCount::new(4 * CHUNK * (3 + 2 * slots.len()))).bench_local(|| {
         let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
-        optimizer.at(2, lr).run(black_box(&weights), Sums::mean(&grads), &mut state, black_box(&mut out));
+        optimizer.at(2, 1.0).run(black_box(&weights), Sums::mean(&grads), &mut state, black_box(&mut out));
     });
 }

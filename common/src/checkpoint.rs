@@ -91,6 +91,11 @@ pub fn weights_header(layout: &Layout) -> Vec<u8> {
     header(layout.tensors().map(|(t, _)| (t.name.as_str(), t.shape.as_slice())))
 }
 
+/// All of `weights.safetensors`.
+pub fn weights_to_safetensors(layout: &Layout, weights: &[f32]) -> Vec<u8> {
+    [&weights_header(layout), le_bytes(weights)].concat()
+}
+
 /// The beginning of `optimizer.safetensors`: each state vector, flat over the `len` trainable values. They follow.
 pub fn state_header(len: usize, names: &[&str]) -> Vec<u8> {
     let shape = [len];
@@ -211,7 +216,7 @@ pub fn state_from_safetensors(len: usize, names: &[&str], bytes: &[u8]) -> Resul
 mod tests {
     use super::*;
     use crate::job;
-    use crate::layout::{Init, Role, Tensor};
+    use crate::layout::{Init, Kind, Role, Tensor};
     use crate::rows::Table;
 
     #[test]
@@ -220,6 +225,7 @@ mod tests {
             name: name.into(),
             shape: shape.into(),
             role: Role::Trainable,
+            kind: Kind::Weight,
             init: Init::Normal { std: 1.0 },
         };
         let layout = Layout::new(vec![tensor("b.weight", &[3, 2]), tensor("a", &[5])]);

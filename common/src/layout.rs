@@ -31,12 +31,26 @@ pub enum Init {
     },
 }
 
+/// What a layer does with a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// Multiplies inputs by it.
+    Weight,
+    /// Adds it.
+    Bias,
+    /// Scales or shifts what it has normalised.
+    Norm,
+    /// Looks rows of it up.
+    Embedding,
+}
+
 /// One named tensor of a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tensor {
     pub name: String,
     pub shape: Vec<usize>,
     pub role: Role,
+    pub kind: Kind,
     pub init: Init,
 }
 

@@ -2,43 +2,56 @@
 //! clipping.
 //!
 //! An update reads weights and gradient, changes the state in place and writes the new weights beside the old ones. No
-//! element looks at another, so chunks may be updated in any order, on any thread.
+//! element looks at another, so chunks may be updated in any order, on any thread. The one exception, Lamb, is two passes over
+//! a step: directions, whose lengths are added up tensor by tensor ([`Lengths`]), and then the steps along them.
 
 use crate::job;
 use crate::kernels::{self, vectorized};
 use crate::layout::le_bytes;
 
 /// State vectors of an optimizer, at most.
-pub const MAX_SLOTS: usize = 3;
+pub const MAX_SLOTS: usize = 4;
 
-/// An optimizer, built from its part of the job.
+/// The name of the state vector that is the average of the weights.
+pub const EMA: &str = "ema";
+
+/// An optimizer, built from its part of the job; and the average of what it makes.
 #[derive(Clone, Debug)]
-pub struct Optimizer(job::Optimizer);
+pub struct Optimizer {
+    kind: job::Optimizer,
+    /// What an exponential moving average of the weights keeps of itself in a step, where there is one.
+    ema: Option<f32>,
+}
 
 impl Optimizer {
-    /// The optimizer that `job` describes.
-    pub fn new(job: &job::Optimizer) -> Optimizer {
-        Optimizer(job.clone())
+    /// The optimizer that `job` describes, and an average of the weights where `ema` is its decay.
+    pub fn new(job: &job::Optimizer, ema: Option<f32>) -> Optimizer {
+        Optimizer { kind: job.clone(), ema }
     }
 
-    /// The base learning rate.
-    pub fn lr(job: &job::Optimizer) -> f32 {
-        match *job {
-            job::Optimizer::Sgd { lr, .. }
-            | job::Optimizer::Adam { lr, .. }
-            | job::Optimizer::AdamW { lr, .. }
-            | job::Optimizer::Adagrad { lr, .. }
-            | job::Optimizer::Lion { lr, .. }
-            | job::Optimizer::RmsProp { lr, .. } => lr,
-        }
+    /// The same with another rate, or another decay.
+    pub fn with(&self, lr: Option<f32>, weight_decay: Option<f32>) -> Optimizer {
+        let mut other = self.clone();
+        let [own_lr, own_decay] = other.kind.settings();
+        *own_lr = lr.unwrap_or(*own_lr);
+        *own_decay = weight_decay.unwrap_or(*own_decay);
+        other
     }
 
-    /// Names of the state vectors, each as long as the trainable parameters.
+    /// Whether how far a value moves depends on all of its tensor: [`Update::run`] gives directions then, and
+    /// [`Update::along`] goes them.
+    pub fn is_layerwise(&self) -> bool {
+        matches!(self.kind, job::Optimizer::Lamb { .. })
+    }
+
+    /// Names of the state vectors, each as long as the trainable parameters. The average of the weights is the last one.
     pub fn slot_names(&self) -> Vec<&'static str> {
-        match self.0 {
+        let mut names = match self.kind {
             job::Optimizer::Sgd { momentum: 0.0, .. } => vec![],
             job::Optimizer::Sgd { .. } => vec!["momentum_buffer"],
-            job::Optimizer::Adam { .. } | job::Optimizer::AdamW { .. } => vec!["exp_avg", "exp_avg_sq"],
+            job::Optimizer::Adam { .. } | job::Optimizer::AdamW { .. } | job::Optimizer::Lamb { .. } => {
+                vec!["exp_avg", "exp_avg_sq"]
+            }
             job::Optimizer::Adagrad { .. } => vec!["sum"],
             job::Optimizer::Lion { .. } => vec!["exp_avg"],
             job::Optimizer::RmsProp { centered, momentum, .. } => {
@@ -47,7 +60,9 @@ impl Optimizer {
                 names.extend((momentum > 0.0).then_some("momentum_buffer"));
                 names
             }
-        }
+        };
+        names.extend(self.ema.map(|_| EMA));
+        names
     }
 
     /// Number of state vectors.
@@ -55,27 +70,64 @@ impl Optimizer {
         self.slot_names().len()
     }
 
-    /// First value of a state vector.
-    pub fn init_slot(&self, _slot: usize) -> f32 {
-        match self.0 {
+    /// What the state vectors of these weights are at first.
+    pub fn first_slots(&self, weights: &[f32]) -> Vec<Vec<f32>> {
+        let value = match self.kind {
             job::Optimizer::Adagrad { initial_accumulator, .. } => initial_accumulator,
             _ => 0.0,
-        }
+        };
+        let first = |name| if name == EMA { weights.to_vec() } else { vec![value; weights.len()] };
+        self.slot_names().into_iter().map(first).collect()
     }
 
-    /// What it does in `step`, which counts from 1.
-    pub fn at(&self, step: u64, lr: f32) -> Update<'_> {
+    /// What it does in `step`, which counts from 1, with `factor` times its rate.
+    pub fn at(&self, step: u64, factor: f64) -> Update<'_> {
+        let [lr, _] = self.kind.clone().settings().map(|value| *value);
+        let lr = (lr as f64 * factor) as f32;
         let (mut rate, mut root) = (lr, 1.0);
-        match self.0 {
+        let correction = |beta: f32| 1.0 - libm::pow(beta as f64, step as f64);
+        match self.kind {
             job::Optimizer::Adam { beta1, beta2, .. } | job::Optimizer::AdamW { beta1, beta2, .. } => {
-                let correction = |beta: f32| 1.0 - libm::pow(beta as f64, step as f64);
                 rate = (lr as f64 / correction(beta1)) as f32;
+                root = libm::sqrt(correction(beta2)) as f32;
+            }
+            job::Optimizer::Lamb { beta1, beta2, .. } => {
+                rate = (1.0 / correction(beta1)) as f32;
                 root = libm::sqrt(correction(beta2)) as f32;
             }
             job::Optimizer::Adagrad { lr_decay, .. } => rate = lr / (1.0 + (step - 1) as f32 * lr_decay),
             job::Optimizer::Sgd { .. } | job::Optimizer::Lion { .. } | job::Optimizer::RmsProp { .. } => {}
         }
-        Update { optimizer: &self.0, first: step == 1, lr, rate, root }
+        // The first step's average is of the weights that it made, as PyTorch's AveragedModel has it.
+        let keep = self.ema.map(|decay| if step == 1 { 0.0 } else { decay });
+        Update { optimizer: &self.kind, first: step == 1, lr, rate, root, keep }
+    }
+}
+
+/// Sums of squares, of a tensor's values and of the direction that Lamb moves them in.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Lengths {
+    pub weights: f64,
+    pub direction: f64,
+}
+
+impl Lengths {
+    /// Of a part of a tensor.
+    pub fn of(weights: &[f32], direction: &[f32]) -> Lengths {
+        Lengths { weights: sum_squares(weights), direction: sum_squares(direction) }
+    }
+
+    /// How many times the direction's length the tensor moves for a rate of 1: the "trust ratio" of You et al., 2020, where
+    /// `phi(z) = z`; 1 where either has no length.
+    pub fn ratio(self) -> f32 {
+        if self.weights > 0.0 && self.direction > 0.0 { libm::sqrt(self.weights / self.direction) as f32 } else { 1.0 }
+    }
+}
+
+impl std::ops::AddAssign for Lengths {
+    fn add_assign(&mut self, other: Lengths) {
+        self.weights += other.weights;
+        self.direction += other.direction;
     }
 }
 
@@ -112,19 +164,41 @@ pub struct Update<'a> {
     /// Whether the step is the first of all.
     first: bool,
     lr: f32,
-    /// Adam's and Adagrad's learning rate of the step, and the root of Adam's second correction.
+    /// Adam's and Adagrad's learning rate of the step, Lamb's first correction, and the root of Adam's second correction.
     rate: f32,
     root: f32,
+    /// What the average of the weights keeps of itself.
+    keep: Option<f32>,
 }
 
 impl Update<'_> {
-    /// New weights from a gradient of the same length, into `out`, in one pass; false where a sum or a new weight is not
-    /// finite.
+    /// New weights (Lamb: directions) from a gradient of the same length, into `out`, in one pass; false where a sum or a new
+    /// weight is not finite.
     pub fn run(&self, weights: &[f32], sums: Sums<'_>, state: &mut [&mut [f32]], out: &mut [f32]) -> bool {
         vectorized(
             #[inline(always)]
             || self.pass(weights, sums, state, out),
         )
+    }
+
+    /// New weights from a direction, which is in `out`: `ratio` times the rate along it. False where one is not finite.
+    pub fn along(&self, weights: &[f32], ratio: f32, state: &mut [&mut [f32]], out: &mut [f32]) -> bool {
+        let length = self.lr * ratio;
+        vectorized(
+            #[inline(always)]
+            || {
+                out.iter_mut().zip(weights).for_each(|(out, w)| *out = w - length * *out);
+                self.average(state, out);
+            },
+        );
+        kernels::all_finite(out)
+    }
+
+    /// Brings the average, which is the last state vector, to the new weights.
+    #[inline(always)]
+    fn average(&self, state: &mut [&mut [f32]], out: &[f32]) {
+        let (Some(keep), Some(average)) = (self.keep, state.last_mut()) else { return };
+        average.iter_mut().zip(out).for_each(|(average, w)| *average = keep * *average + (1.0 - keep) * w);
     }
 
     #[inline(always)]
@@ -170,7 +244,11 @@ impl Update<'_> {
             *to = &mut state[from..][..len];
         }
         let out = &mut out[from..][..len];
-        self.block(&weights[from..][..len], g, &mut states[..vectors], out);
+        let own = vectors - usize::from(self.keep.is_some());
+        self.block(&weights[from..][..len], g, &mut states[..own], out);
+        if !matches!(self.optimizer, job::Optimizer::Lamb { .. }) {
+            self.average(&mut states[..vectors], out);
+        }
         kernels::note_infinite(out, &mut infinite.0);
     }
 
@@ -213,6 +291,16 @@ impl Update<'_> {
                     let grad = g[i] + weight_decay * w[i];
                     sum[i] += grad * grad;
                     out[i] = w[i] - self.rate * grad / (sum[i].sqrt() + eps);
+                }
+            }
+            // You et al., "Large Batch Optimization for Deep Learning", 2020, algorithm 2, up to the length of the step.
+            job::Optimizer::Lamb { beta1, beta2, eps, weight_decay, .. } => {
+                let [first, second] = state else { return };
+                let (first, second) = (&mut first[..n], &mut second[..n]);
+                for i in 0..n {
+                    first[i] = beta1 * first[i] + (1.0 - beta1) * g[i];
+                    second[i] = beta2 * second[i] + (1.0 - beta2) * g[i] * g[i];
+                    out[i] = self.rate * first[i] / (second[i].sqrt() / self.root + eps) + weight_decay * w[i];
                 }
             }
             // Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, program 1.
@@ -354,17 +442,15 @@ mod tests {
     #[test]
     fn every_optimizer_finds_a_minimum_and_does_not_mind_the_cut() {
         for kind in all() {
-            let optimizer = Optimizer::new(&kind);
-            let lr = Optimizer::lr(&kind);
+            let optimizer = Optimizer::new(&kind, None);
             let run = |n: usize| {
                 let mut w: Vec<f32> = (0..n).map(|i| i as f32 * 0.1).collect();
-                let mut slots: Vec<Vec<f32>> =
-                    (0..optimizer.slots()).map(|s| vec![optimizer.init_slot(s); n]).collect();
+                let mut slots = optimizer.first_slots(&w);
                 for step in 1..=800 {
                     let g: Vec<f32> = w.iter().map(|w| 2.0 * (w - 3.0)).collect();
                     let mut out = vec![0.0; n];
                     let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
-                    assert!(optimizer.at(step, lr).run(&w, Sums::mean(&g), &mut state, &mut out));
+                    assert!(optimizer.at(step, 1.0).run(&w, Sums::mean(&g), &mut state, &mut out));
                     w = out;
                 }
                 w
@@ -381,12 +467,12 @@ mod tests {
     #[test]
     fn every_optimizer_takes_halves_and_notices_what_is_not_finite() {
         for (kind, limit) in all().into_iter().flat_map(|kind| [(kind.clone(), None), (kind, Some(0.75))]) {
-            let optimizer = Optimizer::new(&kind);
-            let slots = || (0..optimizer.slots()).map(|s| vec![optimizer.init_slot(s); 150]).collect::<Vec<_>>();
+            let optimizer = Optimizer::new(&kind, None);
+            let slots = || optimizer.first_slots(&[0.0; 150]);
             let run = |step, w: &[f32], sums: Sums<'_>, slots: &mut [Vec<f32>]| {
                 let mut out = vec![0.0; w.len()];
                 let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
-                let finite = optimizer.at(step, 0.1).run(w, sums, &mut state, &mut out);
+                let finite = optimizer.at(step, 1.0).run(w, sums, &mut state, &mut out);
                 (out, finite)
             };
             let weights: Vec<f32> = (0..150).map(|i| i as f32 * 0.01 - 0.5).collect();
@@ -417,12 +503,12 @@ mod tests {
     #[test]
     fn adamw_is_the_papers() {
         let kind = job::Optimizer::AdamW { lr: 0.01, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
-        let optimizer = Optimizer::new(&kind);
+        let optimizer = Optimizer::new(&kind, None);
         let (mut w, mut m, mut v) = (vec![0.5f32], vec![0.0f32], vec![0.0f32]);
         let (mut rw, mut rm, mut rv) = (0.5f64, 0.0f64, 0.0f64);
         for (step, g) in [(1u64, 0.3f32), (2, -0.7)] {
             let mut out = vec![0.0];
-            assert!(optimizer.at(step, 0.01).run(&w, Sums::mean(&[g]), &mut [&mut m, &mut v], &mut out));
+            assert!(optimizer.at(step, 1.0).run(&w, Sums::mean(&[g]), &mut [&mut m, &mut v], &mut out));
             w = out;
             let g = g as f64;
             rm = 0.9 * rm + 0.1 * g;

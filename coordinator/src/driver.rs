@@ -9,7 +9,7 @@ use crate::lock;
 use crate::measure::Measure;
 use crate::pace::Pace;
 use crate::shared::{Input, Shared, ToWorker};
-use crate::store::{Applied, Keep, Rates};
+use crate::store::{Applied, Keep};
 use crate::sum::Gradient;
 use crate::{Progress, Summary};
 use anyhow::{Context, Result, bail, ensure};
@@ -23,7 +23,6 @@ use unisono_common::data::partition::Partitions;
 use unisono_common::ids::{Step, WorkerId};
 use unisono_common::job::ScheduleKind;
 use unisono_common::metrics::{EvalKind, EvalSummary, EvalSums};
-use unisono_common::optim::Optimizer;
 use unisono_common::protocol::{Command, Event, Kind, Reason};
 use unisono_common::schedule::{self, EarlyState, PlateauState};
 use unisono_common::tree::{Offer, Open};
@@ -93,7 +92,7 @@ impl Driver {
 
     fn serve(&mut self) -> Result<Summary> {
         if self.shared.test_parts.is_some() && self.is_evaluation_owed() {
-            self.machine(Event::Open { step: self.learning.step, kind: Kind::Evaluate });
+            self.evaluate();
         } else {
             self.next()?;
         }
@@ -326,7 +325,7 @@ impl Driver {
                 }
                 let step = self.learning.step.0;
                 if self.shared.test_parts.is_some() && (self.is_evaluation_due(step) || self.stop) {
-                    self.machine(Event::Open { step: Step(step), kind: Kind::Evaluate });
+                    self.evaluate();
                 } else {
                     self.after_step()?;
                 }
@@ -396,6 +395,14 @@ impl Driver {
         step > 0 && self.is_evaluation_due(step) && self.learning.evaluated != Some(step)
     }
 
+    /// Opens an evaluation of the weights, or of their average where there is one.
+    fn evaluate(&mut self) {
+        if self.shared.job.train.ema.is_some() {
+            self.shared.store.show_average();
+        }
+        self.machine(Event::Open { step: self.learning.step, kind: Kind::Evaluate });
+    }
+
     fn evaluated(&mut self, eval: EvalSummary) -> Result<()> {
         let job = &self.shared.job;
         tracing::info!("step {}: test {}", self.learning.step, eval);
@@ -445,11 +452,8 @@ impl Driver {
             return self.save();
         }
         let train = &self.shared.job.train;
-        let base = Optimizer::lr(&train.optimizer);
         let factor = schedule::factor(&train.schedule, step.0, self.total_steps) * self.learning.plateau.factor;
-        let tables = self.shared.store.tables.as_ref().map_or(0.0, |tables| tables.optimizer().lr());
-        let rate = |base: f32| (base as f64 * factor) as f32;
-        self.shared.store.begin(Rates { dense: rate(base), tables: rate(tables) });
+        self.shared.store.begin(factor);
         self.pace.open(Instant::now());
         self.machine(Event::Open { step, kind: Kind::Train });
         Ok(())
@@ -520,7 +524,7 @@ impl Driver {
             eval: serde_json::to_value(&learning.eval)?,
             files: Default::default(),
         };
-        let slots = Optimizer::new(&job.train.optimizer).slot_names();
+        let slots = shared.store.groups().optimizer().slot_names();
         match files::Writing::begin(&dir, step.0, layout, &slots, shared.store.tables.as_ref()) {
             Err(e) => shared.input(Input::Saved(Err(e))),
             Ok(writing) => {

@@ -33,6 +33,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use unisono_common::checkpoint;
 use unisono_common::data::{self, Prepared, partition::Partitions};
+use unisono_common::groups::Groups;
 use unisono_common::ids::Step;
 use unisono_common::job::{Job, Length, ScheduleKind};
 use unisono_common::loss::Loss;
@@ -137,7 +138,7 @@ pub struct Ready {
     model: Model,
     train_parts: Partitions,
     test_parts: Option<Partitions>,
-    optimizer: Optimizer,
+    groups: Groups,
     /// Where checkpoints are written, locked; `None` where nothing is kept.
     dir: Option<(PathBuf, files::Lock)>,
     from: Option<Resumed>,
@@ -183,8 +184,8 @@ pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
         bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display());
     }
     let lock = files::check(&dir)?;
-    let Ready { job, opened, model, optimizer, .. } = &ready;
-    let from = if resume { Some(find(job, &opened.prepared, &dir, model, optimizer)?) } else { None };
+    let Ready { job, opened, model, groups, .. } = &ready;
+    let from = if resume { Some(find(job, &opened.prepared, &dir, model, groups.optimizer())?) } else { None };
     Ok(Ready { dir: Some((dir, lock)), from, ..ready })
 }
 
@@ -218,8 +219,9 @@ pub fn prepare_unkept(job: Job) -> Result<Ready> {
             bail!("{key} follows \"{}\", which this task does not have: choose {}", metric.name(), names.join(" or "));
         }
     }
-    let optimizer = Optimizer::new(&job.train.optimizer);
-    Ok(Ready { job, opened, model, train_parts, test_parts, optimizer, dir: None, from: None })
+    let optimizer = Optimizer::new(&job.train.optimizer, job.train.ema);
+    let groups = Groups::new(optimizer, &job.train.groups, model.layout())?;
+    Ok(Ready { job, opened, model, train_parts, test_parts, groups, dir: None, from: None })
 }
 
 const AFRESH: &str = "there is nothing to resume from; leave --resume out to start afresh";
@@ -292,7 +294,7 @@ pub async fn run(
     progress: watch::Sender<Progress>,
     interrupted: watch::Receiver<bool>,
 ) -> Result<Summary> {
-    let Ready { job, opened, model, train_parts, test_parts, optimizer, dir, from } = ready;
+    let Ready { job, opened, model, train_parts, test_parts, groups, dir, from } = ready;
     let (dir, _lock) = dir.unzip();
     let layout = Arc::new(model.layout().clone());
     let steps_per_epoch = train_parts.steps_per_epoch(job.train.micro_batch) as u64;
@@ -337,7 +339,7 @@ pub async fn run(
     let mut store = store::Store::new(
         layout,
         tables,
-        optimizer,
+        groups,
         clip,
         p,
         learning.step,

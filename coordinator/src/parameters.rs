@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::server::NamedService;
 use tonic::{Status, codegen::Service};
-use unisono_common::ids::WorkerId;
+use unisono_common::ids::{Version, WorkerId};
 use unisono_common::kernels;
 use unisono_common::rows::sums::RowSums;
 use unisono_proto::stream::{self, ChunkHead, Part, Reader};
@@ -219,8 +219,9 @@ async fn broadcast(shared: Arc<Shared>, session: Bytes, send: mpsc::Sender<Resul
             }
         };
         shared.store.bytes_pulled.fetch_add(next.bytes.len() as u64, Ordering::Relaxed);
-        sent[index] = Some(next.step);
-        let head = ChunkHead { step: next.step.0, index: index as u32, crc: next.crc };
+        sent[index] = Some(next.version);
+        let Version { step, average } = next.version;
+        let head = ChunkHead { step: step.0, average, index: index as u32, crc: next.crc };
         for part in stream::weights(head, &next.bytes) {
             if send.send(Ok(Frame::data(part))).await.is_err() {
                 return;

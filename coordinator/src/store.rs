@@ -16,11 +16,12 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
-use unisono_common::ids::Step;
+use unisono_common::groups::{self, Groups};
+use unisono_common::ids::{Step, Version};
 use unisono_common::kernels;
 use unisono_common::layout::{Layout, Role, le_bytes};
 use unisono_common::loss::LossSums;
-use unisono_common::optim::{self, MAX_SLOTS, Optimizer, Sums};
+use unisono_common::optim::{self, Lengths, MAX_SLOTS, Sums};
 use unisono_common::rows::RowBlock;
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
@@ -33,7 +34,7 @@ const COPIES: usize = 16;
 
 /// A chunk's weights for the wire: a copy, because the weights' own memory is used again. All streams share it.
 struct Copy {
-    step: Step,
+    version: Version,
     values: Vec<f32>,
     crc: u32,
     spare: Arc<Spare>,
@@ -52,10 +53,10 @@ struct Copying {
 }
 
 impl Copying {
-    fn of(step: Step, len: usize, spare: &Arc<Spare>) -> Copying {
+    fn of(version: Version, len: usize, spare: &Arc<Spare>) -> Copying {
         let mut values = spare.take(len);
         values.clear();
-        Copying { copy: Copy { step, values, crc: 0, spare: spare.clone() }, crc: unisono_proto::Crc::new() }
+        Copying { copy: Copy { version, values, crc: 0, spare: spare.clone() }, crc: unisono_proto::Crc::new() }
     }
 
     fn add(&mut self, values: &[f32]) {
@@ -80,7 +81,7 @@ impl AsRef<[u8]> for Shared {
 
 /// A chunk of weights that a stream sends.
 pub struct Sent {
-    pub step: Step,
+    pub version: Version,
     pub crc: u32,
     pub bytes: Bytes,
 }
@@ -96,11 +97,11 @@ pub trait Keep: Send + Sync {
 
 struct Chunk {
     /// The step whose weights were written last.
-    version: Step,
+    step: Step,
     piece: Piece,
-    /// Whether the step before is open still: whoever joins or is slow still needs its weights.
-    previous: bool,
-    /// The last copies for the wire, of even and of odd steps, while they are on their way.
+    /// What lies beside them.
+    beside: Beside,
+    /// The last copies for the wire, of either place, while they are on their way.
     copies: [Weak<Copy>; 2],
     /// The one that the update made while it had the values at hand, until so many streams have taken it.
     made: Option<(Arc<Copy>, usize)>,
@@ -112,32 +113,55 @@ struct Chunk {
     keep: Option<Arc<dyn Keep>>,
 }
 
+/// What lies in the other of two buffers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    /// Nothing that anybody still needs.
+    Nothing,
+    /// The weights of the step before, which is open still: whoever joins or is slow needs them.
+    Previous,
+    /// The average, which is being evaluated.
+    Average,
+}
+
 impl Chunk {
     fn flush(&mut self, index: usize) {
         if let Some(keep) = self.keep.take() {
-            keep.chunk(index, self.piece.of_step(self.version.0), &self.slots);
+            keep.chunk(index, self.piece.of_step(self.step.0), &self.slots);
         }
     }
 
-    /// The weights of `step`, for the wire.
-    fn send(&mut self, step: Step, spare: &Arc<Spare>) -> Sent {
-        let last = &mut self.copies[step.0 as usize % 2];
-        let copy = last.upgrade().filter(|copy| copy.step == step).unwrap_or_else(|| {
-            let mut copy = Copying::of(step, self.piece.of_step(step.0).len(), spare);
-            copy.add(self.piece.of_step(step.0));
+    /// Its version after `than`, of those that are there.
+    fn after(&self, than: Option<Version>) -> Option<Version> {
+        let weights = Version::of(self.step);
+        let [first, second] = match self.beside {
+            Beside::Nothing => [None, Some(weights)],
+            Beside::Previous => [self.step.0.checked_sub(1).map(|before| Version::of(Step(before))), Some(weights)],
+            Beside::Average => [Some(weights), Some(Version { average: true, ..weights })],
+        };
+        [first, second].into_iter().flatten().find(|version| than.is_none_or(|than| than < *version))
+    }
+
+    /// The weights of `version`, for the wire.
+    fn send(&mut self, version: Version, spare: &Arc<Spare>) -> Sent {
+        let last = &mut self.copies[version.place() as usize % 2];
+        let copy = last.upgrade().filter(|copy| copy.version == version).unwrap_or_else(|| {
+            let values = self.piece.of_step(version.place());
+            let mut copy = Copying::of(version, values.len(), spare);
+            copy.add(values);
             let copy = copy.end();
             *last = Arc::downgrade(&copy);
             copy
         });
         if let Some((made, streams)) = &mut self.made
-            && made.step == step
+            && made.version == version
         {
             *streams -= 1;
             if *streams == 0 {
                 self.made = None;
             }
         }
-        Sent { step, crc: copy.crc, bytes: Bytes::from_owner(Shared(copy)) }
+        Sent { version, crc: copy.crc, bytes: Bytes::from_owner(Shared(copy)) }
     }
 }
 
@@ -183,29 +207,22 @@ pub struct Clip {
     pub value: Option<f32>,
 }
 
-/// Learning rates of a step: of the layout's values, and of sparse tables.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Rates {
-    pub dense: f32,
-    pub tables: f32,
-}
-
 /// The parameter store.
 pub struct Store {
     layout: Arc<Layout>,
     /// The model's sparse tables, where it has any.
     pub tables: Option<Tables>,
-    optimizer: Optimizer,
+    groups: Groups,
     clip: Clip,
     partitions: u32,
     weights: Arc<Weights>,
     chunks: Vec<Mutex<Chunk>>,
-    /// The version of each chunk, to look at while others work on it.
+    /// The last version of each chunk, to look at while others work on it: twice its step, and one more for the average.
     versions: Vec<AtomicU64>,
     /// Buffers of a chunk's length.
     spare: Arc<Spare>,
-    /// Those of the open step.
-    rates: Mutex<Rates>,
+    /// What all learning rates are multiplied by in the open step.
+    factor: Mutex<f64>,
     pending: AtomicUsize,
     /// Place of the first value that is not finite.
     diverged: Mutex<Option<usize>>,
@@ -229,7 +246,7 @@ impl Store {
     pub fn new(
         layout: Arc<Layout>,
         tables: Option<Tables>,
-        optimizer: Optimizer,
+        groups: Groups,
         clip: Clip,
         partitions: u32,
         step: Step,
@@ -248,17 +265,15 @@ impl Store {
             .enumerate()
             .map(|(i, mut piece)| {
                 let trained = layout.trainable_of(i);
-                let slots = (0..optimizer.slots())
-                    .map(|s| match slots.get(s) {
-                        Some(values) => values[trained.clone()].to_vec(),
-                        None => vec![optimizer.init_slot(s); trained.len()],
-                    })
-                    .collect();
+                let slots = match slots {
+                    [] => groups.optimizer().first_slots(&weights[trained]),
+                    slots => slots.iter().map(|values| values[trained.clone()].to_vec()).collect(),
+                };
                 piece.begin(step.0).copy_from_slice(&weights[layout.chunk(i)]);
                 Mutex::new(Chunk {
-                    version: step,
+                    step,
                     piece,
-                    previous: false,
+                    beside: Beside::Nothing,
                     copies: Default::default(),
                     made: None,
                     slots,
@@ -271,15 +286,15 @@ impl Store {
         Ok(Store {
             pending: AtomicUsize::new(chunks.len() + usize::from(tables.is_some())),
             tables,
-            versions: chunks.iter().map(|_| AtomicU64::new(step.0)).collect(),
+            versions: chunks.iter().map(|_| AtomicU64::new(number(Version::of(step)))).collect(),
             chunks,
             layout,
-            optimizer,
+            groups,
             clip,
             partitions,
             weights: memory,
             spare: Arc::default(),
-            rates: Mutex::default(),
+            factor: Mutex::new(1.0),
             diverged: Mutex::new(None),
             changed: watch::Sender::new(0),
             applied,
@@ -295,15 +310,20 @@ impl Store {
         &self.layout
     }
 
+    /// What updates the weights.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
     /// The weights, for workers that read them in place.
     pub fn weights(&self) -> &Weights {
         &self.weights
     }
 
-    /// Opens a step, whose updates use these rates.
-    pub fn begin(&self, rates: Rates) {
-        *lock(&self.rates) = rates;
-        self.chunks.iter().for_each(|chunk| lock(chunk).previous = false);
+    /// Opens a step, whose updates use `factor` times the learning rates.
+    pub fn begin(&self, factor: f64) {
+        *lock(&self.factor) = factor;
+        self.chunks.iter().for_each(|chunk| lock(chunk).beside = Beside::Nothing);
         self.pending.store(self.chunks.len() + usize::from(self.tables.is_some()), Ordering::SeqCst);
     }
 
@@ -312,7 +332,7 @@ impl Store {
     pub fn accept(&self, step: Step, node: Node, sums: LossSums, index: usize, gradient: Gradient) {
         self.bytes_pushed.fetch_add(self.layout.chunk(index).len() as u64 * 4, Ordering::Relaxed);
         let mut chunk = lock(&self.chunks[index]);
-        if chunk.version != step || chunk.reduced.is_some() || chunk.open.holds(node) {
+        if chunk.step != step || chunk.reduced.is_some() || chunk.open.holds(node) {
             return; // late, or there already
         }
         let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
@@ -328,15 +348,15 @@ impl Store {
             return;
         }
         let Some(Part { gradient, sums, .. }) = chunk.open.take_root() else { return };
-        if self.clip.norm.is_some() {
-            // The mean waits for all others: its norm is needed first.
+        if self.waits() {
+            // The mean waits for all others: its norm, or its tensor's, is needed first.
             let mut mean = self.spare.sum(gradient);
             self.check(index, &mean);
             kernels::scale(&mut mean[..self.layout.trainable_of(index).len()], inverse(sums));
             chunk.reduced = Some((mean, sums));
             drop(chunk);
         } else {
-            self.update(&mut chunk, index, &gradient, inverse(sums), sums);
+            self.update(&mut chunk, index, &gradient, inverse(sums), sums, None);
             drop(chunk);
             self.spare.free(gradient);
             self.changed.send_modify(|n| *n += 1);
@@ -359,15 +379,13 @@ impl Store {
         if self.pending.fetch_sub(1, Ordering::SeqCst) != 1 {
             return;
         }
-        let factor = match self.clip.norm {
-            Some(norm) => inverse(sums) * self.apply_clipped(norm, inverse(sums)),
-            None => inverse(sums),
-        };
+        let mean = inverse(sums);
+        let factor = if self.waits() { mean * self.apply_together(mean) } else { mean };
         // Rows change in place, when nobody reads those of this step any more.
         let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
         let updated = match &self.tables {
             Some(tables) => {
-                let rate = lock(&self.rates).tables;
+                let rate = (tables.optimizer().lr() as f64 * *lock(&self.factor)) as f32;
                 self.pool.install(|| tables.update(rate, factor, self.clip.value))
             }
             None => Ok(()),
@@ -383,23 +401,21 @@ impl Store {
         node.len() == self.partitions || lock(&self.chunks[index]).open.merges(node)
     }
 
-    /// All is reduced: the global norm of the mean gradient, in chunk order, then every update; gives what the mean of the rows'
-    /// sums, `mean` times them, is still to be multiplied by.
-    fn apply_clipped(&self, limit: f32, mean: f32) -> f32 {
-        let square = |i: usize| {
-            let chunk = lock(&self.chunks[i]);
-            let mean = chunk.reduced.as_ref().map(|(mean, _)| &mean[..self.layout.trainable_of(i).len()]);
-            kernels::vectorized(|| optim::sum_squares(mean.unwrap_or_default()))
-        };
-        let squares: Vec<f64> = self.pool.install(|| (0..self.chunks.len()).into_par_iter().map(square).collect());
-        let of_rows = self.tables.as_ref().map_or(0.0, |tables| tables.sum_squares(mean));
-        let norm = (squares.iter().sum::<f64>() + of_rows).sqrt() as f32;
-        let factor = optim::clip_factor(norm, limit);
+    /// Whether a mean has to wait until all gradients are there.
+    fn waits(&self) -> bool {
+        self.clip.norm.is_some() || self.groups.optimizer().is_layerwise()
+    }
+
+    /// All is reduced: the factor that clips it, then every update; gives what the mean of the rows' sums, `mean` times them, is
+    /// still to be multiplied by.
+    fn apply_together(&self, mean: f32) -> f32 {
+        let factor = self.clip.norm.map_or(1.0, |limit| optim::clip_factor(self.norm(mean), limit));
+        let ratios = self.groups.optimizer().is_layerwise().then(|| self.directions(factor));
         let apply = |(i, chunk): (usize, &Mutex<Chunk>)| {
             let mut chunk = lock(chunk);
             if let Some((mean, sums)) = chunk.reduced.take() {
                 let mean = Gradient::Sum(mean);
-                self.update(&mut chunk, i, &mean, factor, sums);
+                self.update(&mut chunk, i, &mean, factor, sums, ratios.as_deref());
                 self.spare.free(mean);
             }
             drop(chunk);
@@ -409,43 +425,96 @@ impl Store {
         factor
     }
 
-    /// New weights from a gradient times `factor` (trainable part) and the sums of statistics (running part), block by block.
-    fn update(&self, chunk: &mut Chunk, index: usize, gradient: &Gradient, factor: f32, sums: LossSums) {
+    /// The global norm of the mean gradient, in the order of the chunks; that of rows is `mean` times their sums.
+    fn norm(&self, mean: f32) -> f32 {
+        let square = |i: usize| {
+            let chunk = lock(&self.chunks[i]);
+            let mean = chunk.reduced.as_ref().map(|(mean, _)| &mean[..self.layout.trainable_of(i).len()]);
+            kernels::vectorized(|| optim::sum_squares(mean.unwrap_or_default()))
+        };
+        let squares: Vec<f64> = self.pool.install(|| (0..self.chunks.len()).into_par_iter().map(square).collect());
+        let of_rows = self.tables.as_ref().map_or(0.0, |tables| tables.sum_squares(mean));
+        (squares.iter().sum::<f64>() + of_rows).sqrt() as f32
+    }
+
+    /// The directions of all weights, where the new ones will be, from the means times `factor`; gives the ratio of each run of
+    /// the groups, whose lengths are added up in the order of the chunks.
+    fn directions(&self, factor: f32) -> Vec<f32> {
+        let rates = *lock(&self.factor);
+        let lengths = |(i, chunk): (usize, &Mutex<Chunk>)| {
+            let mut chunk = lock(chunk);
+            chunk.flush(i);
+            let (start, step) = (self.layout.chunk(i).start, chunk.step);
+            let Chunk { piece, slots, reduced: Some((mean, _)), .. } = &mut *chunk else { return Vec::new() };
+            let (old, new) = piece.update(step.0);
+            let parts = self.groups.parts(self.layout.trainable_of(i));
+            let of_part = |part: groups::Part<'_>| {
+                let at = part.range.start - start..part.range.end - start;
+                let sums = Sums { factor, limit: self.clip.value, ..Sums::mean(&mean[at.clone()]) };
+                let update = part.optimizer.at(step.0 + 1, rates);
+                let (old, new, vectors) = (&old[at.clone()], &mut new[at.clone()], slots.len());
+                if !update.run(old, sums, &mut states(slots, at)[..vectors], new) {
+                    self.check_at(part.range.start, new);
+                }
+                (part.run, Lengths::of(old, new))
+            };
+            parts.map(of_part).collect::<Vec<_>>()
+        };
+        let all: Vec<_> = self.pool.install(|| self.chunks.par_iter().enumerate().map(lengths).collect());
+        let mut runs = vec![Lengths::default(); self.groups.runs()];
+        all.into_iter().flatten().for_each(|(run, lengths)| runs[run] += lengths);
+        runs.into_iter().map(Lengths::ratio).collect()
+    }
+
+    /// New weights from a gradient times `factor` (trainable part) and the sums of statistics (running part), block by block. With
+    /// `ratios` of the runs there are directions already, and the weights go along them.
+    fn update(
+        &self,
+        chunk: &mut Chunk,
+        index: usize,
+        gradient: &Gradient,
+        factor: f32,
+        sums: LossSums,
+        ratios: Option<&[f32]>,
+    ) {
         chunk.flush(index);
-        let (step, lr) = (chunk.version, lock(&self.rates).dense);
+        let (step, rates) = (chunk.step, *lock(&self.factor));
         let (range, trained) = (self.layout.chunk(index), self.layout.trainable_of(index).len());
         let Chunk { piece, slots, .. } = chunk;
         let (old, new) = piece.update(step.0);
         // Each copy holds the spare buffers, beside this store.
         let (streams, copies) = (self.changed.receiver_count(), Arc::strong_count(&self.spare) - 1);
         let wanted = streams > 0 && copies < COPIES;
-        let mut copy = wanted.then(|| Copying::of(step.next(), range.len(), &self.spare));
+        let mut copy = wanted.then(|| Copying::of(Version::of(step.next()), range.len(), &self.spare));
         let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
-        let update = self.optimizer.at(step.0 + 1, lr);
-        for from in (0..range.len()).step_by(BLOCK) {
-            let at = from..(from + BLOCK).min(range.len());
-            let part = at.start.min(trained)..at.end.min(trained);
-            let mut state: [&mut [f32]; MAX_SLOTS] = Default::default();
-            let vectors = slots.len();
-            for (state, slot) in state.iter_mut().zip(slots.iter_mut()) {
-                *state = &mut slot[part.clone()];
-            }
-            let (first, second) = gradient.halves(part.clone());
-            let sums_of_part = Sums { first, second, factor, limit: self.clip.value };
-            let mut finite =
-                update.run(&old[part.clone()], sums_of_part, &mut state[..vectors], &mut new[part.clone()]);
-            if part.end < at.end {
-                finite &= self.blend_running(range.start, part.end..at.end, sums, gradient, old, new);
-            }
+        let mut done = |at: Range<usize>, finite: bool, new: &[f32]| {
             if !finite {
                 let mut read = vec![0.0; at.len()];
                 gradient.read(at.clone(), &mut read);
-                self.check_at(range.start + from, &read);
-                self.check_at(range.start + from, &new[at.clone()]);
+                self.check_at(range.start + at.start, &read);
+                self.check_at(range.start + at.start, new);
             }
             if let Some(copy) = &mut copy {
-                copy.add(&new[at]);
+                copy.add(new);
             }
+        };
+        for part in self.groups.parts(range.start..range.start + trained) {
+            let update = part.optimizer.at(step.0 + 1, rates);
+            for at in blocks(part.range.start - range.start..part.range.end - range.start) {
+                let (first, second) = gradient.halves(at.clone());
+                let sums = Sums { first, second, factor, limit: self.clip.value };
+                let (old, new) = (&old[at.clone()], &mut new[at.clone()]);
+                let (vectors, states) = (slots.len(), &mut states(slots, at.clone()));
+                let finite = match ratios {
+                    Some(ratios) => update.along(old, ratios[part.run], &mut states[..vectors], new),
+                    None => update.run(old, sums, &mut states[..vectors], new),
+                };
+                done(at, finite, new);
+            }
+        }
+        for at in blocks(trained..range.len()) {
+            let finite = self.blend_running(range.start, at.clone(), sums, gradient, old, new);
+            done(at.clone(), finite, &new[at]);
         }
         if let Some((timers, began)) = began {
             // One pass does both: its time goes to each by the bytes that it moves.
@@ -455,11 +524,29 @@ impl Store {
         }
         chunk.made = copy.map(|copy| (copy.end(), streams));
         if let Some((made, _)) = &chunk.made {
-            chunk.copies[made.step.0 as usize % 2] = Arc::downgrade(made);
+            chunk.copies[made.version.place() as usize % 2] = Arc::downgrade(made);
         }
-        chunk.previous = true;
-        chunk.version = step.next();
-        self.versions[index].store(chunk.version.0, Ordering::Release);
+        chunk.beside = Beside::Previous;
+        chunk.step = step.next();
+        self.versions[index].store(number(Version::of(chunk.step)), Ordering::Release);
+    }
+
+    /// Puts the average of the weights beside them, between two steps, for those who evaluate it until the next step begins. Running
+    /// statistics, which are averages themselves, are as they are.
+    pub fn show_average(&self) {
+        for (i, chunk) in self.chunks.iter().enumerate() {
+            let mut chunk = lock(chunk);
+            let (step, trained) = (chunk.step, self.layout.trainable_of(i).len());
+            let Chunk { piece, slots, .. } = &mut *chunk;
+            let (weights, beside) = piece.update(step.0);
+            beside.copy_from_slice(weights);
+            if let Some(average) = slots.last() {
+                beside[..trained].copy_from_slice(average);
+            }
+            chunk.beside = Beside::Average;
+            self.versions[i].store(number(Version { step, average: true }), Ordering::Release);
+        }
+        self.changed.send_modify(|n| *n += 1);
     }
 
     /// Running statistics at `at` of a chunk that begins at `start`: they follow the means over the step's samples. False where
@@ -519,26 +606,25 @@ impl Store {
 
     /// Of the chunks with a newer version than was sent the first one, with its next version: a pass over the weights begins
     /// with it.
-    pub fn next(&self, sent: &[Option<Step>]) -> Option<(usize, Sent)> {
-        let newer = |i: usize, sent: Option<Step>| sent.is_none_or(|s| s.0 < self.versions[i].load(Ordering::Acquire));
+    pub fn next(&self, sent: &[Option<Version>]) -> Option<(usize, Sent)> {
+        let last = |i: usize| self.versions[i].load(Ordering::Acquire);
+        let newer = |i: usize, sent: Option<Version>| sent.is_none_or(|sent| number(sent) < last(i));
         let mut chunks = sent.iter().enumerate().filter(|(i, sent)| newer(*i, **sent));
         chunks.find_map(|(i, sent)| Some((i, self.next_of(i, *sent)?)))
     }
 
     /// The next version of chunk `index` after `than`. While a step is open that is never a version that would leave out
     /// the open step's.
-    fn next_of(&self, index: usize, than: Option<Step>) -> Option<Sent> {
+    fn next_of(&self, index: usize, than: Option<Version>) -> Option<Sent> {
         let mut chunk = lock(&self.chunks[index]);
-        let (version, newer) = (chunk.version, |step| than.is_none_or(|than| than < step));
-        let before = version.0.checked_sub(1).map(Step).filter(|_| chunk.previous);
-        let step = before.filter(|before| newer(*before)).or(Some(version)).filter(|step| newer(*step))?;
-        Some(chunk.send(step, &self.spare))
+        let next = chunk.after(than)?;
+        Some(chunk.send(next, &self.spare))
     }
 
     /// Whether the store is at the beginning of `step`, and no update of it has run.
     pub fn is_at(&self, step: Step) -> bool {
         let of_tables = self.tables.as_ref().is_none_or(|tables| tables.is_at(step));
-        of_tables && self.chunks.iter().all(|chunk| lock(chunk).version == step)
+        of_tables && self.chunks.iter().all(|chunk| lock(chunk).step == step)
     }
 
     /// Promises `keep` the state at the beginning of `step`: until [`Store::flush`] is through, an update gives a chunk away
@@ -546,7 +632,7 @@ impl Store {
     pub fn keep(&self, step: Step, keep: &Arc<dyn Keep>) -> bool {
         let mut chunks: Vec<_> = self.chunks.iter().map(lock).collect();
         // Rows are asked last: where all chunks are at the step's beginning, nobody who waits for one changes rows.
-        let whole = chunks.iter().all(|chunk| chunk.version == step)
+        let whole = chunks.iter().all(|chunk| chunk.step == step)
             && self.tables.as_ref().is_none_or(|tables| tables.is_at(step));
         if whole {
             chunks.iter_mut().for_each(|chunk| chunk.keep = Some(keep.clone()));
@@ -566,11 +652,29 @@ impl Store {
     }
 }
 
+/// In the order of the versions.
+fn number(Version { step, average }: Version) -> u64 {
+    2 * step.0 + u64::from(average)
+}
+
+/// A range in blocks of up to [`BLOCK`] values.
+fn blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(BLOCK).map(move |from| from..(from + BLOCK).min(range.end))
+}
+
+/// The state vectors of the values at `at`.
+fn states(slots: &mut [Vec<f32>], at: Range<usize>) -> [&mut [f32]; MAX_SLOTS] {
+    let mut states: [&mut [f32]; MAX_SLOTS] = Default::default();
+    states.iter_mut().zip(slots).for_each(|(state, slot)| *state = &mut slot[at.clone()]);
+    states
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use unisono_common::job;
-    use unisono_common::layout::{CHUNK, Init, Tensor};
+    use unisono_common::layout::{CHUNK, Init, Kind, Tensor};
+    use unisono_common::optim::Optimizer;
 
     /// The chunks that came, each with its first weight.
     #[derive(Default)]
@@ -590,6 +694,7 @@ mod tests {
             name: name.into(),
             shape: vec![len],
             role: Role::Trainable,
+            kind: Kind::Weight,
             init: Init::Constant(1.0),
         };
         let layout = Arc::new(Layout::new(vec![tensor("a", CHUNK), tensor("b", 5)]));
@@ -599,8 +704,8 @@ mod tests {
         let count = move |_: Applied| {
             counted.fetch_add(1, Ordering::SeqCst);
         };
-        let optimizer = Optimizer::new(&sgd);
-        let store = Store::new(layout, None, optimizer, Clip::default(), 1, Step(7), &weights, &[], 1, Box::new(count))
+        let groups = Groups::new(Optimizer::new(&sgd, None), &[], &layout).expect("no groups");
+        let store = Store::new(layout, None, groups, Clip::default(), 1, Step(7), &weights, &[], 1, Box::new(count))
             .expect("memory");
         let sums = LossSums { loss: 1.0, weight: 2.0, samples: 2 };
         let push = |step, index: usize, len: usize| {
@@ -609,22 +714,23 @@ mod tests {
         let version = |index, than| {
             let sent = store.next_of(index, than)?;
             assert_eq!(sent.crc, unisono_proto::crc(&sent.bytes));
-            Some((sent.step, sent.bytes[..4].to_vec()))
+            Some((sent.version, sent.bytes[..4].to_vec()))
         };
+        let of = |step| Version::of(Step(step));
         let value = |v: f32| v.to_le_bytes().to_vec();
 
-        store.begin(Rates { dense: 1.0, tables: 0.0 });
+        store.begin(1.0);
         push(Step(7), 0, CHUNK);
         push(Step(7), 0, CHUNK);
         assert_eq!(done.load(Ordering::SeqCst), 0, "one chunk is not a step");
         assert!(!store.is_at(Step(7)) && !store.is_at(Step(8)), "half a step would be kept");
         // Who joins now still gets the open step's weights of every chunk, and then what is already there of the next.
-        assert_eq!(version(0, None), Some((Step(7), value(1.0))));
-        assert_eq!(version(0, Some(Step(7))), Some((Step(8), value(-1.0))));
-        assert_eq!(version(0, Some(Step(8))), None);
-        assert_eq!(version(0, None), Some((Step(7), value(1.0))));
-        assert_eq!(version(1, None), Some((Step(7), value(1.0))));
-        assert_eq!(version(1, Some(Step(7))), None);
+        assert_eq!(version(0, None), Some((of(7), value(1.0))));
+        assert_eq!(version(0, Some(of(7))), Some((of(8), value(-1.0))));
+        assert_eq!(version(0, Some(of(8))), None);
+        assert_eq!(version(0, None), Some((of(7), value(1.0))));
+        assert_eq!(version(1, None), Some((of(7), value(1.0))));
+        assert_eq!(version(1, Some(of(7))), None);
 
         push(Step(7), 1, 5);
         assert_eq!(done.load(Ordering::SeqCst), 1);
@@ -633,38 +739,106 @@ mod tests {
         let kept = Arc::new(Kept::default());
         let keep = kept.clone() as Arc<dyn Keep>;
         assert!(!store.keep(Step(7), &keep) && store.keep(Step(8), &keep));
-        store.begin(Rates { dense: 1.0, tables: 0.0 });
-        assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
+        store.begin(1.0);
+        assert_eq!(version(0, None), Some((of(8), value(-1.0))));
         // Where somebody listens, an update makes what is sent; what is on its way stays as it was.
         let _stream = store.changes();
         let on_its_way = store.next_of(0, None).expect("there is a version");
         push(Step(8), 0, CHUNK);
-        assert_eq!(version(0, Some(Step(8))), Some((Step(9), value(-3.0))));
-        assert_eq!(version(0, None), Some((Step(8), value(-1.0))));
+        assert_eq!(version(0, Some(of(8))), Some((of(9), value(-3.0))));
+        assert_eq!(version(0, None), Some((of(8), value(-1.0))));
         assert_eq!(on_its_way.bytes[..4], value(-1.0));
         assert!(lock(&store.chunks[0]).made.is_none(), "all streams have taken it");
         assert!(!store.keep(Step(8), &keep) && !store.keep(Step(9), &keep), "half a step would be kept");
         store.flush(&*kept);
         store.flush(&*kept);
         assert_eq!(*lock(&kept.0), [(0, -1.0), (1, -1.0)]);
-        let of_all = |sent: [u64; 2]| store.next(&sent.map(Step).map(Some)).map(|(index, sent)| (index, sent.step.0));
+        let of_all =
+            |sent: [u64; 2]| store.next(&sent.map(of).map(Some)).map(|(index, sent)| (index, sent.version.step.0));
         assert_eq!((of_all([7, 7]), of_all([8, 7]), of_all([9, 8])), (Some((0, 8)), Some((0, 9)), None));
         push(Step(8), 1, 5);
         assert_eq!((of_all([8, 8]), of_all([9, 8]), of_all([9, 9])), (Some((0, 9)), Some((1, 9)), None));
-        drop(store.next_of(1, Some(Step(8))));
+        drop(store.next_of(1, Some(of(8))));
         // Where nothing gets through, updates make no more than so many.
         let mut stuck = vec![on_its_way];
         for step in 9..9 + COPIES as u64 {
-            store.begin(Rates { dense: 1.0, tables: 0.0 });
+            store.begin(1.0);
             push(Step(step), 0, CHUNK);
             push(Step(step), 1, 5);
-            drop(store.next_of(1, Some(Step(step))));
+            drop(store.next_of(1, Some(of(step))));
             let made = lock(&store.chunks[0]).made.is_some();
             assert_eq!(made, stuck.len() < COPIES, "{} are on their way", stuck.len());
-            stuck.extend(store.next_of(0, Some(Step(step))));
+            stuck.extend(store.next_of(0, Some(of(step))));
         }
         assert!(stuck.len() > COPIES);
         drop(stuck);
         assert_eq!(Arc::strong_count(&store.spare), 1, "all buffers are back");
+    }
+
+    /// A tensor that lies in several chunks moves as one, and its average is shown between two steps.
+    #[test]
+    fn lamb_looks_at_whole_tensors_and_averages_are_sent_until_the_next_step() {
+        let tensor = |name: &str, len, std| Tensor {
+            name: name.into(),
+            shape: vec![len],
+            role: Role::Trainable,
+            kind: Kind::Weight,
+            init: Init::Normal { std },
+        };
+        let layout =
+            Arc::new(Layout::new(vec![tensor("a", 7, 0.1), tensor("b", 2 * CHUNK, 1.0), tensor("c", 9, 10.0)]));
+        let lamb = job::Optimizer::Lamb { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.01 };
+        let optimizer = Optimizer::new(&lamb, Some(0.75));
+        let groups = Groups::new(optimizer, &[], &layout).expect("no groups");
+        let mut weights = layout.init(3);
+        let done: Box<dyn Fn(Applied) + Send + Sync> =
+            Box::new(|applied| assert!(matches!(applied, Applied::Done { .. }), "{applied:?}"));
+        let clip = Clip { norm: Some(5.0), value: None };
+        let store =
+            Store::new(layout.clone(), None, groups.clone(), clip, 1, Step(0), &weights, &[], 2, done).expect("memory");
+        let sums = LossSums { loss: 1.0, weight: 4.0, samples: 4 };
+        let mut slots = groups.optimizer().first_slots(&weights);
+        for step in 0..3u64 {
+            let gradient: Vec<f32> =
+                (0..layout.len()).map(|i| ((i as u64 * 37 + step * 11) % 101) as f32 - 40.0).collect();
+            store.begin(0.5);
+            for i in (0..layout.chunks()).rev() {
+                let values = gradient[layout.chunk(i)].to_vec();
+                store.accept(Step(step), Node { lo: 0, hi: 1 }, sums, i, Gradient::Sum(values));
+            }
+            let mean: Vec<f32> = gradient.iter().map(|g| g * 0.25).collect();
+            let factor = optim::clip_factor(optim::sum_squares(&mean).sqrt() as f32, 5.0);
+            for part in groups.parts(0..layout.len()) {
+                let (at, update) = (part.range, part.optimizer.at(step + 1, 0.5));
+                let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|slot| &mut slot[at.clone()]).collect();
+                let (w, mut out) = (&mut weights[at.clone()], vec![0.0; at.len()]);
+                assert!(update.run(w, Sums { factor, ..Sums::mean(&mean[at.clone()]) }, &mut state, &mut out));
+                assert!(update.along(w, Lengths::of(w, &out).ratio(), &mut state, &mut out));
+                w.copy_from_slice(&out);
+            }
+            store.show_average();
+            for i in 0..layout.chunks() {
+                let now = Version::of(Step(step + 1));
+                let [(first, new), (second, average)] = [None, Some(now)].map(|than| {
+                    let sent = store.next_of(i, than).expect("there are two");
+                    let values: Vec<f32> =
+                        sent.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                    (sent.version, values)
+                });
+                assert_eq!((first, second), (now, Version { average: true, ..now }));
+                assert!(store.next_of(i, Some(second)).is_none() && store.next(&vec![Some(second); 3]).is_none());
+                // Lengths are added up chunk by chunk here, and all at once there.
+                let close =
+                    |got: &[f32], want: &[f32]| got.iter().zip(want).all(|(a, b)| (a - b).abs() <= 1e-6 * b.abs());
+                assert!(
+                    close(&new, &weights[layout.chunk(i)]) && close(&average, &slots[2][layout.chunk(i)]),
+                    "{step}"
+                );
+                assert!(step == 0 || new != average);
+            }
+            assert!(store.is_at(Step(step + 1)));
+        }
+        store.begin(1.0);
+        assert!(store.next_of(0, Some(Version::of(Step(3)))).is_none(), "the average is over");
     }
 }

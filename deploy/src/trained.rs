@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use unisono_common::checkpoint::{Manifest, rows_from_safetensors, weights_from_safetensors};
+use unisono_common::checkpoint::{Manifest, rows_from_safetensors, state_from_safetensors, weights_from_safetensors};
 use unisono_common::data::csv::{encode, encode_ids, encode_text};
 use unisono_common::data::tokenizer::Encoder;
 use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Targets};
@@ -17,6 +17,7 @@ use unisono_common::job;
 use unisono_common::kernels::math;
 use unisono_common::metrics::predicted;
 use unisono_common::model::Model;
+use unisono_common::optim;
 use unisono_common::rows::optim::RowOptimizer;
 use unisono_common::rows::{self, First, RowBlock};
 use unisono_common::train::{self, Workspace};
@@ -30,6 +31,7 @@ pub struct Trained {
     pub path: PathBuf,
     pub manifest: Manifest,
     pub model: Model,
+    /// Their average, where the job has one.
     pub weights: Vec<f32>,
     /// Rows of sparse tables, their values without state.
     pub blocks: RowBlock,
@@ -76,7 +78,7 @@ pub fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
     };
     let manifest = loaded.manifest.clone();
     let model = Model::build(&manifest.job.model, &manifest.prepared.signature(&manifest.job.train.loss))?;
-    let weights = weights_from_safetensors(model.layout(), &loaded.weights)
+    let mut weights = weights_from_safetensors(model.layout(), &loaded.weights)
         .with_context(|| format!("{}", loaded.path.display()))?;
     let job = &manifest.job;
     let optimizer = RowOptimizer::new(&job.train.tables().optimizer, model.rows());
@@ -97,6 +99,12 @@ pub fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
     let rows = Rows::new(&model, job.seed, &blocks);
     if digest != manifest.weights_digest {
         bail!("{} holds weights {digest}, its manifest says {}", loaded.path.display(), manifest.weights_digest);
+    }
+    if job.train.ema.is_some() {
+        let trained = model.layout().trainable();
+        let average = state_from_safetensors(trained, &[optim::EMA], &loaded.optimizer);
+        let average = average.with_context(|| format!("{}", loaded.path.display()))?;
+        weights[..trained].copy_from_slice(&average[0]);
     }
     let trained = Trained { path: loaded.path.clone(), manifest, model, weights, blocks, rows };
     Ok((loaded, trained))

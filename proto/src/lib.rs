@@ -182,7 +182,7 @@ pub fn first_not_finite(values: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use unisono_common::layout::{Init, Role, Tensor};
+    use unisono_common::layout::{Init, Kind, Role, Tensor};
 
     #[test]
     fn a_bad_chunk_is_named() {
@@ -190,6 +190,7 @@ mod tests {
             name: "0.weight".into(),
             shape: vec![3],
             role: Role::Trainable,
+            kind: Kind::Weight,
             init: Init::Constant(0.0),
         }]);
         let good = encode_values(&[1.0, -2.0, 3.5]);

@@ -17,10 +17,11 @@ const PREFIX: usize = 5;
 const SHORT: usize = 1024;
 /// All of a chunk's message before its values, at most.
 const HEAD: usize = 48;
-/// A chunk before its values: of a gradient, or of the weights of `step`.
+/// A chunk before its values: of a gradient, or of the weights of `step`, or of their average.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChunkHead {
     pub step: u64,
+    pub average: bool,
     pub index: u32,
     pub crc: u32,
 }
@@ -55,9 +56,10 @@ fn values_field(number: u32, len: usize) -> BytesMut {
 
 /// A message `WeightChunk`.
 pub fn weights(head: ChunkHead, values: &Bytes) -> impl Iterator<Item = Bytes> + use<> {
-    let ChunkHead { step, index, crc } = head;
-    let mut message = BytesMut::from(&v1::WeightChunk { step, index, crc, values: Bytes::new() }.encode_to_vec()[..]);
-    message.extend_from_slice(&values_field(4, values.len()));
+    let ChunkHead { step, average, index, crc } = head;
+    let chunk = v1::WeightChunk { step, average, index, crc, values: Bytes::new() };
+    let mut message = BytesMut::from(&chunk.encode_to_vec()[..]);
+    message.extend_from_slice(&values_field(5, values.len()));
     framed(&message, values)
 }
 
@@ -201,7 +203,8 @@ where
                 (1, WireType::Varint) => chunk.step = fields.varint()?,
                 (2, WireType::Varint) => chunk.index = fields.small()?,
                 (3, WireType::ThirtyTwoBit) => chunk.crc = fields.fixed()?,
-                (4, WireType::LengthDelimited) => {
+                (4, WireType::Varint) => chunk.average = fields.varint()? != 0,
+                (5, WireType::LengthDelimited) => {
                     values = fields.small()? as usize;
                     break;
                 }
@@ -354,10 +357,12 @@ mod tests {
     fn what_is_sent_is_read_and_is_what_generated_code_reads() {
         for (n, len) in VALUES.into_iter().enumerate() {
             let values: Bytes = (0..len).map(|i| i as u8).collect::<Vec<_>>().into();
-            for head in [ChunkHead::default(), ChunkHead { step: u64::MAX, index: n as u32, crc: u32::MAX }] {
-                let ChunkHead { step, index, crc } = head;
+            for head in
+                [ChunkHead::default(), ChunkHead { step: u64::MAX, average: true, index: n as u32, crc: u32::MAX }]
+            {
+                let ChunkHead { step, average, index, crc } = head;
                 let sent: Vec<Bytes> = weights(head, &values).collect();
-                let message = v1::WeightChunk { step, index, crc, values: values.clone() };
+                let message = v1::WeightChunk { step, average, index, crc, values: values.clone() };
                 assert_eq!(v1::WeightChunk::decode(&sent.concat()[PREFIX..]).expect("a message"), message);
                 assert!(len == 0 || sent[1].as_ptr() == values.as_ptr(), "values are shared");
                 let sent_push: Vec<Bytes> = gradient(head, &values).collect();
@@ -387,7 +392,7 @@ mod tests {
                     let mut reader = Reader::new(body(&all, cut));
                     let node = || Some(Part::Short(v1::push_part::Kind::Node(v1::NodeHeader::default())));
                     assert_eq!(now(reader.part()).expect("readable"), node());
-                    let expected = Part::Chunk(ChunkHead { step: 0, ..head }, len);
+                    let expected = Part::Chunk(ChunkHead { index, crc, ..ChunkHead::default() }, len);
                     assert_eq!(now(reader.part()).expect("readable"), Some(expected));
                     if len > 0 {
                         assert!(now(reader.part()).is_err(), "values come first");

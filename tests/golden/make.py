@@ -11,6 +11,7 @@ gradients and optimizers leave them. Tests read the file; they need no PyTorch.
 Cases that the file has keep their numbers, since other machines round otherwise; those named after the program are made anew.
 """
 
+import fnmatch
 import json
 import math
 import sys
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
 from torch_ddp import DLRM, GPT  # noqa: E402
@@ -379,9 +381,36 @@ ROW_OPTIMIZERS = {
 WORDS = 11
 
 
+class Lamb(torch.optim.Optimizer):
+    """Algorithm 2 of You et al., "Large Batch Optimization for Deep Learning", 2020, with phi(z) = z."""
+
+    def __init__(self, parameters, lr, beta1, beta2, eps, weight_decay):
+        settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": weight_decay}
+        super().__init__(parameters, settings)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            b1, b2 = group["beta1"], group["beta2"]
+            for x in group["params"]:
+                state, g = self.state[x], x.grad
+                t = state["t"] = state.get("t", 0) + 1
+                m = state["m"] = b1 * state.get("m", torch.zeros_like(x)) + (1 - b1) * g
+                v = state["v"] = b2 * state.get("v", torch.zeros_like(x)) + (1 - b2) * g * g
+                r = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + group["eps"])
+                u = r + group["decay"] * x
+                x -= group["lr"] * x.norm() / u.norm() * u
+
+
+LAMB = {"kind": "lamb", "lr": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+
 MORE_OPTIMIZERS = {
     "lion": (Lion, LION, lambda s: {"lr": s["lr"], "betas": (s["beta1"], s["beta2"]), "weight_decay": s["weight_decay"]}),
+    "lamb": (Lamb, LAMB, without_kind),
 }
+
+
+GROUPS = [{"params": ["biases"], "weight_decay": 0.0}, {"params": ["0.*"], "lr": 0.001}]
 
 
 def more_layers():
@@ -453,7 +482,7 @@ def state(model):
     return {k: flat(v) for k, v in model.state_dict().items() if "num_batches" not in k}
 
 
-def case(name, shape, parts, loss, optimizer, clip_norm=None, clip_value=None, own_numbers=False):
+def case(name, shape, parts, loss, optimizer, clip_norm=None, clip_value=None, own_numbers=False, **craft):
     model = nn.Sequential(*[module for module, _ in parts])
     _, targets, criterion, loss_spec = loss
     if own_numbers:
@@ -462,7 +491,7 @@ def case(name, shape, parts, loss, optimizer, clip_norm=None, clip_value=None, o
     y = torch.randn(ROWS) if targets is None else targets
     single = lambda out: out.squeeze(1) if out.shape[1] == 1 else out
     about = {"name": name, "shape": shape, "model": {"kind": "layers", "layers": [s for _, s in parts]},
-             "loss": loss_spec, "classes": targets is not None, "clip_norm": clip_norm, "clip_value": clip_value}
+             "loss": loss_spec, "classes": targets is not None, "clip_norm": clip_norm, "clip_value": clip_value, **craft}
     return trained(about, model, x, y, lambda out: criterion(single(out), y), optimizer)
 
 
@@ -498,7 +527,8 @@ def trained(about, model, x, y, criterion, optimizer, rename=lambda name: name):
     out = {**about, "optimizer": spec, "weights": weights, "inputs": flat(x.float()), "targets": flat(y.float()),
            "outputs": flat(model(x)), "losses": []}
     model.train()
-    stepper = build(model.parameters(), **translate(spec))
+    stepper = build(parameter_groups(model, about.get("groups", [])), **translate(spec))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(about["ema"])) if "ema" in about else None
     for step in range(STEPS):
         stepper.zero_grad()
         value = criterion(model(x))
@@ -511,9 +541,23 @@ def trained(about, model, x, y, criterion, optimizer, rename=lambda name: name):
         if clip_value is not None:
             nn.utils.clip_grad_value_(model.parameters(), clip_value)
         stepper.step()
-    model.eval()
-    out["trained_outputs"] = flat(model(x))
+        if average is not None:
+            average.update_parameters(model)
+    final = average or model
+    final.eval()
+    out["trained_outputs"] = flat(final(x))
     return out
+
+
+def parameter_groups(model, groups):
+    """PyTorch's groups, of the parameters that each of ours names first."""
+    left = dict(model.named_parameters())
+    sets = []
+    for group in groups:
+        of = {name: left.pop(name) for pattern in group["params"] for name in list(left)
+              if pattern == "biases" and name.endswith("bias") or fnmatch.fnmatch(name, pattern)}
+        sets.append({"params": list(of.values()), **{k: v for k, v in group.items() if k != "params"}})
+    return [*sets, {"params": list(left.values())}]
 
 
 def gpt():
@@ -730,6 +774,9 @@ def main():
     cases += [case(f"layer {n}", shape, parts, mse, plain, **own) for n, (shape, parts) in more_layers().items()]
     cases += [case(f"loss {n}", [5], [linear(5, l[0])], l, plain, **own) for n, l in MORE_LOSSES.items()]
     cases += [case(f"optimizer {n}", [5], mlp(), mse, o, **own) for n, o in MORE_OPTIMIZERS.items()]
+    cases += [case("average of the weights", [5], mlp(), mse, OPTIMIZERS["adamw"], ema=0.9, **own),
+              case("average of the weights, lamb", [5], mlp(), mse, MORE_OPTIMIZERS["lamb"], ema=0.7, **own),
+              case("parameter groups", [5], mlp(), mse, OPTIMIZERS["adamw"], groups=GROUPS, **own)]
     of_layers = lambda parts: (nn.Sequential(*[m for m, _ in parts]), {"kind": "layers", "layers": [s for _, s in parts]})
     cases += [sequences(f"layer {n}", t, *of_layers(parts), plain) for n, (t, parts) in of_tokens().items()]
     cases += [bag(), gpt()]

@@ -3,12 +3,13 @@
 use serde_json::Value;
 use std::collections::BTreeMap;
 use unisono_common::data::{Batch, Targets};
+use unisono_common::groups::Groups;
 use unisono_common::job::{self, Metric, ScheduleKind};
 use unisono_common::layers::Segments;
 use unisono_common::layout::Role;
 use unisono_common::loss::Loss;
 use unisono_common::model::{Model, Signature};
-use unisono_common::optim::{Optimizer, Sums, clip_factor, sum_squares};
+use unisono_common::optim::{Lengths, Optimizer, Sums, clip_factor, sum_squares};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::rows::optim::RowOptimizer;
 use unisono_common::rows::{self, RowLayout};
@@ -128,6 +129,12 @@ fn batches(case: &Value, rows: usize, input_len: usize, fields: usize) -> Vec<Ba
     inputs.zip(targets.chunks_exact(each)).enumerate().map(batch).collect()
 }
 
+fn group(group: &Value) -> job::Group {
+    let number = |key: &str| group[key].as_f64().map(|value| value as f32);
+    let params = serde_json::from_value(group["params"].clone()).expect("texts");
+    job::Group { params, lr: number("lr"), weight_decay: number("weight_decay") }
+}
+
 /// Everything about one case that does not agree.
 fn check(case: &Value, rows: usize) -> Vec<String> {
     let name = case["name"].as_str().expect("a name");
@@ -145,7 +152,10 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
     };
     let model = Model::build(&spec, &signature).expect("the model fits");
     let loss = Loss::new(&loss, model.outputs()).expect("the loss fits");
-    let optimizer = Optimizer::new(&optimizer_job);
+    let ema = case["ema"].as_f64().map(|decay| decay as f32);
+    let groups: Vec<job::Group> = case["groups"].as_array().map_or(vec![], |all| all.iter().map(group).collect());
+    let groups =
+        Groups::new(Optimizer::new(&optimizer_job, ema), &groups, model.layout()).expect("groups of the model");
     let (layout, trainable) = (model.layout(), model.layout().trainable());
     let mut weights = vec![0.0; layout.len()];
     for (tensor, range) in layout.tensors() {
@@ -155,7 +165,7 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
     let mut known = Known::new(case, model.rows());
     let mut batches = batches(case, rows, model.input_len(), fields);
     let mut workspace = Workspace::new(&model, rows, 1);
-    let mut slots: Vec<Vec<f32>> = (0..optimizer.slots()).map(|s| vec![optimizer.init_slot(s); trainable]).collect();
+    let mut slots = groups.optimizer().first_slots(&weights[..trainable]);
     let mut wrong = Vec::new();
     if let Some(known) = &known {
         known.fill(&mut batches[0]);
@@ -215,11 +225,18 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
             sums.factor = clip_factor(sum_squares(&grads[..trainable]).sqrt() as f32, norm as f32);
         }
         sums.limit = case["clip_value"].as_f64().map(|value| value as f32);
-        let mut out = vec![0.0; trainable];
-        let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
-        let lr = Optimizer::lr(&optimizer_job);
-        assert!(optimizer.at(step, lr).run(&weights[..trainable], sums, &mut state, &mut out), "{name}");
-        weights[..trainable].copy_from_slice(&out);
+        for part in groups.parts(0..trainable) {
+            let (at, update) = (part.range, part.optimizer.at(step, 1.0));
+            let (w, mut out) = (&mut weights[at.clone()], vec![0.0; at.len()]);
+            let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| &mut s[at.clone()]).collect();
+            let sums = Sums { first: &sums.first[4 * at.start..4 * at.end], ..sums };
+            let mut finite = update.run(w, sums, &mut state, &mut out);
+            if part.optimizer.is_layerwise() {
+                finite &= update.along(w, Lengths::of(w, &out).ratio(), &mut state, &mut out);
+            }
+            assert!(finite, "{name}");
+            w.copy_from_slice(&out);
+        }
     }
     for (step, (got, want)) in losses.iter().zip(floats(&case["losses"])).enumerate() {
         wrong.extend(differs(&format!("loss of step {step}"), &[*got], &[want]));
@@ -228,6 +245,10 @@ fn check(case: &Value, rows: usize) -> Vec<String> {
         known.fill(&mut batches[0]);
         let row = |key| known.rows.get(&key).map(Vec::as_slice);
         wrong.extend(known.differ("trained", row, &case["trained_rows"]));
+    }
+    if ema.is_some() {
+        let average = slots.last().expect("the average is a state vector");
+        weights[..trainable].copy_from_slice(average);
     }
     let after = evaluate(&model, &weights, &batches[0], &mut workspace).iter().copied().collect::<Vec<f32>>();
     wrong.extend(differs("outputs after training", &after, &floats(&case["trained_outputs"])));

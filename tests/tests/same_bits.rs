@@ -94,6 +94,15 @@ layers = [
 ]
 "#;
 
+/// [`IMAGES`] with steps as long as their tensors, settings of some of them, and an average that is evaluated again and again.
+fn craft() -> String {
+    IMAGES.replace(
+        "optimizer = \"adamw\" }",
+        "optimizer = \"lamb\", ema = 0.9, eval_every = 7, clip_norm = 0.5, schedule = { kind = \"plateau\", patience = 2 },\n  \
+         groups = [{ params = [\"biases\", \"norms\"], weight_decay = 0.0 }, { params = [\"0.*\"], lr = 0.002 }] }",
+    )
+}
+
 /// A small language model whose windows are longer than a block of attention; partitions and last batches are uneven.
 const TEXT: &str = r#"
 data = { format = "synthetic", task = "language", vocabulary = 50, context = 70, samples = 221, test_samples = 30 }
@@ -314,7 +323,8 @@ fn is_the_same_for_all(job: &str, storm: u32) {
     let with = |more: &[&str]| {
         let dir = tempfile::tempdir().expect("a folder");
         let out = run(dir.path(), &[&["local", &job, "--json", "--quiet"], more].concat());
-        summary(&out)["weights_digest"].as_str().expect("a digest").to_string()
+        let summary = summary(&out);
+        (summary["weights_digest"].as_str().expect("a digest").to_string(), summary["eval"].clone())
     };
     let calm = with(&["--workers", "1"]);
     for (workers, threads) in [("2", "1"), ("3", "2"), ("5", "1"), ("7", "1"), ("1", "2"), ("1", "4")] {
@@ -324,13 +334,39 @@ fn is_the_same_for_all(job: &str, storm: u32) {
         }
     }
     assert_eq!(with(&["--workers", "2", "--set", "data.ship=true"]), calm);
-    assert_ne!(with(&["--workers", "2", "--set", "seed=9"]), calm);
+    for (accumulate, workers, transport) in
+        [("2", "1", "shm"), ("3", "1", "grpc"), ("2", "2", "grpc"), ("99", "2", "shm")]
+    {
+        let accumulate = format!("train.accumulate={accumulate}");
+        let got = with(&["--workers", workers, "--transport", transport, "--set", &accumulate]);
+        assert_eq!(got, calm, "{accumulate}, {workers} workers, {transport}");
+    }
+    assert_ne!(with(&["--workers", "2", "--set", "seed=9"]).0, calm.0);
     a_storm_changes_nothing(&[&job, "--set", &format!("train.steps={storm}")]);
 }
 
 #[test]
 fn images_with_batch_norm_and_dropout_are_the_same_for_all() {
     is_the_same_for_all(IMAGES, 3000);
+}
+
+#[test]
+fn steps_by_the_tensor_groups_and_averages_are_the_same_for_all() {
+    is_the_same_for_all(&craft(), 1500);
+    // Each key counts: the average for what is evaluated alone.
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = written(dir.path(), &craft());
+    let run = |more: &[&str]| {
+        let summary =
+            calm(&[&[job.as_str(), "--set", "train.steps=40", "--set", "train.schedule=constant"], more].concat());
+        (summary["weights_digest"].clone(), summary["eval"].clone())
+    };
+    let (digest, eval) = run(&[]);
+    let other = run(&["--set", "train.ema=0.5"]);
+    assert!(other.0 == digest && other.1 != eval, "{other:?} beside {eval}");
+    for set in ["train.groups=[]", "train.optimizer=adamw", "train.clip_norm=100"] {
+        assert_ne!(run(&["--set", set]).0, digest, "{set}");
+    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The compute thread: weights in, gradient sums out. It knows nothing of the network but its link.
 
-use crate::link::Link;
+mod passes;
+
+use crate::link::{Announcement, Link, Order};
 use crate::rows::{Asked, Source};
 use crate::samples::Samples;
 use crate::weights::Reading;
@@ -12,6 +14,7 @@ use unisono_common::data::partition::{Feeder, Partitions};
 use unisono_common::data::{Batch, Draw, Prepared};
 use unisono_common::job::Job;
 use unisono_common::layers::Segments;
+use unisono_common::layout::Layout;
 use unisono_common::loss::{Loss, LossSums};
 use unisono_common::metrics::{EvalKind, EvalSums};
 use unisono_common::model::Model;
@@ -46,8 +49,17 @@ pub struct Compute {
     /// What rows of sparse tables are at first, and memory to look for them.
     first: First,
     places: Vec<u32>,
+    /// Gradients of passes that are to be added to others.
+    spare: Vec<Vec<f32>>,
     /// Whether gradients are zeros, and not computed.
     simulated: bool,
+}
+
+/// What came of an order.
+struct Computed<'a> {
+    announcement: Announcement<'a>,
+    sums: LossSums,
+    spent: Spent,
 }
 
 /// A node's samples in a step, as a batch.
@@ -57,6 +69,8 @@ struct Filled {
     segments: Segments,
     /// Its rows, where they were asked for and are not there yet.
     asked: Option<Asked>,
+    /// Whether all that it needs is there.
+    ready: bool,
 }
 
 impl Compute {
@@ -76,6 +90,7 @@ impl Compute {
             next: Batch::empty(),
             first: model.rows().first(job.seed),
             places: Vec::new(),
+            spare: Vec::new(),
             simulated: false,
             workspace: None,
             eval_kind: EvalKind::of(&prepared),
@@ -128,7 +143,7 @@ impl Compute {
         }
         self.batch.look_up();
         let asked = rows.ask(step, &self.batch);
-        self.filled = Some(Filled { step, node, segments, asked });
+        self.filled = Some(Filled { step, node, segments, asked, ready: false });
     }
 
     /// Asks for the rows of the next step before this one is computed, where they have to be asked for.
@@ -157,9 +172,12 @@ impl Compute {
         }
         self.fill(step, node, rows);
         let gathered = began.elapsed();
-        let asked = self.filled.as_mut().and_then(|filled| filled.asked.take());
-        let (width, batch, places) = (self.model.rows().width(), &mut self.batch, &mut self.places);
-        rows.fill(step, asked, &self.first, width, batch, places)?;
+        let filled = self.filled.as_mut().expect("just filled");
+        if !filled.ready {
+            let (width, batch, places) = (self.model.rows().width(), &mut self.batch, &mut self.places);
+            rows.fill(step, filled.asked.take(), &self.first, width, batch, places)?;
+            filled.ready = true;
+        }
         Some(gathered)
     }
 
@@ -186,7 +204,7 @@ impl Compute {
         let segments = &self.filled.as_ref().expect("filled above").segments;
         let key = Key::new(self.job.seed, Purpose::Dropout).with(step);
         let (model, loss, batch) = (&self.model, &self.loss, &self.batch);
-        let filled = Instant::now();
+        let (filled, waited) = (Instant::now(), weights.waited());
         train::forward(model, weights, batch, segments, key, workspace)?;
         let weights_all = weights.get(0..model.layout().len())?;
         let forwarded = Instant::now();
@@ -194,7 +212,7 @@ impl Compute {
         let nanos = |time: Duration| time.as_nanos() as u64;
         let spent = Spent {
             data: 0,
-            forward: nanos((forwarded - filled).saturating_sub(weights.waited())),
+            forward: nanos((forwarded - filled).saturating_sub(weights.waited() - waited)),
             backward: nanos(forwarded.elapsed()),
             ..Default::default()
         };
@@ -275,7 +293,8 @@ impl Compute {
             let tell = |kind| session.send(v1::FromWorker { kind: Some(kind) }).ok().context("the session ended");
             let (step, node) = (order.step, order.node);
             self.fetch(&link, node, order.evaluate)?;
-            let Some(weights) = link.weights(&order) else { continue };
+            let average = order.evaluate && self.job.train.ema.is_some();
+            let Some(weights) = link.weights(&order, average) else { continue };
             if order.evaluate {
                 let Some(all) = weights.get(0..self.model.layout().len()) else { continue };
                 let width = self.model.rows().width();
@@ -294,33 +313,27 @@ impl Compute {
                 tell(v1::from_worker::Kind::EvalDone(done))?;
                 continue;
             }
-            first = first.filter(|(of, _)| *of == step).or(Some((step, node)));
-            let Some(gathered) = self.prepare(step, node, link.rows()) else { continue };
-            if first == Some((step, node)) {
-                self.ask_ahead(step, node, link.rows());
+            let pass = self.first_pass(node);
+            first = first.filter(|(of, _)| *of == step).or(Some((step, pass)));
+            let Some(gathered) = self.prepare(step, pass, link.rows()) else { continue };
+            if first == Some((step, pass)) {
+                self.ask_ahead(step, pass, link.rows());
             }
             let Some(slot) = link.slot() else { break };
             let model = self.model.clone();
-            let (keys, d_rows) = link.rows_of(slot, self.rows());
-            keys.copy_from_slice(self.batch.lookups.keys());
-            let announcement = link.announce(model.layout(), slot, &order, keys.len());
-            let mut telling = Duration::ZERO;
-            let mut ready = |from, part: Final<'_>| {
-                let began = Instant::now();
-                announcement.ready(from, part.sums);
-                telling += began.elapsed();
+            let computed = if pass == node {
+                self.in_one_pass(&order, &link, &weights, slot, model.layout())
+            } else {
+                self.in_passes(&order, &link, &weights, slot, model.layout())
             };
-            let computed = self.gradient(step, node, &weights, link.gradient(slot), d_rows, &mut ready);
-            let Some((sums, mut spent)) = computed else {
+            let Some(Computed { announcement, sums, mut spent }) = computed else {
                 link.drop_slot(slot);
                 continue;
             };
             if sums.loss.is_finite() {
                 // Before the last announcement: then others may be written over them.
                 drop(weights);
-                let telling = telling.as_nanos() as u64;
-                spent.data = gathered.as_nanos() as u64;
-                (spent.backward, spent.encode) = (spent.backward.saturating_sub(telling), telling);
+                spent.data += gathered.as_nanos() as u64;
                 announcement.finish(sums, spent);
             } else {
                 link.drop_slot(slot);
@@ -328,5 +341,30 @@ impl Compute {
             }
         }
         Ok(())
+    }
+
+    /// The sums of an order whose samples are ready, into a slot; announced as they come. `None` where the weights do not come.
+    fn in_one_pass<'a>(
+        &mut self,
+        order: &Order,
+        link: &'a Link,
+        weights: &Reading<'_>,
+        slot: u32,
+        layout: &'a Layout,
+    ) -> Option<Computed<'a>> {
+        let (keys, d_rows) = link.rows_of(slot, self.rows());
+        keys.copy_from_slice(self.batch.lookups.keys());
+        let announcement = link.announce(layout, slot, order, keys.len());
+        let mut telling = Duration::ZERO;
+        let mut ready = |from, part: Final<'_>| {
+            let began = Instant::now();
+            announcement.ready(from, part.sums);
+            telling += began.elapsed();
+        };
+        let (sums, mut spent) =
+            self.gradient(order.step, order.node, weights, link.gradient(slot), d_rows, &mut ready)?;
+        let telling = telling.as_nanos() as u64;
+        (spent.backward, spent.encode) = (spent.backward.saturating_sub(telling), telling);
+        Some(Computed { announcement, sums, spent })
     }
 }

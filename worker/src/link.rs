@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::mpsc;
-use unisono_common::ids::Step;
+use unisono_common::ids::{Step, Version};
 use unisono_common::layout::{CHUNK, Layout};
 use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
@@ -89,11 +89,12 @@ impl Link {
         }
     }
 
-    /// The weights that an order is computed with; `None` where nobody waits for what would be computed.
-    pub fn weights(&self, order: &Order) -> Option<Reading<'_>> {
+    /// The weights that an order is computed with, or their `average`; `None` where nobody waits for what would be computed.
+    pub fn weights(&self, order: &Order, average: bool) -> Option<Reading<'_>> {
+        let version = Version { step: Step(order.step), average };
         match &self.way {
-            Way::Shared { weights, .. } => Some(Reading::whole(weights, Step(order.step))),
-            Way::Streams { coming, .. } => Reading::coming(coming, Step(order.step)),
+            Way::Shared { weights, .. } => Some(Reading::whole(weights, version)),
+            Way::Streams { coming, .. } => Reading::coming(coming, version),
         }
     }
 

@@ -94,7 +94,7 @@ async fn encode(
                     keys[some.clone()].iter().for_each(|key| bytes.extend_from_slice(&key.to_le_bytes()));
                     bytes.extend_from_slice(le_bytes(&values[some.start * width..some.end * width]));
                     let (bytes, index) = (Bytes::from(bytes), index as u32);
-                    let head = ChunkHead { step: header.step, index, crc: wire::crc(&bytes) };
+                    let head = ChunkHead { index, crc: wire::crc(&bytes), ..ChunkHead::default() };
                     for data in stream::rows(head, &bytes) {
                         if send.send(Ok(Frame::data(data))).await.is_err() {
                             return;
@@ -123,7 +123,7 @@ async fn encode(
                         return;
                     }
                 }
-                let head = ChunkHead { step: header.step, index: index as u32, crc: look.crc };
+                let head = ChunkHead { index: index as u32, crc: look.crc, ..ChunkHead::default() };
                 for data in stream::gradient(head, &values) {
                     if send.send(Ok(Frame::data(data))).await.is_err() {
                         return;

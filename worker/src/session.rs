@@ -19,7 +19,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::body::Body;
 use unisono_common::data::partition::Partitions;
 use unisono_common::data::{self, Prepared};
-use unisono_common::ids::Step;
+use unisono_common::ids::{Step, Version};
 use unisono_common::job::{Job, Source};
 use unisono_common::kernels;
 use unisono_common::layout::{Layout, le_bytes_mut};
@@ -205,13 +205,13 @@ async fn receive_chunk(
     let Some((chunk, len)) = broadcast.weights().await? else { return Ok(false) };
     let index = wire::check_head(layout, chunk.index, len)?;
     let values = broadcast.values().await?;
-    let step = Step(chunk.step);
-    let room = incoming.room(index, step).ok_or_else(|| {
-        tonic::Status::invalid_argument(format!("chunk {index} of step {step} came when it was not its turn"))
+    let version = Version { step: Step(chunk.step), average: chunk.average };
+    let room = incoming.room(index, version).ok_or_else(|| {
+        tonic::Status::invalid_argument(format!("chunk {index} of step {version} came when it was not its turn"))
     })?;
     let to = le_bytes_mut(room);
     wire::check_chunk(layout, chunk, &values, |at, block| to[at..at + block.len()].copy_from_slice(block))?;
-    incoming.arrived(index, step);
+    incoming.arrived(index, version);
     Ok(true)
 }
 

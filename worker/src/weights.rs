@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
-use unisono_common::ids::Step;
+use unisono_common::ids::Version;
 use unisono_common::layout::{CHUNK, Layout};
 use unisono_common::protocol::worker::Arrivals;
 use unisono_common::train::Source;
@@ -45,11 +45,11 @@ impl Coming {
         self.changed.notify_all();
     }
 
-    /// Waits until the first `chunks` chunks of `step` are there, and adds the time to `waited`; `None` where they will not be.
-    fn wait(&self, step: Step, chunks: usize, waited: &Cell<Duration>) -> Option<()> {
+    /// Waits until the first `chunks` chunks of `version` are there, and adds the time to `waited`; `None` where they will not be.
+    fn wait(&self, version: Version, chunks: usize, waited: &Cell<Duration>) -> Option<()> {
         let mut arrivals = lock(&self.arrivals);
         let mut began = None;
-        while arrivals.as_mut()?.leading(step)? < chunks {
+        while arrivals.as_mut()?.leading(version)? < chunks {
             began = began.or_else(|| Some(Instant::now()));
             arrivals = self.changed.wait(arrivals).unwrap_or_else(|e| e.into_inner());
         }
@@ -59,25 +59,25 @@ impl Coming {
 }
 
 impl Incoming {
-    /// Where chunk `index` of `step` belongs; `None` where that is no time for it.
-    pub fn room(&mut self, index: usize, step: Step) -> Option<&mut [f32]> {
-        let admitted = lock(&self.coming.arrivals).as_mut()?.admit(index, step);
-        admitted.then(|| self.chunks[index].begin(step.0))
+    /// Where chunk `index` of `version` belongs; `None` where that is no time for it.
+    pub fn room(&mut self, index: usize, version: Version) -> Option<&mut [f32]> {
+        let admitted = lock(&self.coming.arrivals).as_mut()?.admit(index, version);
+        admitted.then(|| self.chunks[index].begin(version.place()))
     }
 
-    /// Chunk `index` of `step` is where it belongs.
-    pub fn arrived(&self, index: usize, step: Step) {
+    /// Chunk `index` of `version` is where it belongs.
+    pub fn arrived(&self, index: usize, version: Version) {
         if let Some(arrivals) = lock(&self.coming.arrivals).as_mut() {
-            arrivals.arrived(index, step);
+            arrivals.arrived(index, version);
         }
         self.coming.changed.notify_all();
     }
 }
 
-/// The weights of one step, which stay as they are until this is dropped.
+/// The weights of one version, which stay as they are until this is dropped.
 pub struct Reading<'a> {
     weights: &'a Weights,
-    step: Step,
+    version: Version,
     /// Where they come by a stream.
     coming: Option<&'a Coming>,
     waited: Cell<Duration>,
@@ -85,14 +85,14 @@ pub struct Reading<'a> {
 
 impl<'a> Reading<'a> {
     /// Weights that are all there.
-    pub fn whole(weights: &'a Weights, step: Step) -> Reading<'a> {
-        Reading { weights, step, coming: None, waited: Cell::default() }
+    pub fn whole(weights: &'a Weights, version: Version) -> Reading<'a> {
+        Reading { weights, version, coming: None, waited: Cell::default() }
     }
 
-    /// Weights that come; `None` where those of `step` are of no use to anybody.
-    pub fn coming(coming: &'a Coming, step: Step) -> Option<Reading<'a>> {
-        let begun = lock(&coming.arrivals).as_mut()?.begin(step);
-        begun.then(|| Reading { weights: &coming.weights, step, coming: Some(coming), waited: Cell::default() })
+    /// Weights that come; `None` where those of `version` are of no use to anybody.
+    pub fn coming(coming: &'a Coming, version: Version) -> Option<Reading<'a>> {
+        let begun = lock(&coming.arrivals).as_mut()?.begin(version);
+        begun.then(|| Reading { weights: &coming.weights, version, coming: Some(coming), waited: Cell::default() })
     }
 
     /// How long it was waited for them.
@@ -104,9 +104,9 @@ impl<'a> Reading<'a> {
 impl Source for Reading<'_> {
     fn get(&self, range: Range<usize>) -> Option<&[f32]> {
         if let (Some(coming), false) = (self.coming, range.is_empty()) {
-            coming.wait(self.step, range.end.div_ceil(CHUNK), &self.waited)?;
+            coming.wait(self.version, range.end.div_ceil(CHUNK), &self.waited)?;
         }
-        Some(self.weights.of_step(self.step.0, range))
+        Some(self.weights.of_step(self.version.place(), range))
     }
 }
 
@@ -123,6 +123,7 @@ mod tests {
     use super::*;
     use std::sync::mpsc;
     use unisono_common::data::{Batch, Targets};
+    use unisono_common::ids::Step;
     use unisono_common::job::{Activation, Model as Spec};
     use unisono_common::layers::Segments;
     use unisono_common::model::{Model, Signature};
@@ -162,7 +163,7 @@ mod tests {
         let (tell, told) = mpsc::channel();
         std::thread::scope(|scope| {
             let pass = scope.spawn(|| {
-                let source = Told(Reading::coming(&coming, Step(7)).expect("it is open"), tell);
+                let source = Told(Reading::coming(&coming, Version::of(Step(7))).expect("it is open"), tell);
                 train::forward(&model, &source, &batch, &segments, key, &mut workspace)?;
                 Some(source.0.waited())
             });
@@ -173,19 +174,19 @@ mod tests {
                 for chunk in chunks {
                     let early = told.recv_timeout(Duration::from_millis(20));
                     assert!(early.is_err(), "chunk {chunk} has not come: {early:?}");
-                    put(chunk, Step(7));
+                    put(chunk, Version::of(Step(7)));
                 }
                 assert_eq!(next(), (layer, true));
             }
             assert!(pass.join().expect("no panic").expect("all came") > Duration::ZERO);
         });
         // Those of the step after the next would lie over them; whose reader has gone, may.
-        let reading = Reading::coming(&coming, Step(7)).expect("it is open");
+        let reading = Reading::coming(&coming, Version::of(Step(7))).expect("it is open");
         assert_eq!(reading.get(0..layout.len()), Some(&whole[..]));
-        assert!(incoming.room(0, Step(9)).is_none() && incoming.room(0, Step(7)).is_none());
+        assert!(incoming.room(0, Version::of(Step(9))).is_none() && incoming.room(0, Version::of(Step(7))).is_none());
         drop(reading);
-        assert!(incoming.room(0, Step(9)).is_some());
-        assert!(Reading::coming(&coming, Step(7)).is_none());
+        assert!(incoming.room(0, Version::of(Step(9))).is_some());
+        assert!(Reading::coming(&coming, Version::of(Step(7))).is_none());
 
         // A pass waits for ever neither where its step was committed without it, nor where the session ends.
         let ends = |step, end: &mut dyn FnMut()| {
@@ -198,13 +199,13 @@ mod tests {
                 assert!(!waiting.join().expect("no panic"));
             });
         };
-        ends(Step(10), &mut || {
+        ends(Version::of(Step(10)), &mut || {
             for index in 0..layout.chunks() {
-                incoming.room(index, Step(11)).expect("its turn");
-                incoming.arrived(index, Step(11));
+                incoming.room(index, Version::of(Step(11))).expect("its turn");
+                incoming.arrived(index, Version::of(Step(11)));
             }
         });
-        ends(Step(12), &mut || coming.close());
-        assert!(incoming.room(0, Step(12)).is_none());
+        ends(Version::of(Step(12)), &mut || coming.close());
+        assert!(incoming.room(0, Version::of(Step(12))).is_none());
     }
 }

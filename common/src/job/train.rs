@@ -10,6 +10,15 @@ pub struct Train {
     pub length: Length,
     pub loss: Loss,
     pub optimizer: Optimizer,
+    /// Parameters with settings of their own, each those of the first group that it belongs to.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<Group>,
+    /// What an exponential moving average of the weights keeps of itself in a step, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f32>,
+    /// Passes that a worker computes its share of a step in; the result does not depend on it.
+    #[serde(skip)]
+    pub accumulate: u32,
     /// `None`: [`Tables::default`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tables: Option<Tables>,
@@ -40,7 +49,16 @@ pub enum Loss {
     Focal { gamma: f32 },
 }
 
-/// With exactly PyTorch's definitions and defaults; Lion with those of its paper.
+/// Parameters, and what is different for them.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Group {
+    /// "biases", "norms", "embeddings", and names of tensors, in which `*` stands for any text.
+    pub params: Vec<String>,
+    pub lr: Option<f32>,
+    pub weight_decay: Option<f32>,
+}
+
+/// With exactly PyTorch's definitions and defaults; Lion and Lamb with those of their papers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Optimizer {
@@ -79,6 +97,14 @@ pub enum Optimizer {
         beta2: f32,
         weight_decay: f32,
     },
+    /// AdamW's direction, and a step along it that is as long as the tensor, times the rate.
+    Lamb {
+        lr: f32,
+        beta1: f32,
+        beta2: f32,
+        eps: f32,
+        weight_decay: f32,
+    },
     #[serde(rename = "rmsprop")]
     RmsProp {
         lr: f32,
@@ -97,6 +123,21 @@ pub struct Tables {
     /// Bytes that rows and their state may take in the coordinator.
     #[serde(skip)]
     pub memory: u64,
+}
+
+impl Optimizer {
+    /// Its rate and its weight decay.
+    pub(crate) fn settings(&mut self) -> [&mut f32; 2] {
+        match self {
+            Optimizer::Sgd { lr, weight_decay, .. }
+            | Optimizer::Adam { lr, weight_decay, .. }
+            | Optimizer::AdamW { lr, weight_decay, .. }
+            | Optimizer::Adagrad { lr, weight_decay, .. }
+            | Optimizer::Lion { lr, weight_decay, .. }
+            | Optimizer::Lamb { lr, weight_decay, .. }
+            | Optimizer::RmsProp { lr, weight_decay, .. } => [lr, weight_decay],
+        }
+    }
 }
 
 impl Train {

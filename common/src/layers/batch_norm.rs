@@ -2,10 +2,10 @@
 
 use super::{Grads, Layer, Params, Pass, tree_spare, tree_sum};
 use crate::kernels::{self, vectorized};
-use crate::layout::{Init, Role, Tensor};
+use crate::layout::{Init, Kind, Role, Tensor};
 
 fn tensor(name: &str, shape: &[usize], role: Role, value: f32) -> Tensor {
-    Tensor { name: name.into(), shape: shape.into(), role, init: Init::Constant(value) }
+    Tensor { name: name.into(), shape: shape.into(), role, kind: Kind::Norm, init: Init::Constant(value) }
 }
 
 /// Batch normalisation (Ioffe and Szegedy, 2015) per channel, over the samples **of one partition** and their planes: with

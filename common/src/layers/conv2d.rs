@@ -6,7 +6,7 @@ use crate::kernels::conv::{Patches, PatchesT, Window};
 use crate::kernels::gemm::product_with;
 use crate::kernels::winograd::{InputsGradient, Outputs, WeightsGradient, Winograd};
 use crate::kernels::{self, Finish, Mat, Start, gemm};
-use crate::layout::{Init, Role, Tensor};
+use crate::layout::{Init, Kind, Role, Tensor};
 use crate::tree::Node;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -86,6 +86,7 @@ pub(super) fn tensors(filters: usize, window: &Window, bias: bool, init: Init) -
         name: name.into(),
         shape: shape.into(),
         role: Role::Trainable,
+        kind: if name == "bias" { Kind::Bias } else { Kind::Weight },
         init,
     };
     let mut all = vec![tensor("weight", &[filters, window.channels, window.kernel, window.kernel], init)];

@@ -2,7 +2,7 @@
 
 use super::{Blocks, Grads, Layer, Params, Pass, Sequential, over_rows, over_samples, tree_spare, tree_sum};
 use crate::kernels::{Mat, column_sums, gemm, vectorized};
-use crate::layout::{Init, Role, Tensor};
+use crate::layout::{Init, Kind, Role, Tensor};
 use std::ops::Range;
 
 /// A learnt table `(vocabulary, width)`, whose rows tokens choose: whole numbers below `vocabulary`, as data sets of tokens give
@@ -20,7 +20,7 @@ impl Table {
 
     fn tensor(&self) -> Tensor {
         let shape = vec![self.vocabulary, self.width];
-        Tensor { name: "weight".into(), shape, role: Role::Trainable, init: self.init }
+        Tensor { name: "weight".into(), shape, role: Role::Trainable, kind: Kind::Embedding, init: self.init }
     }
 
     /// Of its gradient; a block of it goes through all tokens of its segment.
@@ -329,7 +329,13 @@ impl Layer for Positions {
     }
 
     fn tensors(&self) -> Vec<Tensor> {
-        vec![Tensor { name: "weight".into(), shape: self.shape.clone(), role: Role::Trainable, init: self.init }]
+        vec![Tensor {
+            name: "weight".into(),
+            shape: self.shape.clone(),
+            role: Role::Trainable,
+            kind: Kind::Embedding,
+            init: self.init,
+        }]
     }
 
     fn scratch(&self, _: usize, segments: usize) -> usize {

@@ -2,7 +2,7 @@
 
 use super::{Grads, Layer, Params, Pass, over_rows, rows_each, tree_spare, tree_sum};
 use crate::kernels::{self, vectorized};
-use crate::layout::{Init, Role, Tensor};
+use crate::layout::{Init, Kind, Role, Tensor};
 use rayon::prelude::*;
 
 /// Over the last dimensions of a sample. Layer normalisation (Ba, Kiros and Hinton, 2016, eq. 3) takes the mean away and
@@ -50,6 +50,7 @@ impl Layer for LayerNorm {
             name: name.into(),
             shape: self.normalised().into(),
             role: Role::Trainable,
+            kind: Kind::Norm,
             init: Init::Constant(value),
         };
         let shift = self.centered.then(|| tensor("bias", 0.0));

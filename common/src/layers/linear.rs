@@ -4,7 +4,7 @@ use super::activation::masked;
 use super::{Blocks, Grads, Layer, Params, Pass, over_rows, tree_spare, tree_sum};
 use crate::kernels::gemm::{Packed, product_with};
 use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm, product};
-use crate::layout::{CHUNK, Init, Role, Tensor};
+use crate::layout::{CHUNK, Init, Kind, Role, Tensor};
 use rayon::prelude::*;
 
 /// `y = finish(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`. Of a sample of shape `[positions, inputs]`, each
@@ -63,6 +63,7 @@ impl Layer for Linear {
             name: name.into(),
             shape: shape.into(),
             role: Role::Trainable,
+            kind: if name == "bias" { Kind::Bias } else { Kind::Weight },
             init,
         };
         let mut all = vec![tensor("weight", &[self.outputs(), self.inputs], self.init)];

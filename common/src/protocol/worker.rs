@@ -1,27 +1,28 @@
 //! The worker's machines: which weights have come, and which work can begin.
 //!
-//! Weights come chunk by chunk into two buffers, those of step `s` into buffer `s % 2`: a chunk of step `s + 1` may come before
+//! Weights come chunk by chunk into two buffers, those of step `s` into buffer `s % 2`, and their average, where it is evaluated
+//! before the step begins, into the other one. A chunk of step `s + 1` may come before
 //! the last one of step `s`. A pass over step `s` begins with the first chunks and asks for more as it goes. Where step `s` was
 //! committed without this worker, the others may never come: a pass gives up when all of step `s + 1` is there, or a chunk of
 //! step `s + 2`, which is written only where nothing is read.
 
 use super::Kind;
-use crate::ids::Step;
+use crate::ids::{Step, Version};
 use crate::tree::Node;
 use std::cmp::Ordering;
 use std::collections::{BTreeSet, VecDeque};
 
-/// Which chunks of which step's weights are in the two buffers.
+/// Which chunks of which weights are in the two buffers.
 #[derive(Debug)]
 pub struct Arrivals {
     buffers: [Buffer; 2],
-    /// The step that is computed with.
-    read: Option<Step>,
+    /// The weights that are computed with.
+    read: Option<Version>,
 }
 
 #[derive(Debug)]
 struct Buffer {
-    step: Option<Step>,
+    version: Option<Version>,
     there: Vec<bool>,
     /// So many are there from the first one on.
     leading: usize,
@@ -30,36 +31,35 @@ struct Buffer {
 impl Arrivals {
     /// None yet of so many chunks.
     pub fn new(chunks: usize) -> Arrivals {
-        let empty = || Buffer { step: None, there: vec![false; chunks], leading: 0 };
+        let empty = || Buffer { version: None, there: vec![false; chunks], leading: 0 };
         Arrivals { buffers: [empty(), empty()], read: None }
     }
 
-    /// The buffer of even or of odd steps.
-    fn buffer(&mut self, step: Step) -> &mut Buffer {
-        &mut self.buffers[(step.0 % 2) as usize]
+    fn buffer(&mut self, version: Version) -> &mut Buffer {
+        &mut self.buffers[(version.place() % 2) as usize]
     }
 
-    /// Whether chunk `index` of `step` may be written: not what is read, what is there, or what is older.
-    pub fn admit(&mut self, index: usize, step: Step) -> bool {
+    /// Whether chunk `index` of `version` may be written: not what is read, what is there, or what is older.
+    pub fn admit(&mut self, index: usize, version: Version) -> bool {
         let read = self.read;
-        let buffer = self.buffer(step);
-        if buffer.step < Some(step) && (buffer.step.is_none() || buffer.step != read) {
-            (buffer.step, buffer.leading) = (Some(step), 0);
+        let buffer = self.buffer(version);
+        if buffer.version < Some(version) && (buffer.version.is_none() || buffer.version != read) {
+            (buffer.version, buffer.leading) = (Some(version), 0);
             buffer.there.fill(false);
         }
-        buffer.step == Some(step) && !buffer.there[index]
+        buffer.version == Some(version) && !buffer.there[index]
     }
 
-    /// Chunk `index` of `step`, which was admitted, is written.
-    pub fn arrived(&mut self, index: usize, step: Step) {
-        let buffer = self.buffer(step);
+    /// Chunk `index` of `version`, which was admitted, is written.
+    pub fn arrived(&mut self, index: usize, version: Version) {
+        let buffer = self.buffer(version);
         buffer.there[index] = true;
         buffer.leading += buffer.there[buffer.leading..].iter().take_while(|there| **there).count();
     }
 
-    /// Begins to compute with the weights of `step`, whether they have come or not; false where it is over for all workers.
-    pub fn begin(&mut self, step: Step) -> bool {
-        self.read = self.leading(step).map(|_| step);
+    /// Begins to compute with the weights of `version`, whether they have come or not; false where it is over for all workers.
+    pub fn begin(&mut self, version: Version) -> bool {
+        self.read = self.leading(version).map(|_| version);
         self.read.is_some()
     }
 
@@ -68,16 +68,16 @@ impl Arrivals {
         self.read = None;
     }
 
-    /// How many chunks of `step` are there from the first one on; `None` where the step is over for all workers: the next one's
+    /// How many chunks of `version` are there from the first one on; `None` where the step is over for all workers: the next one's
     /// weights are whole, or others lie where these would.
-    pub fn leading(&mut self, step: Step) -> Option<usize> {
-        let next = Step(step.0.wrapping_add(1));
-        let whole = |buffer: &Buffer| buffer.step == Some(next) && buffer.leading == buffer.there.len();
+    pub fn leading(&mut self, version: Version) -> Option<usize> {
+        let next = Version::of(Step(version.step.0.wrapping_add(1)));
+        let whole = |buffer: &Buffer| buffer.version == Some(next) && buffer.leading == buffer.there.len();
         if whole(self.buffer(next)) {
             return None;
         }
-        let buffer = self.buffer(step);
-        match buffer.step.cmp(&Some(step)) {
+        let buffer = self.buffer(version);
+        match buffer.version.cmp(&Some(version)) {
             Ordering::Less => Some(0),
             Ordering::Equal => Some(buffer.leading),
             Ordering::Greater => None,
@@ -181,37 +181,38 @@ mod tests {
 
     #[test]
     fn what_is_computed_with_stays_until_it_is_over() {
+        let of = |step| Version::of(Step(step));
         let mut a = Arrivals::new(2);
         let put = |a: &mut Arrivals, index, step| {
-            let admitted = a.admit(index, Step(step));
+            let admitted = a.admit(index, Version::of(Step(step)));
             if admitted {
-                a.arrived(index, Step(step));
+                a.arrived(index, Version::of(Step(step)));
             }
             admitted
         };
-        assert!(a.begin(Step(5)), "its weights may come yet");
-        assert_eq!(a.leading(Step(5)), Some(0));
+        assert!(a.begin(of(5)), "its weights may come yet");
+        assert_eq!(a.leading(of(5)), Some(0));
         assert!(put(&mut a, 1, 5));
-        assert_eq!(a.leading(Step(5)), Some(0), "the first is missing");
+        assert_eq!(a.leading(of(5)), Some(0), "the first is missing");
         assert!(put(&mut a, 0, 5) && !put(&mut a, 0, 5));
-        assert_eq!(a.leading(Step(5)), Some(2));
+        assert_eq!(a.leading(of(5)), Some(2));
         // The next step's lie beside them, those after it would lie over them.
         assert!(put(&mut a, 1, 6) && !put(&mut a, 1, 7));
-        assert_eq!(a.leading(Step(5)), Some(2));
+        assert_eq!(a.leading(of(5)), Some(2));
         a.end();
-        assert!(a.begin(Step(5)), "a part of the work may be given anew");
+        assert!(a.begin(of(5)), "a part of the work may be given anew");
         a.end();
-        assert!(put(&mut a, 0, 6) && !a.begin(Step(5)), "all of it was committed");
-        assert_eq!(a.leading(Step(5)), None);
+        assert!(put(&mut a, 0, 6) && !a.begin(of(5)), "all of it was committed");
+        assert_eq!(a.leading(of(5)), None);
         assert!(put(&mut a, 1, 7) && !put(&mut a, 0, 5));
-        assert_eq!((a.leading(Step(5)), a.leading(Step(7)), a.leading(Step(9))), (None, Some(0), Some(0)));
-        assert!(a.begin(Step(6)) && !put(&mut a, 0, 8));
+        assert_eq!((a.leading(of(5)), a.leading(of(7)), a.leading(of(9))), (None, Some(0), Some(0)));
+        assert!(a.begin(of(6)) && !put(&mut a, 0, 8));
         // A pass that waits for what the broadcast leaves out, as the step was committed without it.
         let mut b = Arrivals::new(2);
-        assert!(b.begin(Step(5)) && put(&mut b, 0, 5) && put(&mut b, 1, 6));
-        assert_eq!(b.leading(Step(5)), Some(1));
+        assert!(b.begin(of(5)) && put(&mut b, 0, 5) && put(&mut b, 1, 6));
+        assert_eq!(b.leading(of(5)), Some(1));
         assert!(put(&mut b, 0, 6));
-        assert_eq!((b.leading(Step(5)), b.leading(Step(6))), (None, Some(2)));
+        assert_eq!((b.leading(of(5)), b.leading(of(6))), (None, Some(2)));
     }
 
     proptest! {
@@ -219,29 +220,30 @@ mod tests {
         #[test]
         fn no_read_chunk_is_written(
             chunks in 1usize..4,
-            events in prop::collection::vec((0u8..4, 0usize..4, 0u64..6), 0..200),
+            events in prop::collection::vec((0u8..4, 0usize..4, 0u64..6, any::<bool>()), 0..200),
         ) {
             let mut a = Arrivals::new(chunks);
             // What the memory would hold.
             let mut buffers = [vec![None; chunks], vec![None; chunks]];
-            let mut reading: Option<(u64, usize)> = None;
-            for (what, index, step) in events {
+            let mut reading: Option<(Version, usize)> = None;
+            for (what, index, step, average) in events {
+                let version = Version { step: Step(step), average };
                 match what {
-                    0 => reading = a.begin(Step(step)).then_some((step, 0)),
+                    0 => reading = a.begin(version).then_some((version, 0)),
                     1 => { a.end(); reading = None; }
-                    _ if a.admit(index % chunks, Step(step)) => {
-                        buffers[(step % 2) as usize][index % chunks] = Some(step);
-                        a.arrived(index % chunks, Step(step));
+                    _ if a.admit(index % chunks, version) => {
+                        buffers[(version.place() % 2) as usize][index % chunks] = Some(version);
+                        a.arrived(index % chunks, version);
                     }
                     _ => {}
                 }
-                let Some((step, told)) = &mut reading else { continue };
-                if let Some(now) = a.leading(Step(*step)) {
+                let Some((version, told)) = &mut reading else { continue };
+                if let Some(now) = a.leading(*version) {
                     prop_assert!(now >= *told);
                     *told = now;
                 }
-                let all = buffers[(*step % 2) as usize][..*told].iter().all(|held| *held == Some(*step));
-                prop_assert!(all, "{buffers:?} at step {step}");
+                let all = buffers[(version.place() % 2) as usize][..*told].iter().all(|held| *held == Some(*version));
+                prop_assert!(all, "{buffers:?} at {version}");
             }
         }
     }

@@ -28,7 +28,7 @@ impl Work {
         let (job, model) = (ready.job(), ready.model());
         let batch = job.train.micro_batch * workers.threads;
         let [forward, backward] = model.multiply_adds().map(|n| 2.0 * n as f64 * batch as f64);
-        let slots = Optimizer::new(&job.train.optimizer).slots();
+        let slots = Optimizer::new(&job.train.optimizer, job.train.ema).slots();
         Work {
             forward,
             backward,

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use prost::Message;
 use std::path::Path;
 use std::process::ExitCode;
-use unisono_common::checkpoint::with_rows_to_safetensors;
+use unisono_common::checkpoint::{weights_to_safetensors, with_rows_to_safetensors};
 
 /// What an export is.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -38,7 +38,7 @@ impl Format {
 
 /// `unisono export`: a file that other programs read.
 pub fn export(checkpoint: &Path, format: Option<Format>, out: &Path, force: bool) -> Result<ExitCode> {
-    let (loaded, trained) = load(checkpoint).map_err(Wrong)?;
+    let (_, trained) = load(checkpoint).map_err(Wrong)?;
     let format = format.map_or_else(|| Format::of(out), Ok).map_err(Wrong)?;
     if let Some(folder) = out.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
         return Err(Wrong(anyhow!("there is no folder {}: make it first", folder.display())).into());
@@ -51,7 +51,7 @@ pub fn export(checkpoint: &Path, format: Option<Format>, out: &Path, force: bool
         Format::Safetensors => {
             let Trained { model, weights, blocks, .. } = &trained;
             match model.rows().is_empty() {
-                true => write(&loaded.weights)?,
+                true => write(&weights_to_safetensors(model.layout(), weights))?,
                 false => write(&with_rows_to_safetensors(model.layout(), weights, model.rows(), blocks))?,
             }
             show_tensors(out, &trained);

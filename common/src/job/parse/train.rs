@@ -11,6 +11,9 @@ pub(super) fn train(node: &Node) -> Result<Train> {
         "steps",
         "loss",
         "optimizer",
+        "groups",
+        "ema",
+        "accumulate",
         "tables",
         "schedule",
         "clip_norm",
@@ -38,6 +41,9 @@ pub(super) fn train(node: &Node) -> Result<Train> {
         length,
         loss: r.node("loss").optional().map_or(Ok(loss_default), loss)?,
         optimizer: r.node("optimizer").optional().map_or(Ok(optimizer_default), optimizer)?,
+        groups: r.node("groups").optional().map_or(Ok(Vec::new()), groups)?,
+        ema: r.f32("ema", &BETWEEN)?.optional(),
+        accumulate: r.integer("accumulate", 1..=65_536)?.or(1) as u32,
         tables: r.node("tables").optional().map(tables).transpose()?,
         schedule: r.node("schedule").optional().map_or(Ok(schedule_default), schedule)?,
         clip_norm: r.f32("clip_norm", &POSITIVE)?.optional(),
@@ -85,6 +91,7 @@ const OPTIMIZERS: &Kinds = &[
     ("adam", &["beta1", "beta2", "eps"]),
     ("sgd", &["momentum", "dampening", "nesterov"]),
     ("adagrad", &["lr_decay", "eps", "initial_accumulator"]),
+    ("lamb", &["beta1", "beta2", "eps"]),
     ("lion", &["beta1", "beta2"]),
     ("rmsprop", &["alpha", "eps", "momentum", "centered"]),
 ];
@@ -95,7 +102,8 @@ fn optimizer(node: &Node) -> Result<Optimizer> {
         let eps = |default| Ok(r.f32("eps", &POSITIVE)?.or(default));
         let beta = |key, default| Ok(r.f32(key, &FRACTION)?.or(default));
         let momentum = || Ok(r.f32("momentum", &NOT_NEGATIVE)?.or(0.0));
-        let weight_decay = r.f32("weight_decay", &NOT_NEGATIVE)?.or(if name == "adamw" { 0.01 } else { 0.0 });
+        let weight_decay =
+            r.f32("weight_decay", &NOT_NEGATIVE)?.or(if matches!(name, "adamw" | "lamb") { 0.01 } else { 0.0 });
         Ok(match name {
             "adamw" | "adam" => {
                 let (lr, beta1, beta2, eps) = (lr(1e-3)?, beta("beta1", 0.9)?, beta("beta2", 0.999)?, eps(1e-8)?);
@@ -120,6 +128,13 @@ fn optimizer(node: &Node) -> Result<Optimizer> {
                 let (lr, beta1, beta2) = (lr(1e-4)?, beta("beta1", 0.9)?, beta("beta2", 0.99)?);
                 Optimizer::Lion { lr, beta1, beta2, weight_decay }
             }
+            "lamb" => Optimizer::Lamb {
+                lr: lr(1e-3)?,
+                beta1: beta("beta1", 0.9)?,
+                beta2: beta("beta2", 0.999)?,
+                eps: eps(1e-6)?,
+                weight_decay,
+            },
             "adagrad" => Optimizer::Adagrad {
                 lr: lr(0.01)?,
                 lr_decay: r.f32("lr_decay", &NOT_NEGATIVE)?.or(0.0),
@@ -137,6 +152,29 @@ fn optimizer(node: &Node) -> Result<Optimizer> {
             },
         })
     })
+}
+
+/// `[{ params = ["biases", "norms"], weight_decay = 0 }]`
+fn groups(node: &Node) -> Result<Vec<Group>> {
+    let Kind::List(items) = &node.kind else {
+        return node.error(format!("`train.groups` must be a list of tables, not {}", node.kind));
+    };
+    let one = |(i, node): (usize, &Node)| {
+        let r = Reader::new(node, format!("train.groups[{i}]"))?;
+        r.only(&["params", "lr", "weight_decay"])?;
+        let group = Group {
+            params: r.list("params", "a text", text)?.needed("params = [\"biases\", \"norms\"]")?,
+            lr: r.f32("lr", &NOT_NEGATIVE)?.optional(),
+            weight_decay: r.f32("weight_decay", &NOT_NEGATIVE)?.optional(),
+        };
+        if group.params.is_empty() || group.lr.is_none() && group.weight_decay.is_none() {
+            return r.error(format!(
+                "`train.groups[{i}]` changes nothing: it needs `params`, and `lr` or `weight_decay` for them"
+            ));
+        }
+        Ok(group)
+    };
+    items.iter().enumerate().map(one).collect()
 }
 
 fn tables(node: &Node) -> Result<Tables> {
