@@ -186,11 +186,7 @@ pub(crate) fn loss(kind: &str, options: &Value) -> Result<Arc<dyn TargetLoss>, S
     build(options)
 }
 
-pub(crate) fn data(
-    format: &str,
-    options: &Value,
-    place: &Place<'_>,
-) -> Result<Samples, Box<dyn Error + Send + Sync>> {
+pub(crate) fn data(format: &str, options: &Value, place: &Place<'_>) -> Result<Samples, Box<dyn Error + Send + Sync>> {
     let (_, read) = ADDED.get().and_then(|added| added.formats.get(format)).ok_or_else(|| unknown(format))?;
     read(options, place)
 }

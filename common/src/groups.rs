@@ -169,8 +169,9 @@ mod tests {
 
     #[test]
     fn a_group_for_nothing_is_named() {
-        let of = |params| {
-            Groups::new(Optimizer::new(&sgd(), None), &[group(&["norms"], None), group(params, None)], &layout())
+        let of = |params: &[&str]| {
+            let groups = [group(&["norms"], None), group(params, None)];
+            Groups::new(Optimizer::new(&sgd(), None), &groups, &layout())
         };
         for params in ["embeddings", "0.wait", "3.*", ""] {
             let message = of(&["biases", params]).unwrap_err().to_string();

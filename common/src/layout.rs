@@ -55,6 +55,11 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// A trainable tensor of a layer that is not one of ours.
+    pub fn trainable(name: &str, shape: &[usize], init: Init) -> Tensor {
+        Tensor { name: name.into(), shape: shape.into(), role: Role::Trainable, kind: Kind::Weight, init }
+    }
+
     /// Number of values.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {

@@ -18,6 +18,7 @@
 
 pub mod checkpoint;
 pub mod data;
+pub mod extend;
 pub mod groups;
 pub mod ids;
 pub mod job;

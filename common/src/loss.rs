@@ -1,10 +1,12 @@
 //! Losses on logits, in stable form. Sums and their denominators travel; division happens once, where the tree ends.
 
 use crate::data::Targets;
+use crate::extend::{self, Target, TargetLoss};
 use crate::job;
 use crate::kernels::{LANES, largest, math, vectorized};
 use ndarray::ArrayView2;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The numerator and denominator of a mean loss, and the samples behind it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -40,15 +42,19 @@ pub enum LossError {
         "train.loss \"{loss}\" is for values or two classes, the data has more classes; use \"cross-entropy\", or data.task = \"regression\""
     )]
     OneOutput { loss: &'static str },
+    #[error("train.loss {kind:?}: {why}")]
+    Added { kind: String, why: String },
     #[error("sample {sample} has class {class}, but the model has {classes} classes")]
     Class { sample: usize, class: u32, classes: usize },
 }
 
 /// A loss over `outputs` logits a target; where a sample has one target, targets are samples.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Loss {
     kind: job::Loss,
     outputs: usize,
+    /// The one that the program has added.
+    added: Option<Arc<dyn TargetLoss>>,
 }
 
 impl Loss {
@@ -66,11 +72,18 @@ impl Loss {
             }
             _ => {}
         }
-        Ok(Loss { kind: kind.clone(), outputs })
+        let added = match kind {
+            job::Loss::Added { name, options } => {
+                Some(extend::loss(name, options).map_err(|why| LossError::Added { kind: name.clone(), why })?)
+            }
+            _ => None,
+        };
+        Ok(Loss { kind: kind.clone(), outputs, added })
     }
 
     fn name(&self) -> &'static str {
         match self.kind {
+            job::Loss::Added { .. } => "added",
             job::Loss::CrossEntropy { .. } => "cross-entropy",
             job::Loss::BinaryCrossEntropy { .. } => "binary-cross-entropy",
             job::Loss::Mse => "mse",
@@ -83,6 +96,9 @@ impl Loss {
 
     /// Checks that every target is one that the loss can take.
     pub fn check_targets(&self, targets: &Targets) -> Result<(), LossError> {
+        if let (job::Loss::Added { name, .. }, Some(loss)) = (&self.kind, &self.added) {
+            return loss.check(targets).map_err(|why| LossError::Added { kind: name.clone(), why });
+        }
         let classes = if self.outputs == 1 { 2 } else { self.outputs };
         match (targets, &self.kind) {
             (Targets::Class(_), job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. }) => {
@@ -147,7 +163,7 @@ impl Loss {
             job::Loss::CrossEntropy { label_smoothing, class_weights } => {
                 let plain = *label_smoothing == 0.0 && class_weights.is_none();
                 let kind = job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
-                (!plain).then_some(Loss { kind, outputs: self.outputs })
+                (!plain).then_some(Loss { kind, outputs: self.outputs, added: None })
             }
             _ => None,
         }
@@ -179,6 +195,13 @@ impl Loss {
             (loss, x.len() as f64)
         };
         match &self.kind {
+            job::Loss::Added { .. } => {
+                let target = match targets {
+                    Targets::Class(c) => Target::Class(c[row]),
+                    Targets::Value(_) | Targets::Next => Target::Value(value(0)),
+                };
+                (self.added.as_ref().expect("Loss::new has built it").value(x, target, d), 1.0)
+            }
             job::Loss::CrossEntropy { .. } => panic!("Loss::check_targets asks for classes"),
             job::Loss::BinaryCrossEntropy { positive_weight } => {
                 // PyTorch's binary_cross_entropy_with_logits: (1-z) x + (1 + (p-1) z) log(1 + e^-x), stable for any x.

@@ -12,6 +12,8 @@ pub enum DataError {
     Missing { what: &'static str, path: String, tried: String },
     #[error("cannot read {path}: {source}; check its permissions, and that it was copied whole")]
     Read { path: String, source: io::Error },
+    #[error("data.format {format:?}: {source}")]
+    Added { format: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("{path} holds no samples; give a file with at least one")]
     Empty { path: String },
 

@@ -42,6 +42,7 @@ pub use error::DataError;
 pub use id::IdField;
 pub use tokenizer::Tokenizer;
 
+use crate::extend::{self, Place, Samples};
 use crate::job;
 use crate::model::Signature;
 use serde::{Deserialize, Serialize};
@@ -173,6 +174,12 @@ fn open_in(
         job::Source::SyntheticText { vocabulary, context, samples, test_samples } => {
             synthetic::text(seed, *vocabulary, *context, *samples, *test_samples)?
         }
+        job::Source::Added { base, name, options } => {
+            let place = Place { seed, find: &|path| find(root, base, path) };
+            let read = extend::data(name, options, &place);
+            let samples = read.map_err(|source| DataError::Added { format: name.clone(), source })?;
+            Raw::of_others(name, samples)?
+        }
         job::Source::Clicks(spec) => clicks::make(seed, spec)?,
         job::Source::Ratings(spec) => ratings::make(seed, spec)?,
     };
@@ -187,6 +194,32 @@ impl Raw {
     fn new(train: Dataset, test: Option<Dataset>, classes: Option<Vec<String>>, scale: Scale) -> Raw {
         let (columns, missing, ids) = (Vec::new(), String::new(), Vec::new());
         Raw { train, test, classes, columns, missing, tokens: None, ids, scale }
+    }
+
+    /// Those of a format that the program has added, which are looked at like those that come from the wire.
+    fn of_others(format: &str, Samples { train, test, classes }: Samples) -> Result<Raw, DataError> {
+        let wrong = |why: String| DataError::Added { format: format.into(), source: why.into() };
+        for data in [Some(&train), test.as_ref()].into_iter().flatten() {
+            let same = Dataset::from_bytes(&data.to_bytes()).is_ok_and(|read| read == *data);
+            let known = match (&data.targets, &classes) {
+                (Targets::Class(labels), Some(names)) => labels.iter().all(|&class| (class as usize) < names.len()),
+                (Targets::Value(_), None) => true,
+                _ => false,
+            };
+            let kinds = (&data.shape, data.ids.fields, std::mem::discriminant(&data.targets));
+            let alike = kinds == (&train.shape, train.ids.fields, std::mem::discriminant(&train.targets));
+            let number = matches!(data.features, Features::U8(_) | Features::F32(_)) && data.ids.fields == 0;
+            if !(same && known && alike && number && data.samples() > 0) {
+                return Err(wrong(
+                    "it gave samples that do not fit together: each set needs some, of one shape, with finite numbers or bytes \
+                     for each, and a value or one of the named classes to learn"
+                        .into(),
+                ));
+            }
+        }
+        let unit = if matches!(train.features, Features::U8(_)) { 1.0 / 255.0 } else { 1.0 };
+        let per_feature = train.shape.len() == 1;
+        Ok(Raw::new(train, test, classes, Scale { per_feature, unit }))
     }
 
     /// Learns the normalisation; there is at least one training sample.
@@ -349,6 +382,10 @@ impl Prepared {
             return tokens.vocabulary;
         }
         match (loss, self.classes.as_ref().map_or(1, Vec::len)) {
+            // What is wrong with it is said where it is built.
+            (job::Loss::Added { name, options }, _) => {
+                extend::loss(name, options).map_or(1, |loss| loss.outputs(self.classes.as_ref().map(Vec::len)))
+            }
             (job::Loss::CrossEntropy { .. }, classes) => classes,
             (job::Loss::Hinge | job::Loss::Focal { .. }, classes) if classes > 2 => classes,
             (job::Loss::Hinge | job::Loss::Focal { .. } | job::Loss::BinaryCrossEntropy { .. }, _) => 1,

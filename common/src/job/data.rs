@@ -42,6 +42,13 @@ pub enum Source {
         samples: usize,
         test_samples: usize,
     },
+    /// One that the program has added ([`crate::extend`]).
+    Added {
+        #[serde(skip)]
+        base: String,
+        name: String,
+        options: serde_json::Value,
+    },
     /// `synthetic` with `task = "clicks"`.
     Clicks(Clicks),
     /// `synthetic` with `task = "ratings"`.

@@ -231,6 +231,11 @@ pub enum Layer {
         join: Join,
         branches: Vec<Vec<Layer>>,
     },
+    /// One that the program has added ([`crate::extend`]).
+    Added {
+        name: String,
+        options: serde_json::Value,
+    },
     /// `y = x + body(x)`, or `shortcut(x) + body(x)`.
     Residual {
         layers: Vec<Layer>,

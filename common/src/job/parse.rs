@@ -2,6 +2,7 @@
 
 use super::reader::{Kind, Kinds, Node, Range, Reader, Result, SIZE, float, size, text, whole};
 use super::*;
+use crate::extend::Names;
 
 mod data;
 mod model;
@@ -59,6 +60,25 @@ pub(crate) const ROW_BOUND: f32 = 0.05;
 /// Steps, epochs, samples: far beyond any run, and products of two such numbers fit in 128 bits.
 const COUNT: std::ops::RangeInclusive<u64> = 1..=1 << 40;
 const COUNT_OR_0: std::ops::RangeInclusive<u64> = 0..=1 << 40;
+
+/// What the program has added under the name at `key`, and its options but those that are `not` its own; `None` where the name is
+/// another.
+fn added(node: &Node, key: &str, names: &Names, not: &[&str]) -> Result<Option<(String, serde_json::Value)>> {
+    let table = node.expanded();
+    let (Some(name), options) = table.others(key, not)? else { return Ok(None) };
+    if !names.names.contains(&name) {
+        return Ok(None);
+    }
+    match names.check(name, &options) {
+        Ok(()) => Ok(Some((name.into(), options))),
+        Err(why) => node.error(format!("{name:?}: {why}")),
+    }
+}
+
+/// `kinds`, and the names that the program has added.
+fn with_added(kinds: &Kinds, names: &Names) -> Vec<(&'static str, &'static [&'static str])> {
+    kinds.iter().copied().chain(names.names.iter().map(|name| (*name, &[][..]))).collect()
+}
 
 /// `"name"` or `{ kind = "name", ... }`.
 fn choice<T>(

@@ -85,6 +85,31 @@ impl Node {
         }
     }
 
+    /// Of a table: the text under `key`, and the others as JSON, without those that are `not` wanted.
+    pub fn others(&self, key: &str, not: &[&str]) -> Result<(Option<&str>, serde_json::Value)> {
+        let Kind::Table(entries) = &self.kind else { return Ok((None, serde_json::Value::Null)) };
+        let name = entries.iter().find(|(k, _)| k == key).and_then(|(_, node)| match &node.kind {
+            Kind::Text(name) => Some(name.as_str()),
+            _ => None,
+        });
+        let others = entries.iter().filter(|(k, _)| k != key && !not.contains(&k.as_str()));
+        Ok((name, others.map(|(k, node)| Ok((k.clone(), node.json()?))).collect::<Result<_>>()?))
+    }
+
+    fn json(&self) -> Result<serde_json::Value> {
+        Ok(match &self.kind {
+            Kind::Text(t) => t.as_str().into(),
+            Kind::Integer(i) => (*i).into(),
+            Kind::Float(v) => (*v).into(),
+            Kind::Bool(b) => (*b).into(),
+            Kind::Other(what) => return self.error(format!("{what} is of no use here; write a text or a number")),
+            Kind::List(items) => items.iter().map(Node::json).collect::<Result<_>>()?,
+            Kind::Table(entries) => {
+                entries.iter().map(|(key, node)| Ok((key.clone(), node.json()?))).collect::<Result<_>>()?
+            }
+        })
+    }
+
     fn of_table(table: &dyn TableLike, place: Place, at: &dyn Fn(usize) -> Place) -> Node {
         let entry = |(key, item): (&str, &Item)| {
             let span = table.key(key).and_then(|k| k.span()).or_else(|| item.span());

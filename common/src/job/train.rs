@@ -40,13 +40,27 @@ pub enum Length {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Loss {
-    CrossEntropy { label_smoothing: f32, class_weights: Option<Vec<f32>> },
-    BinaryCrossEntropy { positive_weight: f32 },
+    CrossEntropy {
+        label_smoothing: f32,
+        class_weights: Option<Vec<f32>>,
+    },
+    BinaryCrossEntropy {
+        positive_weight: f32,
+    },
     Mse,
     Mae,
-    Huber { delta: f32 },
+    Huber {
+        delta: f32,
+    },
     Hinge,
-    Focal { gamma: f32 },
+    Focal {
+        gamma: f32,
+    },
+    /// One that the program has added ([`crate::extend`]).
+    Added {
+        name: String,
+        options: serde_json::Value,
+    },
 }
 
 /// Parameters, and what is different for them.

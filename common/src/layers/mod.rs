@@ -93,8 +93,16 @@ pub struct Pass<'a> {
 
 impl Pass<'_> {
     /// Announces the layer's trainable gradient, which is not touched any more: it may travel while others are computed.
-    fn finish(&self, grads: &[f32]) {
+    pub fn finish(&self, grads: &[f32]) {
         self.finish_from(0, grads);
+    }
+
+    /// `out` = the sum over the batch's samples, for gradients of parameters: `of(samples, out)` overwrites it with that of one
+    /// partition's samples, one after the other, and partitions are added up in the fixed tree.
+    pub fn sum(&self, out: &mut [f32], mut of: impl FnMut(Range<usize>, &mut [f32])) {
+        let partitions = self.segments.len();
+        let mut spare = vec![0.0; tree_spare(partitions, out.len())];
+        tree_sum(0, partitions, out, &mut spare, &mut |partition, out| of(self.segments.rows(partition), out));
     }
 
     /// Announces a part of it, which begins at its value `from` and ends where the part before began.

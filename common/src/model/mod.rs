@@ -4,6 +4,7 @@ mod named;
 
 pub use named::layers;
 
+use crate::extend;
 use crate::job::{self, WeightInit};
 use crate::kernels::{Finish, conv::Window};
 use crate::layers::{
@@ -18,6 +19,8 @@ use std::cell::Cell;
 /// Why a model cannot be built on a data set.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ModelError {
+    #[error("model.layers[{at}] ({op}) got samples of shape {got:?}: {why}")]
+    Added { at: String, op: String, got: Vec<usize>, why: String },
     #[error("model.layers[{at}] ({op}) got samples of shape {got:?}; it needs {need}")]
     Shape { at: String, op: &'static str, got: Vec<usize>, need: String },
     #[error(
@@ -282,6 +285,8 @@ impl Builder {
                 }
                 Box::new(Swiglu { shape: [rest, &[width / 2]].concat() })
             }
+            job::Layer::Added { name, options } => extend::layer(name, options, shape)
+                .map_err(|why| ModelError::Added { at: at.into(), op: name.clone(), got: shape.into(), why })?,
             job::Layer::Lookup { width, init } => {
                 if self.ids == 0 {
                     return Err(ModelError::NoIds(at.into()));

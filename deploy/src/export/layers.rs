@@ -47,6 +47,7 @@ fn layer(g: &mut Graph<'_>, at: &str, spec: &Layer, x: &Value) -> Value {
         Layer::Attention { heads, causal, rotary } => attention(g, at, x, *heads, *causal, *rotary),
         Layer::Swiglu => swiglu(g, at, x),
         Layer::Residual { layers, shortcut } => residual(g, at, x, layers, shortcut),
+        Layer::Added { name, .. } => panic!("{name} has no nodes, which `onnx::file` says first"),
         Layer::Lookup { width, init: _ } => lookup(g, at, *width),
         Layer::Slice { from, len } => slice(g, at, x, *from, *len),
         Layer::Sum => sum(g, at, x),

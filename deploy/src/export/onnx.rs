@@ -8,7 +8,7 @@ use super::proto::{
 use prost::Message;
 use std::path::Path;
 use unisono_common::data::{Column, Prepared};
-use unisono_common::job::Job;
+use unisono_common::job::{Job, Layer};
 use unisono_common::model::{self, Model};
 use unisono_common::rows::RowBlock;
 
@@ -29,12 +29,27 @@ const LOGITS: &str = "logits";
 pub enum OnnxError {
     #[error("the ONNX file would have {0} bytes, and can have 2^31 - 1: export the weights with --format safetensors")]
     TooLarge(usize),
+    #[error(
+        "the layer {0:?} is not one of unisono's, which knows no form of it in ONNX: export the weights with --format safetensors"
+    )]
+    Added(String),
+}
+
+/// The first of these layers, or of those inside them, that the program has added.
+fn added(layers: &[Layer]) -> Option<&str> {
+    layers.iter().find_map(|layer| match layer {
+        Layer::Added { name, .. } => Some(name.as_str()),
+        Layer::TiedEmbedding { layers, .. } => added(layers),
+        Layer::Residual { layers, shortcut } => added(layers).or_else(|| added(shortcut)),
+        Layer::Parallel { branches, .. } => branches.iter().find_map(|branch| added(branch)),
+        _ => None,
+    })
 }
 
 /// The file's contents.
 ///
 /// # Errors
-/// A model that is too large for one.
+/// A model that is too large for one, and a layer that has no form in it.
 pub fn file(
     job: &Job,
     prepared: &Prepared,
@@ -44,6 +59,9 @@ pub fn file(
 ) -> Result<ModelProto, OnnxError> {
     let signature = prepared.signature(&job.train.loss);
     let (specs, shape) = model::layers(&job.model, &signature);
+    if let Some(name) = added(&specs) {
+        return Err(OnnxError::Added(name.into()));
+    }
     let tokens = prepared.tokens.is_some();
     let input = if tokens { TOKENS } else { FEATURES };
     let (mut g, raw) = Graph::new(model, weights, rows, input, tokens, &signature.input);

@@ -56,7 +56,25 @@ const FORMATS: &Kinds = &[
 
 pub(super) fn data(node: &Node, base: &str) -> Result<Data> {
     let r = Reader::new(node, "data")?;
-    let source = match r.kind("format", "data format", FORMATS, &["normalize", "ship", "partition"])? {
+    let names = Names::formats();
+    const COMMON: [&str; 4] = ["normalize", "ship", "partition", "augment"];
+    let source = if let Some((name, options)) = added(node, "format", &names, &COMMON)? {
+        Source::Added { base: base.into(), name, options }
+    } else {
+        of_format(&r, r.kind("format", "data format", &with_added(FORMATS, &names), &COMMON[..3])?, base)?
+    };
+    let made = matches!(
+        source,
+        Source::Synthetic { .. } | Source::SyntheticText { .. } | Source::Clicks(_) | Source::Ratings(_)
+    );
+    let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
+    let normalize = r.flag("normalize")?.or(!made);
+    let augment = r.node("augment").optional().map(pictures::augment).transpose()?;
+    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment })
+}
+
+fn of_format(r: &Reader<'_>, format: &str, base: &str) -> Result<Source> {
+    Ok(match format {
         "digits" => Source::Digits,
         "idx" => Source::Idx {
             train: idx_paths(
@@ -67,20 +85,12 @@ pub(super) fn data(node: &Node, base: &str) -> Result<Data> {
             test: r.node("test").optional().map(|n| idx_paths(n, base, "data.test")).transpose()?,
             classes: r.integer("classes", 2..=256)?.optional().map(|n| n as usize),
         },
-        "csv" => Source::Csv(csv(&r, base)?),
-        "text" => Source::Text(plain_text(&r, base)?),
-        "cifar" => Source::Cifar(pictures::cifar(&r, base)?),
-        "images" => Source::Images(pictures::images(&r, base)?),
-        _ => synthetic(&r)?,
-    };
-    let made = matches!(
-        source,
-        Source::Synthetic { .. } | Source::SyntheticText { .. } | Source::Clicks(_) | Source::Ratings(_)
-    );
-    let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
-    let normalize = r.flag("normalize")?.or(!made);
-    let augment = r.node("augment").optional().map(pictures::augment).transpose()?;
-    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment })
+        "csv" => Source::Csv(csv(r, base)?),
+        "text" => Source::Text(plain_text(r, base)?),
+        "cifar" => Source::Cifar(pictures::cifar(r, base)?),
+        "images" => Source::Images(pictures::images(r, base)?),
+        _ => synthetic(r)?,
+    })
 }
 
 fn idx_paths(node: &Node, base: &str, path: &str) -> Result<IdxPaths> {

@@ -168,11 +168,15 @@ const LAYERS: &Kinds = &[
 ];
 
 fn layer(node: &Node, path: &str) -> Result<Layer> {
+    let names = Names::layers();
+    if let Some((name, options)) = added(node, "op", &names, &[])? {
+        return Ok(Layer::Added { name, options });
+    }
     let r = Reader::new(node, path)?;
     let bias = || Ok(r.flag("bias")?.or(true));
     let stride = |default| Ok(r.size("stride")?.or(default));
     let eps = || Ok(r.f32("eps", &POSITIVE)?.or(1e-5));
-    Ok(match r.kind("op", "layer", LAYERS, &[])? {
+    Ok(match r.kind("op", "layer", &with_added(LAYERS, &names), &[])? {
         "linear" => Layer::Linear { units: r.size("units")?.needed("units = 128")?, bias: bias()?, init: init(&r)? },
         "conv2d" => {
             let filters = r.size("filters")?.needed("filters = 32")?;

@@ -64,7 +64,11 @@ const LOSSES: &Kinds = &[
 ];
 
 fn loss(node: &Node) -> Result<Loss> {
-    choice(node, "loss", "train.loss", LOSSES, &[], |name, r| {
+    let names = Names::losses();
+    if let Some((name, options)) = added(node, "kind", &names, &[])? {
+        return Ok(Loss::Added { name, options });
+    }
+    choice(node, "loss", "train.loss", &with_added(LOSSES, &names), &[], |name, r| {
         Ok(match name {
             "cross-entropy" => {
                 let weight = |k: &Kind| float(k).filter(|v| *v >= 0.0);

@@ -1,0 +1,386 @@
+//! `unisono`: a distributed data-parallel trainer for CPUs, in one program; and, as a library, the same program with layers,
+//! losses and data formats of one's own ([`main`]).
+
+mod bench;
+mod export;
+mod generate;
+mod local;
+mod operate;
+mod progress;
+mod show;
+mod trained;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use progress::View;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tracing::Level;
+use tracing_subscriber::filter::Targets;
+pub use unisono_common as common;
+pub use unisono_common::extend::Extensions;
+use unisono_common::job::{self, Job, JobText};
+
+/// The job that `unisono local` runs when none is named.
+const DIGITS: &str = include_str!("../../examples/digits-mlp.toml");
+
+#[derive(Parser)]
+#[command(
+    version,
+    about = "Trains models on CPUs: the result does not depend on the number of workers, to the last bit"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Args, Clone)]
+pub(crate) struct JobArgs {
+    /// Overrides a key of the job, as in train.steps=200 (VALUE is TOML; a bare word is a string); repeatable
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Continues from the newest whole checkpoint
+    #[arg(long)]
+    resume: bool,
+    /// Prints the summary as one JSON object on the last line of stdout
+    #[arg(long)]
+    json: bool,
+    /// Prints only warnings and the summary
+    #[arg(long)]
+    quiet: bool,
+    /// Prints log lines, in detail, instead of progress lines
+    #[arg(short, long)]
+    verbose: bool,
+    /// A worker is lost after this many seconds without a sign of life
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    heartbeat_timeout: f64,
+    /// How gradients and weights travel
+    #[arg(long, value_enum, default_value_t)]
+    transport: Transport,
+}
+
+/// How gradients and weights get from process to process.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Transport {
+    /// Shared memory for workers on the coordinator's host, gRPC for others
+    #[default]
+    Auto,
+    /// Shared memory; a worker that has none with the coordinator is an error
+    Shm,
+    /// gRPC everywhere
+    Grpc,
+}
+
+impl Transport {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Transport::Auto => "auto",
+            Transport::Shm => "shm",
+            Transport::Grpc => "grpc",
+        }
+    }
+}
+
+impl From<Transport> for unisono_worker::Transport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Auto => unisono_worker::Transport::Auto,
+            Transport::Shm => unisono_worker::Transport::Shm,
+            Transport::Grpc => unisono_worker::Transport::Grpc,
+        }
+    }
+}
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// Trains on this machine: a coordinator and worker processes, which end with it
+    Local {
+        /// The job file; without it, the embedded handwritten digits
+        job: Option<PathBuf>,
+        /// Worker processes [default: one per core, at most the partitions]
+        #[arg(long)]
+        workers: Option<usize>,
+        /// Compute threads of each worker
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        #[command(flatten)]
+        args: JobArgs,
+    },
+    /// Runs the coordinator alone; it ends when the job is done
+    Coordinator {
+        /// The job file
+        job: PathBuf,
+        /// Address to listen on
+        #[arg(long, default_value = "127.0.0.1:7070")]
+        listen: String,
+        #[command(flatten)]
+        args: JobArgs,
+    },
+    /// Runs one worker; it may start at any time, and ends when the job does
+    Worker {
+        /// The coordinator's URL, as http://HOST:PORT
+        #[arg(long)]
+        coordinator: String,
+        /// Compute threads
+        #[arg(long, default_value_t = 1)]
+        threads: usize,
+        /// How gradients and weights travel
+        #[arg(long, value_enum, default_value_t)]
+        transport: Transport,
+        /// Gives up after this many seconds without a coordinator
+        #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
+        patience: f64,
+        /// Keeps the partitions that the coordinator sends in DIR, by digest, for the next run on the same data
+        #[arg(long, value_name = "DIR")]
+        cache: Option<PathBuf>,
+        /// Ends when this process, which must be the parent, ends
+        #[arg(long, hide = true)]
+        parent: Option<u32>,
+        /// Prints more
+        #[arg(short, long)]
+        verbose: bool,
+    },
+    /// Measures how fast this machine trains, and where the time of a step goes
+    Bench(bench::Args),
+    /// Evaluates a checkpoint on its test set, or on the data of another job
+    Eval {
+        /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
+        checkpoint: PathBuf,
+        /// A job whose data is used instead of the checkpoint's own
+        job: Option<PathBuf>,
+        /// Overrides a key of JOB, as in data.test=other.csv; repeatable
+        #[arg(long = "set", value_name = "KEY=VALUE", requires = "job")]
+        set: Vec<String>,
+        /// Prints one JSON object on the last line of stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Predicts for new inputs: CSV or JSON lines in, the same with `prediction` out
+    Predict {
+        /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
+        checkpoint: PathBuf,
+        /// CSV with a header, or JSON lines (.json, .jsonl) [default: stdin]
+        ///
+        /// Rows have the columns that the model was trained on; models of other data take one column a value, or
+        /// {"features": [...]}. Values are raw: they are normalised as the training data was.
+        #[arg(verbatim_doc_comment)]
+        input: Option<PathBuf>,
+        /// The format of rows from stdin, or of a file whose name does not say it
+        #[arg(long)]
+        format: Option<trained::Format>,
+        /// Goes on with a text instead, as a language model was trained to
+        #[arg(long, value_name = "PROMPT", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["input", "format"])]
+        generate: Option<String>,
+        #[command(flatten)]
+        sampling: generate::Sampling,
+    },
+    /// Writes a checkpoint for other programs: its weights with PyTorch's names and layouts, or the model as ONNX
+    Export {
+        /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
+        checkpoint: PathBuf,
+        /// What to write [default: what the name of FILE ends in]
+        #[arg(long)]
+        format: Option<export::Format>,
+        /// The file to write
+        #[arg(long, value_name = "FILE", alias = "to")]
+        out: PathBuf,
+        /// Replaces FILE where it exists
+        #[arg(long)]
+        force: bool,
+    },
+    /// Shows where a running job stands
+    Status {
+        /// The coordinator's URL, as http://HOST:PORT
+        #[arg(long)]
+        coordinator: String,
+        /// Prints one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Takes a worker out of a running job after its current step
+    Drain {
+        /// The worker's id, as `status` shows it
+        worker: u64,
+        /// The coordinator's URL, as http://HOST:PORT
+        #[arg(long)]
+        coordinator: String,
+    },
+    /// Ends a running job after its current step, with a checkpoint
+    Stop {
+        /// The coordinator's URL, as http://HOST:PORT
+        #[arg(long)]
+        coordinator: String,
+    },
+}
+
+/// A mistake in the command line or the job: nothing was started.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+pub(crate) struct Wrong(pub anyhow::Error);
+
+struct LogLine;
+
+impl std::io::Write for LogLine {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        progress::write(line).map(|()| line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes log lines of our own up to `level`, and the warnings of libraries, to stderr.
+pub(crate) fn log(level: Level) {
+    use tracing_subscriber::prelude::*;
+    let ours = ["unisono", "unisono_coordinator", "unisono_worker"].map(|name| (name, level));
+    let lines = tracing_subscriber::fmt::layer()
+        .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(|| LogLine);
+    let filter = Targets::new().with_default(level.min(Level::WARN)).with_targets(ours);
+    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
+}
+
+pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
+    let read = || -> Result<Job> {
+        let text = |file: String, base, toml| JobText { file, base, toml, overrides: set.to_vec() };
+        let Some(path) = path else {
+            return Ok(job::parse(text("the embedded job".into(), ".".into(), DIGITS.into()))?);
+        };
+        if path.is_dir() {
+            bail!(
+                "{} is a folder; give a job file, or use --resume, `eval`, `predict` or `export` for a run",
+                path.display()
+            );
+        }
+        let toml = match std::fs::read_to_string(path) {
+            Err(e) if e.kind() == ErrorKind::InvalidData => bail!("{} is no text, so no job file", path.display()),
+            read => read.with_context(|| format!("cannot read the job file {}", path.display()))?,
+        };
+        let base = std::path::absolute(path)?.parent().map(|p| p.display().to_string()).unwrap_or_default();
+        Ok(job::parse(text(path.display().to_string(), base, toml))?)
+    };
+    read().map_err(|e| Wrong(e).into())
+}
+
+pub(crate) fn options(args: &JobArgs, started: Instant) -> Result<unisono_coordinator::Options> {
+    if !(args.heartbeat_timeout > 0.0 && args.heartbeat_timeout < 1e6) {
+        return Err(Wrong(anyhow::anyhow!("--heartbeat-timeout must be a positive number of seconds")).into());
+    }
+    let silence = Duration::from_secs_f64(args.heartbeat_timeout);
+    Ok(unisono_coordinator::Options {
+        started,
+        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        shared_memory: args.transport != Transport::Grpc,
+        patience: unisono_common::protocol::Patience { silence, ..Default::default() },
+        window: None,
+    })
+}
+
+/// Turns true at the first Ctrl-C or SIGTERM; the second one ends the process at once.
+pub(crate) fn interruption() -> watch::Receiver<bool> {
+    let (send, receive) = watch::channel(false);
+    tokio::spawn(async move {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (Ok(mut int), Ok(mut term)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+            return;
+        };
+        for n in 0.. {
+            tokio::select! { _ = int.recv() => {}, _ = term.recv() => {} }
+            if n > 0 {
+                eprintln!("unisono: ended at once, without another checkpoint");
+                std::process::exit(130);
+            }
+            send.send_replace(true);
+        }
+    });
+    receive
+}
+
+async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
+    unisono_common::kernels::isa().map_err(|e| Wrong(anyhow::anyhow!(e)))?;
+    match command {
+        Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args, started).await,
+        Cmd::Coordinator { job, listen, args } => {
+            let view = View::new(&args);
+            let (job, options) = (read_job(Some(&job), &args.set)?, options(&args, started)?);
+            let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
+            let listener = tokio::net::TcpListener::bind(&listen).await.map_err(|e| {
+                Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; choose another address with --listen"))
+            })?;
+            if !args.quiet {
+                eprintln!("listening on http://{}", listener.local_addr()?);
+            }
+            let (progress, watching) = watch::channel(Default::default());
+            let shown = view.show(watching);
+            let interrupted = interruption();
+            let summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()).await;
+            shown.end();
+            let summary = summary?;
+            show::summary(&summary, args.json)?;
+            Ok(show::exit_code(&summary, *interrupted.borrow()))
+        }
+        Cmd::Worker { coordinator, threads, transport, patience, cache, parent, verbose } => {
+            log(match (verbose, parent) {
+                (true, _) => Level::DEBUG,
+                (false, None) => Level::INFO,
+                (false, Some(_)) => Level::ERROR,
+            });
+            if let Some(parent) = parent {
+                local::end_with(parent)?;
+            }
+            let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+            let name = format!("{}:{}", host.trim(), std::process::id());
+            let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
+            let (url, transport) = (coordinator, transport.into());
+            let options = unisono_worker::Options { url, threads, transport, name, patience, cache, simulated: false };
+            unisono_worker::check(&options).map_err(Wrong)?;
+            unisono_worker::run(options).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Cmd::Bench(args) => bench::run(args, started).await,
+        Cmd::Eval { checkpoint, job, set, json } => trained::eval(&checkpoint, job.as_ref(), &set, json),
+        Cmd::Predict { checkpoint, generate: Some(prompt), sampling, .. } => {
+            generate::generate(&checkpoint, &prompt, sampling)
+        }
+        Cmd::Predict { checkpoint, input, format, .. } => trained::predict(&checkpoint, input.as_ref(), format),
+        Cmd::Export { checkpoint, format, out, force } => export::export(&checkpoint, format, &out, force),
+        Cmd::Status { coordinator, json } => operate::status(&coordinator, json).await,
+        Cmd::Drain { worker, coordinator } => operate::drain(&coordinator, worker).await,
+        Cmd::Stop { coordinator } => operate::stop(&coordinator).await,
+    }
+}
+
+/// The whole program, with what is added to it: its command line, and the exit status.
+pub fn main(extensions: Extensions) -> ExitCode {
+    let started = Instant::now();
+    extensions.add();
+    let cli = Cli::parse();
+    // A worker's streams are its own, and one thread serves them without waking another. A coordinator has those of all
+    // workers, and leaves cores to the threads that reduce.
+    let mut runtime = match cli.command {
+        Cmd::Worker { .. } => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let runtime = match runtime.worker_threads((cores / 2).clamp(1, 8)).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("unisono: cannot start: {e}");
+            return ExitCode::from(1);
+        }
+    };
+    let result = runtime.block_on(run(cli.command, started));
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    match result {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("unisono: {e:#}");
+            ExitCode::from(if e.is::<Wrong>() { 2 } else { 1 })
+        }
+    }
+}
