@@ -22,11 +22,18 @@ pub enum EvalKind {
     Next {
         tokens_per_character: f64,
     },
+    /// Each sample's own item among its candidates: whether it is among the first `k`, and where.
+    Ranking {
+        k: u32,
+    },
 }
 
 impl EvalKind {
     /// The kind for these data.
     pub fn of(prepared: &Prepared) -> EvalKind {
+        if let Some(candidates) = prepared.implicit {
+            return EvalKind::Ranking { k: candidates.k };
+        }
         match (&prepared.classes, &prepared.tokens) {
             (_, Some(Tokens { tokens_per_character, column: None, .. })) => {
                 EvalKind::Next { tokens_per_character: *tokens_per_character }
@@ -44,6 +51,7 @@ impl EvalKind {
             EvalKind::Binary => &[Metric::Loss, Metric::Accuracy, Metric::Auc],
             EvalKind::Classes => &[Metric::Loss, Metric::Accuracy],
             EvalKind::Next { .. } => &[Metric::Loss, Metric::Perplexity, Metric::BitsPerCharacter, Metric::Accuracy],
+            EvalKind::Ranking { .. } => &[Metric::Loss, Metric::HitRate, Metric::Ndcg],
         }
     }
 }
@@ -52,13 +60,16 @@ impl EvalKind {
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvalSums {
     kind: EvalKind,
-    /// Its `samples` are targets.
+    /// Its `samples` are targets; of rankings, samples.
     loss: LossSums,
     /// Of the loss without smoothing and weights; 0 unless tokens are predicted.
     surprise: f64,
+    /// Of rankings, the samples whose own item is among the first `k`.
     correct: u64,
     squared: f64,
     absolute: f64,
+    /// Of rankings, `1 / log2(1 + rank)` of the same.
+    gain: f64,
     /// Samples by score, first those of class 0, then those of class 1; empty unless binary.
     histogram: Vec<u64>,
 }
@@ -74,12 +85,19 @@ impl EvalSums {
     pub fn new(kind: EvalKind) -> EvalSums {
         let bins = if kind == EvalKind::Binary { 2 * BINS } else { 0 };
         let histogram = vec![0; bins];
-        EvalSums { kind, loss: LossSums::default(), surprise: 0.0, correct: 0, squared: 0.0, absolute: 0.0, histogram }
+        let loss = LossSums::default();
+        EvalSums { kind, loss, surprise: 0.0, correct: 0, squared: 0.0, absolute: 0.0, gain: 0.0, histogram }
     }
 
-    /// Adds the rows of `logits`, `(targets, outputs)`.
+    /// Adds the rows of `logits`, `(targets, outputs)`; of rankings, whole samples.
     pub fn add_batch(&mut self, loss: &Loss, logits: ArrayView2<'_, f32>, targets: &Targets) {
         let sums = loss.forward(logits, targets);
+        if let (EvalKind::Ranking { k }, Targets::Value(chosen)) = (self.kind, targets) {
+            self.loss = self.loss + LossSums { samples: 0, ..sums };
+            let scores: Vec<f32> = logits.column(0).to_vec();
+            self.add_ranks(k, &scores, chosen);
+            return;
+        }
         self.loss = self.loss + sums;
         if let EvalKind::Next { .. } = self.kind {
             self.surprise += loss.plain().map_or(sums, |plain| plain.forward(logits, targets)).loss;
@@ -100,6 +118,23 @@ impl EvalSums {
                     self.absolute += error.abs();
                 }
                 Targets::Next => panic!("a batch has classes instead"),
+                Targets::Seen(_) => panic!("a batch has values instead"),
+            }
+        }
+    }
+
+    /// Ranks each sample's own item, which has the target 1, among those up to the next sample's: behind all that are not below it, so
+    /// that a model that tells none apart has no hits.
+    fn add_ranks(&mut self, k: u32, scores: &[f32], chosen: &[f32]) {
+        let own = |at: &usize| chosen[*at] == 1.0;
+        let mut starts = (0..chosen.len()).filter(own).peekable();
+        while let Some(start) = starts.next() {
+            let end = starts.peek().copied().unwrap_or(chosen.len());
+            let before = scores[start + 1..end].iter().filter(|score| !(**score < scores[start])).count();
+            self.loss.samples += 1;
+            if before < k as usize {
+                self.correct += 1;
+                self.gain += 1.0 / libm::log2(2.0 + before as f64);
             }
         }
     }
@@ -111,6 +146,7 @@ impl EvalSums {
         self.correct += other.correct;
         self.squared += other.squared;
         self.absolute += other.absolute;
+        self.gain += other.gain;
         self.histogram.iter_mut().zip(&other.histogram).for_each(|(a, b)| *a += b);
         self
     }
@@ -118,23 +154,25 @@ impl EvalSums {
     /// For the wire.
     pub fn to_parts(&self) -> (Vec<f64>, Vec<u64>) {
         let counts = [self.loss.samples, self.correct].into_iter().chain(self.histogram.iter().copied()).collect();
-        (vec![self.loss.loss, self.loss.weight, self.surprise, self.squared, self.absolute], counts)
+        (vec![self.loss.loss, self.loss.weight, self.surprise, self.squared, self.absolute, self.gain], counts)
     }
 
     /// Whether no sum has overflowed or become NaN.
     pub fn is_finite(&self) -> bool {
-        [self.loss.loss, self.surprise, self.squared, self.absolute].iter().all(|sum| sum.is_finite())
+        [self.loss.loss, self.surprise, self.squared, self.absolute, self.gain].iter().all(|sum| sum.is_finite())
     }
 
     /// From the wire; `None` where lengths are wrong, a sum is impossible, or counts exceed the samples.
     pub fn from_parts(kind: EvalKind, sums: &[f64], counts: &[u64]) -> Option<EvalSums> {
-        let (&[loss, weight, surprise, squared, absolute], [samples, correct, histogram @ ..]) = (sums, counts) else {
+        let (&[loss, weight, surprise, squared, absolute, gain], [samples, correct, histogram @ ..]) = (sums, counts)
+        else {
             return None;
         };
         let empty = EvalSums::new(kind);
         let counted = histogram.iter().try_fold(0u64, |sum, n| sum.checked_add(*n))?;
         let sound = sums.iter().all(|s| s.is_finite())
             && weight >= 0.0
+            && (0.0..=*correct as f64).contains(&gain)
             && histogram.len() == empty.histogram.len()
             && correct <= samples
             && *samples < 1 << 48
@@ -145,6 +183,7 @@ impl EvalSums {
             correct: *correct,
             squared,
             absolute,
+            gain,
             histogram: histogram.to_vec(),
             ..empty
         })
@@ -171,7 +210,8 @@ impl EvalSums {
     /// The metrics.
     pub fn summary(&self) -> EvalSummary {
         let n = (self.loss.samples as f64).max(1.0);
-        let classes = self.kind != EvalKind::Regression;
+        let k = if let EvalKind::Ranking { k } = self.kind { Some(k) } else { None };
+        let classes = self.kind != EvalKind::Regression && k.is_none();
         let (surprise, tokens) = (
             self.surprise / n,
             match self.kind {
@@ -185,8 +225,11 @@ impl EvalSums {
             bits_per_character: tokens.map(|tokens| surprise * tokens / std::f64::consts::LN_2),
             accuracy: classes.then_some(self.correct as f64 / n),
             auc: self.auc(),
-            rmse: (!classes).then(|| libm::sqrt(self.squared / n)),
-            mae: (!classes).then_some(self.absolute / n),
+            rmse: (self.kind == EvalKind::Regression).then(|| libm::sqrt(self.squared / n)),
+            mae: (self.kind == EvalKind::Regression).then_some(self.absolute / n),
+            k,
+            hit_rate: k.map(|_| self.correct as f64 / n),
+            ndcg: k.map(|_| self.gain / n),
         }
     }
 }
@@ -216,6 +259,15 @@ pub struct EvalSummary {
     pub rmse: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mae: Option<f64>,
+    /// Places that the next two look at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub k: Option<u32>,
+    /// The share of samples whose own item is among the first `k` of its candidates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hit_rate: Option<f64>,
+    /// The mean of `1 / log2(1 + rank)`, 0 where the rank is above `k` (Järvelin and Kekäläinen, 2002, with one relevant item).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ndcg: Option<f64>,
 }
 
 impl EvalSummary {
@@ -229,6 +281,8 @@ impl EvalSummary {
             Metric::Auc => self.auc,
             Metric::Rmse => self.rmse,
             Metric::Mae => self.mae,
+            Metric::HitRate => self.hit_rate,
+            Metric::Ndcg => self.ndcg,
         }
     }
 }
@@ -249,6 +303,9 @@ impl fmt::Display for EvalSummary {
                 write!(f, ", {name} {v:.4}")?;
             }
         }
+        if let (Some(k), Some(hit_rate), Some(ndcg)) = (self.k, self.hit_rate, self.ndcg) {
+            write!(f, ", HR@{k} {:.2}%, NDCG@{k} {ndcg:.4}", hit_rate * 100.0)?;
+        }
         Ok(())
     }
 }
@@ -260,6 +317,60 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn ranks_are_those_of_a_sorted_list_and_ties_count_against_a_sample(
+            // Few values: many ties.
+            samples in prop::collection::vec(prop::collection::vec(0u8..6, 1..9), 0..12), k in 1u32..6, cut in 0usize..12,
+        ) {
+            let kind = EvalKind::Ranking { k };
+            let of = |samples: &[Vec<u8>]| {
+                let scores: Vec<f32> = samples.concat().iter().map(|x| *x as f32 - 2.5).collect();
+                let chosen = samples.iter().flat_map(|s| (0..s.len()).map(|i| if i == 0 { 1.0 } else { 0.0 })).collect();
+                let mut sums = EvalSums::new(kind);
+                let logits = Array2::from_shape_vec((scores.len(), 1), scores).unwrap();
+                sums.add_batch(&Loss::new(&crate::job::Loss::Bpr, 1).unwrap(), logits.view(), &Targets::Value(chosen));
+                sums
+            };
+            let (mut hits, mut gain) = (0, 0.0);
+            for sample in &samples {
+                let mut sorted = sample.clone();
+                sorted.sort_unstable_by(|a, b| b.cmp(a));
+                // The last place of those with the same score.
+                let rank = sorted.iter().rposition(|score| *score == sample[0]).unwrap() + 1;
+                if rank <= k as usize {
+                    hits += 1;
+                    gain += 1.0 / (1.0 + rank as f64).log2();
+                }
+            }
+            let sums = of(&samples);
+            let n = samples.len().max(1) as f64;
+            let summary = sums.summary();
+            prop_assert_eq!(sums.targets(), samples.len() as u64);
+            prop_assert_eq!((summary.hit_rate, summary.k), (Some(hits as f64 / n), Some(k)));
+            prop_assert!((summary.ndcg.unwrap() - gain / n).abs() < 1e-12);
+            prop_assert!(summary.rmse.is_none() && summary.accuracy.is_none() && summary.auc.is_none());
+            prop_assert!(kind.metrics().iter().all(|metric| summary.get(*metric).is_some()));
+            let (a, b) = samples.split_at(cut.min(samples.len()));
+            let merged = of(a).merge(of(b));
+            prop_assert_eq!((merged.correct, merged.targets()), (sums.correct, sums.targets()));
+            prop_assert!((merged.gain - sums.gain).abs() < 1e-12);
+            // Over the wire and back; what cannot be is refused.
+            let (parts, counts) = sums.to_parts();
+            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &counts), Some(sums.clone()));
+            let with = |at: usize, value: f64| {
+                let mut parts = parts.clone();
+                parts[at] = value;
+                EvalSums::from_parts(kind, &parts, &counts)
+            };
+            let gain = parts.len() - 1;
+            for impossible in [f64::NAN, -0.5, sums.correct as f64 + 0.5, f64::INFINITY] {
+                prop_assert_eq!(with(gain, impossible), None);
+            }
+            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &[counts[0], counts[0] + 1]), None);
+            prop_assert_eq!(EvalSums::from_parts(kind, &parts[..gain], &counts), None);
+            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &[&counts[..], &[0]].concat()), None);
+        }
+
         #[test]
         fn auc_is_the_share_of_ordered_pairs_and_sums_add_up(
             rows in prop::collection::vec((-4.0f32..4.0, 0u32..2), 2..80), cut in 0usize..80,

@@ -31,13 +31,24 @@ pub enum Length {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Loss {
-    CrossEntropy { label_smoothing: f32, class_weights: Option<Vec<f32>> },
-    BinaryCrossEntropy { positive_weight: f32 },
+    CrossEntropy {
+        label_smoothing: f32,
+        class_weights: Option<Vec<f32>>,
+    },
+    BinaryCrossEntropy {
+        positive_weight: f32,
+    },
     Mse,
     Mae,
-    Huber { delta: f32 },
+    Huber {
+        delta: f32,
+    },
     Hinge,
-    Focal { gamma: f32 },
+    Focal {
+        gamma: f32,
+    },
+    /// Bayesian personalised ranking, of implicit feedback.
+    Bpr,
 }
 
 /// With exactly PyTorch's definitions and defaults; Lion with those of its paper.
@@ -220,12 +231,14 @@ pub enum Metric {
     Mae,
     Perplexity,
     BitsPerCharacter,
+    HitRate,
+    Ndcg,
 }
 
 impl Metric {
     /// Whether a larger value is better.
     pub fn maximize(self) -> bool {
-        matches!(self, Metric::Accuracy | Metric::Auc)
+        matches!(self, Metric::Accuracy | Metric::Auc | Metric::HitRate | Metric::Ndcg)
     }
 
     /// As the job file has it.
@@ -238,6 +251,8 @@ impl Metric {
             Metric::Mae => "mae",
             Metric::Perplexity => "perplexity",
             Metric::BitsPerCharacter => "bits-per-character",
+            Metric::HitRate => "hit-rate",
+            Metric::Ndcg => "ndcg",
         }
     }
 }

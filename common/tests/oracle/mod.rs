@@ -350,7 +350,7 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
     let (class, value) = match targets {
         Targets::Class(classes) => (classes[row] as usize, classes[row] as f64),
         Targets::Value(values) => (0, values[row] as f64),
-        Targets::Next => panic!("a batch has classes instead"),
+        Targets::Next | Targets::Seen(_) => panic!("a batch has classes or values instead"),
     };
     let all = |f: &dyn Fn(f64) -> f64| x.iter().map(|x| f(x - value)).sum::<f64>();
     let smooth = f64::INFINITY;
@@ -382,6 +382,7 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
             };
             (-(1.0 - p).powf(*gamma as f64) * p.ln(), 1.0, smooth)
         }
+        Loss::Bpr => panic!("it is of several rows: loss.rs tries it"),
         Loss::Hinge if x.len() == 1 => {
             let gap = 1.0 - (2.0 * value - 1.0) * x[0];
             (gap.max(0.0), 1.0, gap.abs())

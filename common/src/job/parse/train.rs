@@ -55,6 +55,7 @@ const LOSSES: &Kinds = &[
     ("huber", &["delta"]),
     ("hinge", &[]),
     ("focal", &["gamma"]),
+    ("bpr", &[]),
 ];
 
 fn loss(node: &Node) -> Result<Loss> {
@@ -75,6 +76,7 @@ fn loss(node: &Node) -> Result<Loss> {
             "mae" => Loss::Mae,
             "huber" => Loss::Huber { delta: r.f32("delta", &POSITIVE)?.or(1.0) },
             "hinge" => Loss::Hinge,
+            "bpr" => Loss::Bpr,
             _ => Loss::Focal { gamma: r.f32("gamma", &NOT_NEGATIVE)?.or(2.0) },
         })
     })
@@ -239,7 +241,8 @@ fn schedule(node: &Node) -> Result<Schedule> {
     })
 }
 
-const METRICS: [&str; 7] = ["loss", "accuracy", "auc", "rmse", "mae", "perplexity", "bits-per-character"];
+const METRICS: [&str; 9] =
+    ["loss", "accuracy", "auc", "rmse", "mae", "perplexity", "bits-per-character", "hit-rate", "ndcg"];
 
 fn metric(r: &Reader<'_>) -> Result<Metric> {
     Ok(match r.word("metric", "metric", &METRICS)?.or("loss") {
@@ -249,6 +252,8 @@ fn metric(r: &Reader<'_>) -> Result<Metric> {
         "mae" => Metric::Mae,
         "perplexity" => Metric::Perplexity,
         "bits-per-character" => Metric::BitsPerCharacter,
+        "hit-rate" => Metric::HitRate,
+        "ndcg" => Metric::Ndcg,
         _ => Metric::Loss,
     })
 }
