@@ -70,6 +70,9 @@ impl Loss {
             job::Loss::BinaryCrossEntropy { .. } if outputs != 1 => {
                 return Err(LossError::Outputs { loss: "binary-cross-entropy", need: "exactly 1", outputs });
             }
+            job::Loss::Bpr if outputs != 1 => {
+                return Err(LossError::Outputs { loss: "bpr", need: "exactly 1", outputs });
+            }
             _ => {}
         }
         let added = match kind {
@@ -91,6 +94,7 @@ impl Loss {
             job::Loss::Huber { .. } => "huber",
             job::Loss::Hinge => "hinge",
             job::Loss::Focal { .. } => "focal",
+            job::Loss::Bpr => "bpr",
         }
     }
 
@@ -101,6 +105,9 @@ impl Loss {
         }
         let classes = if self.outputs == 1 { 2 } else { self.outputs };
         match (targets, &self.kind) {
+            (Targets::Seen(_), job::Loss::Bpr | job::Loss::BinaryCrossEntropy { .. }) => Ok(()),
+            (Targets::Seen(_), _) => Err(LossError::Targets { loss: self.name(), need: "no data.implicit" }),
+            (_, job::Loss::Bpr) => Err(LossError::Targets { loss: self.name(), need: "data.implicit" }),
             (Targets::Class(_), job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. }) => {
                 Err(LossError::Targets { loss: self.name(), need: "values as targets, the data has classes" })
             }
@@ -149,6 +156,10 @@ impl Loss {
             loss.rows(x, &labels[rows], d, &mut sums);
             return sums;
         }
+        if let (job::Loss::Bpr, Targets::Value(chosen)) = (&self.kind, targets) {
+            bpr(x, &chosen[rows], d, &mut sums);
+            return sums;
+        }
         for (row, (x, d)) in rows.zip(x.chunks_exact(n).zip(d.chunks_exact_mut(n))) {
             let (loss, weight) = self.row(x, targets, row, d);
             sums.loss += loss;
@@ -183,6 +194,7 @@ impl Loss {
             Targets::Class(c) => c[row] as f32,
             Targets::Value(v) => v[row],
             Targets::Next => panic!("a batch has classes instead"),
+            Targets::Seen(_) => panic!("a batch has values instead"),
         };
         let class = || value(0) as usize;
         let each = |d: &mut [f32], f: &dyn Fn(f32) -> (f64, f32)| {
@@ -198,11 +210,12 @@ impl Loss {
             job::Loss::Added { .. } => {
                 let target = match targets {
                     Targets::Class(c) => Target::Class(c[row]),
-                    Targets::Value(_) | Targets::Next => Target::Value(value(0)),
+                    Targets::Value(_) | Targets::Next | Targets::Seen(_) => Target::Value(value(0)),
                 };
                 (self.added.as_ref().expect("Loss::new has built it").value(x, target, d), 1.0)
             }
             job::Loss::CrossEntropy { .. } => panic!("Loss::check_targets asks for classes"),
+            job::Loss::Bpr => panic!("a batch of implicit feedback has values"),
             job::Loss::BinaryCrossEntropy { positive_weight } => {
                 // PyTorch's binary_cross_entropy_with_logits: (1-z) x + (1 + (p-1) z) log(1 + e^-x), stable for any x.
                 let (x, z, p) = (x[0] as f64, value(0) as f64, *positive_weight as f64);
@@ -242,6 +255,29 @@ impl Loss {
                 (loss * share as f64, 1.0)
             }
         }
+    }
+}
+
+/// Bayesian personalised ranking (Rendle et al., 2009, eq. 6 without its regularisation): `-ln sigmoid(x_0 - x_i)` for each of a
+/// sample's candidates `i` but its own, 0. The mean is over these pairs.
+///
+/// `x`, `chosen` and `d` are of whole samples: a row with the target 1 is a sample's own, and those up to the next one its others.
+fn bpr(x: &[f32], chosen: &[f32], d: &mut [f32], sums: &mut LossSums) {
+    let mut at = 0;
+    while at < x.len() {
+        let others = chosen[at + 1..].iter().position(|target| *target == 1.0).unwrap_or(x.len() - at - 1);
+        let (own, mut pull) = (x[at] as f64, 0.0);
+        for (x, d) in x[at + 1..][..others].iter().zip(&mut d[at + 1..]) {
+            let margin = own - *x as f64;
+            // Of two wrongs one that stays finite: ln(1 + e^-margin), and its slope by -margin.
+            sums.loss += libm::log1p(libm::exp(-margin.abs())) + (-margin).max(0.0);
+            let slope = 1.0 / (1.0 + libm::exp(margin));
+            *d = slope as f32;
+            pull += slope;
+        }
+        d[at] = -pull as f32;
+        sums.weight += others as f64;
+        at += 1 + others;
     }
 }
 
@@ -394,6 +430,62 @@ mod tests {
                 }
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn bpr_compares_each_sample_with_its_own_candidates(
+            samples in prop::collection::vec(prop::collection::vec(-4.0f32..4.0, 1..6), 1..5), skipped in 0usize..3,
+        ) {
+            let loss = Loss::new(&job::Loss::Bpr, 1).unwrap();
+            let before = samples.len().min(skipped);
+            let x: Vec<f32> = samples.concat();
+            let chosen: Vec<f32> = samples.iter().flat_map(|s| (0..s.len()).map(|i| if i == 0 { 1.0 } else { 0.0 })).collect();
+            let targets = Targets::Value(chosen);
+            let rows = samples[..before].iter().map(Vec::len).sum()..x.len();
+            let mut d = vec![7.0; x.len()];
+            let sums = loss.forward_backward(&x, &targets, rows.clone(), &mut d);
+            prop_assert!(d[..rows.start].iter().all(|d| *d == 7.0), "other rows are touched");
+            // By its definition, in f64.
+            let of = |x: &[f64]| -> f64 {
+                let (mut at, mut sum) = (rows.start, 0.0);
+                for sample in &samples[before..] {
+                    let own = x[at];
+                    sum += x[at + 1..at + sample.len()].iter().map(|x| -(1.0 / (1.0 + (x - own).exp())).ln()).sum::<f64>();
+                    at += sample.len();
+                }
+                sum
+            };
+            let exact: Vec<f64> = x.iter().map(|x| *x as f64).collect();
+            let pairs: usize = samples[before..].iter().map(|sample| sample.len() - 1).sum();
+            prop_assert!((sums.loss - of(&exact)).abs() < 1e-9 * (1.0 + sums.loss));
+            prop_assert_eq!(sums.weight, pairs as f64);
+            for i in rows.clone() {
+                let (mut up, mut down) = (exact.clone(), exact.clone());
+                up[i] += 1e-5;
+                down[i] -= 1e-5;
+                let slope = (of(&up) - of(&down)) / 2e-5;
+                prop_assert!((slope - d[i] as f64).abs() < 1e-5, "{slope} {}", d[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn bpr_stays_finite_and_is_for_implicit_feedback_alone() {
+        let loss = Loss::new(&job::Loss::Bpr, 1).unwrap();
+        for x in [[1e30f32, -1e30], [-1e30, 1e30], [f32::MAX, f32::MIN]] {
+            let mut d = [0.0; 2];
+            let sums = loss.forward_backward(&x, &Targets::Value(vec![1.0, 0.0]), 0..2, &mut d);
+            assert!(sums.loss.is_finite() && d.iter().all(|d| d.is_finite()), "{x:?} {sums:?} {d:?}");
+        }
+        let seen = Targets::Seen(Default::default());
+        assert!(loss.check_targets(&seen).is_ok());
+        assert!(loss.check_targets(&Targets::Value(vec![1.0])).unwrap_err().to_string().contains("data.implicit"));
+        let binary = Loss::new(&job::Loss::BinaryCrossEntropy { positive_weight: 1.0 }, 1).unwrap();
+        assert!(binary.check_targets(&seen).is_ok());
+        let mse = Loss::new(&job::Loss::Mse, 1).unwrap();
+        assert!(mse.check_targets(&seen).unwrap_err().to_string().contains("data.implicit"));
+        assert!(matches!(Loss::new(&job::Loss::Bpr, 2), Err(LossError::Outputs { .. })));
     }
 
     #[test]

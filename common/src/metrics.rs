@@ -7,6 +7,9 @@ use ndarray::{ArrayView1, ArrayView2};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
+/// More classes than this are not counted one by one: neither F1 nor confusions are known.
+const MOST_CLASSES: usize = 4096;
+
 /// Bins of the histograms that AUC is computed from.
 const BINS: usize = 8192;
 
@@ -14,26 +17,36 @@ const BINS: usize = 8192;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum EvalKind {
     Regression,
-    /// Two classes, from one logit or two: accuracy and AUC.
+    /// Two classes, from one logit or two: accuracy, AUC, and the second class' F1.
     Binary,
-    /// More classes: accuracy.
-    Classes,
+    /// More classes: accuracy, F1, and whether a sample's own is among the `top` ones.
+    Classes {
+        classes: usize,
+        top: Option<u32>,
+    },
     /// The next token: accuracy, perplexity, and bits per character, of which a token is not one always.
     Next {
         tokens_per_character: f64,
     },
+    /// Each sample's own item among its candidates: whether it is among the first `k`, and where.
+    Ranking {
+        k: u32,
+    },
 }
 
 impl EvalKind {
-    /// The kind for these data.
-    pub fn of(prepared: &Prepared) -> EvalKind {
+    /// The kind for these data, where the accuracy among the `top` classes is asked for.
+    pub fn of(prepared: &Prepared, top: Option<u32>) -> EvalKind {
+        if let Some(candidates) = prepared.implicit {
+            return EvalKind::Ranking { k: candidates.k };
+        }
         match (&prepared.classes, &prepared.tokens) {
             (_, Some(Tokens { tokens_per_character, column: None, .. })) => {
                 EvalKind::Next { tokens_per_character: *tokens_per_character }
             }
             (None, _) => EvalKind::Regression,
             (Some(classes), _) if classes.len() == 2 => EvalKind::Binary,
-            (Some(_), _) => EvalKind::Classes,
+            (Some(classes), _) => EvalKind::Classes { classes: classes.len(), top },
         }
     }
 
@@ -41,9 +54,23 @@ impl EvalKind {
     pub fn metrics(self) -> &'static [Metric] {
         match self {
             EvalKind::Regression => &[Metric::Loss, Metric::Rmse, Metric::Mae],
-            EvalKind::Binary => &[Metric::Loss, Metric::Accuracy, Metric::Auc],
-            EvalKind::Classes => &[Metric::Loss, Metric::Accuracy],
+            EvalKind::Binary => &[Metric::Loss, Metric::Accuracy, Metric::Auc, Metric::F1],
+            EvalKind::Classes { top: Some(_), .. } => {
+                &[Metric::Loss, Metric::Accuracy, Metric::F1, Metric::TopKAccuracy]
+            }
+            EvalKind::Classes { classes, .. } if classes > MOST_CLASSES => &[Metric::Loss, Metric::Accuracy],
+            EvalKind::Classes { .. } => &[Metric::Loss, Metric::Accuracy, Metric::F1],
             EvalKind::Next { .. } => &[Metric::Loss, Metric::Perplexity, Metric::BitsPerCharacter, Metric::Accuracy],
+            EvalKind::Ranking { .. } => &[Metric::Loss, Metric::HitRate, Metric::Ndcg],
+        }
+    }
+
+    /// Classes that are counted one by one.
+    fn counted(self) -> usize {
+        match self {
+            EvalKind::Binary => 2,
+            EvalKind::Classes { classes, .. } if classes <= MOST_CLASSES => classes,
+            _ => 0,
         }
     }
 }
@@ -52,15 +79,24 @@ impl EvalKind {
 #[derive(Clone, Debug, PartialEq)]
 pub struct EvalSums {
     kind: EvalKind,
-    /// Its `samples` are targets.
+    /// Its `samples` are targets; of rankings, samples.
     loss: LossSums,
     /// Of the loss without smoothing and weights; 0 unless tokens are predicted.
     surprise: f64,
+    /// Of rankings, the samples whose own item is among the first `k`.
     correct: u64,
     squared: f64,
     absolute: f64,
+    /// Of rankings, `1 / log2(1 + rank)` of the same.
+    gain: f64,
+    /// Samples whose own class is among the top ones.
+    among_top: u64,
     /// Samples by score, first those of class 0, then those of class 1; empty unless binary.
     histogram: Vec<u64>,
+    /// Of each class, samples that are right, samples that are taken for it, and samples of it.
+    classes: Vec<[u64; 3]>,
+    /// Samples of a class that are taken for a class, `(classes, classes)`; empty unless they are asked for.
+    confusions: Vec<u64>,
 }
 
 /// The bin of a logit difference: monotone, and finest around 0.
@@ -74,12 +110,42 @@ impl EvalSums {
     pub fn new(kind: EvalKind) -> EvalSums {
         let bins = if kind == EvalKind::Binary { 2 * BINS } else { 0 };
         let histogram = vec![0; bins];
-        EvalSums { kind, loss: LossSums::default(), surprise: 0.0, correct: 0, squared: 0.0, absolute: 0.0, histogram }
+        let loss = LossSums::default();
+        EvalSums {
+            kind,
+            loss,
+            surprise: 0.0,
+            correct: 0,
+            squared: 0.0,
+            absolute: 0.0,
+            gain: 0.0,
+            among_top: 0,
+            histogram,
+            classes: vec![[0; 3]; kind.counted()],
+            confusions: Vec::new(),
+        }
     }
 
-    /// Adds the rows of `logits`, `(targets, outputs)`.
+    /// The same with [`EvalSums::confusions`], which do not travel.
+    pub fn with_confusions(self) -> EvalSums {
+        EvalSums { confusions: vec![0; self.classes.len() * self.classes.len()], ..self }
+    }
+
+    /// Samples of a class (rows) that are taken for a class (columns).
+    pub fn confusions(&self) -> ArrayView2<'_, u64> {
+        let classes = self.confusions.len().isqrt();
+        ArrayView2::from_shape((classes, classes), &self.confusions).expect("a square")
+    }
+
+    /// Adds the rows of `logits`, `(targets, outputs)`; of rankings, whole samples.
     pub fn add_batch(&mut self, loss: &Loss, logits: ArrayView2<'_, f32>, targets: &Targets) {
         let sums = loss.forward(logits, targets);
+        if let (EvalKind::Ranking { k }, Targets::Value(chosen)) = (self.kind, targets) {
+            self.loss = self.loss + LossSums { samples: 0, ..sums };
+            let scores: Vec<f32> = logits.column(0).to_vec();
+            self.add_ranks(k, &scores, chosen);
+            return;
+        }
         self.loss = self.loss + sums;
         if let EvalKind::Next { .. } = self.kind {
             self.surprise += loss.plain().map_or(sums, |plain| plain.forward(logits, targets)).loss;
@@ -87,8 +153,15 @@ impl EvalSums {
         for (row, x) in logits.rows().into_iter().enumerate() {
             match targets {
                 Targets::Class(labels) => {
-                    let label = labels[row];
-                    self.correct += u64::from(predicted(x) == label as usize);
+                    let (label, taken) = (labels[row], predicted(x));
+                    self.correct += u64::from(taken == label as usize);
+                    self.count(label as usize, taken);
+                    if let EvalKind::Classes { top: Some(top), .. } = self.kind {
+                        let (own, at) = (x[label as usize], label as usize);
+                        // Of equals the first is before, as it is where only one counts.
+                        let before = (0..x.len()).filter(|i| x[*i] > own || x[*i] == own && *i < at).count();
+                        self.among_top += u64::from(before < top as usize && own.is_finite());
+                    }
                     if self.kind == EvalKind::Binary {
                         let margin = if x.len() == 1 { x[0] } else { x[1] - x[0] };
                         self.histogram[label.min(1) as usize * BINS + bin(margin)] += 1;
@@ -100,6 +173,36 @@ impl EvalSums {
                     self.absolute += error.abs();
                 }
                 Targets::Next => panic!("a batch has classes instead"),
+                Targets::Seen(_) => panic!("a batch has values instead"),
+            }
+        }
+    }
+
+    /// A sample of one class that is taken for another, or for its own.
+    fn count(&mut self, own: usize, taken: usize) {
+        let classes = self.classes.len();
+        if own < classes && taken < classes {
+            self.classes[own][0] += u64::from(own == taken);
+            self.classes[taken][1] += 1;
+            self.classes[own][2] += 1;
+            if let Some(pair) = self.confusions.get_mut(own * classes + taken) {
+                *pair += 1;
+            }
+        }
+    }
+
+    /// Ranks each sample's own item, which has the target 1, among those up to the next sample's: behind all that are not below it, so
+    /// that a model that tells none apart has no hits.
+    fn add_ranks(&mut self, k: u32, scores: &[f32], chosen: &[f32]) {
+        let own = |at: &usize| chosen[*at] == 1.0;
+        let mut starts = (0..chosen.len()).filter(own).peekable();
+        while let Some(start) = starts.next() {
+            let end = starts.peek().copied().unwrap_or(chosen.len());
+            let before = scores[start + 1..end].iter().filter(|score| !(**score < scores[start])).count();
+            self.loss.samples += 1;
+            if before < k as usize {
+                self.correct += 1;
+                self.gain += 1.0 / libm::log2(2.0 + before as f64);
             }
         }
     }
@@ -111,32 +214,48 @@ impl EvalSums {
         self.correct += other.correct;
         self.squared += other.squared;
         self.absolute += other.absolute;
+        self.gain += other.gain;
+        self.among_top += other.among_top;
+        let of_classes = (self.classes.as_flattened_mut(), other.classes.as_flattened());
+        of_classes.0.iter_mut().zip(of_classes.1).for_each(|(a, b)| *a += b);
+        self.confusions.iter_mut().zip(&other.confusions).for_each(|(a, b)| *a += b);
         self.histogram.iter_mut().zip(&other.histogram).for_each(|(a, b)| *a += b);
         self
     }
 
     /// For the wire.
     pub fn to_parts(&self) -> (Vec<f64>, Vec<u64>) {
-        let counts = [self.loss.samples, self.correct].into_iter().chain(self.histogram.iter().copied()).collect();
-        (vec![self.loss.loss, self.loss.weight, self.surprise, self.squared, self.absolute], counts)
+        let counts = [self.loss.samples, self.correct, self.among_top].into_iter();
+        let counts = counts.chain(self.classes.as_flattened().iter().chain(&self.histogram).copied()).collect();
+        (vec![self.loss.loss, self.loss.weight, self.surprise, self.squared, self.absolute, self.gain], counts)
     }
 
     /// Whether no sum has overflowed or become NaN.
     pub fn is_finite(&self) -> bool {
-        [self.loss.loss, self.surprise, self.squared, self.absolute].iter().all(|sum| sum.is_finite())
+        [self.loss.loss, self.surprise, self.squared, self.absolute, self.gain].iter().all(|sum| sum.is_finite())
     }
 
     /// From the wire; `None` where lengths are wrong, a sum is impossible, or counts exceed the samples.
     pub fn from_parts(kind: EvalKind, sums: &[f64], counts: &[u64]) -> Option<EvalSums> {
-        let (&[loss, weight, surprise, squared, absolute], [samples, correct, histogram @ ..]) = (sums, counts) else {
+        let (&[loss, weight, surprise, squared, absolute, gain], [samples, correct, among_top, counts @ ..]) =
+            (sums, counts)
+        else {
             return None;
         };
         let empty = EvalSums::new(kind);
+        let (classes, histogram) = counts.split_at_checked(3 * empty.classes.len())?;
+        let classes = classes.as_chunks().0.to_vec();
+        let total = |i: usize| classes.iter().try_fold(0u64, |sum, counts: &[u64; 3]| sum.checked_add(counts[i]));
+        let of_classes = [total(0)?, total(1)?, total(2)?];
         let counted = histogram.iter().try_fold(0u64, |sum, n| sum.checked_add(*n))?;
         let sound = sums.iter().all(|s| s.is_finite())
             && weight >= 0.0
+            && (0.0..=*correct as f64).contains(&gain)
             && histogram.len() == empty.histogram.len()
             && correct <= samples
+            && among_top <= samples
+            && (classes.is_empty() || of_classes == [*correct, *samples, *samples])
+            && classes.iter().all(|[right, taken, own]| right <= taken && right <= own)
             && *samples < 1 << 48
             && (histogram.is_empty() || counted == *samples);
         sound.then(|| EvalSums {
@@ -145,7 +264,10 @@ impl EvalSums {
             correct: *correct,
             squared,
             absolute,
+            gain,
+            among_top: *among_top,
             histogram: histogram.to_vec(),
+            classes,
             ..empty
         })
     }
@@ -168,10 +290,26 @@ impl EvalSums {
         (all > 0.0).then_some(pairs / all)
     }
 
+    /// `2 right / (taken + own)` (van Rijsbergen, 1979, with equal weights): of the second of two classes, and the mean of all of more;
+    /// a class that no sample has or is taken for does not count.
+    fn f1(&self) -> Option<f64> {
+        let f1 = |[right, taken, own]: &[u64; 3]| (taken + own > 0).then(|| 2.0 * *right as f64 / (taken + own) as f64);
+        match &self.classes[..] {
+            [] => None,
+            [_, second] => Some(f1(second).unwrap_or(0.0)),
+            all => {
+                let known: Vec<f64> = all.iter().filter_map(f1).collect();
+                Some(known.iter().sum::<f64>() / known.len().max(1) as f64)
+            }
+        }
+    }
+
     /// The metrics.
     pub fn summary(&self) -> EvalSummary {
         let n = (self.loss.samples as f64).max(1.0);
-        let classes = self.kind != EvalKind::Regression;
+        let top = if let EvalKind::Classes { top, .. } = self.kind { top } else { None };
+        let k = if let EvalKind::Ranking { k } = self.kind { Some(k) } else { None };
+        let classes = self.kind != EvalKind::Regression && k.is_none();
         let (surprise, tokens) = (
             self.surprise / n,
             match self.kind {
@@ -185,8 +323,14 @@ impl EvalSums {
             bits_per_character: tokens.map(|tokens| surprise * tokens / std::f64::consts::LN_2),
             accuracy: classes.then_some(self.correct as f64 / n),
             auc: self.auc(),
-            rmse: (!classes).then(|| libm::sqrt(self.squared / n)),
-            mae: (!classes).then_some(self.absolute / n),
+            f1: self.f1(),
+            top_k: top,
+            top_k_accuracy: top.map(|_| self.among_top as f64 / n),
+            rmse: (self.kind == EvalKind::Regression).then(|| libm::sqrt(self.squared / n)),
+            mae: (self.kind == EvalKind::Regression).then_some(self.absolute / n),
+            k,
+            hit_rate: k.map(|_| self.correct as f64 / n),
+            ndcg: k.map(|_| self.gain / n),
         }
     }
 }
@@ -212,10 +356,28 @@ pub struct EvalSummary {
     pub accuracy: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auc: Option<f64>,
+    /// Of the second of two classes; the mean of those of more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub f1: Option<f64>,
+    /// Classes that the next one looks at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    /// The share of samples whose own class is among the first `top_k`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k_accuracy: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rmse: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mae: Option<f64>,
+    /// Places that the next two look at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub k: Option<u32>,
+    /// The share of samples whose own item is among the first `k` of its candidates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hit_rate: Option<f64>,
+    /// The mean of `1 / log2(1 + rank)`, 0 where the rank is above `k` (Järvelin and Kekäläinen, 2002, with one relevant item).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ndcg: Option<f64>,
 }
 
 impl EvalSummary {
@@ -227,8 +389,12 @@ impl EvalSummary {
             Metric::BitsPerCharacter => self.bits_per_character,
             Metric::Accuracy => self.accuracy,
             Metric::Auc => self.auc,
+            Metric::F1 => self.f1,
+            Metric::TopKAccuracy => self.top_k_accuracy,
             Metric::Rmse => self.rmse,
             Metric::Mae => self.mae,
+            Metric::HitRate => self.hit_rate,
+            Metric::Ndcg => self.ndcg,
         }
     }
 }
@@ -244,10 +410,16 @@ impl fmt::Display for EvalSummary {
         if let Some(a) = self.accuracy {
             write!(f, ", accuracy {:.2}%", a * 100.0)?;
         }
-        for (name, value) in [("AUC", self.auc), ("rmse", self.rmse), ("mae", self.mae)] {
+        if let (Some(k), Some(a)) = (self.top_k, self.top_k_accuracy) {
+            write!(f, ", top {k} {:.2}%", a * 100.0)?;
+        }
+        for (name, value) in [("AUC", self.auc), ("F1", self.f1), ("rmse", self.rmse), ("mae", self.mae)] {
             if let Some(v) = value {
                 write!(f, ", {name} {v:.4}")?;
             }
+        }
+        if let (Some(k), Some(hit_rate), Some(ndcg)) = (self.k, self.hit_rate, self.ndcg) {
+            write!(f, ", HR@{k} {:.2}%, NDCG@{k} {ndcg:.4}", hit_rate * 100.0)?;
         }
         Ok(())
     }
@@ -260,6 +432,60 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn ranks_are_those_of_a_sorted_list_and_ties_count_against_a_sample(
+            // Few values: many ties.
+            samples in prop::collection::vec(prop::collection::vec(0u8..6, 1..9), 0..12), k in 1u32..6, cut in 0usize..12,
+        ) {
+            let kind = EvalKind::Ranking { k };
+            let of = |samples: &[Vec<u8>]| {
+                let scores: Vec<f32> = samples.concat().iter().map(|x| *x as f32 - 2.5).collect();
+                let chosen = samples.iter().flat_map(|s| (0..s.len()).map(|i| if i == 0 { 1.0 } else { 0.0 })).collect();
+                let mut sums = EvalSums::new(kind);
+                let logits = Array2::from_shape_vec((scores.len(), 1), scores).unwrap();
+                sums.add_batch(&Loss::new(&crate::job::Loss::Bpr, 1).unwrap(), logits.view(), &Targets::Value(chosen));
+                sums
+            };
+            let (mut hits, mut gain) = (0, 0.0);
+            for sample in &samples {
+                let mut sorted = sample.clone();
+                sorted.sort_unstable_by(|a, b| b.cmp(a));
+                // The last place of those with the same score.
+                let rank = sorted.iter().rposition(|score| *score == sample[0]).unwrap() + 1;
+                if rank <= k as usize {
+                    hits += 1;
+                    gain += 1.0 / (1.0 + rank as f64).log2();
+                }
+            }
+            let sums = of(&samples);
+            let n = samples.len().max(1) as f64;
+            let summary = sums.summary();
+            prop_assert_eq!(sums.targets(), samples.len() as u64);
+            prop_assert_eq!((summary.hit_rate, summary.k), (Some(hits as f64 / n), Some(k)));
+            prop_assert!((summary.ndcg.unwrap() - gain / n).abs() < 1e-12);
+            prop_assert!(summary.rmse.is_none() && summary.accuracy.is_none() && summary.auc.is_none());
+            prop_assert!(kind.metrics().iter().all(|metric| summary.get(*metric).is_some()));
+            let (a, b) = samples.split_at(cut.min(samples.len()));
+            let merged = of(a).merge(of(b));
+            prop_assert_eq!((merged.correct, merged.targets()), (sums.correct, sums.targets()));
+            prop_assert!((merged.gain - sums.gain).abs() < 1e-12);
+            // Over the wire and back; what cannot be is refused.
+            let (parts, counts) = sums.to_parts();
+            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &counts), Some(sums.clone()));
+            let with = |at: usize, value: f64| {
+                let mut parts = parts.clone();
+                parts[at] = value;
+                EvalSums::from_parts(kind, &parts, &counts)
+            };
+            let gain = parts.len() - 1;
+            for impossible in [f64::NAN, -0.5, sums.correct as f64 + 0.5, f64::INFINITY] {
+                prop_assert_eq!(with(gain, impossible), None);
+            }
+            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &[counts[0], counts[0] + 1, 0]), None);
+            prop_assert_eq!(EvalSums::from_parts(kind, &parts[..gain], &counts), None);
+            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &[&counts[..], &[0]].concat()), None);
+        }
+
         #[test]
         fn auc_is_the_share_of_ordered_pairs_and_sums_add_up(
             rows in prop::collection::vec((-4.0f32..4.0, 0u32..2), 2..80), cut in 0usize..80,
@@ -279,7 +505,7 @@ mod tests {
             prop_assert_eq!(&merged.histogram, &whole.histogram);
             let (sums, counts) = whole.to_parts();
             prop_assert_eq!(EvalSums::from_parts(EvalKind::Binary, &sums, &counts), Some(whole.clone()));
-            prop_assert_eq!(EvalSums::from_parts(EvalKind::Classes, &sums, &counts), None);
+            prop_assert_eq!(EvalSums::from_parts(EvalKind::Classes { classes: 3, top: None }, &sums, &counts), None);
             let (mut pairs, mut all, mut in_one_bin) = (0.0, 0.0, 0.0);
             for p in rows.iter().filter(|r| r.1 == 1) {
                 for n in rows.iter().filter(|r| r.1 == 0) {
@@ -292,6 +518,58 @@ mod tests {
                 // Pairs that share a bin count half, whichever is larger.
                 Some(auc) => prop_assert!((auc - pairs / all).abs() <= 0.5 * in_one_bin / all + 1e-12, "{auc}"),
                 None => prop_assert_eq!(all, 0.0),
+            }
+        }
+    }
+    proptest! {
+        /// F1, the accuracy among the top classes and the confusions by their definitions, with ties; over the wire and back.
+        #[test]
+        fn classes_are_counted(
+            // Few values: many ties.
+            rows in prop::collection::vec((prop::collection::vec(0u8..4, 5), 0u32..5), 1..40), top in 1u32..6, cut in 0usize..40,
+        ) {
+            let loss = crate::job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
+            let (loss, kind) = (Loss::new(&loss, 5).unwrap(), EvalKind::Classes { classes: 5, top: Some(top) });
+            let of = |rows: &[(Vec<u8>, u32)]| {
+                let mut sums = EvalSums::new(kind).with_confusions();
+                let logits = Array2::from_shape_fn((rows.len(), 5), |(i, j)| rows[i].0[j] as f32);
+                sums.add_batch(&loss, logits.view(), &Targets::Class(rows.iter().map(|row| row.1).collect()));
+                sums
+            };
+            let (a, b) = rows.split_at(cut.min(rows.len()));
+            let (whole, merged) = (of(&rows), of(a).merge(of(b)));
+            prop_assert_eq!((&whole.classes, whole.among_top, &whole.confusions),
+                            (&merged.classes, merged.among_top, &merged.confusions));
+            let order = |scores: &[u8]| {
+                let mut order: Vec<usize> = (0..5).collect();
+                order.sort_by_key(|i| std::cmp::Reverse(scores[*i]));
+                order
+            };
+            let (mut pairs, mut among) = ([[0u64; 5]; 5], 0);
+            for (scores, own) in &rows {
+                let order = order(scores);
+                pairs[*own as usize][order[0]] += 1;
+                among += u64::from(order[..5.min(top as usize)].contains(&(*own as usize)));
+            }
+            prop_assert_eq!(whole.confusions().iter().copied().collect::<Vec<_>>(), pairs.as_flattened());
+            let f1 = |c: usize| {
+                let (right, own) = (pairs[c][c] as f64, pairs[c].iter().sum::<u64>() as f64);
+                let taken = pairs.iter().map(|row| row[c]).sum::<u64>() as f64;
+                let (precision, recall) = (right / taken, right / own);
+                if right > 0.0 { Some(2.0 * precision * recall / (precision + recall)) } else { (taken + own > 0.0).then_some(0.0) }
+            };
+            let known: Vec<f64> = (0..5).filter_map(f1).collect();
+            let summary = whole.summary();
+            prop_assert!((summary.f1.unwrap() - known.iter().sum::<f64>() / known.len() as f64).abs() < 1e-12);
+            prop_assert_eq!(summary.top_k_accuracy, Some(among as f64 / rows.len() as f64));
+            prop_assert!(kind.metrics().iter().all(|metric| summary.get(*metric).is_some()));
+            let (sums, counts) = whole.to_parts();
+            prop_assert_eq!(EvalSums::from_parts(kind, &sums, &counts).map(EvalSums::with_confusions),
+                            Some(EvalSums { confusions: vec![0; 25], ..whole.clone() }));
+            for at in 0..counts.len() {
+                let mut counts = counts.clone();
+                counts[at] += 1 + u64::from(at == 2) * rows.len() as u64;
+                prop_assert_eq!(EvalSums::from_parts(kind, &sums, &counts), None, "count {} is impossible", at);
             }
         }
     }

@@ -17,6 +17,7 @@ pub enum Purpose {
     Generate = 8,
     Ngram = 9,
     Id = 10,
+    Negative = 11,
 }
 
 /// The key of one stream of numbers.

@@ -127,7 +127,10 @@ pub fn backward(
     let sums = loss_sums(Node { lo: 0, hi: parts as u32 }, &mut |segment| {
         let samples = segments.rows(segment);
         let rows = samples.start * targets..samples.end * targets;
-        LossSums { samples: samples.len() as u64, ..loss.forward_backward(logits, &batch.targets, rows, d_logits) }
+        LossSums {
+            samples: batch.samples_of(samples) as u64,
+            ..loss.forward_backward(logits, &batch.targets, rows, d_logits)
+        }
     });
     let open = RefCell::new((trainable, finished));
     let announce = |from: usize, values: &[f32]| {

@@ -204,7 +204,12 @@ pub fn prepare_unkept(job: Job) -> Result<Ready> {
         Some(test) => Some(Partitions::new(test.samples(), p, None).context("the test set")?),
         None => None,
     };
-    let kind = EvalKind::of(&opened.prepared);
+    let kind = EvalKind::of(&opened.prepared, job.train.top_k);
+    if let Some(top) = job.train.top_k
+        && !matches!(kind, EvalKind::Classes { classes, .. } if classes > top as usize)
+    {
+        bail!("train.top_k = {top} is for data with more classes than that: lower it, or leave it out");
+    }
     let plateau = match job.train.schedule.kind {
         ScheduleKind::Plateau { metric, .. } => Some(("train.schedule", metric)),
         _ => None,
@@ -350,7 +355,7 @@ pub async fn run(
     )?;
     drop((weights, slots, rows));
     store.timers = options.window.map(|_| Default::default());
-    let eval_kind = EvalKind::of(&opened.prepared);
+    let eval_kind = EvalKind::of(&opened.prepared, job.train.top_k);
     let shared = Arc::new(Shared {
         fingerprint: unisono_common::train::fingerprint(),
         model_digest: model.digest(),

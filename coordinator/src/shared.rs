@@ -201,7 +201,8 @@ impl Shared {
 
     /// Rows of sparse tables that a worker asks for at once, at most.
     pub(crate) fn most_rows(&self) -> usize {
-        self.slots().rows.max(EVAL_ROWS * self.prepared.ids.len())
+        let of_a_test = EVAL_ROWS.max(self.prepared.rows_of_a_sample(true));
+        self.slots().rows.max(of_a_test * self.prepared.ids.len())
     }
 
     /// A sign of life.

@@ -25,7 +25,8 @@ use unisono_common::tree::Node;
 use unisono_proto::shm::frame::Spent;
 use unisono_proto::{self as wire, v1};
 
-/// Samples of the test set that are evaluated at once; of tokens, so many positions, at least those of one sample.
+/// Samples of the test set that are evaluated at once; of tokens so many positions, of candidates so many of them, at least those of
+/// one sample.
 const EVAL_ROWS: usize = 256;
 
 /// Everything that a worker computes with.
@@ -35,7 +36,8 @@ pub struct Compute {
     prepared: Prepared,
     model: Arc<Model>,
     loss: Loss,
-    eval_kind: EvalKind,
+    /// An evaluation of nothing.
+    no_sums: EvalSums,
     feeder: Feeder,
     train_parts: Partitions,
     test_parts: Option<Partitions>,
@@ -93,7 +95,7 @@ impl Compute {
             spare: Vec::new(),
             simulated: false,
             workspace: None,
-            eval_kind: EvalKind::of(&prepared),
+            no_sums: EvalSums::new(EvalKind::of(&prepared, job.train.top_k)),
             feeder: Feeder::new(train_parts.clone(), job.seed, job.train.micro_batch),
             job,
             samples,
@@ -110,6 +112,11 @@ impl Compute {
         Compute { simulated, ..self }
     }
 
+    /// Counts confusions of classes in evaluations as well.
+    pub fn counting_confusions(self) -> Compute {
+        Compute { no_sums: self.no_sums.with_confusions(), ..self }
+    }
+
     fn workspace(&mut self, rows: usize) -> &mut Workspace {
         if self.workspace.as_ref().is_none_or(|(have, _)| *have < rows) {
             let segments = self.job.train.partitions as usize;
@@ -119,8 +126,13 @@ impl Compute {
     }
 
     /// Samples of the test set that are evaluated at once.
+    fn eval_samples(&self) -> usize {
+        (EVAL_ROWS / (self.model.positions() * self.prepared.rows_of_a_sample(true))).max(1)
+    }
+
+    /// Rows of a batch that they are, at most.
     fn eval_rows(&self) -> usize {
-        (EVAL_ROWS / self.model.positions()).max(1)
+        self.eval_samples() * self.prepared.rows_of_a_sample(true)
     }
 
     /// Puts a node's samples into the batch, where they are not in it, and asks for their rows of sparse tables.
@@ -198,7 +210,8 @@ impl Compute {
             let samples = (node.lo..node.hi).map(|p| self.feeder.positions(step, p).len() as u64).sum();
             return Some((LossSums { loss: 0.0, weight: samples as f64, samples }, Spent::default()));
         }
-        let rows = (node.len() as usize * self.job.train.micro_batch).max(self.eval_rows());
+        let rows = node.len() as usize * self.job.train.micro_batch * self.prepared.rows_of_a_sample(false);
+        let rows = rows.max(self.eval_rows());
         self.workspace(rows);
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
         let segments = &self.filled.as_ref().expect("filled above").segments;
@@ -232,16 +245,17 @@ impl Compute {
             let left = self.evaluate(left, weights, rows)?;
             return Some(left.merge(self.evaluate(right, weights, rows)?));
         }
-        let mut sums = EvalSums::new(self.eval_kind);
+        let mut sums = self.no_sums.clone();
         let Some(count) = self.test_parts.as_ref().map(|parts| parts.len(node.lo)) else { return Some(sums) };
-        let eval_rows = self.eval_rows();
-        self.workspace(eval_rows);
+        let eval_samples = self.eval_samples();
+        self.workspace(self.eval_rows());
+        let draw = Draw::test(self.job.seed);
         let (Some(parts), Some((_, workspace))) = (&self.test_parts, &mut self.workspace) else { return Some(sums) };
-        for at in (0..count).step_by(eval_rows) {
-            let samples = at..(at + eval_rows).min(count);
+        for at in (0..count).step_by(eval_samples) {
+            let samples = at..(at + eval_samples).min(count);
             self.filled = None;
             self.batch.clear();
-            self.samples.fill(&mut self.batch, &self.prepared, parts, (node.lo, true), samples, None);
+            self.samples.fill(&mut self.batch, &self.prepared, parts, (node.lo, true), samples, Some(draw));
             self.batch.look_up();
             rows(&self.first, &mut self.batch)?;
             let logits = train::evaluate(&self.model, weights, &self.batch, workspace);

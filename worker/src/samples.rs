@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use unisono_common::data::partition::Partitions;
-use unisono_common::data::{Batch, Dataset, Draw, Opened, Prepared};
+use unisono_common::data::{Batch, Dataset, Draw, Opened, Prepared, Seen};
 use unisono_common::loss::Loss;
 use unisono_proto::{self as wire, v1};
 
@@ -75,9 +75,12 @@ impl Sent {
             Some(data) => data,
             None => {
                 let request = v1::FetchRequest { session: session.clone(), partition, test };
-                // Kinds and sizes, then at most a word a value, one a target and two an id; of tokens, two windows are stored.
+                // Kinds and sizes, then at most a word a value, one a target and two an id; of tokens, two windows are stored. Beside
+                // implicit feedback comes what its users have, which is in the training set.
                 let words = 1 + 2 * (prepared.shape.iter().product::<usize>() + prepared.ids.len());
-                let most = 1024 + 4 * expected as u64 * words as u64;
+                let seen =
+                    prepared.implicit.map_or(0, |candidates| Seen::encoded_len(expected as u64, candidates.pairs));
+                let most = 1024 + 4 * expected as u64 * words as u64 + seen;
                 let bytes = download(client, request, most).await?;
                 let data = decode(&bytes)?;
                 if let Some(cache) = &self.cache {

@@ -1,15 +1,18 @@
-//! Pictures that are a little different in each epoch of training.
+//! What is drawn anew in each epoch of training: how pictures differ a little, and which candidates samples have.
 
 use super::DataError;
 use super::partition::Partitions;
 use crate::job::Augment;
 use crate::rng::{Key, Purpose};
 
-/// How a training set's samples are in one epoch: a function of the seed, the epoch and a sample's number in the set, so
-/// that it is the same for a worker that reads the set and for one that is sent a part of it.
+/// How a training set's samples are in one epoch, or a test set's in every test: a function of the seed, the epoch and a sample's
+/// number in the set, so that it is the same for a worker that reads the set and for one that is sent a part of it.
 #[derive(Clone, Copy)]
 pub struct Draw<'a> {
-    key: Key,
+    /// Of the epoch; `None` in a test.
+    key: Option<Key>,
+    /// For candidates.
+    negatives: Key,
     augment: Option<Augment>,
     /// Which partition the data are that are at hand, where they are not the whole set.
     part: Option<(&'a Partitions, u32)>,
@@ -18,7 +21,13 @@ pub struct Draw<'a> {
 impl<'a> Draw<'a> {
     /// For data that are the whole set.
     pub fn new(seed: u64, epoch: u64, augment: Option<Augment>) -> Draw<'a> {
-        Draw { key: Key::new(seed, Purpose::Augment).with(epoch), augment, part: None }
+        let negatives = Key::new(seed, Purpose::Negative).named("train").with(epoch);
+        Draw { key: Some(Key::new(seed, Purpose::Augment).with(epoch)), negatives, augment, part: None }
+    }
+
+    /// For a test.
+    pub fn test(seed: u64) -> Draw<'a> {
+        Draw { key: None, negatives: Key::new(seed, Purpose::Negative).named("test"), augment: None, part: None }
     }
 
     /// The same for data that are one partition.
@@ -26,16 +35,25 @@ impl<'a> Draw<'a> {
         Draw { part: Some((parts, partition)), ..self }
     }
 
-    /// The epoch's key, for what all samples share.
-    pub(super) fn key(&self) -> Key {
+    /// The epoch's key, for what all samples share; `None` in a test.
+    pub(super) fn key(&self) -> Option<Key> {
         self.key
+    }
+
+    /// A row's number in the whole set.
+    fn number(&self, row: usize) -> u64 {
+        self.part.map_or(row, |(parts, partition)| parts.sample(partition, row)) as u64
+    }
+
+    /// The key of a row's candidates, and whether they are those of a test.
+    pub(super) fn of_row(&self, row: usize) -> (Key, bool) {
+        (self.negatives.with(self.number(row)), self.key.is_none())
     }
 
     /// What becomes of the picture of a row, if anything.
     pub(super) fn view(&self, row: usize) -> Option<View> {
-        let Augment { crop, flip } = self.augment?;
-        let number = self.part.map_or(row, |(parts, partition)| parts.sample(partition, row));
-        let key = self.key.with(number as u64);
+        let (Augment { crop, flip }, key) = (self.augment?, self.key?);
+        let key = key.with(self.number(row));
         let offset = |i| key.below(i, 2 * crop as u64 + 1) as isize - crop as isize;
         Some(View { top: offset(0), left: offset(1), mirrored: flip && key.below(2, 2) == 1 })
     }

@@ -4,6 +4,7 @@ use super::augment::View;
 use super::{Dataset, Draw, Features, Prepared, Targets};
 use crate::kernels::vectorized;
 use crate::rows::{First, Lookups};
+use std::ops::Range;
 
 /// A contiguous batch: inputs `(samples, features)` row-major, ids `(samples, fields)`, and targets.
 #[derive(Clone, Debug)]
@@ -16,7 +17,12 @@ pub struct Batch {
     /// Those rows, `(keys, width)`, when somebody has put them there.
     pub rows: Vec<f32>,
     pub targets: Targets,
+    /// Rows: each is a sample, or one of a sample's candidates.
     pub samples: usize,
+    /// Whether samples have candidates: the first of each has the target 1, the others 0.
+    pub chosen: bool,
+    /// Memory to draw them in.
+    pub drawn: Vec<u32>,
 }
 
 /// Appends all tokens but the last, and to `next` the one behind each.
@@ -78,7 +84,8 @@ impl Batch {
     /// A batch without samples, to be filled.
     pub fn empty() -> Batch {
         let (inputs, ids, lookups, rows) = (Vec::new(), Vec::new(), Lookups::none(), Vec::new());
-        Batch { inputs, ids, lookups, rows, targets: Targets::Class(Vec::new()), samples: 0 }
+        let targets = Targets::Class(Vec::new());
+        Batch { inputs, ids, lookups, rows, targets, samples: 0, chosen: false, drawn: Vec::new() }
     }
 
     /// Removes all samples and keeps the memory.
@@ -89,7 +96,15 @@ impl Batch {
         match &mut self.targets {
             Targets::Class(t) => t.clear(),
             Targets::Value(t) => t.clear(),
-            Targets::Next => {}
+            Targets::Next | Targets::Seen(_) => {}
+        }
+    }
+
+    /// How many samples its `rows` are.
+    pub fn samples_of(&self, rows: Range<usize>) -> usize {
+        match &self.targets {
+            Targets::Value(targets) if self.chosen => targets[rows].iter().filter(|target| **target == 1.0).count(),
+            Targets::Class(_) | Targets::Value(_) | Targets::Next | Targets::Seen(_) => rows.len(),
         }
     }
 
@@ -113,8 +128,8 @@ impl Batch {
 
     /// Puts the given samples, normalised, behind those that are there (`append`) or in their place.
     ///
-    /// `draw` decides where an epoch's windows of tokens begin and how its pictures change; `None` in an evaluation. Allocates
-    /// only until the batch has had its largest size.
+    /// `draw` decides where an epoch's windows of tokens begin, how its pictures change, and which candidates samples have; without it
+    /// samples are as they are. Allocates only until the batch has had its largest size.
     ///
     /// # Panics
     /// Where targets of another kind are there already, a row does not exist, or `prepared` has other features.
@@ -133,10 +148,12 @@ impl Batch {
         if self.samples == 0 && std::mem::discriminant(&self.targets) != std::mem::discriminant(&targets) {
             self.targets = targets;
         }
+        self.chosen = matches!(data.targets, Targets::Seen(_));
         let width = data.sample_len();
         for row in rows {
             let stored = row * width..(row + 1) * width;
             self.ids.extend_from_slice(data.ids.of(row));
+            let mut each = 1;
             match (&mut self.targets, &data.targets) {
                 (Targets::Class(to), Targets::Class(from)) => to.push(from[row]),
                 (Targets::Value(to), Targets::Value(from)) => to.push(from[row]),
@@ -151,11 +168,21 @@ impl Batch {
                     self.samples += 1;
                     continue;
                 }
-                (Targets::Class(_) | Targets::Value(_) | Targets::Next, _) => {
+                (Targets::Value(to), Targets::Seen(seen)) => {
+                    prepared.candidates(data.ids.of(row), seen, draw.map(|draw| draw.of_row(row)), &mut self.drawn);
+                    for item in &self.drawn {
+                        self.ids.extend([data.ids.of(row)[0], prepared.item_id(*item)]);
+                    }
+                    each += self.drawn.len();
+                    to.push(1.0);
+                    to.resize(to.len() + self.drawn.len(), 0.0);
+                }
+                (Targets::Class(_) | Targets::Value(_) | Targets::Next | Targets::Seen(_), _) => {
                     panic!("a batch holds targets of one kind")
                 }
             }
             let (view, inputs) = (draw.and_then(|draw| draw.view(row)), &mut self.inputs);
+            let start = inputs.len();
             match (&data.features, view) {
                 (Features::U8(v), None) => normalise(&v[stored], prepared, inputs),
                 (Features::U8(v), Some(view)) => normalise_view(&v[stored], view, &data.shape, prepared, inputs),
@@ -163,7 +190,10 @@ impl Batch {
                 (Features::F32(v), Some(view)) => normalise_view(&v[stored], view, &data.shape, prepared, inputs),
                 (Features::U32(v), _) => inputs.extend(v[stored].iter().map(|&token| token as f32)),
             }
-            self.samples += 1;
+            // All candidates have the sample's numbers.
+            let end = inputs.len();
+            (1..each).for_each(|_| inputs.extend_from_within(start..end));
+            self.samples += each;
         }
     }
 }

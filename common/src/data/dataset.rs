@@ -1,6 +1,7 @@
 //! Samples in memory as they were read, and as bytes.
 
-use super::DataError;
+use super::{DataError, Seen};
+use std::sync::Arc;
 
 /// The raw samples of one split, before normalisation; sample-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +46,9 @@ pub enum Targets {
     Value(Vec<f32>),
     /// Of a data set of tokens: each token's target is the next one. In a batch they are classes.
     Next,
+    /// Of a data set of implicit feedback, whose samples are users and what they took: what their users have in the training set.
+    /// In a batch they are values, 1 for what a user took and 0 for each item that is drawn beside it.
+    Seen(Arc<Seen>),
 }
 
 /// What the kind of targets is marked with, in bytes, where there are ids behind them.
@@ -59,13 +63,13 @@ fn gather<T: Copy>(values: &[T], width: usize, rows: &[usize]) -> Vec<T> {
 }
 
 /// Splits `n` bytes off the front.
-fn take<'a>(rest: &mut &'a [u8], n: Option<usize>) -> Result<&'a [u8], DataError> {
+pub(super) fn take<'a>(rest: &mut &'a [u8], n: Option<usize>) -> Result<&'a [u8], DataError> {
     let (head, tail) = n.and_then(|n| rest.split_at_checked(n)).ok_or(DataError::Encoded("they end too early"))?;
     *rest = tail;
     Ok(head)
 }
 
-fn take_size(rest: &mut &[u8]) -> Result<usize, DataError> {
+pub(super) fn take_size(rest: &mut &[u8]) -> Result<usize, DataError> {
     let mut size = [0; 8];
     size.copy_from_slice(take(rest, Some(8))?);
     usize::try_from(u64::from_le_bytes(size)).map_err(|_| DataError::Encoded("a size is too large"))
@@ -92,6 +96,7 @@ impl Dataset {
             Targets::Class(t) => t.len(),
             Targets::Value(t) => t.len(),
             Targets::Next => self.features.len() / self.sample_len(),
+            Targets::Seen(_) => self.ids.values.len() / self.ids.fields,
         }
     }
 
@@ -115,6 +120,7 @@ impl Dataset {
                 Targets::Class(t) => Targets::Class(gather(t, 1, rows)),
                 Targets::Value(t) => Targets::Value(gather(t, 1, rows)),
                 Targets::Next => Targets::Next,
+                Targets::Seen(seen) => Targets::Seen(seen.select(rows.iter().map(|row| self.ids.of(*row)[0])).into()),
             },
         }
     }
@@ -131,6 +137,7 @@ impl Dataset {
             Targets::Class(_) => 0,
             Targets::Value(_) => 1,
             Targets::Next => 2,
+            Targets::Seen(_) => 3,
         };
         let ids = if self.ids.fields > 0 { WITH_IDS } else { 0 };
         put(&[features, targets | ids, self.shape.len() as u8]);
@@ -146,6 +153,7 @@ impl Dataset {
             Targets::Class(t) => put_words(t, u32::to_le_bytes, &mut put),
             Targets::Value(t) => put_words(t, f32::to_le_bytes, &mut put),
             Targets::Next => {}
+            Targets::Seen(seen) => seen.encode(&mut put),
         }
         if self.ids.fields > 0 {
             put(&(self.ids.fields as u64).to_le_bytes());
@@ -189,6 +197,7 @@ impl Dataset {
             0 => Targets::Class(words(take(&mut rest, samples.checked_mul(4))?, u32::from_le_bytes)),
             1 => Targets::Value(words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes)),
             2 => Targets::Next,
+            3 if kinds[1] & WITH_IDS != 0 => Targets::Seen(Seen::decode(&mut rest)?.into()),
             _ => return Err(DataError::Encoded("the kind of targets is unknown")),
         };
         let mut ids = Ids::default();
@@ -237,7 +246,7 @@ impl Targets {
     pub(super) fn of_batch(&self) -> Targets {
         match self {
             Targets::Class(_) | Targets::Next => Targets::Class(Vec::new()),
-            Targets::Value(_) => Targets::Value(Vec::new()),
+            Targets::Value(_) | Targets::Seen(_) => Targets::Value(Vec::new()),
         }
     }
 }

@@ -101,6 +101,40 @@ pub enum DataError {
          in data.ids, or leave `size` out, for ids by their hash"
     )]
     Id { path: String, line: usize, column: String, cell: String, size: u64 },
+    #[error("{path}:{line}: column `{column}` is empty; fill it in, or remove the line")]
+    EmptyCell { path: String, line: usize, column: &'static str },
+    #[error(
+        "{path}:{line}: column `{column}` holds `{cell}`, which is not a finite number; correct it, or say with data.columns which cell \
+         is which, and with data.header = true that the first line holds names"
+    )]
+    RatingNumber { path: String, line: usize, column: &'static str, cell: String },
+    #[error(
+        "the first line of {path} names {found}, and no `{missing}`; say which cell is which, for example data.columns = [\"user\", \
+         \"item\", \"rating\", \"time\"], or correct data.separator"
+    )]
+    NoCell { path: String, found: String, missing: &'static str },
+    #[error(
+        "{path}:{line}: {got} cells; a line needs at least {want} ({names}): correct data.separator, or say which cell is which in data.columns"
+    )]
+    FewCells { path: String, line: usize, got: usize, want: usize, names: String },
+    #[error(
+        "{path}:{line}: the item `{item}` is in no line of the training file, so it cannot be ranked; remove the line, or train on that \
+         item too"
+    )]
+    UnknownItem { path: String, line: usize, item: String },
+    #[error("no rating of {path} is at least data.implicit.threshold = {threshold}; lower it")]
+    NoPositives { path: String, threshold: f32 },
+    #[error(
+        "the user `{user}` has all {items} items of {path}, and none is left to compare with; remove that user, add items that nobody \
+         else has, or raise data.implicit.threshold"
+    )]
+    AllItems { path: String, user: String, items: usize },
+    #[error("data.holdout = \"last\" leaves nothing of {path} to test on: no user has two samples; give data.test")]
+    NoLast { path: String },
+    #[error(
+        "{path} has {items} items, with names of {bytes} bytes; at most {most} items and 33554432 bytes are possible"
+    )]
+    TooManyItems { path: String, items: usize, bytes: usize, most: usize },
     #[error("{path} has no columns left to learn from; take some out of data.ignore")]
     NoFeatures { path: String },
     #[error(
@@ -160,6 +194,8 @@ pub enum DataError {
          if it is unknown"
     )]
     CellId { column: String, cell: String, size: u64 },
+    #[error("column `{column}` is `{cell}`, which the model was not trained on; correct it, or remove the row")]
+    CellUnknown { column: String, cell: String },
 
     #[error("synthetic data need {what}; correct data.{key}")]
     Synthetic { what: &'static str, key: &'static str },

@@ -9,6 +9,8 @@
 //! | `images`, `picture` | folders of PNG and JPEG files, and one of these |
 //! | `augment` | pictures that are a little different in each epoch |
 //! | [`csv`] | tables: numbers, and categories one-hot encoded |
+//! | `interactions` | users, items, ratings and times |
+//! | `implicit` | items that users did not take, beside what they took |
 //! | `text` | windows of plain text, as tokens |
 //! | [`id`] | what the ids are that choose rows of sparse tables |
 //! | [`tokenizer`] | from text to tokens, and back |
@@ -28,6 +30,8 @@ mod error;
 pub mod id;
 mod idx;
 mod images;
+mod implicit;
+mod interactions;
 pub mod partition;
 mod picture;
 mod ratings;
@@ -40,11 +44,14 @@ pub use batch::Batch;
 pub use dataset::{Dataset, Features, Ids, Targets};
 pub use error::DataError;
 pub use id::IdField;
+pub use implicit::{Candidates, Seen};
 pub use tokenizer::Tokenizer;
 
 use crate::extend::{self, Place, Samples};
 use crate::job;
 use crate::model::Signature;
+use crate::rng::Key;
+use implicit::MOST_ITEMS;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -75,6 +82,9 @@ pub struct Prepared {
     /// What the ids of samples are; none in most data sets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<IdField>,
+    /// Where feedback is implicit; there are two ids then, of users and of items.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub implicit: Option<Candidates>,
 }
 
 /// Samples that are tokens.
@@ -128,6 +138,7 @@ struct Raw {
     missing: String,
     tokens: Option<Tokens>,
     ids: Vec<IdField>,
+    implicit: Option<Candidates>,
     scale: Scale,
 }
 
@@ -182,6 +193,7 @@ fn open_in(
         }
         job::Source::Clicks(spec) => clicks::make(seed, spec)?,
         job::Source::Ratings(spec) => ratings::make(seed, spec)?,
+        job::Source::RatingFiles(spec) => interactions::read(root, spec, seed)?,
     };
     if let Some(augment) = data.augment {
         augment::check(augment, &raw.train.shape)?;
@@ -193,7 +205,7 @@ impl Raw {
     /// Of samples without columns and tokens.
     fn new(train: Dataset, test: Option<Dataset>, classes: Option<Vec<String>>, scale: Scale) -> Raw {
         let (columns, missing, ids) = (Vec::new(), String::new(), Vec::new());
-        Raw { train, test, classes, columns, missing, tokens: None, ids, scale }
+        Raw { train, test, classes, columns, missing, tokens: None, ids, implicit: None, scale }
     }
 
     /// Those of a format that the program has added, which are looked at like those that come from the wire.
@@ -224,7 +236,7 @@ impl Raw {
 
     /// Learns the normalisation; there is at least one training sample.
     fn prepare(self, normalize: bool) -> Opened {
-        let Raw { train, test, classes, columns, missing, tokens, ids, scale } = self;
+        let Raw { train, test, classes, columns, missing, tokens, ids, implicit, scale } = self;
         // How many statistics, and how many values that follow one another share them.
         let width = if scale.per_feature { train.sample_len() } else { channels(&train.shape) };
         let plane = train.sample_len() / width;
@@ -240,7 +252,7 @@ impl Raw {
         let prepared = Prepared {
             shape: match train.targets {
                 Targets::Next => vec![train.sample_len() / 2],
-                Targets::Class(_) | Targets::Value(_) => train.shape.clone(),
+                Targets::Class(_) | Targets::Value(_) | Targets::Seen(_) => train.shape.clone(),
             },
             classes,
             mean,
@@ -252,6 +264,7 @@ impl Raw {
             missing,
             tokens,
             ids,
+            implicit,
         };
         Opened { train: Arc::new(train), test: test.map(Arc::new), prepared }
     }
@@ -314,6 +327,14 @@ impl Prepared {
         if !self.columns.is_empty() && self.columns.iter().map(Column::features).sum::<usize>() != width {
             return wrong("their columns are of another shape");
         }
+        if let Some(Candidates { items, negatives, k, .. }) = self.implicit {
+            let of_items = |field: &IdField| field.size == Some(items as u64) && field.first < 1 << 62;
+            let of_items = self.ids.get(1).is_some_and(of_items);
+            if self.ids.len() != 2 || !of_items || !(2..=MOST_ITEMS as u32).contains(&items) || negatives == 0 || k == 0
+            {
+                return wrong("their ids are not those of users and items");
+            }
+        }
         match &self.tokens {
             Some(tokens)
                 if self.shape.len() != 1
@@ -341,7 +362,29 @@ impl Prepared {
     /// Rows of sparse tables that all samples of a step ask for, at most.
     pub fn rows_of_a_step(&self, train: &job::Train) -> usize {
         let samples = (train.partitions as usize).saturating_mul(train.micro_batch).min(self.train_samples as usize);
-        samples.saturating_mul(self.ids.len())
+        match self.implicit {
+            // A user, and items.
+            Some(candidates) => samples.saturating_mul(1 + candidates.rows(false)),
+            None => samples.saturating_mul(self.ids.len()),
+        }
+    }
+
+    /// Rows of a batch that a sample stands for, at most.
+    pub fn rows_of_a_sample(&self, test: bool) -> usize {
+        self.implicit.map_or(1, |candidates| candidates.rows(test))
+    }
+
+    /// Draws a sample's candidates beside its own item; none without a `draw`.
+    fn candidates(&self, ids: &[u64], seen: &Seen, draw: Option<(Key, bool)>, out: &mut Vec<u32>) {
+        out.clear();
+        if let (Some(candidates), Some((key, test)), &[user, item]) = (self.implicit, draw, ids) {
+            candidates.draw(seen.of(user), (item - self.ids[1].first) as u32, key, test, out);
+        }
+    }
+
+    /// The id of an item by its number.
+    pub fn item_id(&self, item: u32) -> u64 {
+        self.ids[1].first + item as u64
     }
 
     /// Targets of a sample.
@@ -364,8 +407,16 @@ impl Prepared {
     pub fn check_samples(&self, data: &Dataset) -> Result<(), DataError> {
         let next = matches!(data.targets, Targets::Next);
         let shape = if next { vec![text::stored(self.shape[0])] } else { self.shape.clone() };
-        if data.shape != shape || next != self.predicts_next() || data.ids.fields != self.ids.len() {
+        let seen = if let Targets::Seen(seen) = &data.targets { Some(seen) } else { None };
+        let same = next == self.predicts_next() && seen.is_some() == self.implicit.is_some();
+        if data.shape != shape || !same || data.ids.fields != self.ids.len() {
             return Err(DataError::Encoded("they are of another shape or kind than was said"));
+        }
+        if let (Some(seen), Some(Candidates { items, .. })) = (seen, self.implicit) {
+            let ids = self.ids[1].first..self.ids[1].first + items as u64;
+            if !seen.fits(items) || !data.ids.values.iter().skip(1).step_by(2).all(|item| ids.contains(item)) {
+                return Err(DataError::Encoded("an item is not one of the known"));
+            }
         }
         let vocabulary = self.tokens.as_ref().map_or(usize::MAX, |tokens| tokens.vocabulary);
         let known = match &data.features {
@@ -389,7 +440,7 @@ impl Prepared {
             (job::Loss::CrossEntropy { .. }, classes) => classes,
             (job::Loss::Hinge | job::Loss::Focal { .. }, classes) if classes > 2 => classes,
             (job::Loss::Hinge | job::Loss::Focal { .. } | job::Loss::BinaryCrossEntropy { .. }, _) => 1,
-            (job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. }, _) => 1,
+            (job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. } | job::Loss::Bpr, _) => 1,
         }
     }
 }
@@ -466,8 +517,9 @@ mod tests {
     }
 
     fn dataset() -> impl Strategy<Value = Dataset> {
-        (prop::collection::vec(1usize..4, 1..4), 0usize..6, 0..5, 0usize..3, any::<u64>()).prop_map(
+        (prop::collection::vec(1usize..4, 1..4), 0usize..6, 0..6, 0usize..3, any::<u64>()).prop_map(
             |(shape, samples, kind, fields, seed)| {
+                let fields = if kind == 5 { 2 } else { fields };
                 let key = crate::rng::Key::new(seed, crate::rng::Purpose::Synthetic);
                 let values = 0..(samples * shape.iter().product::<usize>()) as u64;
                 let features = match kind {
@@ -478,7 +530,8 @@ mod tests {
                 let targets = match kind {
                     0 | 2 => Targets::Class((0..samples as u64).map(|i| key.u64(i) as u32).collect()),
                     1 | 3 => Targets::Value((0..samples as u64).map(|i| key.uniform(i)).collect()),
-                    _ => Targets::Next,
+                    4 => Targets::Next,
+                    _ => Targets::Seen(Seen::new((0..9).map(|i| (key.u64(i), i as u32)).collect()).into()),
                 };
                 let ids = Ids { fields, values: (0..(samples * fields) as u64).map(|i| key.u64(i)).collect() };
                 Dataset { shape, features, ids, targets }
@@ -538,7 +591,7 @@ mod tests {
 
         #[test]
         fn a_batch_is_its_rows_one_after_another(set in dataset(), rows in prop::collection::vec(any::<prop::sample::Index>(), 0..8), each in any::<bool>()) {
-            prop_assume!(set.samples() > 0 && set.targets != Targets::Next);
+            prop_assume!(set.samples() > 0 && !matches!(set.targets, Targets::Next | Targets::Seen(_)));
             let rows: Vec<usize> = rows.iter().map(|i| i.index(set.samples())).collect();
             let width = set.sample_len();
             let (mean, inv_std) = if each { ((0..width).map(|f| f as f32).collect(), vec![0.5; width]) } else { (vec![1.0], vec![0.5]) };

@@ -77,7 +77,7 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Text, known: Option<&Tokeniz
 impl Prepared {
     /// Where an epoch's windows begin: so many tokens behind where they were stored.
     pub(super) fn shift(&self, draw: Option<super::Draw<'_>>) -> usize {
-        draw.map_or(0, |draw| draw.key().below(0, self.shape[0] as u64) as usize)
+        draw.and_then(|draw| draw.key()).map_or(0, |key| key.below(0, self.shape[0] as u64) as usize)
     }
 }
 

@@ -53,6 +53,8 @@ pub enum Source {
     Clicks(Clicks),
     /// `synthetic` with `task = "ratings"`.
     Ratings(Ratings),
+    /// `ratings`.
+    RatingFiles(RatingFiles),
     /// `synthetic` with `task = "language"`.
     SyntheticText {
         vocabulary: usize,
@@ -135,6 +137,78 @@ pub struct Ratings {
     pub noise: f32,
     pub samples: usize,
     pub test_samples: usize,
+    /// Users do not rate items, but take those that they like.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub implicit: Option<Implicit>,
+}
+
+/// Files of a user, an item and mostly a rating and a time a line.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RatingFiles {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// What is tested of the training file; only where `test` is none.
+    pub holdout: Option<HeldOut>,
+    /// What a line's cells are: `user`, `item`, `rating`, `time`; others are passed over.
+    pub columns: Option<Vec<String>>,
+    /// Whether the first line holds names.
+    pub header: bool,
+    pub separator: Separator,
+    pub implicit: Option<Implicit>,
+}
+
+/// What of a file of ratings is the test set.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeldOut {
+    /// A share of the lines, by hash of user and item.
+    Share(f64),
+    /// The last sample of each user who has more than one.
+    Last,
+}
+
+/// What is between two cells.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Separator {
+    Text(String),
+    /// Any run of spaces and tabs.
+    Whitespace,
+}
+
+/// Implicit feedback: samples say what users took, and items that they did not take are drawn beside them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Implicit {
+    /// Items that are drawn for each sample in training.
+    pub negatives: u32,
+    /// The least rating of what a user took; `None`: any, and none at all.
+    pub threshold: Option<f32>,
+    /// Items that a sample of the test set is ranked among, beside its own; `None`: all that its user does not have.
+    pub eval_negatives: Option<u32>,
+    /// Places that `hit-rate` and `ndcg` look at.
+    pub k: u32,
+}
+
+impl Data {
+    /// How feedback is implicit, where it is.
+    pub fn implicit(&self) -> Option<Implicit> {
+        match &self.source {
+            Source::Ratings(spec) => spec.implicit,
+            Source::RatingFiles(spec) => spec.implicit,
+            Source::Digits
+            | Source::Idx { .. }
+            | Source::Csv(_)
+            | Source::Text(_)
+            | Source::Cifar(_)
+            | Source::Images(_)
+            | Source::Synthetic { .. }
+            | Source::Clicks(_)
+            | Source::SyntheticText { .. }
+            | Source::Added { .. } => None,
+        }
+    }
 }
 
 /// The binary files of CIFAR-10 or CIFAR-100.

@@ -1,12 +1,13 @@
 //! From TOML to a [`Job`]: every key read once, every range checked, every default in one place.
 
-use super::reader::{Kind, Kinds, Node, Range, Reader, Result, SIZE, float, size, text, whole};
+use super::reader::{Kind, Kinds, Node, Range, Reader, Result, SIZE, float, number, size, text, whole};
 use super::*;
 use crate::extend::Names;
 
 mod data;
 mod model;
 mod pictures;
+mod ratings;
 mod train;
 
 pub use super::reader::JobError;
@@ -28,7 +29,22 @@ pub fn parse(text: JobText) -> Result<Job> {
     let seed = top.integer("seed", 0..=u64::MAX)?.or(0);
     let data = data::data(top.node("data").needed("[data]` and below it `format = \"digits\"")?, base)?;
     let model = model::model(top.node("model").needed("[model]` and below it `kind = \"linear\"")?)?;
-    let train = train::train(top.node("train").needed("[train]` and below it `epochs = 3")?)?;
+    let train_node = top.node("train").needed("[train]` and below it `epochs = 3")?;
+    let train = train::train(train_node)?;
+    let of_implicit = matches!(train.loss, Loss::Bpr | Loss::BinaryCrossEntropy { .. });
+    let wrong_loss = match (data.implicit(), &train.loss) {
+        (Some(_), _) if !of_implicit => Some(
+            "must be \"bpr\" or \"binary-cross-entropy\" for data.implicit; choose one, or leave data.implicit out",
+        ),
+        (None, Loss::Bpr) => Some(
+            "is \"bpr\", which compares what users took with what they did not: set data.implicit = {} (of format = \"ratings\"), or choose \
+             another loss",
+        ),
+        _ => None,
+    };
+    if let Some(message) = wrong_loss {
+        return Reader::new(train_node, "train")?.refuse("loss", message);
+    }
     let checkpoint = checkpoint(top.node("checkpoint").or(&Node::empty_table("".into())), &name)?;
     Ok(Job { text, name, seed, data, model, train, checkpoint })
 }

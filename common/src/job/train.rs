@@ -28,6 +28,9 @@ pub struct Train {
     /// Evaluate on the test set every so many steps; `None`: after each epoch. The end is always evaluated.
     pub eval_every: Option<u64>,
     pub early_stopping: Option<EarlyStopping>,
+    /// How many classes a sample's own may be among, where that is measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +64,8 @@ pub enum Loss {
         name: String,
         options: serde_json::Value,
     },
+    /// Bayesian personalised ranking, of implicit feedback.
+    Bpr,
 }
 
 /// Parameters, and what is different for them.
@@ -271,16 +276,35 @@ pub enum Metric {
     Loss,
     Accuracy,
     Auc,
+    F1,
+    TopKAccuracy,
     Rmse,
     Mae,
     Perplexity,
     BitsPerCharacter,
+    HitRate,
+    Ndcg,
 }
 
 impl Metric {
+    /// All of them, the default first.
+    pub const ALL: [Metric; 11] = [
+        Metric::Loss,
+        Metric::Accuracy,
+        Metric::Auc,
+        Metric::F1,
+        Metric::TopKAccuracy,
+        Metric::Rmse,
+        Metric::Mae,
+        Metric::Perplexity,
+        Metric::BitsPerCharacter,
+        Metric::HitRate,
+        Metric::Ndcg,
+    ];
+
     /// Whether a larger value is better.
     pub fn maximize(self) -> bool {
-        matches!(self, Metric::Accuracy | Metric::Auc)
+        !matches!(self, Metric::Loss | Metric::Rmse | Metric::Mae | Metric::Perplexity | Metric::BitsPerCharacter)
     }
 
     /// As the job file has it.
@@ -289,10 +313,14 @@ impl Metric {
             Metric::Loss => "loss",
             Metric::Accuracy => "accuracy",
             Metric::Auc => "auc",
+            Metric::F1 => "f1",
+            Metric::TopKAccuracy => "top-k-accuracy",
             Metric::Rmse => "rmse",
             Metric::Mae => "mae",
             Metric::Perplexity => "perplexity",
             Metric::BitsPerCharacter => "bits-per-character",
+            Metric::HitRate => "hit-rate",
+            Metric::Ndcg => "ndcg",
         }
     }
 }

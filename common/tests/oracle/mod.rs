@@ -77,6 +77,7 @@ impl Oracle<'_> {
         let tensor = |which: &str| t[&format!("{name}{which}")].as_slice();
         let each = |f: &dyn Fn(&[f64]) -> Vec<f64>| -> Rows { x.iter().map(|x| f(x)).collect() };
         match layer {
+            Layer::Added { name, .. } => panic!("{name} is not one of ours"),
             Layer::Linear { units, bias, .. } => {
                 let (w, n) = (tensor("weight"), shape[shape.len() - 1]);
                 let unit = |x: &[f64], o: usize| -> f64 {
@@ -350,7 +351,7 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
     let (class, value) = match targets {
         Targets::Class(classes) => (classes[row] as usize, classes[row] as f64),
         Targets::Value(values) => (0, values[row] as f64),
-        Targets::Next => panic!("a batch has classes instead"),
+        Targets::Next | Targets::Seen(_) => panic!("a batch has classes or values instead"),
     };
     let all = |f: &dyn Fn(f64) -> f64| x.iter().map(|x| f(x - value)).sum::<f64>();
     let smooth = f64::INFINITY;
@@ -382,6 +383,8 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
             };
             (-(1.0 - p).powf(*gamma as f64) * p.ln(), 1.0, smooth)
         }
+        Loss::Added { name, .. } => panic!("{name} is not one of ours"),
+        Loss::Bpr => panic!("it is of several rows: loss.rs tries it"),
         Loss::Hinge if x.len() == 1 => {
             let gap = 1.0 - (2.0 * value - 1.0) * x[0];
             (gap.max(0.0), 1.0, gap.abs())

@@ -32,6 +32,7 @@ const FORMATS: &Kinds = &[
         ],
     ),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
+    ("ratings", &["train", "test", "holdout", "columns", "header", "separator", "implicit"]),
     (
         "synthetic",
         &[
@@ -46,6 +47,7 @@ const FORMATS: &Kinds = &[
             "items",
             "rank",
             "noise",
+            "implicit",
             "context",
             "samples",
             "test_samples",
@@ -87,6 +89,7 @@ fn of_format(r: &Reader<'_>, format: &str, base: &str) -> Result<Source> {
         },
         "csv" => Source::Csv(csv(r, base)?),
         "text" => Source::Text(plain_text(r, base)?),
+        "ratings" => Source::RatingFiles(ratings::files(r, base)?),
         "cifar" => Source::Cifar(pictures::cifar(r, base)?),
         "images" => Source::Images(pictures::images(r, base)?),
         _ => synthetic(r)?,
@@ -237,16 +240,9 @@ fn synthetic(r: &Reader<'_>) -> Result<Source> {
     let not_for = |keys: &[&'static str]| r.only_with(keys, &format!("another `data.task` than {task:?}"));
     if task == "ratings" {
         not_for(&["shape", "classes", "numbers", "fields", "vocabulary", "zipf", "context"])?;
-        return Ok(Source::Ratings(Ratings {
-            users: r.integer("users", 1..=1 << 40)?.needed("users = 1000")?,
-            items: r.integer("items", 1..=1 << 40)?.needed("items = 500")?,
-            rank: r.integer("rank", 1..=1 << 12)?.or(4) as usize,
-            noise: r.f32("noise", &NOT_NEGATIVE)?.or(0.5),
-            samples,
-            test_samples,
-        }));
+        return Ok(Source::Ratings(ratings::made_up(r, samples, test_samples)?));
     }
-    not_for(&["users", "items", "rank", "noise"])?;
+    not_for(&["users", "items", "rank", "noise", "implicit"])?;
     if task == "clicks" {
         not_for(&["shape", "classes", "context"])?;
         return Ok(Source::Clicks(Clicks {

@@ -50,6 +50,7 @@ fn defaults_are_filled_in() {
             clip_value: None,
             eval_every: None,
             early_stopping: None,
+            top_k: None,
         },
         checkpoint: Checkpoint { dir: "runs/job".into(), every_steps: 500, keep: 3 },
     };
@@ -555,7 +556,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "\"parquet\""),
-            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `synthetic`",
+            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `ratings`, `synthetic`",
         ),
         (
             with(
@@ -608,7 +609,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "1979-05-27"),
-            "job.toml:4: `data.format` must be one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `synthetic`, not a date",
+            "job.toml:4: `data.format` must be one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `ratings`, `synthetic`, not a date",
         ),
         (with("[8]", "[8"), "job.toml:8: this is not TOML: missing comma between array elements"),
         (with("seed = 7", "seed = 7\nseed = 8"), "job.toml:3: this is not TOML: duplicate key"),
@@ -639,6 +640,111 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         (
             with("\"adamw\"", "{ kind = \"sgd\", nesterov = true }"),
             "job.toml:10: `train.optimizer.nesterov` needs `momentum` above 0 and no `dampening`",
+        ),
+    ];
+    for (text, want) in cases {
+        let got = message(&text, &[]);
+        assert!(got.starts_with(want), "{got}\n(wanted {want})");
+    }
+}
+
+#[test]
+fn ratings_have_their_defaults_and_every_key_counts() {
+    let with = |keys: &str, train: &str| job(&format!("format = \"ratings\", train = \"a\"{keys}"), LINEAR, train).data;
+    let plain = RatingFiles {
+        base: "/base".into(),
+        train: "a".into(),
+        test: None,
+        holdout: None,
+        columns: None,
+        header: false,
+        separator: Separator::Text(",".into()),
+        implicit: None,
+    };
+    assert_eq!(with("", "").source, Source::RatingFiles(plain.clone()));
+    let keys =
+        ", test = \"b\", columns = [\"item\", \"user\", \"rating\", \"x\", \"x\"], header = true, separator = \"::\"";
+    let columns = Some(["item", "user", "rating", "x", "x"].map(String::from).to_vec());
+    let (test, separator) = (Some("b".into()), Separator::Text("::".into()));
+    let all = RatingFiles { test, columns, header: true, separator, ..plain.clone() };
+    assert_eq!(with(keys, "").source, Source::RatingFiles(all));
+    let last = with(", holdout = \"last\", separator = \"whitespace\"", "").source;
+    let want = RatingFiles { holdout: Some(HeldOut::Last), separator: Separator::Whitespace, ..plain.clone() };
+    assert_eq!(last, Source::RatingFiles(want));
+    let implicit = |keys: &str| with(&format!(", holdout = 0.5, implicit = {{ {keys} }}"), "loss = \"bpr\"");
+    let plain =
+        |implicit| Source::RatingFiles(RatingFiles { holdout: Some(HeldOut::Share(0.5)), implicit, ..plain.clone() });
+    let defaults = Implicit { negatives: 4, threshold: None, eval_negatives: Some(100), k: 10 };
+    assert_eq!((implicit("").implicit(), implicit("").source), (Some(defaults), plain(Some(defaults))));
+    let all = Implicit { negatives: 9, threshold: Some(-1.5), eval_negatives: None, k: 3 };
+    let keys = "negatives = 9, threshold = -1.5, eval_negatives = \"all\", k = 3";
+    assert_eq!(implicit(keys).source, plain(Some(all)));
+    assert_eq!(implicit("eval_negatives = 7").implicit().unwrap().eval_negatives, Some(7));
+    // What is made up tests each user, where nothing is said.
+    let made = |keys: &str| {
+        let keys = format!(
+            "format = \"synthetic\", task = \"ratings\", users = 30, items = 90, samples = 80, implicit = {{ k = 5 }}{keys}"
+        );
+        let source = job(&keys, LINEAR, "loss = \"binary-cross-entropy\"").data.source;
+        if let Source::Ratings(spec) = source { (spec.test_samples, spec.implicit.map(|i| i.k)) } else { panic!() }
+    };
+    assert_eq!((made(""), made(", test_samples = 4")), ((30, Some(5)), (4, Some(5))));
+}
+
+#[test]
+fn mistakes_about_ratings_are_named() {
+    let data = |keys: &str| JOB.replace("\"digits\"", &format!("\"ratings\"\ntrain = \"a\"\n{keys}"));
+    let made = |keys: &str| JOB.replace("\"digits\"", &format!("\"synthetic\"\nsamples = 9\n{keys}"));
+    let cases = [
+        (data("holdout = \"lst\""), "job.toml:6: `data.holdout` must be \"last\" or a number above 0 and below 1"),
+        (data("holdout = 1"), "job.toml:6: `data.holdout` must be \"last\" or a number above 0 and below 1, not 1"),
+        (data("test = \"b\"\nholdout = \"last\""), "job.toml:7: `data.holdout` and `data.test` are both given"),
+        (data("separator = \"\""), "job.toml:6: `data.separator` must be a text without quotes and line ends, such as"),
+        (data("separator = \"\\n\""), "job.toml:6: `data.separator` must be a text without quotes"),
+        (data("columns = [\"user\", \"item\"]"), "job.toml:6: `data.columns` has no \"rating\"; say which cell"),
+        (
+            data("columns = [\"user\", \"item\"]\nimplicit = { threshold = 3 }"),
+            "job.toml:6: `data.columns` has no \"rating\"",
+        ),
+        (data("columns = [\"item\", \"rating\"]"), "job.toml:6: `data.columns` has no \"user\""),
+        (data("columns = [\"user\", \"item\", \"rating\", \"user\"]"), "job.toml:6: `data.columns` has \"user\" twice"),
+        (
+            data("holdout = \"last\"\ncolumns = [\"user\", \"item\", \"rating\"]"),
+            "job.toml:7: `data.columns` has no \"time\", and holdout = \"last\" goes by it",
+        ),
+        (
+            data("implicit = { negative = 3 }"),
+            "job.toml:6: unknown key `data.implicit.negative`; did you mean `negatives`?",
+        ),
+        (
+            data("implicit = { negatives = 0 }"),
+            "job.toml:6: `data.implicit.negatives` must be a whole number from 1 to 4096",
+        ),
+        (data("implicit = { k = 0 }"), "job.toml:6: `data.implicit.k` must be a whole number from 1"),
+        (
+            data("implicit = { eval_negatives = \"some\" }"),
+            "job.toml:6: `data.implicit.eval_negatives` must be \"all\" or",
+        ),
+        (data("target = \"x\""), "job.toml:6: unknown key `data.target`"),
+        (
+            data("implicit = {}"),
+            "job.toml:10: `train.loss` must be \"bpr\" or \"binary-cross-entropy\" for data.implicit",
+        ),
+        (
+            data("implicit = {}").replace("epochs = 3", "epochs = 3\nloss = \"mse\""),
+            "job.toml:12: `train.loss` must be \"bpr\"",
+        ),
+        (
+            JOB.replace("epochs = 3", "epochs = 3\nloss = \"bpr\""),
+            "job.toml:10: `train.loss` is \"bpr\", which compares",
+        ),
+        (
+            made("task = \"clicks\"\nvocabulary = 3\nimplicit = {}"),
+            "job.toml:8: `data.implicit` is for another `data.task`",
+        ),
+        (
+            made("task = \"ratings\"\nusers = 3\nitems = 4\nimplicit = { threshold = 2 }"),
+            "job.toml:9: `data.implicit` has a `threshold`",
         ),
     ];
     for (text, want) in cases {

@@ -20,6 +20,7 @@ pub(super) fn train(node: &Node) -> Result<Train> {
         "clip_value",
         "eval_every",
         "early_stopping",
+        "top_k",
     ])?;
     let length = match (r.integer("epochs", COUNT)?.optional(), r.integer("steps", COUNT)?.optional()) {
         (Some(n), None) => Length::Epochs(n),
@@ -50,6 +51,7 @@ pub(super) fn train(node: &Node) -> Result<Train> {
         clip_value: r.f32("clip_value", &POSITIVE)?.optional(),
         eval_every: r.integer("eval_every", COUNT)?.optional(),
         early_stopping: r.node("early_stopping").optional().map(early_stopping).transpose()?,
+        top_k: r.integer("top_k", 2..=1 << 16)?.optional().map(|k| k as u32),
     })
 }
 
@@ -61,6 +63,7 @@ const LOSSES: &Kinds = &[
     ("huber", &["delta"]),
     ("hinge", &[]),
     ("focal", &["gamma"]),
+    ("bpr", &[]),
 ];
 
 fn loss(node: &Node) -> Result<Loss> {
@@ -85,6 +88,7 @@ fn loss(node: &Node) -> Result<Loss> {
             "mae" => Loss::Mae,
             "huber" => Loss::Huber { delta: r.f32("delta", &POSITIVE)?.or(1.0) },
             "hinge" => Loss::Hinge,
+            "bpr" => Loss::Bpr,
             _ => Loss::Focal { gamma: r.f32("gamma", &NOT_NEGATIVE)?.or(2.0) },
         })
     })
@@ -281,18 +285,9 @@ fn schedule(node: &Node) -> Result<Schedule> {
     })
 }
 
-const METRICS: [&str; 7] = ["loss", "accuracy", "auc", "rmse", "mae", "perplexity", "bits-per-character"];
-
 fn metric(r: &Reader<'_>) -> Result<Metric> {
-    Ok(match r.word("metric", "metric", &METRICS)?.or("loss") {
-        "accuracy" => Metric::Accuracy,
-        "auc" => Metric::Auc,
-        "rmse" => Metric::Rmse,
-        "mae" => Metric::Mae,
-        "perplexity" => Metric::Perplexity,
-        "bits-per-character" => Metric::BitsPerCharacter,
-        _ => Metric::Loss,
-    })
+    let name = r.word("metric", "metric", &Metric::ALL.map(Metric::name))?.or(Metric::ALL[0].name());
+    Ok(Metric::ALL.into_iter().find(|metric| metric.name() == name).unwrap_or(Metric::ALL[0]))
 }
 
 fn early_stopping(node: &Node) -> Result<EarlyStopping> {

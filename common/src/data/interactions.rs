@@ -1,0 +1,342 @@
+//! Files of interactions: a user and an item a line, mostly with a rating and a time.
+//!
+//! Users are known by the hash of their text, items by their place among all of the training file, in ascending order: their names are
+//! kept with what is learnt.
+
+use super::implicit::MOST_ITEMS;
+use super::{Candidates, DataError, Dataset, Features, IdField, Ids, Raw, Scale, Seen, Targets, find, read_text};
+use crate::job::{HeldOut, Implicit, RatingFiles, Separator};
+use crate::rng::{Key, Purpose};
+use crate::rows::NO_ID;
+use ::csv::{ReaderBuilder, StringRecord};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Bytes of all items' names, at most: they travel in one message.
+const MOST_NAMES: usize = 32 << 20;
+
+/// What a line's cells are where nothing is said; a file may leave the last ones out.
+const CELLS: [&str; 4] = ["user", "item", "rating", "time"];
+
+/// Places of what is read in a line of `width` cells.
+#[derive(Clone, Copy, Debug)]
+struct Cells {
+    width: usize,
+    user: usize,
+    item: usize,
+    rating: Option<usize>,
+    time: Option<usize>,
+}
+
+/// One file's text, and what is where in it.
+struct File<'a> {
+    path: String,
+    text: &'a str,
+    spec: &'a RatingFiles,
+    cells: Cells,
+}
+
+/// One line.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Line {
+    /// Numbers in the order in which they were first read.
+    user: u32,
+    item: u32,
+    /// 0 where there is none.
+    rating: f32,
+    /// 0 unless it is asked for.
+    time: f64,
+    number: usize,
+}
+
+/// Texts, numbered in the order in which they first came.
+#[derive(Default)]
+struct Names<'a> {
+    numbers: HashMap<Cow<'a, str>, u32>,
+    names: Vec<Cow<'a, str>>,
+}
+
+impl<'a> Names<'a> {
+    fn number(&mut self, name: Cow<'a, str>) -> u32 {
+        if let Some(number) = self.numbers.get(&name) {
+            return *number;
+        }
+        let number = self.names.len() as u32;
+        self.names.push(name.clone());
+        self.numbers.insert(name, number);
+        number
+    }
+}
+
+/// The trimmed cells of a line.
+fn split<'a>(line: &'a str, separator: &Separator, cells: &mut Vec<Cow<'a, str>>) {
+    cells.clear();
+    match separator {
+        Separator::Whitespace => cells.extend(line.split_whitespace().map(Cow::Borrowed)),
+        // A quoted cell may hold the separator.
+        Separator::Text(text) if text.len() == 1 && line.contains('"') => {
+            let mut reader =
+                ReaderBuilder::new().delimiter(text.as_bytes()[0]).has_headers(false).from_reader(line.as_bytes());
+            let mut record = StringRecord::new();
+            // In memory and in UTF-8: it can be read.
+            reader.read_record(&mut record).ok();
+            cells.extend(record.iter().map(|cell| Cow::Owned(cell.trim().to_string())));
+        }
+        Separator::Text(text) => cells.extend(line.split(text.as_str()).map(|cell| Cow::Borrowed(cell.trim()))),
+    }
+}
+
+impl<'a> File<'a> {
+    fn new(path: String, text: &'a str, spec: &'a RatingFiles) -> Result<File<'a>, DataError> {
+        let mut first = Vec::new();
+        let first_line = text.lines().enumerate().find(|(_, line)| !line.trim().is_empty());
+        let Some((number, line)) = first_line.map(|(i, line)| (i + 1, line)) else {
+            return Err(DataError::Empty { path });
+        };
+        split(line, &spec.separator, &mut first);
+        let owned = |cells: &[Cow<'_, str>]| cells.iter().map(|cell| cell.to_string()).collect::<Vec<String>>();
+        let needed = spec.needed();
+        let names: Vec<String> = match (&spec.columns, spec.header) {
+            (Some(columns), _) => columns.clone(),
+            (None, true) => owned(&first),
+            (None, false) if (needed.len()..=CELLS.len()).contains(&first.len()) => {
+                CELLS[..first.len()].iter().map(|name| name.to_string()).collect()
+            }
+            (None, false) if first.len() < needed.len() => {
+                let names = needed.join(", ");
+                return Err(DataError::FewCells { path, line: number, got: first.len(), want: needed.len(), names });
+            }
+            (None, false) => return Err(DataError::Ragged { path, line: number, got: first.len(), want: CELLS.len() }),
+        };
+        let place = |name: &str| names.iter().position(|other| other == name);
+        if let Some(missing) = needed.iter().find(|name| place(name).is_none()) {
+            return Err(DataError::NoCell { path, found: names.join(", "), missing });
+        }
+        let (user, item) = (place("user").unwrap_or(0), place("item").unwrap_or(1));
+        let cells = Cells { width: names.len(), user, item, rating: place("rating"), time: place("time") };
+        Ok(File { path, text, spec, cells })
+    }
+
+    /// Calls `each` with all lines that hold samples, in their order.
+    fn lines(
+        &self,
+        users: &mut Names<'a>,
+        items: &mut Names<'a>,
+        mut each: impl FnMut(Line) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        let (mut header, mut any, mut cells) = (self.spec.header, false, Vec::new());
+        let Cells { width, user, item, rating, time } = self.cells;
+        let timed = time.filter(|_| self.spec.holdout == Some(HeldOut::Last));
+        let path = || self.path.clone();
+        for (number, line) in self.text.lines().enumerate().map(|(i, line)| (i + 1, line)) {
+            if line.trim().is_empty() || std::mem::take(&mut header) {
+                continue;
+            }
+            split(line, &self.spec.separator, &mut cells);
+            if cells.len() != width {
+                return Err(DataError::Ragged { path: path(), line: number, got: cells.len(), want: width });
+            }
+            for (place, column) in [(user, "user"), (item, "item")] {
+                if cells[place].is_empty() {
+                    return Err(DataError::EmptyCell { path: path(), line: number, column });
+                }
+            }
+            let not_a_number =
+                |column, cell: &str| DataError::RatingNumber { path: path(), line: number, column, cell: cell.into() };
+            let rating = match rating.map(|place| &cells[place]) {
+                Some(cell) => {
+                    let rating = cell.parse().ok().filter(|rating: &f32| rating.is_finite());
+                    rating.ok_or_else(|| not_a_number("rating", cell))?
+                }
+                None => 0.0,
+            };
+            let time = match timed.map(|place| &cells[place]) {
+                Some(cell) => {
+                    let time = cell.parse().ok().filter(|time: &f64| time.is_finite());
+                    time.ok_or_else(|| not_a_number("time", cell))?
+                }
+                None => 0.0,
+            };
+            any = true;
+            let (user, item) = (users.number(cells[user].clone()), items.number(cells[item].clone()));
+            each(Line { user, item, rating, time, number })?;
+        }
+        if any { Ok(()) } else { Err(DataError::Empty { path: self.path.clone() }) }
+    }
+}
+
+impl RatingFiles {
+    /// Cells that every line has to have.
+    fn needed(&self) -> &'static [&'static str] {
+        match (self.implicit, self.holdout) {
+            (_, Some(HeldOut::Last)) => &CELLS,
+            (Some(Implicit { threshold: None, .. }), _) => &CELLS[..2],
+            (Some(_) | None, _) => &CELLS[..3],
+        }
+    }
+
+    /// Whether a line is a sample: of implicit feedback not all are.
+    fn is_sample(&self, line: &Line) -> bool {
+        self.implicit.and_then(|implicit| implicit.threshold).is_none_or(|threshold| line.rating >= threshold)
+    }
+}
+
+/// Which of the lines are held out.
+fn held_out(spec: &RatingFiles, seed: u64, users: &Names<'_>, items: &Names<'_>, lines: &[Line]) -> Vec<bool> {
+    let mut held = vec![false; lines.len()];
+    match spec.holdout {
+        None => {}
+        Some(HeldOut::Share(share)) => {
+            let key = Key::new(seed, Purpose::Split);
+            for (held, line) in held.iter_mut().zip(lines) {
+                let key = key.named(&users.names[line.user as usize]).named(&items.names[line.item as usize]);
+                *held = (key.uniform(0) as f64) < share;
+            }
+        }
+        Some(HeldOut::Last) => {
+            // Of each user the samples so far, and the last of them; of those of one time the last line.
+            let mut last: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
+            for (at, line) in lines.iter().enumerate().filter(|(_, line)| spec.is_sample(line)) {
+                let (count, latest) = last.entry(line.user).or_insert((0, at));
+                *count += 1;
+                if line.time >= lines[*latest].time {
+                    *latest = at;
+                }
+            }
+            last.values().filter(|(count, _)| *count > 1).for_each(|(_, at)| held[*at] = true);
+        }
+    }
+    held
+}
+
+/// What the training file teaches about users and items.
+struct Known {
+    user: IdField,
+    item: IdField,
+    implicit: Option<Arc<Seen>>,
+}
+
+impl Known {
+    /// Users' ids, by their numbers.
+    fn user_ids(&self, users: &Names<'_>) -> Vec<u64> {
+        let id = |name: &Cow<'_, str>| self.user.id(std::iter::once(&**name), "").unwrap_or(NO_ID); // any text has one
+        users.names.iter().map(id).collect()
+    }
+
+    /// Items' ids, by their numbers; none for those that the training file does not have.
+    fn item_ids(&self, items: &Names<'_>) -> Vec<u64> {
+        let id = |name: &Cow<'_, str>| self.item.id(std::iter::once(&**name), "").unwrap_or(NO_ID);
+        items.names.iter().map(id).collect()
+    }
+
+    fn dataset(&self, lines: &[Line], users: &[u64], items: &[u64]) -> Dataset {
+        let ids = lines.iter().flat_map(|line| [users[line.user as usize], items[line.item as usize]]).collect();
+        Dataset {
+            shape: vec![1],
+            features: Features::F32(vec![0.0; lines.len()]), // none, of which a model takes one
+            ids: Ids { fields: 2, values: ids },
+            targets: match &self.implicit {
+                Some(seen) => Targets::Seen(seen.clone()),
+                None => Targets::Value(lines.iter().map(|line| line.rating).collect()),
+            },
+        }
+    }
+}
+
+/// Reads both splits; the vocabulary is that of the training file, also of what is held out of it.
+pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64) -> Result<Raw, DataError> {
+    let open = |path: &str| {
+        let found = find(root, &spec.base, path)?;
+        Ok((read_text(&found)?, found.display().to_string()))
+    };
+    let (text, path) = open(&spec.train)?;
+    let (mut users, mut items, mut lines) = (Names::default(), Names::default(), Vec::new());
+    File::new(path.clone(), &text, spec)?.lines(&mut users, &mut items, |line| {
+        lines.push(line);
+        Ok(())
+    })?;
+    let mut values: Vec<String> = items.names.iter().map(|name| name.to_string()).collect();
+    values.sort_unstable();
+    let bytes = values.iter().map(String::len).sum();
+    if values.len() > MOST_ITEMS || bytes > MOST_NAMES {
+        return Err(DataError::TooManyItems { path, items: values.len(), bytes, most: MOST_ITEMS });
+    }
+    let count = values.len();
+    let field =
+        |column: &str, size: Option<u64>, values| IdField { columns: vec![column.into()], size, first: 0, values };
+    let mut known =
+        Known { user: field("user", None, vec![]), item: field("item", Some(count as u64), values), implicit: None };
+    let (user_ids, item_ids) = (known.user_ids(&users), known.item_ids(&items));
+    let held = held_out(spec, seed, &users, &items, &lines);
+    let part = |of: bool| -> Vec<Line> {
+        let chosen = lines.iter().zip(&held).filter(|(line, held)| **held == of && spec.is_sample(line));
+        chosen.map(|(line, _)| *line).collect()
+    };
+    let (train, test) = (part(false), part(true));
+    if let (Some(Implicit { threshold: Some(threshold), .. }), true) =
+        (spec.implicit, train.is_empty() && test.is_empty())
+    {
+        return Err(DataError::NoPositives { path, threshold });
+    }
+    match spec.holdout {
+        Some(HeldOut::Share(share)) if train.is_empty() || test.is_empty() => {
+            let what = if test.is_empty() { "test on" } else { "train on" };
+            return Err(DataError::Holdout { share, path, what });
+        }
+        Some(HeldOut::Last) if test.is_empty() => return Err(DataError::NoLast { path }),
+        Some(_) | None => {}
+    }
+    if spec.implicit.is_some() {
+        // Whatever a user has said of an item, it is none that the user has nothing to do with.
+        let pair = |line: &Line| (user_ids[line.user as usize], item_ids[line.item as usize] as u32);
+        let seen = Seen::new(lines.iter().zip(&held).filter(|(_, held)| !**held).map(|(line, _)| pair(line)).collect());
+        if let Some(line) = train.iter().find(|line| seen.of(user_ids[line.user as usize]).len() == count) {
+            let user = users.names[line.user as usize].to_string();
+            return Err(DataError::AllItems { path, user, items: count });
+        }
+        known.implicit = Some(seen.into());
+    }
+    let test = match (&spec.test, test.is_empty()) {
+        (Some(test), _) => {
+            let (text, path) = open(test)?;
+            Some(read_test(&File::new(path, &text, spec)?, &known)?)
+        }
+        (None, false) => Some(known.dataset(&test, &user_ids, &item_ids)),
+        (None, true) => None,
+    };
+    let train = known.dataset(&train, &user_ids, &item_ids);
+    let implicit = spec.implicit.zip(known.implicit).map(|(implicit, seen)| implicit.among(count as u32, &seen));
+    let raw = Raw::new(train, test, None, Scale { per_feature: true, unit: 1.0 });
+    Ok(Raw { ids: vec![known.user, known.item], implicit, ..raw })
+}
+
+/// Samples of a file of its own.
+fn read_test(file: &File<'_>, known: &Known) -> Result<Dataset, DataError> {
+    let (mut users, mut items, mut lines) = (Names::default(), Names::default(), Vec::new());
+    file.lines(&mut users, &mut items, |line| {
+        lines.extend(file.spec.is_sample(&line).then_some(line));
+        Ok(())
+    })?;
+    let (user_ids, item_ids) = (known.user_ids(&users), known.item_ids(&items));
+    if let (Some(Implicit { threshold: Some(threshold), .. }), true) = (file.spec.implicit, lines.is_empty()) {
+        return Err(DataError::NoPositives { path: file.path.clone(), threshold });
+    }
+    let unknown = lines.iter().find(|line| known.implicit.is_some() && item_ids[line.item as usize] == NO_ID);
+    if let Some(line) = unknown {
+        let item = items.names[line.item as usize].to_string();
+        return Err(DataError::UnknownItem { path: file.path.clone(), line: line.number, item });
+    }
+    Ok(known.dataset(&lines, &user_ids, &item_ids))
+}
+
+impl Implicit {
+    /// What becomes of samples among so many items, of which users have some.
+    pub(super) fn among(self, items: u32, seen: &Seen) -> Candidates {
+        Candidates { items, pairs: seen.pairs(), negatives: self.negatives, tested: self.eval_negatives, k: self.k }
+    }
+}
+
+#[cfg(test)]
+mod tests;
