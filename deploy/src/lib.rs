@@ -7,6 +7,7 @@ mod generate;
 mod local;
 mod operate;
 mod progress;
+mod recommend;
 mod show;
 mod trained;
 
@@ -158,22 +159,25 @@ enum Cmd {
         #[arg(long)]
         json: bool,
     },
-    /// Predicts for new inputs: CSV or JSON lines in, the same with `prediction` out
+    /// Predicts for new inputs: CSV or JSON lines in, the same with `prediction` out, or with the best items for each user
     Predict {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
         checkpoint: PathBuf,
         /// CSV with a header, or JSON lines (.json, .jsonl) [default: stdin]
         ///
         /// Rows have the columns that the model was trained on; models of other data take one column a value, or
-        /// {"features": [...]}. Values are raw: they are normalised as the training data was.
+        /// {"features": [...]}. Values are raw: they are normalised as the training data was. For --top-k, rows have the
+        /// column of users; they come with `rank`, `item` and `score`, a line for each item, or with a list `items`.
         #[arg(verbatim_doc_comment)]
         input: Option<PathBuf>,
         /// The format of rows from stdin, or of a file whose name does not say it
         #[arg(long)]
         format: Option<trained::Format>,
         /// Goes on with a text instead, as a language model was trained to
-        #[arg(long, value_name = "PROMPT", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["input", "format"])]
+        #[arg(long, value_name = "PROMPT", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["input", "format", "top_k"])]
         generate: Option<String>,
+        #[command(flatten)]
+        top: Option<recommend::Top>,
         #[command(flatten)]
         sampling: generate::Sampling,
     },
@@ -347,7 +351,9 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         Cmd::Predict { checkpoint, generate: Some(prompt), sampling, .. } => {
             generate::generate(&checkpoint, &prompt, sampling)
         }
-        Cmd::Predict { checkpoint, input, format, .. } => trained::predict(&checkpoint, input.as_ref(), format),
+        Cmd::Predict { checkpoint, input, format, top, .. } => {
+            trained::predict(&checkpoint, input.as_ref(), format, top)
+        }
         Cmd::Export { checkpoint, format, out, force } => export::export(&checkpoint, format, &out, force),
         Cmd::Status { coordinator, json } => operate::status(&coordinator, json).await,
         Cmd::Drain { worker, coordinator } => operate::drain(&coordinator, worker).await,

@@ -1,8 +1,8 @@
 //! Using what was trained: metrics on a data set, predictions for new inputs.
 
-use crate::{Wrong, read_job};
+use crate::{Wrong, read_job, recommend};
 use anyhow::{Context, Result, anyhow, bail};
-use ndarray::ArrayView1;
+use ndarray::{ArrayView1, ArrayView2};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -50,6 +50,11 @@ impl Rows {
     fn new(model: &Model, seed: u64, rows: &RowBlock) -> Rows {
         let places = rows.keys.iter().enumerate().map(|(place, key)| (*key, place)).collect();
         Rows { first: model.rows().first(seed), width: model.rows().width(), places }
+    }
+
+    /// Whether training has touched the row of an id.
+    pub fn has(&self, id: u64) -> bool {
+        self.places.contains_key(&rows::key(id))
     }
 
     /// Puts those of `rows` into a batch that it asks for.
@@ -123,7 +128,7 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     let opened = data::open_with(&source.data, source.seed, tokenizer).map_err(|e| Wrong(e.into()))?;
     let Opened { train, test, prepared: found } = opened;
     let tokens = |p: &Prepared| p.tokens.as_ref().map(|tokens| (tokens.tokenizer.clone(), tokens.vocabulary));
-    let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p), &p.ids));
+    let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p), &p.ids, p.implicit.is_some()));
     if form(&found) != form(&prepared) {
         let kind = |p: &Prepared| match (&p.classes, &p.tokens) {
             (Some(classes), _) => format!("samples of shape {:?} in {} classes", p.shape, classes.len()),
@@ -145,7 +150,7 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     let samples = test.samples();
     // The training data's statistics, and the sums of training in the same tree: the same bits as in the run's summary.
     let (train_samples, test_samples) = (train.samples() as u64, samples as u64);
-    let prepared = Prepared { train_samples, test_samples, tokens: found.tokens, ..prepared };
+    let prepared = Prepared { train_samples, test_samples, tokens: found.tokens, implicit: found.implicit, ..prepared };
     let opened = Opened { train, test: Some(test), prepared: prepared.clone() };
     let root = Node::root(job.train.partitions);
     let name = job.name.clone();
@@ -178,11 +183,41 @@ pub enum Format {
     Json,
 }
 
+/// Names and their values.
+pub type Fields = Vec<(String, Value)>;
+
 /// One input row: its own fields in order, and the raw features.
-struct Row {
-    fields: Vec<(String, Value)>,
+pub struct Row {
+    fields: Fields,
     features: Vec<f32>,
-    ids: Vec<u64>,
+    pub ids: Vec<u64>,
+}
+
+/// What is said of rows.
+pub trait Answers {
+    /// Names of what is added to a row.
+    fn columns(&self) -> Vec<&'static str>;
+
+    /// A row's raw features, and its ids.
+    ///
+    /// # Errors
+    /// Fields that a model does not take.
+    fn read(&self, fields: &[(String, Value)]) -> Result<(Vec<f32>, Vec<u64>)>;
+
+    /// The values under [`Answers::columns`] for each row: one answer, or where they have a `list` any number.
+    fn answer(&mut self, rows: &[Row]) -> Vec<Vec<Fields>>;
+
+    /// Under which name a row's answers are a list in JSON.
+    fn list(&self) -> Option<&'static str>;
+}
+
+/// A field as a table has it.
+pub fn cell(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    }
 }
 
 /// What turns a row's fields into a model's inputs.
@@ -214,17 +249,7 @@ fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) 
     }
     let want: usize = prepared.shape.iter().product();
     if !prepared.columns.is_empty() || !prepared.ids.is_empty() {
-        let texts: Vec<(&str, String)> = fields
-            .iter()
-            .map(|(name, value)| {
-                let text = match value {
-                    Value::String(s) => s.clone(),
-                    Value::Null => String::new(),
-                    other => other.to_string(),
-                };
-                (name.as_str(), text)
-            })
-            .collect();
+        let texts: Vec<(&str, String)> = fields.iter().map(|(name, value)| (name.as_str(), cell(value))).collect();
         let cell = |name: &str| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str());
         return Ok((encode(prepared, cell)?, encode_ids(prepared, cell)?));
     }
@@ -248,8 +273,13 @@ fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) 
     Ok((values, Vec::new()))
 }
 
-/// `unisono predict`: rows in, the same rows with `prediction` (and `probability`) out.
-pub fn predict(checkpoint: &Path, input: Option<&PathBuf>, format: Option<Format>) -> Result<ExitCode> {
+/// `unisono predict`: rows in, the same rows with `prediction` (and `probability`) out, or with the `top` items for their users.
+pub fn predict(
+    checkpoint: &Path,
+    input: Option<&PathBuf>,
+    format: Option<Format>,
+    top: Option<recommend::Top>,
+) -> Result<ExitCode> {
     let (_, trained) = load(checkpoint).map_err(Wrong)?;
     if trained.manifest.prepared.predicts_next() {
         let what = "was trained to go on with a text; use --generate PROMPT";
@@ -268,9 +298,13 @@ pub fn predict(checkpoint: &Path, input: Option<&PathBuf>, format: Option<Format
     let format =
         format.or(by_name).ok_or_else(|| Wrong(anyhow!("say --format csv or --format json for rows from stdin")))?;
     let out = std::io::stdout().lock();
+    let mut answers: Box<dyn Answers> = match top {
+        Some(top) => Box::new(recommend::Recommender::new(&trained, top).map_err(Wrong)?),
+        None => Box::new(Predictor::new(&trained, ROWS)),
+    };
     let done = match format {
-        Format::Json => predict_json(&trained, &mut reader, &name, out),
-        Format::Csv => predict_csv(&trained, &mut reader, &name, out),
+        Format::Json => predict_json(&mut *answers, &mut reader, &name, out),
+        Format::Csv => predict_csv(&mut *answers, &mut reader, &name, out),
     };
     match done {
         // Who reads the answers has enough of them.
@@ -294,13 +328,19 @@ pub fn is_broken_pipe(e: &anyhow::Error) -> bool {
 /// Rows that are read together, and computed together; of tokens, positions.
 const ROWS: usize = 256;
 
-fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: impl Write) -> Result<()> {
-    let mut predictor = Predictor::new(trained);
-    let inputs = Inputs::new(&trained.manifest.prepared);
+fn predict_json(answers: &mut dyn Answers, input: &mut dyn Read, name: &str, mut out: impl Write) -> Result<()> {
     let mut rows = Vec::new();
-    let mut write = |rows: &mut Vec<Row>| -> Result<()> {
-        for (answers, row) in predictor.answer(rows).into_iter().zip(std::mem::take(rows)) {
-            let object: Map<String, Value> = row.fields.into_iter().chain(answers).collect();
+    let mut write = |answers: &mut dyn Answers, rows: &mut Vec<Row>| -> Result<()> {
+        for (said, row) in answers.answer(rows).into_iter().zip(std::mem::take(rows)) {
+            let mut object: Map<String, Value> = row.fields.into_iter().collect();
+            let object_of = |fields: Fields| fields.into_iter().collect::<Map<String, Value>>();
+            match answers.list() {
+                Some(list) => {
+                    object
+                        .insert(list.into(), said.into_iter().map(|fields| Value::Object(object_of(fields))).collect());
+                }
+                None => object.extend(said.into_iter().flat_map(object_of)),
+            }
             writeln!(out, "{}", Value::Object(object))?;
         }
         Ok(())
@@ -315,41 +355,37 @@ fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: im
             let object: Map<String, Value> =
                 serde_json::from_str(&line).context("this is not one JSON object a line")?;
             let fields: Vec<(String, Value)> = object.into_iter().collect();
-            let (features, ids) = features(&inputs, &fields)?;
+            let (features, ids) = answers.read(&fields)?;
             Ok(Row { features, ids, fields })
         })();
         match parsed {
             Ok(row) => rows.push(row),
             Err(e) => {
-                write(&mut rows)?;
+                write(answers, &mut rows)?;
                 return Err(e.context(at()));
             }
         }
         if rows.len() == ROWS {
-            write(&mut rows)?;
+            write(answers, &mut rows)?;
         }
     }
-    write(&mut rows)
+    write(answers, &mut rows)
 }
 
-fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
-    let mut predictor = Predictor::new(trained);
-    let inputs = Inputs::new(&trained.manifest.prepared);
+fn predict_csv(answers: &mut dyn Answers, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).flexible(true).from_reader(input);
     let header: Vec<String> = reader.headers().with_context(|| name.to_string())?.iter().map(Into::into).collect();
     if header.iter().all(|name| name.is_empty() || name.parse::<f64>().is_ok()) {
         bail!("{name}:1: the first line must name the columns");
     }
     let mut out = csv::Writer::from_writer(out);
-    out.write_record(header.iter().cloned().chain(predictor.columns().map(String::from)))?;
+    out.write_record(header.iter().cloned().chain(answers.columns().into_iter().map(String::from)))?;
     let mut rows = Vec::new();
-    let mut write = |rows: &mut Vec<Row>| -> Result<()> {
-        for (answers, row) in predictor.answer(rows).into_iter().zip(std::mem::take(rows)) {
-            let cells = row.fields.into_iter().chain(answers).map(|(_, v)| match v {
-                Value::String(s) => s,
-                other => other.to_string(),
-            });
-            out.write_record(cells)?;
+    let mut write = |answers: &mut dyn Answers, rows: &mut Vec<Row>| -> Result<()> {
+        for (said, row) in answers.answer(rows).into_iter().zip(std::mem::take(rows)) {
+            for fields in said {
+                out.write_record(row.fields.iter().chain(&fields).map(|(_, value)| cell(value)))?;
+            }
         }
         out.flush()?;
         Ok(())
@@ -363,71 +399,63 @@ fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Wr
             }
             let fields: Vec<(String, Value)> =
                 header.iter().cloned().zip(record.iter().map(|c| Value::String(c.into()))).collect();
-            let (features, ids) = features(&inputs, &fields).with_context(|| format!("{name}:{line}"))?;
+            let (features, ids) = answers.read(&fields).with_context(|| format!("{name}:{line}"))?;
             Ok(Row { fields, features, ids })
         })();
         match parsed {
             Ok(row) => rows.push(row),
             Err(e) => {
-                write(&mut rows)?;
+                write(answers, &mut rows)?;
                 return Err(e);
             }
         }
         if rows.len() == ROWS {
-            write(&mut rows)?;
+            write(answers, &mut rows)?;
         }
     }
-    write(&mut rows)
+    write(answers, &mut rows)
 }
 
 /// A model with the memory to run it.
-struct Predictor<'a> {
-    trained: &'a Trained,
+pub struct Predictor<'a> {
+    pub trained: &'a Trained,
+    inputs: Inputs<'a>,
+    /// Rows that are computed together.
+    pub rows: usize,
     workspace: Workspace,
     batch: Batch,
 }
 
 impl<'a> Predictor<'a> {
-    fn new(trained: &'a Trained) -> Predictor<'a> {
-        Predictor {
-            workspace: Workspace::new(&trained.model, Predictor::rows(trained), 1),
-            batch: Batch::empty(),
-            trained,
-        }
+    /// For so many rows together; of tokens, positions.
+    pub fn new(trained: &'a Trained, rows: usize) -> Predictor<'a> {
+        let rows = (rows / trained.model.positions()).max(1);
+        let (workspace, batch) = (Workspace::new(&trained.model, rows, 1), Batch::empty());
+        Predictor { inputs: Inputs::new(&trained.manifest.prepared), rows, workspace, batch, trained }
     }
 
-    /// Rows that are computed together.
-    fn rows(trained: &Trained) -> usize {
-        (ROWS / trained.model.positions()).max(1)
-    }
-
-    /// Names of what is added to a row.
-    fn columns(&self) -> impl Iterator<Item = &'static str> + use<> {
-        let manifest = &self.trained.manifest;
-        let classes = manifest.prepared.classes.is_some();
-        let probability = classes && !matches!(manifest.job.train.loss, job::Loss::Hinge);
-        ["prediction"].into_iter().chain(probability.then_some("probability"))
-    }
-
-    /// The values under [`Predictor::columns`] for each row.
-    fn answer(&mut self, rows: &[Row]) -> Vec<Vec<(String, Value)>> {
-        rows.chunks(Predictor::rows(self.trained)).flat_map(|rows| self.together(rows)).collect()
-    }
-
-    fn together(&mut self, rows: &[Row]) -> Vec<Vec<(String, Value)>> {
+    /// The model's outputs, `(rows, outputs)`, for raw features, `(rows, features)`, and ids, `(rows, fields)`, of at most
+    /// [`Predictor::rows`].
+    pub fn logits(&mut self, features: Vec<f32>, ids: Vec<u64>) -> ArrayView2<'_, f32> {
         let Trained { manifest, model, weights, blocks, rows: tables, .. } = self.trained;
         let prepared = &manifest.prepared;
+        let rows = features.len() / prepared.shape.iter().product::<usize>();
         let data = Dataset {
             shape: prepared.shape.clone(),
-            features: Features::F32(rows.iter().flat_map(|r| r.features.iter().copied()).collect()),
-            ids: Ids { fields: prepared.ids.len(), values: rows.iter().flat_map(|r| r.ids.iter().copied()).collect() },
-            targets: Targets::Value(vec![0.0; rows.len()]),
+            features: Features::F32(features),
+            ids: Ids { fields: prepared.ids.len(), values: ids },
+            targets: Targets::Value(vec![0.0; rows]),
         };
         self.batch.clear();
-        self.batch.fill(&data, prepared, 0..rows.len(), None, true);
+        self.batch.fill(&data, prepared, 0..rows, None, true);
         tables.fill(blocks, &mut self.batch);
-        let columns: Vec<&str> = self.columns().collect();
-        let logits = train::evaluate(model, weights, &self.batch, &mut self.workspace);
+        train::evaluate(model, weights, &self.batch, &mut self.workspace)
+    }
+
+    fn together(&mut self, rows: &[Row]) -> Vec<Vec<Fields>> {
+        let (prepared, columns) = (&self.trained.manifest.prepared, self.columns());
+        let features = rows.iter().flat_map(|r| r.features.iter().copied()).collect();
+        let logits = self.logits(features, rows.iter().flat_map(|r| r.ids.iter().copied()).collect());
         let answer = |x: ArrayView1<'_, f32>| {
             let values = match &prepared.classes {
                 None => vec![json!(x[0])],
@@ -441,8 +469,29 @@ impl<'a> Predictor<'a> {
                     vec![json!(classes.get(best)), json!(probability)]
                 }
             };
-            columns.iter().map(|c| c.to_string()).zip(values).collect()
+            vec![columns.iter().map(|c| c.to_string()).zip(values).collect()]
         };
         logits.rows().into_iter().map(answer).collect()
+    }
+}
+
+impl Answers for Predictor<'_> {
+    fn columns(&self) -> Vec<&'static str> {
+        let manifest = &self.trained.manifest;
+        let classes = manifest.prepared.classes.is_some();
+        let probability = classes && !matches!(manifest.job.train.loss, job::Loss::Hinge);
+        ["prediction"].into_iter().chain(probability.then_some("probability")).collect()
+    }
+
+    fn read(&self, fields: &[(String, Value)]) -> Result<(Vec<f32>, Vec<u64>)> {
+        features(&self.inputs, fields)
+    }
+
+    fn answer(&mut self, rows: &[Row]) -> Vec<Vec<Fields>> {
+        rows.chunks(self.rows).flat_map(|rows| self.together(rows)).collect()
+    }
+
+    fn list(&self) -> Option<&'static str> {
+        None
     }
 }

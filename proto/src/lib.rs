@@ -25,6 +25,8 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Largest message either side accepts: a chunk and its frame.
 pub const MAX_MESSAGE: usize = 4 << 20;
+/// A job and what is known of its data, at most: the names of classes, words and items are among it.
+pub const MAX_JOB: usize = 128 << 20;
 /// HTTP/2 stream window.
 pub const STREAM_WINDOW: u32 = 4 << 20;
 /// HTTP/2 connection window.

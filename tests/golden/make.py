@@ -626,15 +626,37 @@ def batches_of_ids(name, count, numbers, fields, ids, per_field=False, nothing=0
         yield torch.randn(ROWS, numbers, generator=draw), places, (random(ROWS) < 0.5).float()
 
 
+OTHERS = 2
+
+
+def candidates(name, count, ids):
+    """Samples of implicit feedback: a user with its own item, then with others."""
+    each = 1 + OTHERS
+    for x, places, _ in batches_of_ids(name, count, 1, 2, ids, per_field=True):
+        user, item = places[::each].repeat_interleave(each, 0).T
+        places = torch.stack([user, ids + (item + torch.arange(ROWS) % each) % ids], 1)
+        yield 0 * x, places, (torch.arange(ROWS) % each == 0).float()
+
+
+def bpr(out, _):
+    """Rendle et al., "BPR", 2009, equation 6."""
+    out = out.unflatten(0, (-1, 1 + OTHERS))
+    return -F.logsigmoid(out[:, :1] - out[:, 1:]).mean()
+
+
+BY_CLASSES = nn.BCEWithLogitsLoss(), {"kind": "binary-cross-entropy", "positive_weight": 1.0}, True
+
+
 def by_ids(name, model, spec, batches, optimizer, row_optimizer, known=SOME_IDS, steps=STEPS, zeros=False,
-           rename=lambda name: name, run=None):
+           rename=lambda name: name, run=None, loss=BY_CLASSES):
     """What becomes of a model whose batches come in turn, and of the rows that their ids choose."""
     def through(x, places):
         Lookup.places = places
         return model(x)
 
     run, batches = run or through, list(batches)
-    criterion, ids = nn.BCEWithLogitsLoss(), [*known, NO_ID]
+    criterion, loss_spec, classes = loss
+    ids = [*known, NO_ID]
     tables = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
     first = {"weights": {}, "rows": {}}
     with torch.no_grad():
@@ -647,7 +669,7 @@ def by_ids(name, model, spec, batches, optimizer, row_optimizer, known=SOME_IDS,
             first["rows" if path in tables else "weights"][rename(path)] = {"seed": seed, "bound": bound}
     all_of = lambda values: [value for batch in batches for value in values(*batch)]
     out = {"name": name, "shape": [batches[0][0].shape[1]], "fields": batches[0][1].shape[1], "model": spec,
-           "loss": {"kind": "binary-cross-entropy", "positive_weight": 1.0}, "classes": True, "clip_norm": None,
+           "loss": loss_spec, "classes": classes, "clip_norm": None,
            "clip_value": None, "optimizer": optimizer[1], "row_optimizer": row_optimizer[1], "known": known, **first,
            "inputs": all_of(lambda x, _, __: flat(x)), "targets": all_of(lambda _, __, y: flat(y)),
            "ids": all_of(lambda _, places, __: [ids[place] for place in places.reshape(-1).tolist()])}
@@ -691,6 +713,17 @@ def of_ids():
     yield by_ids(name, deepfm(2, fields, fields * each, 4, [8]),
                  {"kind": "deepfm", "width": 4, "hidden": [8], "dropout": 0.0},
                  batches_of_ids(name, 2, 2, fields, each, per_field=True), *both, [*range(fields * each)])
+    factors = lambda rows, width: nn.Sequential(
+        Parallel("sum", *wide(1, rows), [Lookup(rows, width), Products(width, add_up=True)]))
+    of_candidates = {
+        "bpr": (bpr, {"kind": "bpr"}, False),
+        "binary-cross-entropy of candidates": (
+            nn.BCEWithLogitsLoss(pos_weight=torch.tensor(1.5)), {"kind": "binary-cross-entropy", "positive_weight": 1.5}, False),
+    }
+    for kind, loss in of_candidates.items():
+        name = f"loss {kind}"
+        yield by_ids(name, factors(2 * each, 4), {"kind": "matrix-factorization", "width": 4}, candidates(name, 3, each), *both,
+                     [*range(2 * each)], loss=loss)
     name, numbers = "dlrm dot", 5
     of_dlrm = {"kind": "dlrm", "width": 4, "bottom": [8], "top": [16], "interaction": "dot"}
     yield by_ids(name, dlrm(numbers, fields, fields * each, 4, [8], [16], True), of_dlrm,

@@ -138,6 +138,26 @@ clip_norm = 0.05
 tables = { optimizer = { kind = "lazy-adam", lr = 0.01 } }
 "#;
 
+/// What users take, beside items that are drawn for each sample anew in each epoch, whoever has it; hashed partitions and last batches
+/// are uneven.
+const TAKEN: &str = r#"
+data = { format = "synthetic", task = "ratings", users = 60, items = 90, samples = 1021, test_samples = 41, partition = "hashed",
+         implicit = { negatives = 3, eval_negatives = 20, k = 5 } }
+[model]
+kind = "deepfm"
+width = 5
+hidden = [12]
+dropout = 0.1
+[train]
+partitions = 7
+micro_batch = 9
+steps = 80
+loss = "bpr"
+optimizer = "adamw"
+clip_norm = 0.05
+tables = { optimizer = { kind = "lazy-adam", lr = 0.01 } }
+"#;
+
 /// Products of vectors, and FTRL.
 const DOTS: &str = r#"
 data = { format = "synthetic", task = "clicks", numbers = 3, fields = 5, vocabulary = 3000, samples = 721, test_samples = 101 }
@@ -407,6 +427,31 @@ fn texts_with_classes_are_the_same_for_all() {
 #[test]
 fn clicks_with_sparse_tables_are_the_same_for_all() {
     is_the_same_for_all(CLICKS, 4000);
+}
+
+#[test]
+fn candidates_that_are_drawn_are_the_same_for_all() {
+    is_the_same_for_all(TAKEN, 4000);
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = written(dir.path(), TAKEN);
+    let with = |more: &[&str]| calm(&[&[job.as_str()], more].concat());
+    let read = with(&[]);
+    let eval = read["eval"].clone();
+    assert!(eval["hit_rate"].as_f64() > Some(0.0) && eval["ndcg"].as_f64() < eval["hit_rate"].as_f64(), "{eval}");
+    assert_eq!(eval["k"], 5);
+    // Each key counts, in training or in the test.
+    for (key, training) in [
+        ("data.ship=true", None),
+        ("data.implicit.negatives=2", Some(true)),
+        ("train.loss=binary-cross-entropy", Some(true)),
+        ("data.implicit.eval_negatives=all", Some(false)),
+        ("data.implicit.k=2", Some(false)),
+    ] {
+        let got = with(&["--set", key]);
+        assert_eq!(got["weights_digest"] == read["weights_digest"], training != Some(true), "{key}");
+        assert_eq!(got["eval"] == eval, training.is_none(), "{key}");
+        assert_eq!(got["samples"], read["samples"], "a sample is one, whatever is drawn beside it");
+    }
 }
 
 #[test]

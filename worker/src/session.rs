@@ -61,7 +61,8 @@ struct KeptJob {
 }
 
 async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Result<Result<(), String>> {
-    let reply = match answer(options, client.get_job(v1::GetJobRequest { version: wire::VERSION.into() })).await {
+    let mut asking = client.clone().max_decoding_message_size(wire::MAX_JOB);
+    let reply = match answer(options, asking.get_job(v1::GetJobRequest { version: wire::VERSION.into() })).await {
         Ok(reply) => reply.into_inner(),
         Err(e) if e.code() == tonic::Code::FailedPrecondition => return Ok(Err(e.message().into())),
         Err(e) => return Err(plain(&options.url, &e)),

@@ -48,7 +48,7 @@ struct Line {
     rating: f32,
     /// 0 unless it is asked for.
     time: f64,
-    number: usize,
+    number: u32,
 }
 
 /// Texts, numbered in the order in which they first came.
@@ -161,7 +161,7 @@ impl<'a> File<'a> {
             };
             any = true;
             let (user, item) = (users.number(cells[user].clone()), items.number(cells[item].clone()));
-            each(Line { user, item, rating, time, number })?;
+            each(Line { user, item, rating, time, number: number as u32 })?;
         }
         if any { Ok(()) } else { Err(DataError::Empty { path: self.path.clone() }) }
     }
@@ -270,13 +270,19 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64) -> Result
         Known { user: field("user", None, vec![]), item: field("item", Some(count as u64), values), implicit: None };
     let (user_ids, item_ids) = (known.user_ids(&users), known.item_ids(&items));
     let held = held_out(spec, seed, &users, &items, &lines);
-    let part = |of: bool| -> Vec<Line> {
-        let chosen = lines.iter().zip(&held).filter(|(line, held)| **held == of && spec.is_sample(line));
-        chosen.map(|(line, _)| *line).collect()
-    };
-    let (train, test) = (part(false), part(true));
-    if let (Some(Implicit { threshold: Some(threshold), .. }), true) =
-        (spec.implicit, train.is_empty() && test.is_empty())
+    let mut seen = Vec::new();
+    if spec.implicit.is_some() {
+        // Whatever a user has said of an item, it is none that the user has nothing to do with.
+        let pair = |line: &Line| (user_ids[line.user as usize], item_ids[line.item as usize] as u32);
+        seen.extend(lines.iter().zip(&held).filter(|(_, held)| !**held).map(|(line, _)| pair(line)));
+    }
+    let of_test = lines.iter().zip(&held).filter(|(_, held)| **held).map(|(line, _)| *line);
+    let test: Vec<Line> = of_test.filter(|line| spec.is_sample(line)).collect();
+    let mut is_held = held.iter();
+    lines.retain(|line| is_held.next() == Some(&false) && spec.is_sample(line));
+    let train = lines;
+    if let (Some(Implicit { threshold: Some(threshold), .. }), true, true) =
+        (spec.implicit, train.is_empty(), test.is_empty())
     {
         return Err(DataError::NoPositives { path, threshold });
     }
@@ -289,9 +295,7 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64) -> Result
         Some(_) | None => {}
     }
     if spec.implicit.is_some() {
-        // Whatever a user has said of an item, it is none that the user has nothing to do with.
-        let pair = |line: &Line| (user_ids[line.user as usize], item_ids[line.item as usize] as u32);
-        let seen = Seen::new(lines.iter().zip(&held).filter(|(_, held)| !**held).map(|(line, _)| pair(line)).collect());
+        let seen = Seen::new(seen);
         if let Some(line) = train.iter().find(|line| seen.of(user_ids[line.user as usize]).len() == count) {
             let user = users.names[line.user as usize].to_string();
             return Err(DataError::AllItems { path, user, items: count });
@@ -326,7 +330,7 @@ fn read_test(file: &File<'_>, known: &Known) -> Result<Dataset, DataError> {
     let unknown = lines.iter().find(|line| known.implicit.is_some() && item_ids[line.item as usize] == NO_ID);
     if let Some(line) = unknown {
         let item = items.names[line.item as usize].to_string();
-        return Err(DataError::UnknownItem { path: file.path.clone(), line: line.number, item });
+        return Err(DataError::UnknownItem { path: file.path.clone(), line: line.number as usize, item });
     }
     Ok(known.dataset(&lines, &user_ids, &item_ids))
 }

@@ -174,6 +174,33 @@ mod tests {
         }
     }
 
+    /// The figures that examples/implicit.toml is held against.
+    #[test]
+    fn the_example_is_between_what_is_popular_and_what_was_planted() {
+        let toml = include_str!("../../../examples/implicit.toml").into();
+        let text = job::JobText { file: "implicit.toml".into(), base: ".".into(), toml, overrides: vec![] };
+        let example = job::parse(text).unwrap();
+        let job::Source::Ratings(spec) = &example.data.source else { panic!() };
+        let raw = make(example.seed, spec).unwrap();
+        let Targets::Seen(seen) = &raw.train.targets else { panic!() };
+        let key = Key::new(example.seed, Purpose::Synthetic).named("ratings");
+        let items: Vec<_> = (0..spec.items).map(|item| planted(key, "item", item, spec.rank)).collect();
+        let mut popular = vec![0.0; items.len()];
+        raw.train.ids.values.chunks(2).for_each(|ids| popular[(ids[1] - spec.users) as usize] += 1.0);
+        let (mut by_liking, mut by_popularity) = (0, 0);
+        for ids in raw.test.as_ref().unwrap().ids.values.chunks(2) {
+            let (own, seen) = ((ids[1] - spec.users) as usize, seen.of(ids[0]));
+            let hit = |scores: &[f32]| {
+                let before = (0..items.len()).filter(|i| scores[*i] > scores[own] && !seen.contains(&(*i as u32)));
+                u64::from(before.count() < 10)
+            };
+            by_liking += hit(&liking(&planted(key, "user", ids[0], spec.rank), &items));
+            by_popularity += hit(&popular);
+        }
+        let share = |hits: u64| (1000.0 * hits as f64 / spec.test_samples as f64).round() / 10.0;
+        assert_eq!((share(by_liking), share(by_popularity)), (0.0, 0.0), "as the example says");
+    }
+
     #[test]
     fn ratings_are_of_the_deviations_that_were_said() {
         let spec = job::Ratings {
