@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use unisono_common::checkpoint::{Manifest, rows_from_safetensors, weights_from_safetensors};
-use unisono_common::data::csv::{encode, encode_ids, encode_text};
+use unisono_common::data::table::{encode, encode_ids, encode_text};
 use unisono_common::data::tokenizer::Encoder;
-use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Targets};
-use unisono_common::job;
+use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Skipped, Targets};
+use unisono_common::job::{self, Form, Source, Table};
 use unisono_common::kernels::math;
 use unisono_common::metrics::predicted;
 use unisono_common::model::Model;
@@ -113,7 +113,10 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     // Another text has to become the model's tokens.
     let tokenizer = prepared.tokens.as_ref().and_then(|tokens| tokens.tokenizer.as_ref());
     let opened = data::open_with(&source.data, source.seed, tokenizer).map_err(|e| Wrong(e.into()))?;
-    let Opened { train, test, prepared: found } = opened;
+    let Opened { train, test, prepared: found, skipped } = opened;
+    if let Some(warning) = skipped.as_ref().and_then(Skipped::warning) {
+        eprintln!("{warning}");
+    }
     let tokens = |p: &Prepared| p.tokens.as_ref().map(|tokens| (tokens.tokenizer.clone(), tokens.vocabulary));
     let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p), &p.ids));
     if form(&found) != form(&prepared) {
@@ -138,7 +141,7 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     // The training data's statistics, and the sums of training in the same tree: the same bits as in the run's summary.
     let (train_samples, test_samples) = (train.samples() as u64, samples as u64);
     let prepared = Prepared { train_samples, test_samples, tokens: found.tokens, ..prepared };
-    let opened = Opened { train, test: Some(test), prepared: prepared.clone() };
+    let opened = Opened { train, test: Some(test), prepared: prepared.clone(), skipped: None };
     let root = Node::root(job.train.partitions);
     let name = job.name.clone();
     let eval = Compute::new(job, Samples::Read(Box::new(opened)), prepared, Arc::new(model))
@@ -150,10 +153,12 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
         .context("the rows are all there")?
         .summary();
     if json {
-        println!(
-            "{}",
-            json!({ "job": name, "step": step, "samples": samples, "eval": eval, "weights_digest": weights_digest })
-        );
+        let mut summary =
+            json!({ "job": name, "step": step, "samples": samples, "eval": eval, "weights_digest": weights_digest });
+        if let Some(skipped) = skipped {
+            summary["skipped"] = skipped.samples.into();
+        }
+        println!("{summary}");
     } else {
         println!(
             "  checkpoint   {}\n  job          {name}, step {step}\n  samples      {samples}\n  test         {eval}",
@@ -182,20 +187,27 @@ struct Inputs<'a> {
     prepared: &'a Prepared,
     /// Of a model that takes texts: the name of their field.
     text: Option<(&'a str, Encoder<'a>)>,
+    /// What a column holds that a row does not have; `None`: it must have all.
+    absent: Option<&'static str>,
 }
 
 impl<'a> Inputs<'a> {
-    fn new(prepared: &'a Prepared) -> Inputs<'a> {
+    fn new(Manifest { prepared, job, .. }: &'a Manifest) -> Inputs<'a> {
         let text = prepared
             .tokens
             .as_ref()
             .and_then(|tokens| Some((tokens.column.as_ref()?.name.as_str(), tokens.tokenizer.as_ref()?.encoder())));
-        Inputs { prepared, text }
+        // As the lines that the model was trained on.
+        let lacking = matches!(&job.data.source, Source::Table(Table { form: Form::JsonLines, .. }));
+        Inputs { prepared, text, absent: lacking.then_some("") }
     }
 }
 
 /// A row's raw features, and its ids.
-fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) -> Result<(Vec<f32>, Vec<u64>)> {
+fn features(
+    Inputs { prepared, text, absent }: &Inputs<'_>,
+    fields: &[(String, Value)],
+) -> Result<(Vec<f32>, Vec<u64>)> {
     if let Some((name, encoder)) = text {
         let field = fields.iter().find(|(field, _)| field == name);
         let (_, field) =
@@ -217,7 +229,7 @@ fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) 
                 (name.as_str(), text)
             })
             .collect();
-        let cell = |name: &str| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str());
+        let cell = |name: &str| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str()).or(*absent);
         return Ok((encode(prepared, cell)?, encode_ids(prepared, cell)?));
     }
     let number = |v: &Value| match v {
@@ -288,7 +300,7 @@ const ROWS: usize = 256;
 
 fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: impl Write) -> Result<()> {
     let mut predictor = Predictor::new(trained);
-    let inputs = Inputs::new(&trained.manifest.prepared);
+    let inputs = Inputs::new(&trained.manifest);
     let mut rows = Vec::new();
     let mut write = |rows: &mut Vec<Row>| -> Result<()> {
         for (answers, row) in predictor.answer(rows).into_iter().zip(std::mem::take(rows)) {
@@ -326,7 +338,7 @@ fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: im
 
 fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
     let mut predictor = Predictor::new(trained);
-    let inputs = Inputs::new(&trained.manifest.prepared);
+    let inputs = Inputs::new(&trained.manifest);
     let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).flexible(true).from_reader(input);
     let header: Vec<String> = reader.headers().with_context(|| name.to_string())?.iter().map(Into::into).collect();
     if header.iter().all(|name| name.is_empty() || name.parse::<f64>().is_ok()) {

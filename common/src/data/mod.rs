@@ -8,7 +8,8 @@
 //! | `cifar` | the binary files of CIFAR-10 and CIFAR-100 |
 //! | `images`, `picture` | folders of PNG and JPEG files, and one of these |
 //! | `augment` | pictures that are a little different in each epoch |
-//! | [`csv`] | tables: numbers, and categories one-hot encoded |
+//! | [`table`] | CSV, JSON lines and Parquet: numbers, and categories one-hot encoded |
+//! | `bad` | rows and pictures that are left out |
 //! | `text` | windows of plain text, as tokens |
 //! | [`id`] | what the ids are that choose rows of sparse tables |
 //! | [`tokenizer`] | from text to tokens, and back |
@@ -18,10 +19,10 @@
 //! A format yields raw samples; [`open`] learns from the training set how they are normalised ([`Prepared`]).
 
 mod augment;
+mod bad;
 mod batch;
 mod cifar;
 mod clicks;
-pub mod csv;
 mod dataset;
 mod digits;
 mod error;
@@ -32,10 +33,12 @@ pub mod partition;
 mod picture;
 mod ratings;
 mod synthetic;
+pub mod table;
 mod text;
 pub mod tokenizer;
 
 pub use augment::Draw;
+pub use bad::Skipped;
 pub use batch::Batch;
 pub use dataset::{Dataset, Features, Ids, Targets};
 pub use error::DataError;
@@ -63,9 +66,9 @@ pub struct Prepared {
     pub test_samples: u64,
     /// blake3 of the raw samples of both splits, hex: a worker that reads other data is noticed.
     pub digest: String,
-    /// For CSV: how columns become features.
+    /// For tables: how columns become features.
     pub columns: Vec<Column>,
-    /// For CSV: the text that stands for a missing value (an empty cell always does).
+    /// For tables: the text that stands for a missing value (an empty cell always does).
     #[serde(default)]
     pub missing: String,
     /// Where samples are tokens.
@@ -98,7 +101,7 @@ pub struct TextColumn {
     pub truncate: bool,
 }
 
-/// One CSV column: a number, or a categorical value one-hot encoded over `values` (an unknown value is all zeros).
+/// One column of a table: a number, or a categorical value one-hot encoded over `values` (an unknown value is all zeros).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Column {
     pub name: String,
@@ -116,6 +119,8 @@ pub struct Opened {
     pub train: Arc<Dataset>,
     pub test: Option<Arc<Dataset>>,
     pub prepared: Prepared,
+    /// What was left out, where the job allows that.
+    pub skipped: Option<Skipped>,
 }
 
 /// What a format yields: both splits, and how they may be normalised.
@@ -127,6 +132,7 @@ struct Raw {
     missing: String,
     tokens: Option<Tokens>,
     ids: Vec<IdField>,
+    skipped: Option<Skipped>,
     scale: Scale,
 }
 
@@ -163,10 +169,10 @@ fn open_in(
     let raw = match &data.source {
         job::Source::Digits => digits::read(seed),
         job::Source::Idx { train, test, classes } => idx::read(root, train, test.as_ref(), *classes)?,
-        job::Source::Csv(spec) => csv::read(root, spec, seed, tokenizer)?,
+        job::Source::Table(spec) => table::read(root, spec, seed, tokenizer, data.on_error)?,
         job::Source::Text(spec) => text::read(root, spec, tokenizer)?,
         job::Source::Cifar(spec) => cifar::read(root, spec)?,
-        job::Source::Images(spec) => images::read(root, spec, seed)?,
+        job::Source::Images(spec) => images::read(root, spec, seed, data.on_error)?,
         job::Source::Synthetic { task, shape, classes, samples, test_samples } => {
             synthetic::make(seed, *task, shape, *classes, *samples, *test_samples)?
         }
@@ -186,12 +192,12 @@ impl Raw {
     /// Of samples without columns and tokens.
     fn new(train: Dataset, test: Option<Dataset>, classes: Option<Vec<String>>, scale: Scale) -> Raw {
         let (columns, missing, ids) = (Vec::new(), String::new(), Vec::new());
-        Raw { train, test, classes, columns, missing, tokens: None, ids, scale }
+        Raw { train, test, classes, columns, missing, tokens: None, ids, skipped: None, scale }
     }
 
     /// Learns the normalisation; there is at least one training sample.
     fn prepare(self, normalize: bool) -> Opened {
-        let Raw { train, test, classes, columns, missing, tokens, ids, scale } = self;
+        let Raw { train, test, classes, columns, missing, tokens, ids, skipped, scale } = self;
         // How many statistics, and how many values that follow one another share them.
         let width = if scale.per_feature { train.sample_len() } else { channels(&train.shape) };
         let plane = train.sample_len() / width;
@@ -220,7 +226,7 @@ impl Raw {
             tokens,
             ids,
         };
-        Opened { train: Arc::new(train), test: test.map(Arc::new), prepared }
+        Opened { train: Arc::new(train), test: test.map(Arc::new), prepared, skipped }
     }
 }
 
@@ -391,19 +397,23 @@ fn reader(path: &Path) -> io::Result<Box<dyn Read>> {
     Ok(if gzipped { Box::new(flate2::bufread::MultiGzDecoder::new(file)) } else { Box::new(file) })
 }
 
+/// A whole file, without a byte order mark.
+fn read_bytes(path: &Path) -> Result<Vec<u8>, DataError> {
+    let mut bytes = Vec::new();
+    let read = reader(path).and_then(|mut file| file.read_to_end(&mut bytes));
+    read.map_err(DataError::read(&path.display().to_string()))?;
+    if bytes.starts_with(b"\xef\xbb\xbf") {
+        bytes.drain(..3);
+    }
+    Ok(bytes)
+}
+
 /// A whole file of text, without a byte order mark.
 fn read_text(path: &Path) -> Result<String, DataError> {
-    let name = path.display().to_string();
-    let mut bytes = Vec::new();
-    reader(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(DataError::read(&name))?;
-    let mut text = String::from_utf8(bytes).map_err(|e| {
+    String::from_utf8(read_bytes(path)?).map_err(|e| {
         let line = 1 + newlines(&e.as_bytes()[..e.utf8_error().valid_up_to()]);
-        DataError::NotText { path: name, line }
-    })?;
-    if text.starts_with('\u{feff}') {
-        text.remove(0);
-    }
-    Ok(text)
+        DataError::NotText { path: path.display().to_string(), line }
+    })
 }
 
 fn newlines(bytes: &[u8]) -> usize {
@@ -421,7 +431,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn job(source: job::Source, normalize: bool) -> job::Data {
-        job::Data { source, normalize, ship: None, hashed: false, augment: None }
+        job::Data { source, normalize, ship: None, hashed: false, augment: None, on_error: job::OnError::Stop }
     }
 
     fn synthetic(task: job::Task) -> job::Source {

@@ -4,33 +4,38 @@ use super::*;
 use crate::data::tokenizer::{MOST_NGRAMS, MOST_WORDS};
 use crate::data::{MOST_CONTEXT, MOST_TOKENS};
 
-const FORMATS: &Kinds = &[
-    ("digits", &[]),
-    ("idx", &["train", "test", "classes", "augment"]),
-    ("cifar", &["train", "test", "classes", "augment"]),
-    ("images", &["train", "test", "holdout", "size", "channels", "augment"]),
-    (
-        "csv",
+/// The keys of all tables, and more.
+macro_rules! table_keys {
+    ($($more:literal),*) => {
         &[
             "train",
             "test",
             "holdout",
-            "header",
-            "columns",
             "target",
             "categorical",
             "ids",
             "log",
             "ignore",
             "missing",
-            "separator",
             "task",
             "text",
             "tokenizer",
             "context",
             "truncate",
-        ],
-    ),
+            "on_error",
+            "max_errors",
+            $($more),*
+        ]
+    };
+}
+
+const FORMATS: &Kinds = &[
+    ("digits", &[]),
+    ("idx", &["train", "test", "classes", "augment"]),
+    ("cifar", &["train", "test", "classes", "augment"]),
+    ("images", &["train", "test", "holdout", "size", "channels", "augment", "on_error", "max_errors"]),
+    ("csv", table_keys!("header", "columns", "separator")),
+    ("json-lines", table_keys!()),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
     (
         "synthetic",
@@ -67,7 +72,8 @@ pub(super) fn data(node: &Node, base: &str) -> Result<Data> {
             test: r.node("test").optional().map(|n| idx_paths(n, base, "data.test")).transpose()?,
             classes: r.integer("classes", 2..=256)?.optional().map(|n| n as usize),
         },
-        "csv" => Source::Csv(csv(&r, base)?),
+        "csv" => Source::Table(table(&r, base, csv(&r)?, "train.csv")?),
+        "json-lines" => Source::Table(table(&r, base, Form::JsonLines, "train.jsonl")?),
         "text" => Source::Text(plain_text(&r, base)?),
         "cifar" => Source::Cifar(pictures::cifar(&r, base)?),
         "images" => Source::Images(pictures::images(&r, base)?),
@@ -80,7 +86,15 @@ pub(super) fn data(node: &Node, base: &str) -> Result<Data> {
     let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
     let normalize = r.flag("normalize")?.or(!made);
     let augment = r.node("augment").optional().map(pictures::augment).transpose()?;
-    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment })
+    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment, on_error: on_error(&r)? })
+}
+
+fn on_error(r: &Reader<'_>) -> Result<OnError> {
+    if r.word("on_error", "way to go on", &["stop", "skip"])?.or("stop") == "stop" {
+        r.only_with(&["max_errors"], "data.on_error = \"skip\"")?;
+        return Ok(OnError::Stop);
+    }
+    Ok(OnError::Skip { most: r.integer("max_errors", COUNT_OR_0)?.or(100) as usize })
 }
 
 fn idx_paths(node: &Node, base: &str, path: &str) -> Result<IdxPaths> {
@@ -100,14 +114,22 @@ fn task(r: &Reader<'_>) -> Result<Task> {
     })
 }
 
-fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
-    let names = |key| r.list(key, "a text", text);
-    let columns = names("columns")?.optional();
+fn csv(r: &Reader<'_>) -> Result<Form> {
+    let columns = r.list("columns", "a text", text)?.optional();
     let separator = |k: &Kind| {
         let Kind::Text(t) = k else { return None };
         // One byte, and not what quoting and lines are made of.
         t.chars().next().filter(|c| t.len() == 1 && !['"', '\n', '\r'].contains(c))
     };
+    Ok(Form::Csv {
+        header: r.flag("header")?.or(columns.is_none()),
+        columns,
+        separator: r.get("separator", "one plain character, such as \";\" or \"\\t\"", separator)?.or(','),
+    })
+}
+
+fn table(r: &Reader<'_>, base: &str, form: Form, example: &str) -> Result<Table> {
+    let names = |key| r.list(key, "a text", text);
     let (test, holdout) = test_set(r)?;
     let text_column = match r.text("text")?.optional() {
         Some(column) => {
@@ -120,21 +142,19 @@ fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
             None
         }
     };
-    Ok(Csv {
+    Ok(Table {
         base: base.into(),
-        train: r.text("train")?.needed("train = \"train.csv\"")?,
+        form,
+        train: r.text("train")?.needed(&format!("train = {example:?}"))?,
         test,
         holdout,
         text: text_column,
-        header: r.flag("header")?.or(columns.is_none()),
-        columns,
         target: r.text("target")?.needed("target = \"label\"")?,
         categorical: names("categorical")?.or(Vec::new()),
         ids: r.node("ids").optional().map_or(Ok(Vec::new()), ids)?,
         log: names("log")?.or(Vec::new()),
         ignore: names("ignore")?.or(Vec::new()),
         missing: r.get("missing", "a text", text)?.or("?".into()),
-        separator: r.get("separator", "one plain character, such as \";\" or \"\\t\"", separator)?.or(','),
         task: task(r)?,
     })
 }
