@@ -201,7 +201,7 @@ impl Shared {
 
     /// Rows of sparse tables that a worker asks for at once, at most.
     pub(crate) fn most_rows(&self) -> usize {
-        self.slots().rows.max(EVAL_ROWS * self.prepared.ids.len())
+        self.slots().rows.max(EVAL_ROWS * self.prepared.id_fields())
     }
 
     /// A sign of life.

@@ -12,13 +12,13 @@ use std::sync::Arc;
 use unisono_common::checkpoint::{Manifest, rows_from_safetensors, weights_from_safetensors};
 use unisono_common::data::table::{encode, encode_ids, encode_text};
 use unisono_common::data::tokenizer::Encoder;
-use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Skipped, Targets};
+use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Skipped, Targets, libsvm};
 use unisono_common::job::{self, Form, Source, Table};
 use unisono_common::kernels::math;
 use unisono_common::metrics::predicted;
 use unisono_common::model::Model;
 use unisono_common::rows::optim::RowOptimizer;
-use unisono_common::rows::{self, First, RowBlock};
+use unisono_common::rows::{self, First, NO_ID, RowBlock};
 use unisono_common::train::{self, Workspace};
 use unisono_common::tree::Node;
 use unisono_coordinator::files;
@@ -110,15 +110,14 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
         Some(_) => read_job(other, set)?,
         None => job.clone(),
     };
-    // Another text has to become the model's tokens.
-    let tokenizer = prepared.tokens.as_ref().and_then(|tokens| tokens.tokenizer.as_ref());
-    let opened = data::open_with(&source.data, source.seed, tokenizer).map_err(|e| Wrong(e.into()))?;
+    // Another text has to become the model's tokens, and other lines as many ids.
+    let opened = data::open_as(&source.data, source.seed, Some(&prepared)).map_err(|e| Wrong(e.into()))?;
     let Opened { train, test, prepared: found, skipped } = opened;
     if let Some(warning) = skipped.as_ref().and_then(Skipped::warning) {
         eprintln!("{warning}");
     }
     let tokens = |p: &Prepared| p.tokens.as_ref().map(|tokens| (tokens.tokenizer.clone(), tokens.vocabulary));
-    let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p), &p.ids));
+    let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p), &p.ids, p.id_fields()));
     if form(&found) != form(&prepared) {
         let kind = |p: &Prepared| match (&p.classes, &p.tokens) {
             (Some(classes), _) => format!("samples of shape {:?} in {} classes", p.shape, classes.len()),
@@ -173,6 +172,8 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
 pub enum Format {
     Csv,
     Json,
+    /// Lines of `feature:value`, with or without a label; CSV out
+    Libsvm,
 }
 
 /// One input row: its own fields in order, and the raw features.
@@ -180,6 +181,8 @@ struct Row {
     fields: Vec<(String, Value)>,
     features: Vec<f32>,
     ids: Vec<u64>,
+    /// Of ids, where they have some.
+    factors: Vec<f32>,
 }
 
 /// What turns a row's fields into a model's inputs.
@@ -264,15 +267,28 @@ pub fn predict(checkpoint: &Path, input: Option<&PathBuf>, format: Option<Format
         Some(path) => {
             let file =
                 std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display())).map_err(Wrong)?;
-            let json = path.extension().is_some_and(|e| e == "json" || e == "jsonl" || e == "ndjson");
-            (Box::new(file), Some(if json { Format::Json } else { Format::Csv }))
+            let by_name = match path.extension().and_then(|ending| ending.to_str()) {
+                Some("json" | "jsonl" | "ndjson") => Format::Json,
+                Some("svm" | "libsvm") => Format::Libsvm,
+                Some(_) | None => Format::Csv,
+            };
+            (Box::new(file), Some(by_name))
         }
     };
     let name = input.map_or("stdin".into(), |p| p.display().to_string());
     let format =
-        format.or(by_name).ok_or_else(|| Wrong(anyhow!("say --format csv or --format json for rows from stdin")))?;
+        format.or(by_name).ok_or_else(|| Wrong(anyhow!("say --format csv, json or libsvm for rows from stdin")))?;
+    let sparse = trained.manifest.prepared.sparse.is_some();
+    if sparse != (format == Format::Libsvm) {
+        let what = match sparse {
+            true => "was trained on libsvm lines, and takes such; use --format libsvm",
+            false => "was not trained on libsvm lines; give its columns as CSV or JSON lines",
+        };
+        return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());
+    }
     let out = std::io::stdout().lock();
     let done = match format {
+        Format::Libsvm => predict_libsvm(&trained, &mut reader, &name, out),
         Format::Json => predict_json(&trained, &mut reader, &name, out),
         Format::Csv => predict_csv(&trained, &mut reader, &name, out),
     };
@@ -320,7 +336,7 @@ fn predict_json(trained: &Trained, input: &mut dyn Read, name: &str, mut out: im
                 serde_json::from_str(&line).context("this is not one JSON object a line")?;
             let fields: Vec<(String, Value)> = object.into_iter().collect();
             let (features, ids) = features(&inputs, &fields)?;
-            Ok(Row { features, ids, fields })
+            Ok(Row { features, ids, factors: Vec::new(), fields })
         })();
         match parsed {
             Ok(row) => rows.push(row),
@@ -368,13 +384,58 @@ fn predict_csv(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Wr
             let fields: Vec<(String, Value)> =
                 header.iter().cloned().zip(record.iter().map(|c| Value::String(c.into()))).collect();
             let (features, ids) = features(&inputs, &fields).with_context(|| format!("{name}:{line}"))?;
-            Ok(Row { fields, features, ids })
+            Ok(Row { fields, features, ids, factors: Vec::new() })
         })();
         match parsed {
             Ok(row) => rows.push(row),
             Err(e) => {
                 write(&mut rows)?;
                 return Err(e);
+            }
+        }
+        if rows.len() == ROWS {
+            write(&mut rows)?;
+        }
+    }
+    write(&mut rows)
+}
+
+fn predict_libsvm(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
+    let mut predictor = Predictor::new(trained);
+    let sparse = trained.manifest.prepared.sparse.as_ref().context("the model takes no such lines")?;
+    let mut out = csv::Writer::from_writer(out);
+    out.write_record(predictor.columns())?;
+    let mut rows: Vec<Row> = Vec::new();
+    let mut write = |rows: &mut Vec<Row>| -> Result<()> {
+        for answers in predictor.answer(rows) {
+            out.write_record(answers.into_iter().map(|(_, value)| match value {
+                Value::String(text) => text,
+                other => other.to_string(),
+            }))?;
+        }
+        rows.clear();
+        Ok(out.flush()?)
+    };
+    for (i, line) in BufReader::new(input).lines().enumerate() {
+        let at = || format!("{name}:{}", i + 1);
+        let mut row = Row { fields: Vec::new(), features: vec![0.0], ids: Vec::new(), factors: Vec::new() };
+        let parsed: Result<bool> = (|| {
+            let holds = libsvm::parse(&line?, sparse.size, &mut row.ids, &mut row.factors)?.is_some();
+            if row.ids.len() > sparse.fields {
+                return Err(libsvm::Wrong::Many { found: row.ids.len(), most: sparse.fields }.into());
+            }
+            Ok(holds)
+        })();
+        match parsed {
+            Ok(false) => continue,
+            Ok(true) => {
+                row.ids.resize(sparse.fields, NO_ID);
+                row.factors.resize(sparse.fields, 0.0);
+                rows.push(row);
+            }
+            Err(e) => {
+                write(&mut rows)?;
+                return Err(e.context(at()));
             }
         }
         if rows.len() == ROWS {
@@ -424,7 +485,11 @@ impl<'a> Predictor<'a> {
         let data = Dataset {
             shape: prepared.shape.clone(),
             features: Features::F32(rows.iter().flat_map(|r| r.features.iter().copied()).collect()),
-            ids: Ids { fields: prepared.ids.len(), values: rows.iter().flat_map(|r| r.ids.iter().copied()).collect() },
+            ids: Ids {
+                fields: prepared.id_fields(),
+                values: rows.iter().flat_map(|r| r.ids.iter().copied()).collect(),
+                factors: rows.iter().flat_map(|r| r.factors.iter().copied()).collect(),
+            },
             targets: Targets::Value(vec![0.0; rows.len()]),
         };
         self.batch.clear();

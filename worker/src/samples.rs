@@ -75,8 +75,8 @@ impl Sent {
             Some(data) => data,
             None => {
                 let request = v1::FetchRequest { session: session.clone(), partition, test };
-                // Kinds and sizes, then at most a word a value, one a target and two an id; of tokens, two windows are stored.
-                let words = 1 + 2 * (prepared.shape.iter().product::<usize>() + prepared.ids.len());
+                // Kinds and sizes, then at most a word a value, one a target and three an id; of tokens, two windows are stored.
+                let words = 1 + 2 * (prepared.shape.iter().product::<usize>() + 2 * prepared.id_fields());
                 let most = 1024 + 4 * expected as u64 * words as u64;
                 let bytes = download(client, request, most).await?;
                 let data = decode(&bytes)?;

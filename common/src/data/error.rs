@@ -158,6 +158,13 @@ pub enum DataError {
          column to data.ignore"
     )]
     Nested { at: At, column: String, what: &'static str },
+    #[error("{at}: {why}")]
+    LibSvm { at: At, why: super::libsvm::Wrong },
+    #[error(
+        "{samples} samples with {fields} places for features each do not fit in memory: all have as many as the longest line; take very \
+         long lines out"
+    )]
+    SparseTooLarge { samples: usize, fields: usize },
     #[error("{at}: this is not UTF-8 text; convert the file to UTF-8")]
     RowNotText { at: At },
     #[error(

@@ -10,6 +10,7 @@
 //! | `augment` | pictures that are a little different in each epoch |
 //! | [`table`] | CSV, JSON lines and Parquet: numbers, and categories one-hot encoded |
 //! | `bad` | rows and pictures that are left out |
+//! | [`libsvm`] | lines of features that are not 0 |
 //! | `text` | windows of plain text, as tokens |
 //! | [`id`] | what the ids are that choose rows of sparse tables |
 //! | [`tokenizer`] | from text to tokens, and back |
@@ -29,6 +30,7 @@ mod error;
 pub mod id;
 mod idx;
 mod images;
+pub mod libsvm;
 pub mod partition;
 mod picture;
 mod ratings;
@@ -77,6 +79,18 @@ pub struct Prepared {
     /// What the ids of samples are; none in most data sets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<IdField>,
+    /// Where ids are the features that a sample has, in any place, each with its value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparse: Option<Sparse>,
+}
+
+/// Features of which a sample has a few: ids, whose rows are multiplied by the features' values.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sparse {
+    /// Features of a sample, at most; others are filled up with ids that are none.
+    pub fields: usize,
+    /// The largest number of a feature; `None`: any of 64 bits.
+    pub size: Option<u64>,
 }
 
 /// Samples that are tokens.
@@ -132,6 +146,7 @@ struct Raw {
     missing: String,
     tokens: Option<Tokens>,
     ids: Vec<IdField>,
+    sparse: Option<Sparse>,
     skipped: Option<Skipped>,
     scale: Scale,
 }
@@ -151,25 +166,25 @@ pub(crate) const MOST_TOKENS: usize = 1 << 24;
 
 /// Reads the data of a job: relative paths are looked up in `UNISONO_DATA` first, then in the job file's folder.
 pub fn open(data: &job::Data, seed: u64) -> Result<Opened, DataError> {
-    open_with(data, seed, None)
+    open_as(data, seed, None)
 }
 
-/// [`open`], where texts become the tokens of a tokenizer that is known already.
-pub fn open_with(data: &job::Data, seed: u64, tokenizer: Option<&Tokenizer>) -> Result<Opened, DataError> {
+/// [`open`], for a model that was prepared already: texts become its tokens, and samples have as many ids as its have.
+pub fn open_as(data: &job::Data, seed: u64, known: Option<&Prepared>) -> Result<Opened, DataError> {
     let root = std::env::var_os("UNISONO_DATA").filter(|v| !v.is_empty()).map(PathBuf::from);
-    open_in(root.as_deref(), data, seed, tokenizer)
+    open_in(root.as_deref(), data, seed, known)
 }
 
-fn open_in(
-    root: Option<&Path>,
-    data: &job::Data,
-    seed: u64,
-    tokenizer: Option<&Tokenizer>,
-) -> Result<Opened, DataError> {
+fn open_in(root: Option<&Path>, data: &job::Data, seed: u64, known: Option<&Prepared>) -> Result<Opened, DataError> {
+    let tokenizer = known.and_then(|known| known.tokens.as_ref()?.tokenizer.as_ref());
     let raw = match &data.source {
         job::Source::Digits => digits::read(seed),
         job::Source::Idx { train, test, classes } => idx::read(root, train, test.as_ref(), *classes)?,
         job::Source::Table(spec) => table::read(root, spec, seed, tokenizer, data.on_error)?,
+        job::Source::LibSvm(spec) => {
+            let fields = known.and_then(|known| Some(known.sparse.as_ref()?.fields));
+            libsvm::read(root, spec, seed, fields, data.on_error)?
+        }
         job::Source::Text(spec) => text::read(root, spec, tokenizer)?,
         job::Source::Cifar(spec) => cifar::read(root, spec)?,
         job::Source::Images(spec) => images::read(root, spec, seed, data.on_error)?,
@@ -192,12 +207,12 @@ impl Raw {
     /// Of samples without columns and tokens.
     fn new(train: Dataset, test: Option<Dataset>, classes: Option<Vec<String>>, scale: Scale) -> Raw {
         let (columns, missing, ids) = (Vec::new(), String::new(), Vec::new());
-        Raw { train, test, classes, columns, missing, tokens: None, ids, skipped: None, scale }
+        Raw { train, test, classes, columns, missing, tokens: None, ids, sparse: None, skipped: None, scale }
     }
 
     /// Learns the normalisation; there is at least one training sample.
     fn prepare(self, normalize: bool) -> Opened {
-        let Raw { train, test, classes, columns, missing, tokens, ids, skipped, scale } = self;
+        let Raw { train, test, classes, columns, missing, tokens, ids, sparse, skipped, scale } = self;
         // How many statistics, and how many values that follow one another share them.
         let width = if scale.per_feature { train.sample_len() } else { channels(&train.shape) };
         let plane = train.sample_len() / width;
@@ -225,6 +240,7 @@ impl Raw {
             missing,
             tokens,
             ids,
+            sparse,
         };
         Opened { train: Arc::new(train), test: test.map(Arc::new), prepared, skipped }
     }
@@ -287,6 +303,9 @@ impl Prepared {
         if !self.columns.is_empty() && self.columns.iter().map(Column::features).sum::<usize>() != width {
             return wrong("their columns are of another shape");
         }
+        if self.sparse.is_some() && (!self.ids.is_empty() || self.id_fields() == 0) {
+            return wrong("their sparse features are not ids alone");
+        }
         match &self.tokens {
             Some(tokens)
                 if self.shape.len() != 1
@@ -314,7 +333,12 @@ impl Prepared {
     /// Rows of sparse tables that all samples of a step ask for, at most.
     pub fn rows_of_a_step(&self, train: &job::Train) -> usize {
         let samples = (train.partitions as usize).saturating_mul(train.micro_batch).min(self.train_samples as usize);
-        samples.saturating_mul(self.ids.len())
+        samples.saturating_mul(self.id_fields())
+    }
+
+    /// Ids of a sample.
+    pub fn id_fields(&self) -> usize {
+        self.sparse.as_ref().map_or(self.ids.len(), |sparse| sparse.fields)
     }
 
     /// Targets of a sample.
@@ -327,7 +351,7 @@ impl Prepared {
         let outputs = self.outputs(loss);
         let output = if self.predicts_next() { vec![self.shape[0], outputs] } else { vec![outputs] };
         let (vocabulary, causal) = (self.tokens.as_ref().map(|t| t.vocabulary), self.predicts_next());
-        Signature { input: self.shape.clone(), ids: self.ids.len(), vocabulary, output, causal }
+        Signature { input: self.shape.clone(), ids: self.id_fields(), vocabulary, output, causal }
     }
 
     /// Whether samples that were sent are of the kind that was announced.
@@ -337,8 +361,11 @@ impl Prepared {
     pub fn check_samples(&self, data: &Dataset) -> Result<(), DataError> {
         let next = matches!(data.targets, Targets::Next);
         let shape = if next { vec![text::stored(self.shape[0])] } else { self.shape.clone() };
-        if data.shape != shape || next != self.predicts_next() || data.ids.fields != self.ids.len() {
+        if data.shape != shape || next != self.predicts_next() || data.ids.fields != self.id_fields() {
             return Err(DataError::Encoded("they are of another shape or kind than was said"));
+        }
+        if data.ids.factors.is_empty() == (self.sparse.is_some() && data.samples() > 0) {
+            return Err(DataError::Encoded("their ids have values, or have none, unlike what was said"));
         }
         let vocabulary = self.tokens.as_ref().map_or(usize::MAX, |tokens| tokens.vocabulary);
         let known = match &data.features {
@@ -453,7 +480,13 @@ mod tests {
                     1 | 3 => Targets::Value((0..samples as u64).map(|i| key.uniform(i)).collect()),
                     _ => Targets::Next,
                 };
-                let ids = Ids { fields, values: (0..(samples * fields) as u64).map(|i| key.u64(i)).collect() };
+                let ids = Ids {
+                    fields,
+                    values: (0..(samples * fields) as u64).map(|i| key.u64(i)).collect(),
+                    factors: (0..if seed % 2 == 0 { samples * fields } else { 0 } as u64)
+                        .map(|i| key.normal(i))
+                        .collect(),
+                };
                 Dataset { shape, features, ids, targets }
             },
         )
@@ -526,6 +559,7 @@ mod tests {
             let raw = match chosen.features { Features::U8(v) => v.into_iter().map(f32::from).collect(), Features::F32(v) => v, Features::U32(_) => panic!("tokens") };
             let want: Vec<f32> = raw.iter().enumerate().map(|(i, x)| (x - mean[i % width % mean.len()]) * 0.5).collect();
             prop_assert_eq!((batch.inputs, batch.ids, batch.samples), (want, chosen.ids.values, rows.len()));
+            prop_assert_eq!(batch.factors, chosen.ids.factors);
             // With no rows there is nothing to compare but the kind.
             prop_assert_eq!(batch.targets, chosen.targets);
         }

@@ -33,7 +33,12 @@ fn split(key: Key, spec: &job::Ratings, from: usize, samples: usize) -> Result<D
         values.push(rating);
     }
     let features = Features::F32(vec![0.0; samples]); // none, of which a model takes one
-    Ok(Dataset { shape: vec![1], features, ids: Ids { fields: 2, values: ids }, targets: Targets::Value(values) })
+    Ok(Dataset {
+        shape: vec![1],
+        features,
+        ids: Ids { fields: 2, values: ids, ..Ids::default() },
+        targets: Targets::Value(values),
+    })
 }
 
 /// Makes both splits; the test set's samples follow those of the training set.

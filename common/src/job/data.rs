@@ -56,6 +56,8 @@ pub enum Source {
         classes: Option<usize>,
     },
     Table(Table),
+    #[serde(rename = "libsvm")]
+    LibSvm(LibSvm),
     Text(Text),
     Cifar(Cifar),
     Images(Images),
@@ -142,6 +144,21 @@ impl Table {
             None => !self.ignore.iter().any(|name| name == column),
         }
     }
+}
+
+/// Lines of a label and `feature:value` for what is not 0.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LibSvm {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// The share of the training file's lines that is the test set, by hash of their features; only where `test` is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holdout: Option<f64>,
+    pub task: Task,
+    /// The largest number of a feature; `None`: any of 64 bits.
+    pub size: Option<u64>,
 }
 
 /// Where one of a sample's ids comes from.

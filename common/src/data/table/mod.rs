@@ -13,6 +13,7 @@ mod plan;
 
 pub(super) use cells::is_missing;
 pub use cells::{encode, encode_ids, encode_text};
+pub(super) use plan::MOST_VALUES;
 
 use self::csv::Csv;
 use self::json_lines::JsonLines;

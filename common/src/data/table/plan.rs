@@ -10,7 +10,7 @@ use ::csv::StringRecord;
 use std::collections::BTreeSet;
 
 /// More values than this in a categorical column or target are a mistake (an identifier, a measurement), not categories.
-pub(super) const MOST_VALUES: usize = 10_000;
+pub(in crate::data) const MOST_VALUES: usize = 10_000;
 
 /// What a column is, as the job says.
 #[derive(Clone, Copy, PartialEq)]
@@ -335,7 +335,7 @@ impl<'a> Plan<'a> {
                 None => self.columns.iter().map(|(_, column)| column.features()).sum::<usize>() + usize::from(alone),
             }],
             features: if text.is_some() { Features::U32(tokens) } else { Features::F32(features) },
-            ids: Ids { fields: roles.ids.len(), values: ids },
+            ids: Ids { fields: roles.ids.len(), values: ids, ..Ids::default() },
             targets: match self.classes {
                 Some(_) => Targets::Class(labels),
                 None => Targets::Value(values),

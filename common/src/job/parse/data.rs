@@ -36,6 +36,8 @@ const FORMATS: &Kinds = &[
     ("images", &["train", "test", "holdout", "size", "channels", "augment", "on_error", "max_errors"]),
     ("csv", table_keys!("header", "columns", "separator")),
     ("json-lines", table_keys!()),
+    ("criteo", &["train", "test", "holdout", "on_error", "max_errors"]),
+    ("libsvm", &["train", "test", "holdout", "task", "size", "on_error", "max_errors"]),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
     (
         "synthetic",
@@ -74,6 +76,8 @@ pub(super) fn data(node: &Node, base: &str) -> Result<Data> {
         },
         "csv" => Source::Table(table(&r, base, csv(&r)?, "train.csv")?),
         "json-lines" => Source::Table(table(&r, base, Form::JsonLines, "train.jsonl")?),
+        "criteo" => Source::Table(criteo(&r, base)?),
+        "libsvm" => Source::LibSvm(libsvm(&r, base)?),
         "text" => Source::Text(plain_text(&r, base)?),
         "cifar" => Source::Cifar(pictures::cifar(&r, base)?),
         "images" => Source::Images(pictures::images(&r, base)?),
@@ -156,6 +160,40 @@ fn table(r: &Reader<'_>, base: &str, form: Form, example: &str) -> Result<Table>
         ignore: names("ignore")?.or(Vec::new()),
         missing: r.get("missing", "a text", text)?.or("?".into()),
         task: task(r)?,
+    })
+}
+
+/// Criteo's display advertising data: a label, 13 counts and 26 categories, without names.
+fn criteo(r: &Reader<'_>, base: &str) -> Result<Table> {
+    let (test, holdout) = test_set(r)?;
+    let named = |letter: char, n: usize| (1..=n).map(move |i| format!("{letter}{i}"));
+    let columns = ["label".to_string()].into_iter().chain(named('I', 13)).chain(named('C', 26)).collect();
+    Ok(Table {
+        base: base.into(),
+        form: Form::Csv { columns: Some(columns), header: false, separator: '\t' },
+        train: r.text("train")?.needed("train = \"criteo/train.txt.gz\"")?,
+        test,
+        target: "label".into(),
+        categorical: Vec::new(),
+        ids: named('C', 26).map(|column| Id { columns: vec![column], size: None }).collect(),
+        log: named('I', 13).collect(),
+        ignore: Vec::new(),
+        missing: String::new(),
+        task: Task::Classification,
+        holdout,
+        text: None,
+    })
+}
+
+fn libsvm(r: &Reader<'_>, base: &str) -> Result<LibSvm> {
+    let (test, holdout) = test_set(r)?;
+    Ok(LibSvm {
+        base: base.into(),
+        train: r.text("train")?.needed("train = \"train.svm\"")?,
+        test,
+        holdout,
+        task: task(r)?,
+        size: r.integer("size", 1..=1 << 48)?.optional(),
     })
 }
 
