@@ -158,6 +158,21 @@ pub enum DataError {
          column to data.ignore"
     )]
     Nested { at: At, column: String, what: &'static str },
+    #[error(
+        "{path} cannot be read as Parquet: {why}; copy it again, or write it anew, not compressed or with snappy or gzip (zstd is for \
+         programs that were built with `--features parquet-zstd`)"
+    )]
+    Parquet { path: String, why: String },
+    #[error(
+        "column `{column}` of {path} holds {what}; cells are numbers, texts, true or false: write it as one of these, or add the column \
+         to data.ignore"
+    )]
+    ParquetColumn { path: String, column: String, what: &'static str },
+    #[error(
+        "{path} is to be read as Parquet, and this program was built without that: build it with `--features parquet`, or write the \
+         file as CSV or JSON lines"
+    )]
+    WithoutParquet { path: String },
     #[error("{at}: {why}")]
     LibSvm { at: At, why: super::libsvm::Wrong },
     #[error(

@@ -134,6 +134,7 @@ pub enum Form {
     },
     /// A JSON object a line, with its cells by column name.
     JsonLines,
+    Parquet,
 }
 
 impl Table {

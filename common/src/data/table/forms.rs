@@ -77,6 +77,54 @@ fn json_line((x, s, u, t, kind): &Cells, absent: bool) -> String {
     format!("{{{}}}\n", entries.join(", "))
 }
 
+/// The rows as a Parquet file: its pages in groups of so many rows.
+#[cfg(feature = "parquet")]
+pub(super) fn parquet_file(rows: &[Cells], group: usize, compression: ::parquet::basic::Compression) -> Vec<u8> {
+    use ::parquet::data_type::{BoolType, ByteArray, ByteArrayType, DoubleType, Int64Type};
+    use ::parquet::file::properties::WriterProperties;
+    use ::parquet::file::writer::SerializedFileWriter;
+    let schema = "message rows { optional double x; optional binary s (utf8); optional int64 u; required boolean t; \
+                  required binary kind; }";
+    let schema = Arc::new(::parquet::schema::parser::parse_message_type(schema).unwrap());
+    let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
+    let mut writer = SerializedFileWriter::new(Vec::new(), schema, properties).unwrap();
+    for rows in rows.chunks(group) {
+        /// Those that are there, and where they are.
+        fn some<T>(of: impl Iterator<Item = Option<T>>) -> (Vec<T>, Vec<i16>) {
+            let (mut there, mut levels) = (Vec::new(), Vec::new());
+            for value in of {
+                levels.push(i16::from(value.is_some()));
+                there.extend(value);
+            }
+            (there, levels)
+        }
+        let text = |text: &str| ByteArray::from(text.as_bytes().to_vec());
+        let mut group = writer.next_row_group().unwrap();
+        let (x, levels) = some(rows.iter().map(|row| row.0));
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<DoubleType>().write_batch(&x, Some(&levels), None).unwrap();
+        column.close().unwrap();
+        let (s, levels) = some(rows.iter().map(|row| row.1.as_deref().map(text)));
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&s, Some(&levels), None).unwrap();
+        column.close().unwrap();
+        let (u, levels) = some(rows.iter().map(|row| row.2.map(|u| u as i64)));
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<Int64Type>().write_batch(&u, Some(&levels), None).unwrap();
+        column.close().unwrap();
+        let t: Vec<bool> = rows.iter().map(|row| row.3).collect();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<BoolType>().write_batch(&t, None, None).unwrap();
+        column.close().unwrap();
+        let kinds: Vec<ByteArray> = rows.iter().map(|row| text(if row.4 { "yes" } else { "no" })).collect();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&kinds, None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+    }
+    writer.into_inner().unwrap()
+}
+
 /// The table of [`rows`], with a share held out.
 fn of_rows(form: Form) -> job::Table {
     let categorical = vec!["s".into(), "t".into()];
@@ -101,6 +149,17 @@ proptest! {
         let lines: String = rows.iter().enumerate().map(|(i, row)| json_line(row, i % 2 == 1)).collect();
         let got = read_as(of_rows(Form::JsonLines), lines, None, OnError::Stop).unwrap();
         prop_assert_eq!(&parts(got), &want);
+        #[cfg(feature = "parquet")]
+        for compression in [
+            ::parquet::basic::Compression::UNCOMPRESSED, ::parquet::basic::Compression::SNAPPY,
+            ::parquet::basic::Compression::GZIP(Default::default()),
+            #[cfg(feature = "parquet-zstd")]
+            ::parquet::basic::Compression::ZSTD(Default::default()),
+        ] {
+            let file = parquet_file(&rows, 7, compression);
+            let got = read_as(of_rows(Form::Parquet), file, None, OnError::Stop).unwrap();
+            prop_assert_eq!(&parts(got), &want);
+        }
     }
 
     /// Whatever is wrong with rows that are left out, nothing is learnt from them.
@@ -233,4 +292,80 @@ fn wrong_lines_are_named_with_what_is_wrong() {
         job::Table { ignore, task: Task::Regression, target: "x".into(), log: vec![], ids: vec![], ..json_spec() };
     let lines = "{\"x\": 1, \"y\": {\"deep\": []}, \"z\": 2}\n{\"y\": 3, \"x\": 4}\n";
     assert_eq!(read_as(spec, lines, None, OnError::Stop).unwrap().train.targets, Targets::Value(vec![1.0, 4.0]));
+}
+
+#[cfg(feature = "parquet")]
+mod parquet {
+    use super::*;
+    use ::parquet::basic::Compression;
+    use ::parquet::data_type::Int64Type;
+    use ::parquet::file::writer::SerializedFileWriter;
+
+    fn good(n: usize) -> Vec<Cells> {
+        (0..n)
+            .map(|i| (Some(i as f64), Some("ab"[i % 2..][..1].into()), Some(i as u64 % 5), i % 3 == 0, i % 2 == 0))
+            .collect()
+    }
+
+    fn of_file(rows: &[Cells], on_error: OnError) -> Result<Raw, DataError> {
+        let spec = job::Table { holdout: None, ..of_rows(Form::Parquet) };
+        read_as(spec, parquet_file(rows, 4, Compression::SNAPPY), None, on_error)
+    }
+
+    #[test]
+    fn wrong_rows_are_named_by_their_number_and_may_be_left_out() {
+        let mut rows = good(12);
+        let want = parts(of_file(&rows, OnError::Stop).unwrap());
+        rows.insert(9, (Some(1.0), None, Some(7), true, true));
+        rows.insert(5, (Some(f64::NAN), None, Some(1), true, true));
+        says(of_file(&rows, OnError::Stop), &["train, row 6: column `x` holds `NaN`", "data.missing"]);
+        let got = of_file(&rows, SKIP).unwrap();
+        assert_eq!(got.skipped.as_ref().unwrap().samples, 2);
+        assert_eq!(parts(got), want);
+        rows.remove(5);
+        says(of_file(&rows, OnError::Stop), &["train, row 10: column `u` holds `7`", "below 5"]);
+    }
+
+    #[test]
+    fn files_and_columns_that_cannot_be_read_are_named() {
+        let of = |bytes: &[u8]| read_as(of_rows(Form::Parquet), bytes, None, OnError::Stop);
+        says(of(b"x,s,u,t,kind\n1,a,1,true,no\n"), &["train cannot be read as Parquet", "copy it again"]);
+        says(of(b""), &["train cannot be read as Parquet"]);
+        // A column of moments and a list beside numbers.
+        let schema =
+            "message rows { required int64 kind; required int64 at (timestamp(millis, true)); repeated int64 list; }";
+        let schema = Arc::new(::parquet::schema::parser::parse_message_type(schema).unwrap());
+        let mut writer = SerializedFileWriter::new(Vec::new(), schema, Default::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        for levels in [None, None, Some(&[1i16, 1][..])] {
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<Int64Type>().write_batch(&[3, 4], levels, levels.map(|_| &[0i16, 0][..])).unwrap();
+            column.close().unwrap();
+        }
+        group.close().unwrap();
+        let file = writer.into_inner().unwrap();
+        let of = |ignore: &[&str]| {
+            let ignore = ignore.iter().map(|name| name.to_string()).collect();
+            let spec = job::Table { form: Form::Parquet, categorical: vec![], ignore, ..spec() };
+            read_as(spec, &file, None, OnError::Stop)
+        };
+        says(of(&["list"]), &["column `at` of", "holds dates or times", "data.ignore"]);
+        says(of(&["at"]), &["column `list` of", "nested values", "data.ignore"]);
+        says(of(&["at", "list"]), &["no columns left to learn from"]);
+    }
+
+    /// Damage is an error or other values, and never the end of the program.
+    #[test]
+    fn damaged_files_never_panic() {
+        let whole = parquet_file(&good(12), 6, Compression::UNCOMPRESSED);
+        let of = |bytes: &[u8]| read_as(of_rows(Form::Parquet), bytes, None, SKIP).err().map(|e| e.to_string());
+        for end in 0..whole.len() {
+            assert!(of(&whole[..end]).is_some(), "{end}");
+        }
+        for at in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[at] ^= [1, 0x80, 0xff][at % 3];
+            of(&damaged);
+        }
+    }
 }

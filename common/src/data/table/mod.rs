@@ -2,13 +2,15 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | `csv`, `json_lines` | files as rows of cells, each a text |
+//! | `csv`, `json_lines`, `parquet` | files as rows of cells, each a text |
 //! | `plan` | what the columns are for, what the training set teaches, and samples |
 //! | `cells` | from a cell to numbers; also those of new samples |
 
 mod cells;
 mod csv;
 mod json_lines;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod plan;
 
 pub(super) use cells::is_missing;
@@ -48,6 +50,16 @@ trait Rows {
 
     /// Learns the columns anew where rows decide what they are, without these ones.
     fn forget(&mut self, _bad: &BTreeSet<usize>) {}
+}
+
+#[cfg(feature = "parquet")]
+fn parquet(path: Arc<str>, bytes: Vec<u8>, spec: &job::Table) -> Result<Rc<dyn Rows>, DataError> {
+    Ok(Rc::new(parquet::Parquet::open(path, bytes, spec)?))
+}
+
+#[cfg(not(feature = "parquet"))]
+fn parquet(path: Arc<str>, _: Vec<u8>, _: &job::Table) -> Result<Rc<dyn Rows>, DataError> {
+    Err(DataError::WithoutParquet { path: path.to_string() })
 }
 
 /// One file, and which of its rows are looked at.
@@ -95,6 +107,7 @@ impl<'a> Table<'a> {
             Form::Csv { columns, header, separator } => {
                 Rc::new(Csv::open(path.clone(), bytes, columns.as_deref(), *header, *separator)?)
             }
+            Form::Parquet => parquet(path.clone(), bytes, spec)?,
             Form::JsonLines => Rc::new(JsonLines::open(path.clone(), bytes, spec, train, lenient)?),
         };
         let table = Table { path, spec, file, bad: Rc::default(), part: None };

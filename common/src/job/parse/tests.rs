@@ -569,8 +569,8 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
             "job.toml:10: there is no optimizer \"rmspropp\"; did you mean \"rmsprop\"?",
         ),
         (
-            with("\"digits\"", "\"parquet\""),
-            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `cifar`, `images`, `csv`, `json-lines`, `criteo`, `libsvm`, `text`, `synthetic`",
+            with("\"digits\"", "\"hdf5\""),
+            "job.toml:4: there is no data format \"hdf5\"; choose one of `digits`, `idx`, `cifar`, `images`, `csv`, `json-lines`, `parquet`, `criteo`, `libsvm`, `text`, `synthetic`",
         ),
         (
             with(
@@ -623,7 +623,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "1979-05-27"),
-            "job.toml:4: `data.format` must be one of `digits`, `idx`, `cifar`, `images`, `csv`, `json-lines`, `criteo`, `libsvm`, `text`, `synthetic`, not a date",
+            "job.toml:4: `data.format` must be one of `digits`, `idx`, `cifar`, `images`, `csv`, `json-lines`, `parquet`, `criteo`, `libsvm`, `text`, `synthetic`, not a date",
         ),
         (with("[8]", "[8"), "job.toml:8: this is not TOML: missing comma between array elements"),
         (with("seed = 7", "seed = 7\nseed = 8"), "job.toml:3: this is not TOML: duplicate key"),
