@@ -127,6 +127,7 @@ fn fill(bencher: Bencher<'_, '_>, name: &str) {
         tokens: None,
         ids: Vec::new(),
         implicit: None,
+        sparse: None,
     };
     let parts = Partitions::new(samples, 1, None).expect("it can be cut");
     let mut feeder = Feeder::new(parts, 1, rows);

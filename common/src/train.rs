@@ -70,7 +70,7 @@ pub fn gradient(
 
 /// What a model's sparse tables hold of a batch.
 fn rows<'a>(model: &Model, batch: &'a Batch) -> Rows<'a> {
-    Rows { lookups: &batch.lookups, values: &batch.rows, width: model.rows().width() }
+    Rows { lookups: &batch.lookups, values: &batch.rows, width: model.rows().width(), factors: &batch.factors }
 }
 
 /// The outputs of a training step, and what [`backward`] needs of the way to them, into `workspace`.

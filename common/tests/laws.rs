@@ -104,7 +104,8 @@ fn agree(
     let weights = params(&model, salt);
     let (shape, margin) = (&signature.input[..], f64::INFINITY.into());
     let places = batch.lookups.places();
-    let oracle = Oracle { layers: &layers, shape, segments: &segments, places, key: random, margin };
+    let oracle =
+        Oracle { layers: &layers, shape, segments: &segments, places, factors: &batch.factors, key: random, margin };
     let expected = |tensors: &Tensors| -> f64 {
         let logits = oracle.forward(tensors, &batch.inputs);
         let losses = logits.iter().flat_map(|x| x.chunks(model.outputs())).enumerate().map(|(row, x)| {
@@ -245,6 +246,7 @@ proptest! {
     #[test]
     fn layers_over_ids_are_their_oracles_and_their_gradients_the_slopes(
         ids in 2usize..6, width in 1usize..20, rows in 1usize..9, salt in any::<u64>(), numbers in 1usize..4,
+        factors in any::<bool>(),
     ) {
         let key = Key::new(salt, Purpose::Synthetic);
         let lookup = |width| Layer::Lookup { width, init: RowInit::Normal { std: 1.0 } };
@@ -262,6 +264,9 @@ proptest! {
         };
         let mut batch = batch(&[numbers], rows, targets(&LossKind::Mse, rows, 1, salt), salt);
         batch.ids = (0..(rows * ids) as u64).map(id).collect();
+        if factors {
+            batch.factors = (0..(rows * ids) as u64).map(|i| key.with(5).normal(i)).collect();
+        }
         batch.look_up();
         let signature = Signature { ids, ..Signature::new(&[numbers], 1) };
         let model = Model::build(&Spec::Layers { layers: layers.clone() }, &signature).expect("the model fits");
@@ -401,6 +406,9 @@ fn of_parts_and_whole(
     let ids = signature.ids;
     let random = Key::new(salt, Purpose::Synthetic).with(3);
     all.ids = (0..(rows * ids) as u64).map(|i| random.below(2 * i, 1 + random.below(2 * i + 1, 100))).collect();
+    if salt % 2 == 0 {
+        all.factors = (0..(rows * ids) as u64).map(|i| random.with(1).normal(i)).collect();
+    }
     let width = model.rows().width();
     let ready = |mut batch: Batch| {
         batch.look_up();
@@ -440,7 +448,9 @@ fn of_parts_and_whole(
         let Targets::Class(labels) = &all.targets else { panic!("labels") };
         let targets = Targets::Class(labels[starts[i] * each..starts[i + 1] * each].to_vec());
         let ids = all.ids[starts[i] * ids..starts[i + 1] * ids].to_vec();
-        let part = Batch { inputs, ids, targets, samples: sizes[i], ..Batch::empty() };
+        let factors =
+            all.factors.get(starts[i] * signature.ids..starts[i + 1] * signature.ids).map_or(vec![], Vec::from);
+        let part = Batch { inputs, ids, factors, targets, samples: sizes[i], ..Batch::empty() };
         run(&ready(part), &Segments { lo: lo + i as u32, starts: vec![0, sizes[i]] }, 1)
     };
     fn tree<T>(node: Node, leaf: &impl Fn(usize) -> T, add: &impl Fn(T, T) -> T) -> T {

@@ -590,6 +590,7 @@ impl Driver {
             workers_joined: self.joined,
             workers_lost: lost,
             partitions_reissued: reissued,
+            skipped: shared.opened.skipped.as_ref().map(|skipped| skipped.samples),
             measured: shared.measure.as_ref().and_then(Measure::measured),
         })
     }

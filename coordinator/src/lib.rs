@@ -32,7 +32,7 @@ use std::time::Instant;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use unisono_common::checkpoint;
-use unisono_common::data::{self, Prepared, partition::Partitions};
+use unisono_common::data::{self, Prepared, Skipped, partition::Partitions};
 use unisono_common::groups::Groups;
 use unisono_common::ids::Step;
 use unisono_common::job::{Job, Length, ScheduleKind};
@@ -112,6 +112,9 @@ pub struct Summary {
     pub workers_joined: u64,
     pub workers_lost: u64,
     pub partitions_reissued: u64,
+    /// Samples that cannot be read, and were left out; `None` where the job stops at them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<usize>,
     /// Where a window of the run was measured.
     #[serde(skip)]
     pub measured: Option<Measured>,
@@ -192,6 +195,9 @@ pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
 /// The same for a run that writes no checkpoints.
 pub fn prepare_unkept(job: Job) -> Result<Ready> {
     let opened = data::open(&job.data, job.seed)?;
+    if let Some(warning) = opened.skipped.as_ref().and_then(Skipped::warning) {
+        tracing::warn!("{warning}");
+    }
     let model = Model::build(&job.model, &opened.prepared.signature(&job.train.loss))?;
     let loss = Loss::new(&job.train.loss, model.outputs())?;
     loss.check_targets(&opened.train.targets)?;

@@ -202,7 +202,7 @@ impl Shared {
     /// Rows of sparse tables that a worker asks for at once, at most.
     pub(crate) fn most_rows(&self) -> usize {
         let of_a_test = EVAL_ROWS.max(self.prepared.rows_of_a_sample(true));
-        self.slots().rows.max(of_a_test * self.prepared.ids.len())
+        self.slots().rows.max(of_a_test * self.prepared.id_fields())
     }
 
     /// A sign of life.

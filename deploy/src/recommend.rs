@@ -57,7 +57,7 @@ impl<'a> Recommender<'a> {
         let mut scored = Vec::with_capacity(items.len());
         for items in items.chunks(self.predictor.rows) {
             let ids = items.iter().flat_map(|item| [user, first + *item as u64]).collect();
-            let scores = self.predictor.logits(vec![0.0; items.len()], ids);
+            let scores = self.predictor.logits(vec![0.0; items.len()], ids, Vec::new());
             scored.extend(scores.column(0).iter().copied().zip(items.iter().copied()));
         }
         // Of equal scores, the first item.

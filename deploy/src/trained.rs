@@ -10,16 +10,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use unisono_common::checkpoint::{Manifest, rows_from_safetensors, state_from_safetensors, weights_from_safetensors};
-use unisono_common::data::csv::{encode, encode_ids, encode_text};
+use unisono_common::data::table::{encode, encode_ids, encode_text};
 use unisono_common::data::tokenizer::Encoder;
-use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Targets};
-use unisono_common::job;
+use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Skipped, Targets, libsvm};
+use unisono_common::job::{self, Form, Source, Table};
 use unisono_common::kernels::math;
 use unisono_common::metrics::predicted;
 use unisono_common::model::Model;
 use unisono_common::optim;
 use unisono_common::rows::optim::RowOptimizer;
-use unisono_common::rows::{self, First, RowBlock};
+use unisono_common::rows::{self, First, NO_ID, RowBlock};
 use unisono_common::train::{self, Workspace};
 use unisono_common::tree::Node;
 use unisono_coordinator::files;
@@ -123,12 +123,16 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
         Some(_) => read_job(other, set)?,
         None => job.clone(),
     };
-    // Another text has to become the model's tokens.
-    let tokenizer = prepared.tokens.as_ref().and_then(|tokens| tokens.tokenizer.as_ref());
-    let opened = data::open_with(&source.data, source.seed, tokenizer).map_err(|e| Wrong(e.into()))?;
-    let Opened { train, test, prepared: found } = opened;
+    // Another text has to become the model's tokens, and other lines as many ids.
+    let opened = data::open_as(&source.data, source.seed, Some(&prepared)).map_err(|e| Wrong(e.into()))?;
+    let Opened { train, test, prepared: found, skipped } = opened;
+    if let Some(warning) = skipped.as_ref().and_then(Skipped::warning) {
+        eprintln!("{warning}");
+    }
     let tokens = |p: &Prepared| p.tokens.as_ref().map(|tokens| (tokens.tokenizer.clone(), tokens.vocabulary));
-    let form = |p: &Prepared| json!((&p.shape, &p.classes, &p.columns, tokens(p), &p.ids, p.implicit.is_some()));
+    let form = |p: &Prepared| {
+        json!((&p.shape, &p.classes, &p.columns, tokens(p), &p.ids, p.id_fields(), p.implicit.is_some()))
+    };
     if form(&found) != form(&prepared) {
         let kind = |p: &Prepared| match (&p.classes, &p.tokens) {
             (Some(classes), _) => format!("samples of shape {:?} in {} classes", p.shape, classes.len()),
@@ -151,7 +155,7 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     // The training data's statistics, and the sums of training in the same tree: the same bits as in the run's summary.
     let (train_samples, test_samples) = (train.samples() as u64, samples as u64);
     let prepared = Prepared { train_samples, test_samples, tokens: found.tokens, implicit: found.implicit, ..prepared };
-    let opened = Opened { train, test: Some(test), prepared: prepared.clone() };
+    let opened = Opened { train, test: Some(test), prepared: prepared.clone(), skipped: None };
     let root = Node::root(job.train.partitions);
     let name = job.name.clone();
     let eval = Compute::new(job, Samples::Read(Box::new(opened)), prepared, Arc::new(model))
@@ -163,10 +167,12 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
         .context("the rows are all there")?
         .summary();
     if json {
-        println!(
-            "{}",
-            json!({ "job": name, "step": step, "samples": samples, "eval": eval, "weights_digest": weights_digest })
-        );
+        let mut summary =
+            json!({ "job": name, "step": step, "samples": samples, "eval": eval, "weights_digest": weights_digest });
+        if let Some(skipped) = skipped {
+            summary["skipped"] = skipped.samples.into();
+        }
+        println!("{summary}");
     } else {
         println!(
             "  checkpoint   {}\n  job          {name}, step {step}\n  samples      {samples}\n  test         {eval}",
@@ -181,6 +187,8 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
 pub enum Format {
     Csv,
     Json,
+    /// Lines of `feature:value`, with or without a label; CSV out
+    Libsvm,
 }
 
 /// Names and their values.
@@ -191,6 +199,8 @@ pub struct Row {
     fields: Fields,
     features: Vec<f32>,
     pub ids: Vec<u64>,
+    /// Of ids, where they have some.
+    factors: Vec<f32>,
 }
 
 /// What is said of rows.
@@ -225,20 +235,27 @@ struct Inputs<'a> {
     prepared: &'a Prepared,
     /// Of a model that takes texts: the name of their field.
     text: Option<(&'a str, Encoder<'a>)>,
+    /// What a column holds that a row does not have; `None`: it must have all.
+    absent: Option<&'static str>,
 }
 
 impl<'a> Inputs<'a> {
-    fn new(prepared: &'a Prepared) -> Inputs<'a> {
+    fn new(Manifest { prepared, job, .. }: &'a Manifest) -> Inputs<'a> {
         let text = prepared
             .tokens
             .as_ref()
             .and_then(|tokens| Some((tokens.column.as_ref()?.name.as_str(), tokens.tokenizer.as_ref()?.encoder())));
-        Inputs { prepared, text }
+        // As the lines that the model was trained on.
+        let lacking = matches!(&job.data.source, Source::Table(Table { form: Form::JsonLines, .. }));
+        Inputs { prepared, text, absent: lacking.then_some("") }
     }
 }
 
 /// A row's raw features, and its ids.
-fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) -> Result<(Vec<f32>, Vec<u64>)> {
+fn features(
+    Inputs { prepared, text, absent }: &Inputs<'_>,
+    fields: &[(String, Value)],
+) -> Result<(Vec<f32>, Vec<u64>)> {
     if let Some((name, encoder)) = text {
         let field = fields.iter().find(|(field, _)| field == name);
         let (_, field) =
@@ -250,7 +267,7 @@ fn features(Inputs { prepared, text }: &Inputs<'_>, fields: &[(String, Value)]) 
     let want: usize = prepared.shape.iter().product();
     if !prepared.columns.is_empty() || !prepared.ids.is_empty() {
         let texts: Vec<(&str, String)> = fields.iter().map(|(name, value)| (name.as_str(), cell(value))).collect();
-        let cell = |name: &str| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str());
+        let cell = |name: &str| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str()).or(*absent);
         return Ok((encode(prepared, cell)?, encode_ids(prepared, cell)?));
     }
     let number = |v: &Value| match v {
@@ -290,19 +307,32 @@ pub fn predict(
         Some(path) => {
             let file =
                 std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display())).map_err(Wrong)?;
-            let json = path.extension().is_some_and(|e| e == "json" || e == "jsonl" || e == "ndjson");
-            (Box::new(file), Some(if json { Format::Json } else { Format::Csv }))
+            let by_name = match path.extension().and_then(|ending| ending.to_str()) {
+                Some("json" | "jsonl" | "ndjson") => Format::Json,
+                Some("svm" | "libsvm") => Format::Libsvm,
+                Some(_) | None => Format::Csv,
+            };
+            (Box::new(file), Some(by_name))
         }
     };
     let name = input.map_or("stdin".into(), |p| p.display().to_string());
     let format =
-        format.or(by_name).ok_or_else(|| Wrong(anyhow!("say --format csv or --format json for rows from stdin")))?;
+        format.or(by_name).ok_or_else(|| Wrong(anyhow!("say --format csv, json or libsvm for rows from stdin")))?;
+    let sparse = trained.manifest.prepared.sparse.is_some();
+    if sparse != (format == Format::Libsvm) {
+        let what = match sparse {
+            true => "was trained on libsvm lines, and takes such; use --format libsvm",
+            false => "was not trained on libsvm lines; give its columns as CSV or JSON lines",
+        };
+        return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());
+    }
     let out = std::io::stdout().lock();
     let mut answers: Box<dyn Answers> = match top {
         Some(top) => Box::new(recommend::Recommender::new(&trained, top).map_err(Wrong)?),
         None => Box::new(Predictor::new(&trained, ROWS)),
     };
     let done = match format {
+        Format::Libsvm => predict_libsvm(&trained, &mut reader, &name, out),
         Format::Json => predict_json(&mut *answers, &mut reader, &name, out),
         Format::Csv => predict_csv(&mut *answers, &mut reader, &name, out),
     };
@@ -356,7 +386,7 @@ fn predict_json(answers: &mut dyn Answers, input: &mut dyn Read, name: &str, mut
                 serde_json::from_str(&line).context("this is not one JSON object a line")?;
             let fields: Vec<(String, Value)> = object.into_iter().collect();
             let (features, ids) = answers.read(&fields)?;
-            Ok(Row { features, ids, fields })
+            Ok(Row { features, ids, factors: Vec::new(), fields })
         })();
         match parsed {
             Ok(row) => rows.push(row),
@@ -400,7 +430,7 @@ fn predict_csv(answers: &mut dyn Answers, input: &mut dyn Read, name: &str, out:
             let fields: Vec<(String, Value)> =
                 header.iter().cloned().zip(record.iter().map(|c| Value::String(c.into()))).collect();
             let (features, ids) = answers.read(&fields).with_context(|| format!("{name}:{line}"))?;
-            Ok(Row { fields, features, ids })
+            Ok(Row { fields, features, ids, factors: Vec::new() })
         })();
         match parsed {
             Ok(row) => rows.push(row),
@@ -414,6 +444,51 @@ fn predict_csv(answers: &mut dyn Answers, input: &mut dyn Read, name: &str, out:
         }
     }
     write(answers, &mut rows)
+}
+
+fn predict_libsvm(trained: &Trained, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
+    let mut predictor = Predictor::new(trained, ROWS);
+    let sparse = trained.manifest.prepared.sparse.as_ref().context("the model takes no such lines")?;
+    let mut out = csv::Writer::from_writer(out);
+    out.write_record(predictor.columns())?;
+    let mut rows: Vec<Row> = Vec::new();
+    let mut write = |rows: &mut Vec<Row>| -> Result<()> {
+        for answers in predictor.answer(rows).into_iter().flatten() {
+            out.write_record(answers.into_iter().map(|(_, value)| match value {
+                Value::String(text) => text,
+                other => other.to_string(),
+            }))?;
+        }
+        rows.clear();
+        Ok(out.flush()?)
+    };
+    for (i, line) in BufReader::new(input).lines().enumerate() {
+        let at = || format!("{name}:{}", i + 1);
+        let mut row = Row { fields: Vec::new(), features: vec![0.0], ids: Vec::new(), factors: Vec::new() };
+        let parsed: Result<bool> = (|| {
+            let holds = libsvm::parse(&line?, sparse.size, &mut row.ids, &mut row.factors)?.is_some();
+            if row.ids.len() > sparse.fields {
+                return Err(libsvm::Wrong::Many { found: row.ids.len(), most: sparse.fields }.into());
+            }
+            Ok(holds)
+        })();
+        match parsed {
+            Ok(false) => continue,
+            Ok(true) => {
+                row.ids.resize(sparse.fields, NO_ID);
+                row.factors.resize(sparse.fields, 0.0);
+                rows.push(row);
+            }
+            Err(e) => {
+                write(&mut rows)?;
+                return Err(e.context(at()));
+            }
+        }
+        if rows.len() == ROWS {
+            write(&mut rows)?;
+        }
+    }
+    write(&mut rows)
 }
 
 /// A model with the memory to run it.
@@ -431,19 +506,19 @@ impl<'a> Predictor<'a> {
     pub fn new(trained: &'a Trained, rows: usize) -> Predictor<'a> {
         let rows = (rows / trained.model.positions()).max(1);
         let (workspace, batch) = (Workspace::new(&trained.model, rows, 1), Batch::empty());
-        Predictor { inputs: Inputs::new(&trained.manifest.prepared), rows, workspace, batch, trained }
+        Predictor { inputs: Inputs::new(&trained.manifest), rows, workspace, batch, trained }
     }
 
-    /// The model's outputs, `(rows, outputs)`, for raw features, `(rows, features)`, and ids, `(rows, fields)`, of at most
-    /// [`Predictor::rows`].
-    pub fn logits(&mut self, features: Vec<f32>, ids: Vec<u64>) -> ArrayView2<'_, f32> {
+    /// The model's outputs, `(rows, outputs)`, for raw features, `(rows, features)`, and ids with their factors, where they have
+    /// some, both `(rows, fields)`, of at most [`Predictor::rows`].
+    pub fn logits(&mut self, features: Vec<f32>, ids: Vec<u64>, factors: Vec<f32>) -> ArrayView2<'_, f32> {
         let Trained { manifest, model, weights, blocks, rows: tables, .. } = self.trained;
         let prepared = &manifest.prepared;
         let rows = features.len() / prepared.shape.iter().product::<usize>();
         let data = Dataset {
             shape: prepared.shape.clone(),
             features: Features::F32(features),
-            ids: Ids { fields: prepared.ids.len(), values: ids },
+            ids: Ids { fields: prepared.id_fields(), values: ids, factors },
             targets: Targets::Value(vec![0.0; rows]),
         };
         self.batch.clear();
@@ -455,7 +530,8 @@ impl<'a> Predictor<'a> {
     fn together(&mut self, rows: &[Row]) -> Vec<Vec<Fields>> {
         let (prepared, columns) = (&self.trained.manifest.prepared, self.columns());
         let features = rows.iter().flat_map(|r| r.features.iter().copied()).collect();
-        let logits = self.logits(features, rows.iter().flat_map(|r| r.ids.iter().copied()).collect());
+        let ids = rows.iter().flat_map(|r| r.ids.iter().copied()).collect();
+        let logits = self.logits(features, ids, rows.iter().flat_map(|r| r.factors.iter().copied()).collect());
         let answer = |x: ArrayView1<'_, f32>| {
             let values = match &prepared.classes {
                 None => vec![json!(x[0])],

@@ -12,6 +12,8 @@ pub struct Batch {
     pub inputs: Vec<f32>,
     /// Of rows of sparse tables; `NO_ID` where there is none.
     pub ids: Vec<u64>,
+    /// What the row of each id is multiplied by; empty where all rows count as they are.
+    pub factors: Vec<f32>,
     /// Which rows they ask for, when [`Batch::look_up`] has found out.
     pub lookups: Lookups,
     /// Those rows, `(keys, width)`, when somebody has put them there.
@@ -83,9 +85,9 @@ fn normalise_to<T: Copy + Into<f32>>(raw: &[T], prepared: &Prepared, out: &mut [
 impl Batch {
     /// A batch without samples, to be filled.
     pub fn empty() -> Batch {
-        let (inputs, ids, lookups, rows) = (Vec::new(), Vec::new(), Lookups::none(), Vec::new());
-        let targets = Targets::Class(Vec::new());
-        Batch { inputs, ids, lookups, rows, targets, samples: 0, chosen: false, drawn: Vec::new() }
+        let (inputs, ids, factors, drawn) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (lookups, rows, targets) = (Lookups::none(), Vec::new(), Targets::Class(Vec::new()));
+        Batch { inputs, ids, factors, lookups, rows, targets, samples: 0, chosen: false, drawn }
     }
 
     /// Removes all samples and keeps the memory.
@@ -93,6 +95,7 @@ impl Batch {
         self.samples = 0;
         self.inputs.clear();
         self.ids.clear();
+        self.factors.clear();
         match &mut self.targets {
             Targets::Class(t) => t.clear(),
             Targets::Value(t) => t.clear(),
@@ -154,6 +157,7 @@ impl Batch {
             let stored = row * width..(row + 1) * width;
             self.ids.extend_from_slice(data.ids.of(row));
             let mut each = 1;
+            self.factors.extend_from_slice(data.ids.factors_of(row));
             match (&mut self.targets, &data.targets) {
                 (Targets::Class(to), Targets::Class(from)) => to.push(from[row]),
                 (Targets::Value(to), Targets::Value(from)) => to.push(from[row]),

@@ -58,7 +58,7 @@ impl<'a> Teacher<'a> {
             let logit = self.draw(sample, &mut numbers, &mut ids);
             labels.push(u32::from((chance.uniform(sample) as f64) < sigmoid(logit)));
         }
-        let ids = Ids { fields, values: ids };
+        let ids = Ids { fields, values: ids, ..Ids::default() };
         Ok(Dataset { shape: vec![wide], features: Features::F32(numbers), ids, targets: Targets::Class(labels) })
     }
 }

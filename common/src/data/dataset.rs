@@ -18,12 +18,22 @@ pub struct Dataset {
 pub struct Ids {
     pub fields: usize,
     pub values: Vec<u64>,
+    /// What the row of each id is multiplied by; empty where all rows count as they are.
+    pub factors: Vec<f32>,
 }
 
 impl Ids {
     /// Those of one sample.
     pub fn of(&self, sample: usize) -> &[u64] {
         &self.values[sample * self.fields..(sample + 1) * self.fields]
+    }
+
+    /// What their rows are multiplied by, if by anything.
+    pub fn factors_of(&self, sample: usize) -> &[f32] {
+        if self.factors.is_empty() {
+            return &[];
+        }
+        &self.factors[sample * self.fields..(sample + 1) * self.fields]
     }
 }
 
@@ -53,6 +63,8 @@ pub enum Targets {
 
 /// What the kind of targets is marked with, in bytes, where there are ids behind them.
 const WITH_IDS: u8 = 0x80;
+/// The same where each id has a factor.
+const WITH_FACTORS: u8 = 0x40;
 
 fn gather<T: Copy>(values: &[T], width: usize, rows: &[usize]) -> Vec<T> {
     let mut out = Vec::with_capacity(rows.len() * width);
@@ -115,7 +127,14 @@ impl Dataset {
                 Features::F32(v) => Features::F32(gather(v, width, rows)),
                 Features::U32(v) => Features::U32(gather(v, width, rows)),
             },
-            ids: Ids { fields: self.ids.fields, values: gather(&self.ids.values, self.ids.fields, rows) },
+            ids: Ids {
+                fields: self.ids.fields,
+                values: gather(&self.ids.values, self.ids.fields, rows),
+                factors: match &self.ids.factors[..] {
+                    [] => Vec::new(),
+                    factors => gather(factors, self.ids.fields, rows),
+                },
+            },
             targets: match &self.targets {
                 Targets::Class(t) => Targets::Class(gather(t, 1, rows)),
                 Targets::Value(t) => Targets::Value(gather(t, 1, rows)),
@@ -126,7 +145,8 @@ impl Dataset {
     }
 
     /// The encoding, in pieces: kinds of features and targets (and whether there are ids), dimensions (a byte each), samples and
-    /// shape (`u64`), features, targets; where there are ids, their fields (`u64`) and the ids; little-endian.
+    /// shape (`u64`), features, targets; where there are ids, their fields (`u64`), the ids, and their factors if they have some;
+    /// little-endian.
     fn encode(&self, mut put: impl FnMut(&[u8])) {
         let features = match self.features {
             Features::U8(_) => 0,
@@ -140,7 +160,8 @@ impl Dataset {
             Targets::Seen(_) => 3,
         };
         let ids = if self.ids.fields > 0 { WITH_IDS } else { 0 };
-        put(&[features, targets | ids, self.shape.len() as u8]);
+        let factors = if self.ids.factors.is_empty() { 0 } else { WITH_FACTORS };
+        put(&[features, targets | ids | factors, self.shape.len() as u8]);
         for size in std::iter::once(self.samples()).chain(self.shape.iter().copied()) {
             put(&(size as u64).to_le_bytes());
         }
@@ -158,6 +179,7 @@ impl Dataset {
         if self.ids.fields > 0 {
             put(&(self.ids.fields as u64).to_le_bytes());
             self.ids.values.iter().for_each(|id| put(&id.to_le_bytes()));
+            put_words(&self.ids.factors, f32::to_le_bytes, &mut put);
         }
     }
 
@@ -167,7 +189,7 @@ impl Dataset {
             Features::U8(v) => v.len(),
             Features::F32(_) | Features::U32(_) => 4 * self.features.len(),
         };
-        let ids = 8 * (1 + self.ids.values.len());
+        let ids = 8 * (1 + self.ids.values.len()) + 4 * self.ids.factors.len();
         let mut bytes = Vec::with_capacity(3 + 8 * (1 + self.shape.len()) + features + 4 * self.samples() + ids);
         self.encode(|piece| bytes.extend_from_slice(piece));
         bytes
@@ -193,7 +215,7 @@ impl Dataset {
             2 => Features::U32(words(take(&mut rest, values.and_then(|n| n.checked_mul(4)))?, u32::from_le_bytes)),
             _ => return Err(DataError::Encoded("the kind of features is unknown")),
         };
-        let targets = match kinds[1] & !WITH_IDS {
+        let targets = match kinds[1] & !(WITH_IDS | WITH_FACTORS) {
             0 => Targets::Class(words(take(&mut rest, samples.checked_mul(4))?, u32::from_le_bytes)),
             1 => Targets::Value(words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes)),
             2 => Targets::Next,
@@ -206,15 +228,24 @@ impl Dataset {
             if ids.fields == 0 {
                 return Err(DataError::Encoded("a sample has no ids"));
             }
-            let all = ids.fields.checked_mul(samples).and_then(|n| n.checked_mul(8));
-            let all = take(&mut rest, all)?.as_chunks().0;
+            let count = ids.fields.checked_mul(samples);
+            let all = take(&mut rest, count.and_then(|n| n.checked_mul(8)))?.as_chunks().0;
             ids.values = all.iter().map(|id| u64::from_le_bytes(*id)).collect();
+            if kinds[1] & WITH_FACTORS != 0 {
+                ids.factors = words(take(&mut rest, count.and_then(|n| n.checked_mul(4)))?, f32::from_le_bytes);
+            }
+        }
+        if kinds[1] & WITH_FACTORS != 0 && ids.factors.is_empty() {
+            return Err(DataError::Encoded("there are no ids for factors"));
         }
         if !rest.is_empty() {
             return Err(DataError::Encoded("they go on after their end"));
         }
         let finite = |values: &Vec<f32>| crate::kernels::all_finite(values);
-        if matches!(&features, Features::F32(v) if !finite(v)) || matches!(&targets, Targets::Value(v) if !finite(v)) {
+        if !finite(&ids.factors)
+            || matches!(&features, Features::F32(v) if !finite(v))
+            || matches!(&targets, Targets::Value(v) if !finite(v))
+        {
             return Err(DataError::Encoded("a value is not finite"));
         }
         Ok(Dataset { shape, features, ids, targets })

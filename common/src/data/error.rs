@@ -1,6 +1,32 @@
 //! Everything that can be wrong with data, with the place and the way out.
 
+use std::fmt;
 use std::io;
+use std::sync::Arc;
+
+/// Where a row of a table is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct At {
+    pub path: Arc<str>,
+    /// Counted from 1.
+    pub row: usize,
+    /// Whether `row` is a line of the file, which may have others that are no rows.
+    pub lines: bool,
+}
+
+impl At {
+    /// A line of a file.
+    pub(super) fn line(path: &str, row: usize) -> At {
+        At { path: path.into(), row, lines: true }
+    }
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let between = if self.lines { ":" } else { ", row " };
+        write!(f, "{}{between}{}", self.path, self.row)
+    }
+}
 
 /// Why a data set cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,12 +83,12 @@ pub enum DataError {
     )]
     ShortText { path: String, tokens: usize, context: usize, least: usize },
     #[error(
-        "{path}:{line}: the text of column `{column}` has {tokens} tokens, more than data.context = {context}; raise it, or set \
+        "{at}: the text of column `{column}` has {tokens} tokens, more than data.context = {context}; raise it, or set \
          data.truncate = true"
     )]
-    LongText { path: String, line: usize, column: String, tokens: usize, context: usize },
-    #[error("{path}:{line}: the text of column `{column}` is empty; fill it in, or remove the line")]
-    NoText { path: String, line: usize, column: String },
+    LongText { at: At, column: String, tokens: usize, context: usize },
+    #[error("{at}: the text of column `{column}` is empty; fill it in, or remove the row")]
+    NoText { at: At, column: String },
     #[error("the text is empty; write at least a word")]
     RowEmpty,
     #[error("the text has {tokens} tokens, the model takes at most {context}; shorten it")]
@@ -70,10 +96,10 @@ pub enum DataError {
     #[error("data.holdout = {share} leaves nothing of {path} to {what}; change it, or give data.test")]
     Holdout { share: f64, path: String, what: &'static str },
     #[error(
-        "{path}:{line}: the text of column `{column}` has the character {character:?}, which no text of the training set has; \
-         remove the line, or set data.tokenizer = \"bytes\" or \"words\""
+        "{at}: the text of column `{column}` has the character {character:?}, which no text of the training set has; \
+         remove the row, or set data.tokenizer = \"bytes\" or \"words\""
     )]
-    NewCharacter { path: String, line: usize, column: String, character: char },
+    NewCharacter { at: At, column: String, character: char },
     #[error("column `{column}` is data.target and data.text; they must be different")]
     TargetText { column: String },
     #[error("the character {character:?} is in no text that the model was trained on; leave it out")]
@@ -97,10 +123,10 @@ pub enum DataError {
     )]
     NotNumeric { column: String },
     #[error(
-        "{path}:{line}: column `{column}` holds `{cell}`, which is not a whole number below {size}; correct it, raise its `size` \
+        "{at}: column `{column}` holds `{cell}`, which is not a whole number below {size}; correct it, raise its `size` \
          in data.ids, or leave `size` out, for ids by their hash"
     )]
-    Id { path: String, line: usize, column: String, cell: String, size: u64 },
+    Id { at: At, column: String, cell: String, size: u64 },
     #[error("{path}:{line}: column `{column}` is empty; fill it in, or remove the line")]
     EmptyCell { path: String, line: usize, column: &'static str },
     #[error(
@@ -142,29 +168,67 @@ pub enum DataError {
          the same order"
     )]
     TestColumns { path: String, test: String, train: String },
+    #[error("{at}: {got} cells, but there are {want} columns; correct the line, data.separator or data.columns")]
+    Ragged { at: At, got: usize, want: usize },
     #[error(
-        "{path}:{line}: {got} cells, but there are {want} columns; correct the line, data.separator or data.columns"
-    )]
-    Ragged { path: String, line: usize, got: usize, want: usize },
-    #[error(
-        "{path}:{line}: column `{column}` holds `{cell}`, which is not a finite number; correct it, or add the \
+        "{at}: column `{column}` holds `{cell}`, which is not a finite number; correct it, or add the \
          column to \
          data.categorical or data.ignore, or set data.missing if that text stands for a missing value"
     )]
-    Number { path: String, line: usize, column: String, cell: String },
+    Number { at: At, column: String, cell: String },
     #[error(
-        "{path}:{line}: target `{column}` holds `{cell}`, which is not a finite number; correct it, or set \
+        "{at}: target `{column}` holds `{cell}`, which is not a finite number; correct it, or set \
          data.task = \"classification\""
     )]
-    TargetNumber { path: String, line: usize, column: String, cell: String },
-    #[error("{path}:{line}: target `{column}` is missing; fill it in, or remove the line")]
-    NoTarget { path: String, line: usize, column: String },
+    TargetNumber { at: At, column: String, cell: String },
+    #[error("{at}: target `{column}` is missing; fill it in, or remove the row")]
+    NoTarget { at: At, column: String },
     #[error(
-        "{path}:{line}: target `{column}` is `{label}`, a class that the training set does not have; correct it, \
+        "{at}: target `{column}` is `{label}`, a class that the training set does not have; correct it, \
          or train \
          on samples of that class too"
     )]
-    UnknownLabel { path: String, line: usize, column: String, label: String },
+    UnknownLabel { at: At, column: String, label: String },
+    #[error(
+        "{at}: this is not one JSON object on a line of its own: {why}; correct the line, or set data.on_error = \"skip\" to leave \
+         such lines out"
+    )]
+    Json { at: At, why: String },
+    #[error("{at}: the key `{column}` is there twice; give each its own name")]
+    SameKey { at: At, column: String },
+    #[error(
+        "{at}: column `{column}` holds {what}; a cell is a number, a text, true, false or null: write it as one of these, or add the \
+         column to data.ignore"
+    )]
+    Nested { at: At, column: String, what: &'static str },
+    #[error(
+        "{path} cannot be read as Parquet: {why}; copy it again, or write it anew, not compressed or with snappy or gzip (zstd is for \
+         programs that were built with `--features parquet-zstd`)"
+    )]
+    Parquet { path: String, why: String },
+    #[error(
+        "column `{column}` of {path} holds {what}; cells are numbers, texts, true or false: write it as one of these, or add the column \
+         to data.ignore"
+    )]
+    ParquetColumn { path: String, column: String, what: &'static str },
+    #[error(
+        "{path} is to be read as Parquet, and this program was built without that: build it with `--features parquet`, or write the \
+         file as CSV or JSON lines"
+    )]
+    WithoutParquet { path: String },
+    #[error("{at}: {why}")]
+    LibSvm { at: At, why: super::libsvm::Wrong },
+    #[error(
+        "{samples} samples with {fields} places for features each do not fit in memory: all have as many as the longest line; take very \
+         long lines out"
+    )]
+    SparseTooLarge { samples: usize, fields: usize },
+    #[error("{at}: this is not UTF-8 text; convert the file to UTF-8")]
+    RowNotText { at: At },
+    #[error(
+        "{count} of the rows or files cannot be used, and data.max_errors = {most}: correct them, or raise it. The first:{first}"
+    )]
+    TooManyBad { count: usize, most: usize, first: String },
     #[error("column `{column}` of {path} is missing in every line; add it to data.ignore")]
     NoValues { path: String, column: String },
     #[error(

@@ -1,6 +1,6 @@
 //! Ids: what chooses rows of sparse tables.
 
-use super::csv::is_missing;
+use super::table::is_missing;
 use crate::rng::{Key, Purpose};
 use crate::rows::NO_ID;
 use serde::{Deserialize, Serialize};

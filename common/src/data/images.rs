@@ -1,5 +1,6 @@
 //! Pictures in files: a folder, in it a folder for each class, in those PNG and JPEG.
 
+use super::bad::Bad;
 use super::{DataError, Dataset, Features, Ids, Raw, Scale, Targets, look_up, picture};
 use crate::job;
 use crate::rng::{Key, Purpose};
@@ -37,8 +38,13 @@ fn classes(folder: &Path) -> Result<Vec<(String, Vec<PathBuf>)>, DataError> {
     Ok(classes)
 }
 
-/// Decodes the files, each of a class, in their order.
-fn dataset(files: &[(PathBuf, u32)], [height, width]: [usize; 2], channels: usize) -> Result<Dataset, DataError> {
+/// Decodes the files, each of a class, in their order; those that are left out are taken from `files`.
+fn dataset(
+    files: &mut Vec<(PathBuf, u32)>,
+    [height, width]: [usize; 2],
+    channels: usize,
+    bad: &mut Bad,
+) -> Result<Dataset, DataError> {
     let shape = vec![channels, height, width];
     let len: usize = shape.iter().product();
     let too_large = || DataError::PicturesTooLarge { pictures: files.len(), len };
@@ -51,16 +57,34 @@ fn dataset(files: &[(PathBuf, u32)], [height, width]: [usize; 2], channels: usiz
         let bytes = std::fs::read(path).map_err(|e| DataError::read(&name())(e))?;
         picture::read(&bytes, [height, width], channels, out).map_err(|why| DataError::Picture { path: name(), why })
     };
-    let done: Vec<Result<(), DataError>> = pixels.par_chunks_mut(len).zip(files).map(decode).collect();
-    // The first that is wrong, whichever was found first.
-    done.into_iter().collect::<Result<(), DataError>>()?;
+    let done: Vec<Result<(), DataError>> = pixels.par_chunks_mut(len).zip(&files[..]).map(decode).collect();
+    // The first that is wrong comes first, whichever was found first.
+    let mut good = 0;
+    for (i, done) in done.into_iter().enumerate() {
+        match done {
+            Ok(()) => {
+                files.swap(good, i);
+                pixels.copy_within(i * len..(i + 1) * len, good * len);
+                good += 1;
+            }
+            Err(error) => bad.take(error)?,
+        }
+    }
+    bad.check()?;
+    files.truncate(good);
+    pixels.truncate(good * len);
     let targets = Targets::Class(files.iter().map(|(_, class)| *class).collect());
     Ok(Dataset { shape, features: Features::U8(pixels), ids: Ids::default(), targets })
 }
 
 /// Reads both splits. The training set's folders are the classes; its pictures are in an order that the seed decides, so
 /// that each of its partitions has some of every class.
-pub(super) fn read(root: Option<&Path>, spec: &job::Images, seed: u64) -> Result<Raw, DataError> {
+pub(super) fn read(
+    root: Option<&Path>,
+    spec: &job::Images,
+    seed: u64,
+    on_error: job::OnError,
+) -> Result<Raw, DataError> {
     let job::Images { base, train, test, holdout, size, channels } = spec;
     let folder = |path| look_up(root, base, path, "folder", Path::is_dir);
     let train_folder = folder(train)?;
@@ -68,12 +92,23 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Images, seed: u64) -> Result
     if names.len() < 2 {
         return Err(DataError::NoClasses { path: train_folder.display().to_string(), found: names.len() });
     }
+    let mut bad = Bad::new(on_error);
     let sorted: Vec<(PathBuf, u32)> =
         (0..).zip(files).flat_map(|(class, files)| files.into_iter().map(move |file| (file, class))).collect();
     let key = Key::new(seed, Purpose::Split);
-    let order = key.named("order").permutation(sorted.len());
-    let files: Vec<(PathBuf, u32)> = order.into_iter().map(|i| sorted[i as usize].clone()).collect();
-    let train = dataset(&files, *size, *channels)?;
+    let shuffled = |sorted: &[(PathBuf, u32)]| -> Vec<(PathBuf, u32)> {
+        key.named("order").permutation(sorted.len()).into_iter().map(|i| sorted[i as usize].clone()).collect()
+    };
+    let mut files = shuffled(&sorted);
+    let mut train = dataset(&mut files, *size, *channels, &mut bad)?;
+    if train.samples() == 0 {
+        return Err(DataError::Empty { path: train_folder.display().to_string() });
+    }
+    if files.len() < sorted.len() {
+        // In the order in which they would be if the others had never been there.
+        files.sort();
+        train = dataset(&mut shuffled(&files), *size, *channels, &mut Bad::new(job::OnError::Stop))?;
+    }
     let (train, test) = match (test, holdout) {
         (Some(test), _) => {
             let mut files = Vec::new();
@@ -84,10 +119,11 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Images, seed: u64) -> Result
                 };
                 files.extend(paths.into_iter().map(|path| (path, at as u32)));
             }
+            let set = dataset(&mut files, *size, *channels, &mut bad)?;
             if files.is_empty() {
                 return Err(DataError::NoClasses { path: test.clone(), found: 0 });
             }
-            (train, Some(dataset(&files, *size, *channels)?))
+            (train, Some(set))
         }
         (None, Some(share)) => {
             let (train, test) = held_out(&train, key, *share, &train_folder)?;
@@ -95,7 +131,8 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Images, seed: u64) -> Result
         }
         (None, None) => (train, None),
     };
-    Ok(Raw::new(train, test, Some(names), Scale { per_feature: false, unit: 1.0 / 255.0 }))
+    let raw = Raw::new(train, test, Some(names), Scale { per_feature: false, unit: 1.0 / 255.0 });
+    Ok(Raw { skipped: bad.skipped(), ..raw })
 }
 
 /// A share of the pictures, by hash of their pixels: equal ones are on one side.
@@ -123,6 +160,8 @@ mod tests {
     use super::super::picture::tests::encoded;
     use super::*;
     use tempfile::TempDir;
+
+    const STOP: job::OnError = job::OnError::Stop;
 
     fn put(folder: &TempDir, path: &str, pixel: u8) {
         let path = folder.path().join(path);
@@ -156,14 +195,14 @@ mod tests {
         let folder = three();
         std::fs::write(folder.path().join("train/README"), "beside the classes").unwrap();
         std::fs::write(folder.path().join("train/cat/.hidden"), "not a picture").unwrap();
-        let raw = read(None, &spec(&folder), 1).unwrap();
+        let raw = read(None, &spec(&folder), 1, STOP).unwrap();
         assert_eq!(raw.classes.as_ref().unwrap(), &["cat", "dog", "eel"]);
         assert_eq!((&raw.train.shape[..], raw.train.samples(), raw.test.is_none()), (&[1, 2, 2][..], 15, true));
         let Targets::Class(labels) = &raw.train.targets else { panic!("classes") };
         let pixels = grey(&raw.train);
         assert!(pixels.iter().zip(labels).all(|(pixel, label)| *pixel as u32 / 20 == *label));
         assert!(!labels.is_sorted());
-        assert_ne!(grey(&read(None, &spec(&folder), 2).unwrap().train), pixels);
+        assert_ne!(grey(&read(None, &spec(&folder), 2, STOP).unwrap().train), pixels);
         // The order in which a folder lists its files is that in which they were made.
         let again = TempDir::new().unwrap();
         for (class, name) in ["cat", "dog", "eel"].into_iter().enumerate().rev() {
@@ -171,7 +210,7 @@ mod tests {
                 put(&again, &format!("train/{name}/{}.png", 9 - i), 20 * class as u8 + i);
             }
         }
-        assert_eq!(grey(&read(None, &spec(&again), 1).unwrap().train), pixels);
+        assert_eq!(grey(&read(None, &spec(&again), 1, STOP).unwrap().train), pixels);
     }
 
     #[test]
@@ -180,10 +219,10 @@ mod tests {
         put(&folder, "test/eel/a.png", 41);
         put(&folder, "test/dog/b.png", 22);
         let spec = job::Images { test: Some("test".into()), ..spec(&folder) };
-        let test = read(None, &spec, 1).unwrap().test.unwrap();
+        let test = read(None, &spec, 1, STOP).unwrap().test.unwrap();
         assert_eq!((grey(&test), test.targets), (vec![22, 41], Targets::Class(vec![1, 2])));
         put(&folder, "test/fox/c.png", 1);
-        let message = read(None, &spec, 1).err().unwrap().to_string();
+        let message = read(None, &spec, 1, STOP).err().unwrap().to_string();
         assert!(message.contains("fox") && message.contains("c.png") && message.contains("train"), "{message}");
     }
 
@@ -193,18 +232,19 @@ mod tests {
         for i in 0..30 {
             put(&folder, &format!("train/{}/copy{i}.png", ["cat", "dog"][i % 2]), 100 + i as u8 / 3);
         }
-        let raw = read(None, &job::Images { holdout: Some(0.4), ..spec(&folder) }, 1).unwrap();
+        let raw = read(None, &job::Images { holdout: Some(0.4), ..spec(&folder) }, 1, STOP).unwrap();
         let (train, test) = (grey(&raw.train), grey(raw.test.as_ref().unwrap()));
         assert_eq!(train.len() + test.len(), 45);
         assert!((5..35).contains(&test.len()) && train.iter().all(|pixel| !test.contains(pixel)));
-        let message = read(None, &job::Images { holdout: Some(1e-9), ..spec(&folder) }, 1).err().unwrap().to_string();
+        let message =
+            read(None, &job::Images { holdout: Some(1e-9), ..spec(&folder) }, 1, STOP).err().unwrap().to_string();
         assert!(message.contains("data.holdout"), "{message}");
     }
 
     #[test]
     fn wrong_folders_and_files_are_named() {
         let says = |folder: &TempDir, parts: &[&str]| {
-            let message = read(None, &spec(folder), 1).err().unwrap().to_string();
+            let message = read(None, &spec(folder), 1, STOP).err().unwrap().to_string();
             parts.iter().for_each(|part| assert!(message.contains(part), "{message:?} does not say {part:?}"));
         };
         let folder = TempDir::new().unwrap();
@@ -216,13 +256,45 @@ mod tests {
         std::fs::create_dir(folder.path().join("train/dog")).unwrap();
         says(&folder, &["train/dog", "no pictures"]);
         put(&folder, "train/dog/a.png", 1);
-        read(None, &spec(&folder), 1).unwrap();
+        read(None, &spec(&folder), 1, STOP).unwrap();
         // Of two that are wrong, always the same is named.
         std::fs::write(folder.path().join("train/dog/b.txt"), "a text").unwrap();
-        let first = read(None, &spec(&folder), 1).err().unwrap().to_string();
+        let first = read(None, &spec(&folder), 1, STOP).err().unwrap().to_string();
         assert!(first.contains("train/dog/b.txt") && first.contains("PNG"), "{first}");
         std::fs::create_dir(folder.path().join("train/dog/more")).unwrap();
-        let named: Vec<_> = (0..4).map(|_| read(None, &spec(&folder), 1).err().unwrap().to_string()).collect();
+        let named: Vec<_> = (0..4).map(|_| read(None, &spec(&folder), 1, STOP).err().unwrap().to_string()).collect();
         assert!(named.windows(2).all(|w| w[0] == w[1]), "{named:?}");
+    }
+    #[test]
+    fn pictures_that_are_left_out_might_as_well_not_be_there() {
+        let (clean, dirty) = (three(), three());
+        for folder in [&clean, &dirty] {
+            put(folder, "test/eel/a.png", 41);
+            put(folder, "test/dog/b.png", 22);
+        }
+        let bad = ["train/cat/0.png", "train/eel/z.jpg", "test/dog/a.png"];
+        for path in bad {
+            std::fs::write(dirty.path().join(path), "no picture").unwrap();
+        }
+        for (test, holdout, left_out) in [(None, None, 2), (Some("test".into()), None, 3), (None, Some(0.4), 2)] {
+            let spec = |folder| job::Images { test: Option::clone(&test), holdout, ..spec(folder) };
+            let skip = |most| job::OnError::Skip { most };
+            let (want, got) =
+                (read(None, &spec(&clean), 1, STOP).unwrap(), read(None, &spec(&dirty), 1, skip(3)).unwrap());
+            assert_eq!((got.train, got.test), (want.train, want.test));
+            let skipped = got.skipped.unwrap();
+            let first = skipped.first.unwrap();
+            assert!(skipped.samples == left_out && (first.contains("0.png") || first.contains("z.jpg")), "{first}");
+            assert_eq!(want.skipped, None);
+            let message = read(None, &spec(&dirty), 1, skip(1)).err().unwrap().to_string();
+            assert!(message.contains("data.max_errors = 1") && message.contains("z.jpg cannot be read"), "{message}");
+        }
+        let all = TempDir::new().unwrap();
+        for path in ["train/cat", "train/dog"] {
+            std::fs::create_dir_all(all.path().join(path)).unwrap();
+            std::fs::write(all.path().join(path).join("a.png"), "no picture").unwrap();
+        }
+        let message = read(None, &spec(&all), 1, job::OnError::Skip { most: 9 }).err().unwrap().to_string();
+        assert!(message.contains("holds no samples"), "{message}");
     }
 }

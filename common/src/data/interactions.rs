@@ -3,6 +3,7 @@
 //! Users are known by the hash of their text, items by their place among all of the training file, in ascending order: their names are
 //! kept with what is learnt.
 
+use super::error::At;
 use super::implicit::MOST_ITEMS;
 use super::{Candidates, DataError, Dataset, Features, IdField, Ids, Raw, Scale, Seen, Targets, find, read_text};
 use crate::job::{HeldOut, Implicit, RatingFiles, Separator};
@@ -108,7 +109,9 @@ impl<'a> File<'a> {
                 let names = needed.join(", ");
                 return Err(DataError::FewCells { path, line: number, got: first.len(), want: needed.len(), names });
             }
-            (None, false) => return Err(DataError::Ragged { path, line: number, got: first.len(), want: CELLS.len() }),
+            (None, false) => {
+                return Err(DataError::Ragged { at: At::line(&path, number), got: first.len(), want: CELLS.len() });
+            }
         };
         let place = |name: &str| names.iter().position(|other| other == name);
         if let Some(missing) = needed.iter().find(|name| place(name).is_none()) {
@@ -136,7 +139,7 @@ impl<'a> File<'a> {
             }
             split(line, &self.spec.separator, &mut cells);
             if cells.len() != width {
-                return Err(DataError::Ragged { path: path(), line: number, got: cells.len(), want: width });
+                return Err(DataError::Ragged { at: At::line(&self.path, number), got: cells.len(), want: width });
             }
             for (place, column) in [(user, "user"), (item, "item")] {
                 if cells[place].is_empty() {
@@ -236,7 +239,7 @@ impl Known {
         Dataset {
             shape: vec![1],
             features: Features::F32(vec![0.0; lines.len()]), // none, of which a model takes one
-            ids: Ids { fields: 2, values: ids },
+            ids: Ids { fields: 2, values: ids, ..Ids::default() },
             targets: match &self.implicit {
                 Some(seen) => Targets::Seen(seen.clone()),
                 None => Targets::Value(lines.iter().map(|line| line.rating).collect()),

@@ -8,7 +8,9 @@
 //! | `cifar` | the binary files of CIFAR-10 and CIFAR-100 |
 //! | `images`, `picture` | folders of PNG and JPEG files, and one of these |
 //! | `augment` | pictures that are a little different in each epoch |
-//! | [`csv`] | tables: numbers, and categories one-hot encoded |
+//! | [`table`] | CSV, JSON lines and Parquet: numbers, and categories one-hot encoded |
+//! | `bad` | rows and pictures that are left out |
+//! | [`libsvm`] | lines of features that are not 0 |
 //! | `interactions` | users, items, ratings and times |
 //! | `implicit` | items that users did not take, beside what they took |
 //! | `text` | windows of plain text, as tokens |
@@ -20,10 +22,10 @@
 //! A format yields raw samples; [`open`] learns from the training set how they are normalised ([`Prepared`]).
 
 mod augment;
+mod bad;
 mod batch;
 mod cifar;
 mod clicks;
-pub mod csv;
 mod dataset;
 mod digits;
 mod error;
@@ -32,14 +34,17 @@ mod idx;
 mod images;
 mod implicit;
 mod interactions;
+pub mod libsvm;
 pub mod partition;
 mod picture;
 mod ratings;
 mod synthetic;
+pub mod table;
 mod text;
 pub mod tokenizer;
 
 pub use augment::Draw;
+pub use bad::Skipped;
 pub use batch::Batch;
 pub use dataset::{Dataset, Features, Ids, Targets};
 pub use error::DataError;
@@ -71,9 +76,9 @@ pub struct Prepared {
     pub test_samples: u64,
     /// blake3 of the raw samples of both splits, hex: a worker that reads other data is noticed.
     pub digest: String,
-    /// For CSV: how columns become features.
+    /// For tables: how columns become features.
     pub columns: Vec<Column>,
-    /// For CSV: the text that stands for a missing value (an empty cell always does).
+    /// For tables: the text that stands for a missing value (an empty cell always does).
     #[serde(default)]
     pub missing: String,
     /// Where samples are tokens.
@@ -85,6 +90,18 @@ pub struct Prepared {
     /// Where feedback is implicit; there are two ids then, of users and of items.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub implicit: Option<Candidates>,
+    /// Where ids are the features that a sample has, in any place, each with its value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparse: Option<Sparse>,
+}
+
+/// Features of which a sample has a few: ids, whose rows are multiplied by the features' values.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sparse {
+    /// Features of a sample, at most; others are filled up with ids that are none.
+    pub fields: usize,
+    /// The largest number of a feature; `None`: any of 64 bits.
+    pub size: Option<u64>,
 }
 
 /// Samples that are tokens.
@@ -109,7 +126,7 @@ pub struct TextColumn {
     pub truncate: bool,
 }
 
-/// One CSV column: a number, or a categorical value one-hot encoded over `values` (an unknown value is all zeros).
+/// One column of a table: a number, or a categorical value one-hot encoded over `values` (an unknown value is all zeros).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Column {
     pub name: String,
@@ -127,6 +144,8 @@ pub struct Opened {
     pub train: Arc<Dataset>,
     pub test: Option<Arc<Dataset>>,
     pub prepared: Prepared,
+    /// What was left out, where the job allows that.
+    pub skipped: Option<Skipped>,
 }
 
 /// What a format yields: both splits, and how they may be normalised.
@@ -139,6 +158,8 @@ struct Raw {
     tokens: Option<Tokens>,
     ids: Vec<IdField>,
     implicit: Option<Candidates>,
+    sparse: Option<Sparse>,
+    skipped: Option<Skipped>,
     scale: Scale,
 }
 
@@ -157,28 +178,28 @@ pub(crate) const MOST_TOKENS: usize = 1 << 24;
 
 /// Reads the data of a job: relative paths are looked up in `UNISONO_DATA` first, then in the job file's folder.
 pub fn open(data: &job::Data, seed: u64) -> Result<Opened, DataError> {
-    open_with(data, seed, None)
+    open_as(data, seed, None)
 }
 
-/// [`open`], where texts become the tokens of a tokenizer that is known already.
-pub fn open_with(data: &job::Data, seed: u64, tokenizer: Option<&Tokenizer>) -> Result<Opened, DataError> {
+/// [`open`], for a model that was prepared already: texts become its tokens, and samples have as many ids as its have.
+pub fn open_as(data: &job::Data, seed: u64, known: Option<&Prepared>) -> Result<Opened, DataError> {
     let root = std::env::var_os("UNISONO_DATA").filter(|v| !v.is_empty()).map(PathBuf::from);
-    open_in(root.as_deref(), data, seed, tokenizer)
+    open_in(root.as_deref(), data, seed, known)
 }
 
-fn open_in(
-    root: Option<&Path>,
-    data: &job::Data,
-    seed: u64,
-    tokenizer: Option<&Tokenizer>,
-) -> Result<Opened, DataError> {
+fn open_in(root: Option<&Path>, data: &job::Data, seed: u64, known: Option<&Prepared>) -> Result<Opened, DataError> {
+    let tokenizer = known.and_then(|known| known.tokens.as_ref()?.tokenizer.as_ref());
     let raw = match &data.source {
         job::Source::Digits => digits::read(seed),
         job::Source::Idx { train, test, classes } => idx::read(root, train, test.as_ref(), *classes)?,
-        job::Source::Csv(spec) => csv::read(root, spec, seed, tokenizer)?,
+        job::Source::Table(spec) => table::read(root, spec, seed, tokenizer, data.on_error)?,
+        job::Source::LibSvm(spec) => {
+            let fields = known.and_then(|known| Some(known.sparse.as_ref()?.fields));
+            libsvm::read(root, spec, seed, fields, data.on_error)?
+        }
         job::Source::Text(spec) => text::read(root, spec, tokenizer)?,
         job::Source::Cifar(spec) => cifar::read(root, spec)?,
-        job::Source::Images(spec) => images::read(root, spec, seed)?,
+        job::Source::Images(spec) => images::read(root, spec, seed, data.on_error)?,
         job::Source::Synthetic { task, shape, classes, samples, test_samples } => {
             synthetic::make(seed, *task, shape, *classes, *samples, *test_samples)?
         }
@@ -205,7 +226,19 @@ impl Raw {
     /// Of samples without columns and tokens.
     fn new(train: Dataset, test: Option<Dataset>, classes: Option<Vec<String>>, scale: Scale) -> Raw {
         let (columns, missing, ids) = (Vec::new(), String::new(), Vec::new());
-        Raw { train, test, classes, columns, missing, tokens: None, ids, implicit: None, scale }
+        Raw {
+            train,
+            test,
+            classes,
+            columns,
+            missing,
+            tokens: None,
+            ids,
+            implicit: None,
+            sparse: None,
+            skipped: None,
+            scale,
+        }
     }
 
     /// Those of a format that the program has added, which are looked at like those that come from the wire.
@@ -236,7 +269,7 @@ impl Raw {
 
     /// Learns the normalisation; there is at least one training sample.
     fn prepare(self, normalize: bool) -> Opened {
-        let Raw { train, test, classes, columns, missing, tokens, ids, implicit, scale } = self;
+        let Raw { train, test, classes, columns, missing, tokens, ids, implicit, sparse, skipped, scale } = self;
         // How many statistics, and how many values that follow one another share them.
         let width = if scale.per_feature { train.sample_len() } else { channels(&train.shape) };
         let plane = train.sample_len() / width;
@@ -265,8 +298,9 @@ impl Raw {
             tokens,
             ids,
             implicit,
+            sparse,
         };
-        Opened { train: Arc::new(train), test: test.map(Arc::new), prepared }
+        Opened { train: Arc::new(train), test: test.map(Arc::new), prepared, skipped }
     }
 }
 
@@ -335,6 +369,9 @@ impl Prepared {
                 return wrong("their ids are not those of users and items");
             }
         }
+        if self.sparse.is_some() && (!self.ids.is_empty() || self.id_fields() == 0) {
+            return wrong("their sparse features are not ids alone");
+        }
         match &self.tokens {
             Some(tokens)
                 if self.shape.len() != 1
@@ -365,7 +402,7 @@ impl Prepared {
         match self.implicit {
             // A user, and items.
             Some(candidates) => samples.saturating_mul(1 + candidates.rows(false)),
-            None => samples.saturating_mul(self.ids.len()),
+            None => samples.saturating_mul(self.id_fields()),
         }
     }
 
@@ -387,6 +424,11 @@ impl Prepared {
         self.ids[1].first + item as u64
     }
 
+    /// Ids of a sample.
+    pub fn id_fields(&self) -> usize {
+        self.sparse.as_ref().map_or(self.ids.len(), |sparse| sparse.fields)
+    }
+
     /// Targets of a sample.
     pub fn targets(&self) -> usize {
         if self.predicts_next() { self.shape[0] } else { 1 }
@@ -397,7 +439,7 @@ impl Prepared {
         let outputs = self.outputs(loss);
         let output = if self.predicts_next() { vec![self.shape[0], outputs] } else { vec![outputs] };
         let (vocabulary, causal) = (self.tokens.as_ref().map(|t| t.vocabulary), self.predicts_next());
-        Signature { input: self.shape.clone(), ids: self.ids.len(), vocabulary, output, causal }
+        Signature { input: self.shape.clone(), ids: self.id_fields(), vocabulary, output, causal }
     }
 
     /// Whether samples that were sent are of the kind that was announced.
@@ -409,7 +451,7 @@ impl Prepared {
         let shape = if next { vec![text::stored(self.shape[0])] } else { self.shape.clone() };
         let seen = if let Targets::Seen(seen) = &data.targets { Some(seen) } else { None };
         let same = next == self.predicts_next() && seen.is_some() == self.implicit.is_some();
-        if data.shape != shape || !same || data.ids.fields != self.ids.len() {
+        if data.shape != shape || !same || data.ids.fields != self.id_fields() {
             return Err(DataError::Encoded("they are of another shape or kind than was said"));
         }
         if let (Some(seen), Some(Candidates { items, .. })) = (seen, self.implicit) {
@@ -417,6 +459,9 @@ impl Prepared {
             if !seen.fits(items) || !data.ids.values.iter().skip(1).step_by(2).all(|item| ids.contains(item)) {
                 return Err(DataError::Encoded("an item is not one of the known"));
             }
+        }
+        if data.ids.factors.is_empty() == (self.sparse.is_some() && data.samples() > 0) {
+            return Err(DataError::Encoded("their ids have values, or have none, unlike what was said"));
         }
         let vocabulary = self.tokens.as_ref().map_or(usize::MAX, |tokens| tokens.vocabulary);
         let known = match &data.features {
@@ -479,19 +524,23 @@ fn reader(path: &Path) -> io::Result<Box<dyn Read>> {
     Ok(if gzipped { Box::new(flate2::bufread::MultiGzDecoder::new(file)) } else { Box::new(file) })
 }
 
+/// A whole file, without a byte order mark.
+fn read_bytes(path: &Path) -> Result<Vec<u8>, DataError> {
+    let mut bytes = Vec::new();
+    let read = reader(path).and_then(|mut file| file.read_to_end(&mut bytes));
+    read.map_err(DataError::read(&path.display().to_string()))?;
+    if bytes.starts_with(b"\xef\xbb\xbf") {
+        bytes.drain(..3);
+    }
+    Ok(bytes)
+}
+
 /// A whole file of text, without a byte order mark.
 fn read_text(path: &Path) -> Result<String, DataError> {
-    let name = path.display().to_string();
-    let mut bytes = Vec::new();
-    reader(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(DataError::read(&name))?;
-    let mut text = String::from_utf8(bytes).map_err(|e| {
+    String::from_utf8(read_bytes(path)?).map_err(|e| {
         let line = 1 + newlines(&e.as_bytes()[..e.utf8_error().valid_up_to()]);
-        DataError::NotText { path: name, line }
-    })?;
-    if text.starts_with('\u{feff}') {
-        text.remove(0);
-    }
-    Ok(text)
+        DataError::NotText { path: path.display().to_string(), line }
+    })
 }
 
 fn newlines(bytes: &[u8]) -> usize {
@@ -509,7 +558,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn job(source: job::Source, normalize: bool) -> job::Data {
-        job::Data { source, normalize, ship: None, hashed: false, augment: None }
+        job::Data { source, normalize, ship: None, hashed: false, augment: None, on_error: job::OnError::Stop }
     }
 
     fn synthetic(task: job::Task) -> job::Source {
@@ -533,7 +582,13 @@ mod tests {
                     4 => Targets::Next,
                     _ => Targets::Seen(Seen::new((0..9).map(|i| (key.u64(i), i as u32)).collect()).into()),
                 };
-                let ids = Ids { fields, values: (0..(samples * fields) as u64).map(|i| key.u64(i)).collect() };
+                let ids = Ids {
+                    fields,
+                    values: (0..(samples * fields) as u64).map(|i| key.u64(i)).collect(),
+                    factors: (0..if seed % 2 == 0 { samples * fields } else { 0 } as u64)
+                        .map(|i| key.normal(i))
+                        .collect(),
+                };
                 Dataset { shape, features, ids, targets }
             },
         )
@@ -606,6 +661,7 @@ mod tests {
             let raw = match chosen.features { Features::U8(v) => v.into_iter().map(f32::from).collect(), Features::F32(v) => v, Features::U32(_) => panic!("tokens") };
             let want: Vec<f32> = raw.iter().enumerate().map(|(i, x)| (x - mean[i % width % mean.len()]) * 0.5).collect();
             prop_assert_eq!((batch.inputs, batch.ids, batch.samples), (want, chosen.ids.values, rows.len()));
+            prop_assert_eq!(batch.factors, chosen.ids.factors);
             // With no rows there is nothing to compare but the kind.
             prop_assert_eq!(batch.targets, chosen.targets);
         }

@@ -73,7 +73,7 @@ fn taken(key: Key, spec: &job::Ratings, implicit: job::Implicit) -> Result<Raw, 
     let dataset = |ids: Vec<u64>| Dataset {
         shape: vec![1],
         features: Features::F32(vec![0.0; ids.len() / 2]), // none, of which a model takes one
-        ids: Ids { fields: 2, values: ids },
+        ids: Ids { fields: 2, values: ids, ..Ids::default() },
         targets: targets.clone(),
     };
     let scale = Scale { per_feature: true, unit: 1.0 };
@@ -110,7 +110,12 @@ fn split(key: Key, spec: &job::Ratings, from: usize, samples: usize) -> Result<D
         values.push(rating);
     }
     let features = Features::F32(vec![0.0; samples]); // none, of which a model takes one
-    Ok(Dataset { shape: vec![1], features, ids: Ids { fields: 2, values: ids }, targets: Targets::Value(values) })
+    Ok(Dataset {
+        shape: vec![1],
+        features,
+        ids: Ids { fields: 2, values: ids, ..Ids::default() },
+        targets: Targets::Value(values),
+    })
 }
 
 /// Makes both splits; the test set's samples follow those of the training set.

@@ -45,6 +45,21 @@ fn words(text: &str) -> Vec<String> {
     all
 }
 
+impl job::Tokenizer {
+    /// How many tokens a text has, whatever is learnt.
+    pub(super) fn count(&self, text: &str) -> usize {
+        match *self {
+            job::Tokenizer::Bytes => text.len(),
+            job::Tokenizer::Characters => text.chars().count(),
+            job::Tokenizer::Words { ngrams, .. } => {
+                let words = words(text).len();
+                // As many runs of n words end as there are words, but for the first n - 1.
+                (1..=ngrams).map(|n| (words + 1).saturating_sub(n)).sum()
+            }
+        }
+    }
+}
+
 impl Tokenizer {
     /// The tokenizer that the job asks for, of these texts.
     pub fn learn<'t>(spec: &job::Tokenizer, texts: impl Iterator<Item = &'t str>) -> Tokenizer {
@@ -168,6 +183,7 @@ mod tests {
                 let tokenizer = Tokenizer::learn(&spec, [&text[..], &more].into_iter());
                 for text in [&text, &more] {
                     let tokens = tokenizer.encoder().encode(text).unwrap();
+                    prop_assert_eq!(spec.count(text), tokens.len());
                     prop_assert!(tokens.iter().all(|&token| (token as usize) < tokenizer.vocabulary()));
                     prop_assert_eq!(&tokenizer.decode(&tokens), text.as_bytes());
                 }
@@ -187,6 +203,7 @@ mod tests {
             let tokens = tokenizer.encoder().encode(&text).unwrap();
             let runs: usize = (2..=ngrams).map(|n| (all.len() + 1).saturating_sub(n)).sum();
             prop_assert_eq!(tokens.len(), all.len() + runs);
+            prop_assert_eq!(job::Tokenizer::Words { most, ngrams, buckets: 8 }.count(&text), tokens.len());
             let (of_words, of_runs): (Vec<u32>, Vec<u32>) = tokens.iter().partition(|t| **t as usize <= known.len());
             for (token, word) in of_words.iter().zip(&all) {
                 prop_assert_eq!(known.get(*token as usize), known.contains(word).then_some(word));

@@ -17,6 +17,30 @@ pub struct Data {
     /// How pictures change from epoch to epoch of training.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub augment: Option<Augment>,
+    /// What is done about samples that cannot be read.
+    #[serde(skip_serializing_if = "OnError::is_stop")]
+    pub on_error: OnError,
+}
+
+/// What is done about rows and pictures that cannot be read (`data.on_error`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum OnError {
+    /// The first is the run's error.
+    #[default]
+    Stop,
+    /// They are left out, up to `most` (`data.max_errors`) in the training and test set together.
+    Skip {
+        #[serde(skip)]
+        most: usize,
+    },
+}
+
+impl OnError {
+    /// Whether it is what is done where nothing is said.
+    pub fn is_stop(&self) -> bool {
+        *self == OnError::Stop
+    }
 }
 
 /// Where samples come from (`data.format`).
@@ -31,7 +55,9 @@ pub enum Source {
         /// `None`: as many as the training set's labels say.
         classes: Option<usize>,
     },
-    Csv(Csv),
+    Table(Table),
+    #[serde(rename = "libsvm")]
+    LibSvm(LibSvm),
     Text(Text),
     Cifar(Cifar),
     Images(Images),
@@ -73,16 +99,14 @@ pub struct IdxPaths {
     pub labels: String,
 }
 
+/// Rows of cells, some of whose columns are learnt from.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Csv {
+pub struct Table {
     #[serde(skip)]
     pub base: String,
+    pub form: Form,
     pub train: String,
     pub test: Option<String>,
-    /// Column names, where the file has no header line.
-    pub columns: Option<Vec<String>>,
-    /// Whether the first line holds column names.
-    pub header: bool,
     pub target: String,
     /// Columns that are one-hot encoded; other columns must be numbers.
     pub categorical: Vec<String>,
@@ -94,17 +118,57 @@ pub struct Csv {
     pub log: Vec<String>,
     /// Columns that are left out.
     pub ignore: Vec<String>,
-    /// The text that stands for a missing value (an empty field always does).
+    /// The text that stands for a missing value (an empty cell always does).
     pub missing: String,
-    pub separator: char,
     pub task: Task,
-    /// The share of the training file's lines that is the test set, by hash of the cells that are learnt from; only where `test`
+    /// The share of the training file's rows that is the test set, by hash of the cells that are learnt from; only where `test`
     /// is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub holdout: Option<f64>,
     /// The only column that is learnt from, where it is given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<TextColumn>,
+}
+
+/// How a table's files are written.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Form {
+    Csv {
+        /// Column names, where the file has no header line.
+        columns: Option<Vec<String>>,
+        /// Whether the first line holds column names.
+        header: bool,
+        separator: char,
+    },
+    /// A JSON object a line, with its cells by column name.
+    JsonLines,
+    Parquet,
+}
+
+impl Table {
+    /// Whether a column's cells are looked at.
+    pub fn reads(&self, column: &str) -> bool {
+        match &self.text {
+            Some(text) => column == text.column || column == self.target,
+            None => !self.ignore.iter().any(|name| name == column),
+        }
+    }
+}
+
+/// Lines of a label and `feature:value` for what is not 0.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LibSvm {
+    #[serde(skip)]
+    pub base: String,
+    pub train: String,
+    pub test: Option<String>,
+    /// The share of the training file's lines that is the test set, by hash of their features; only where `test` is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holdout: Option<f64>,
+    pub task: Task,
+    /// The largest number of a feature; `None`: any of 64 bits.
+    pub size: Option<u64>,
 }
 
 /// Where one of a sample's ids comes from.
@@ -199,7 +263,8 @@ impl Data {
             Source::RatingFiles(spec) => spec.implicit,
             Source::Digits
             | Source::Idx { .. }
-            | Source::Csv(_)
+            | Source::Table(_)
+            | Source::LibSvm(_)
             | Source::Text(_)
             | Source::Cifar(_)
             | Source::Images(_)

@@ -7,7 +7,8 @@ use crate::rows::lookup::NOWHERE;
 use crate::rows::{Table, sums};
 use rayon::prelude::*;
 
-/// The table's values for each id of a sample, `[ids, width]`; for an id that is none, zeros. What the layer takes is not looked at:
+/// The table's values for each id of a sample, times the id's factor where ids have some, `[ids, width]`; for an id that is none,
+/// zeros. What the layer takes is not looked at:
 /// ids are beside the sample's numbers. Its values and their gradients are in [`Params::rows`] and [`Grads::rows`].
 pub struct Lookup {
     /// `[ids, width]`.
@@ -58,6 +59,12 @@ impl Layer for Lookup {
                 },
             );
         });
+        // The kernel above is that of ids without factors, which most are.
+        y.par_chunks_mut(each * width).zip(rows.factors.par_chunks(each)).for_each(|(y, factors)| {
+            for (y, factor) in y.chunks_exact_mut(width).zip(factors) {
+                y.iter_mut().for_each(|y| *y *= factor);
+            }
+        });
     }
 
     fn backward(
@@ -81,7 +88,11 @@ impl Layer for Lookup {
             for (j, row) in out.chunks_exact_mut(rows.width).enumerate() {
                 let at = rows.lookups.of_row(i * each + j);
                 let sum = &mut row[self.at..self.at + width];
-                sums::tree_sum((0, segments.len()), at, &end, &gradient, sum, spare);
+                let parts = (0, segments.len());
+                match rows.factors {
+                    [] => sums::tree_sum(parts, at, &end, &gradient, &|_| 1.0, sum, spare),
+                    factors => sums::tree_sum(parts, at, &end, &gradient, &|id| factors[id as usize], sum, spare),
+                }
             }
         };
         let out = grads.rows.par_chunks_mut(each * rows.width);

@@ -203,11 +203,13 @@ pub struct Rows<'a> {
     pub values: &'a [f32],
     /// Values of a row.
     pub width: usize,
+    /// What the row of each of the batch's ids is multiplied by; empty where all count as they are.
+    pub factors: &'a [f32],
 }
 
 impl Rows<'_> {
     /// Those of a model without sparse tables.
-    pub const NONE: Rows<'static> = Rows { lookups: &Lookups::none(), values: &[], width: 0 };
+    pub const NONE: Rows<'static> = Rows { lookups: &Lookups::none(), values: &[], width: 0, factors: &[] };
 }
 
 impl<'a> Params<'a> {

@@ -39,7 +39,8 @@ pub enum ModelError {
     NoIds(String),
     #[error(
         "the data has {0} ids a sample, and the model looks none of them up: use kind = \"logistic\", \"matrix-factorization\", \
-         \"wide-deep\", \"deepfm\" or \"dlrm\", {{ op = \"lookup\", width = 16 }} among model.layers, or take data.ids out"
+         \"wide-deep\", \"deepfm\" or \"dlrm\", {{ op = \"lookup\", width = 16 }} among model.layers, or take data.ids out \
+         (the features of `libsvm` are ids, which only these models take)"
     )]
     Ids(usize),
     #[error(

@@ -4,13 +4,14 @@ use crate::kernels;
 use crate::tree::Node;
 use std::cmp::Ordering;
 
-/// `out` = the sum of `gradient(id)` over `ids`, partition by partition of `segments`, in the fixed tree. Ids are ascending, and
+/// `out` = the sum of `gradient(id) * factor(id)` over `ids`, partition by partition of `segments`, in the fixed tree. Ids are ascending, and
 /// those of partition `i` come before `end(i)`. `spare` holds [`spare`] floats.
 pub fn tree_sum<'a>(
     segments: (usize, usize),
     ids: &[u32],
     end: &impl Fn(usize) -> u32,
     gradient: &impl Fn(u32) -> &'a [f32],
+    factor: &impl Fn(u32) -> f32,
     out: &mut [f32],
     spare: &mut [f32],
 ) {
@@ -19,7 +20,9 @@ pub fn tree_sum<'a>(
     let (Some((left, right)), 2..) = (children, ids.len()) else {
         if let Some((first, others)) = ids.split_first() {
             kernels::copy(out, gradient(*first));
-            others.iter().for_each(|id| add(out, gradient(*id)));
+            let scale = factor(*first);
+            out.iter_mut().for_each(|out| *out *= scale);
+            others.iter().for_each(|id| add(out, gradient(*id), factor(*id)));
         }
         return;
     };
@@ -28,13 +31,13 @@ pub fn tree_sum<'a>(
     let (left, right) = ((left.lo as usize, left.hi as usize), (right.lo as usize, right.hi as usize));
     match (of_left.is_empty(), of_right.is_empty()) {
         (false, false) => {
-            tree_sum(left, of_left, end, gradient, out, spare);
+            tree_sum(left, of_left, end, gradient, factor, out, spare);
             let (other, spare) = spare.split_at_mut(out.len());
-            tree_sum(right, of_right, end, gradient, other, spare);
-            add(out, other);
+            tree_sum(right, of_right, end, gradient, factor, other, spare);
+            add(out, other, 1.0);
         }
-        (false, true) => tree_sum(left, of_left, end, gradient, out, spare),
-        (true, _) => tree_sum(right, of_right, end, gradient, out, spare),
+        (false, true) => tree_sum(left, of_left, end, gradient, factor, out, spare),
+        (true, _) => tree_sum(right, of_right, end, gradient, factor, out, spare),
     }
 }
 
@@ -44,8 +47,8 @@ pub fn spare(segments: usize, width: usize) -> usize {
 }
 
 /// Rows are short: no kernel is chosen for each.
-fn add(out: &mut [f32], other: &[f32]) {
-    out.iter_mut().zip(other).for_each(|(out, other)| *out += other);
+fn add(out: &mut [f32], other: &[f32], factor: f32) {
+    out.iter_mut().zip(other).for_each(|(out, other)| *out += other * factor);
 }
 
 /// The gradient sums of some rows, in the order of their keys.
@@ -155,7 +158,15 @@ mod tests {
         for (key, value) in out.keys.iter().zip(&mut out.values) {
             let at: Vec<u32> = (0..ids.len() as u32).filter(|i| ids[*i as usize].0 == *key).collect();
             let gradient = |i: u32| std::slice::from_ref(&ids[i as usize].1);
-            tree_sum((0, of_node.len()), &at, &|i| ends[i], &gradient, std::slice::from_mut(value), &mut room);
+            tree_sum(
+                (0, of_node.len()),
+                &at,
+                &|i| ends[i],
+                &gradient,
+                &|_| 1.0,
+                std::slice::from_mut(value),
+                &mut room,
+            );
         }
         out
     }

@@ -19,6 +19,8 @@ pub struct Oracle<'a> {
     pub segments: &'a Segments,
     /// Of each sample's ids, among the rows of sparse tables.
     pub places: &'a [u32],
+    /// What each of them is multiplied by; empty: 1.
+    pub factors: &'a [f32],
     /// Seed and step, as the layers get them.
     pub key: Key,
     /// How near any value came to a kink (of relu, of a maximum): there, a slope means nothing.
@@ -230,11 +232,14 @@ impl Oracle<'_> {
             }
             Layer::Lookup { width, .. } => {
                 let (w, ids) = (tensor("weight"), self.places.len() / x.len().max(1));
-                let row = |place: &u32| match *place {
+                let row = |at: usize| match self.places[at] {
                     NOWHERE => vec![0.0; *width],
-                    place => w[place as usize * width..][..*width].to_vec(),
+                    place => {
+                        let factor = self.factors.get(at).map_or(1.0, |factor| *factor as f64);
+                        w[place as usize * width..][..*width].iter().map(|w| w * factor).collect()
+                    }
                 };
-                let rows = (0..x.len()).map(|i| self.places[i * ids..(i + 1) * ids].iter().flat_map(row).collect());
+                let rows = (0..x.len()).map(|i| (i * ids..(i + 1) * ids).flat_map(row).collect());
                 (vec![ids, *width], rows.collect())
             }
             Layer::Slice { from, len } => (vec![*len], each(&|x| x[*from..from + len].to_vec())),

@@ -13,6 +13,9 @@ use unisono_common::rows::{self, RowBlock, RowLayout};
 /// The name of the input that chooses rows of sparse tables.
 pub const IDS: &str = "ids";
 
+/// The name of the input that they are multiplied by, where samples have such values.
+pub const VALUES: &str = "values";
+
 /// The domain of the operator that looks for numbers among others, which runtimes have as a rule.
 pub const ML: &str = "ai.onnx.ml";
 
@@ -32,6 +35,8 @@ pub struct Graph<'a> {
     tables: &'a RowLayout,
     rows: &'a RowBlock,
     places: Option<(String, usize)>,
+    /// Whether these rows are multiplied by values.
+    factors: bool,
     proto: GraphProto,
     /// Of values and tensors: no two are the same.
     names: BTreeSet<String>,
@@ -79,11 +84,11 @@ impl<'a> Graph<'a> {
         };
         let names = [input.name.clone()].into();
         let (layout, tables) = (model.layout(), model.rows());
-        (Graph { layout, weights, tables, rows, places: None, proto, names }, input)
+        (Graph { layout, weights, tables, rows, places: None, factors: false, proto, names }, input)
     }
 
-    /// Takes a sample's ids, so many, as another input.
-    pub fn ids(&mut self, ids: usize) {
+    /// Takes a sample's ids, so many, as another input, and as one more what their rows are multiplied by, if by something.
+    pub fn ids(&mut self, ids: usize, factors: bool) {
         self.proto.input.push(info(IDS, INT64, &[ids]));
         let known = self.rows.keys.iter().map(|key| rows::id(*key) as i64).collect::<Vec<i64>>();
         let count = known.len() as i64;
@@ -97,6 +102,16 @@ impl<'a> Graph<'a> {
             node.domain = ML.into();
         }
         self.places = Some((place, ids));
+        if factors {
+            self.proto.input.push(info(VALUES, FLOAT, &[ids]));
+            self.names.insert(VALUES.into());
+            self.factors = true;
+        }
+    }
+
+    /// Whether the rows of [`Graph::table`] are multiplied by [`VALUES`].
+    pub fn has_factors(&self) -> bool {
+        self.factors
     }
 
     /// The places of a sample's ids among the rows of [`Graph::table`], and how many ids it has.

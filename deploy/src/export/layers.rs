@@ -2,7 +2,7 @@
 //!
 //! What each computes is said beside it in `common/src/layers`; that the model fits its data was checked when it was built.
 
-use super::graph::{Graph, Value, float, int, ints};
+use super::graph::{Graph, VALUES, Value, float, int, ints};
 use super::proto::{AttributeProto, FLOAT};
 use unisono_common::job::{Activation, Join, Layer};
 use unisono_common::layers::Rotary;
@@ -274,7 +274,12 @@ fn residual(g: &mut Graph<'_>, at: &str, x: &Value, layers: &[Layer], shortcut: 
 
 fn lookup(g: &mut Graph<'_>, at: &str, width: usize) -> Value {
     let (table, (places, ids)) = (g.table(at), g.places());
-    let name = g.node(at, "Gather", &[&table, &places], vec![int("axis", 0)]);
+    let mut name = g.node(at, "Gather", &[&table, &places], vec![int("axis", 0)]);
+    if g.has_factors() {
+        let axis = g.whole("axis 2".into(), &[1], &[2]);
+        let factors = g.node(at, "Unsqueeze", &[VALUES, &axis], vec![]);
+        name = g.node(at, "Mul", &[&name, &factors], vec![]);
+    }
     Value { name, shape: vec![ids, width] }
 }
 

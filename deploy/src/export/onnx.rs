@@ -66,7 +66,7 @@ pub fn file(
     let input = if tokens { TOKENS } else { FEATURES };
     let (mut g, raw) = Graph::new(model, weights, rows, input, tokens, &signature.input);
     if signature.ids > 0 {
-        g.ids(signature.ids);
+        g.ids(signature.ids, prepared.sparse.is_some());
     }
     let mut x = if tokens { raw } else { normalise(&mut g, prepared, raw) };
     if x.shape != shape {
@@ -172,8 +172,10 @@ mod tests {
     const CLICKS: &str = r#"{ format = "synthetic", task = "clicks", vocabulary = 9, fields = 4, numbers = 2, samples = 40,
         test_samples = 4 }"#;
 
+    const SPARSE: &str = r#"{ format = "libsvm", train = "lines.svm" }"#;
+
     /// Data and models that have each layer and activation somewhere.
-    const MODELS: [(&str, &str); 13] = [
+    const MODELS: [(&str, &str); 14] = [
         (IMAGES, r#"{ kind = "linear" }"#),
         (ROWS, r#"{ kind = "mlp", hidden = [4, 5], activation = "gelu", dropout = 0.5 }"#),
         (
@@ -216,6 +218,7 @@ mod tests {
         ),
         (CLICKS, r#"{ kind = "deepfm", width = 3, hidden = [4] }"#),
         (CLICKS, r#"{ kind = "dlrm", width = 3, bottom = [4], top = [5] }"#),
+        (SPARSE, r#"{ kind = "matrix-factorization", width = 3 }"#),
         (
             ROWS,
             r#"{ kind = "layers", layers = [{ op = "linear", units = 1 }, { op = "residual", layers = [{ op = "dropout" }] }] }"#,
@@ -236,9 +239,11 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let texts: String = (0..20).map(|i| format!("number {i} of some\t{}\n", ["odd", "even"][i % 2])).collect();
         std::fs::write(folder.path().join("texts.tsv"), format!("said\tkind\n{texts}")).expect("written");
+        let lines: String = (0..20).map(|i| format!("{} {i}:1.5 7:{i}\n", i % 2)).collect();
+        std::fs::write(folder.path().join("lines.svm"), lines).expect("written");
         let loss = match data {
             ROWS => "mse",
-            CLICKS => "binary-cross-entropy",
+            CLICKS | SPARSE => "binary-cross-entropy",
             _ => "cross-entropy",
         };
         let toml = format!("data = {data}\nmodel = {model}\ntrain = {{ partitions = 1, steps = 1, loss = {loss:?} }}");
@@ -320,8 +325,10 @@ mod tests {
             };
             let (input, ids) = graph.input.split_first().expect("an input");
             let of_ids = ids.iter().map(|value| (value.name.as_str(), kind(value), sizes(value)));
-            let want = (signature.ids > 0).then(|| ("ids", Some(INT64), batch(&[signature.ids])));
-            assert!(of_ids.eq(want));
+            let of_each = batch(&[signature.ids]);
+            let values = prepared.sparse.is_some().then(|| ("values", Some(FLOAT), of_each.clone()));
+            let want = (signature.ids > 0).then_some(("ids", Some(INT64), of_each));
+            assert!(of_ids.eq(want.into_iter().chain(values)));
             let want = if prepared.tokens.is_some() { ("tokens", INT64) } else { ("features", FLOAT) };
             assert_eq!((input.name.as_str(), kind(input)), (want.0, Some(want.1)));
             assert_eq!(sizes(input), batch(&prepared.shape));

@@ -183,7 +183,7 @@ proptest! {
         seed in any::<u64>(), epoch in 0u64..9, partitions in 1u32..4, hashed in any::<bool>(), tested in prop::option::of(1u32..6),
     ) {
         let opened = some(seed, Implicit { eval_negatives: tested, ..implicit() });
-        let Opened { train, test, prepared } = &opened;
+        let Opened { train, test, prepared, .. } = &opened;
         prepared.check().unwrap();
         let test = test.as_ref().unwrap();
         for (data, is_test, draw) in [(train, false, Draw::new(seed, epoch, None)), (test, true, Draw::test(seed))] {

@@ -4,33 +4,41 @@ use super::*;
 use crate::data::tokenizer::{MOST_NGRAMS, MOST_WORDS};
 use crate::data::{MOST_CONTEXT, MOST_TOKENS};
 
-const FORMATS: &Kinds = &[
-    ("digits", &[]),
-    ("idx", &["train", "test", "classes", "augment"]),
-    ("cifar", &["train", "test", "classes", "augment"]),
-    ("images", &["train", "test", "holdout", "size", "channels", "augment"]),
-    (
-        "csv",
+/// The keys of all tables, and more.
+macro_rules! table_keys {
+    ($($more:literal),*) => {
         &[
             "train",
             "test",
             "holdout",
-            "header",
-            "columns",
             "target",
             "categorical",
             "ids",
             "log",
             "ignore",
             "missing",
-            "separator",
             "task",
             "text",
             "tokenizer",
             "context",
             "truncate",
-        ],
-    ),
+            "on_error",
+            "max_errors",
+            $($more),*
+        ]
+    };
+}
+
+const FORMATS: &Kinds = &[
+    ("digits", &[]),
+    ("idx", &["train", "test", "classes", "augment"]),
+    ("cifar", &["train", "test", "classes", "augment"]),
+    ("images", &["train", "test", "holdout", "size", "channels", "augment", "on_error", "max_errors"]),
+    ("csv", table_keys!("header", "columns", "separator")),
+    ("json-lines", table_keys!()),
+    ("parquet", table_keys!()),
+    ("criteo", &["train", "test", "holdout", "on_error", "max_errors"]),
+    ("libsvm", &["train", "test", "holdout", "task", "size", "on_error", "max_errors"]),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
     ("ratings", &["train", "test", "holdout", "columns", "header", "separator", "implicit"]),
     (
@@ -72,7 +80,7 @@ pub(super) fn data(node: &Node, base: &str) -> Result<Data> {
     let hashed = r.word("partition", "partition", &["contiguous", "hashed"])?.or("contiguous") == "hashed";
     let normalize = r.flag("normalize")?.or(!made);
     let augment = r.node("augment").optional().map(pictures::augment).transpose()?;
-    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment })
+    Ok(Data { source, normalize, ship: r.flag("ship")?.optional(), hashed, augment, on_error: on_error(&r)? })
 }
 
 fn of_format(r: &Reader<'_>, format: &str, base: &str) -> Result<Source> {
@@ -87,13 +95,25 @@ fn of_format(r: &Reader<'_>, format: &str, base: &str) -> Result<Source> {
             test: r.node("test").optional().map(|n| idx_paths(n, base, "data.test")).transpose()?,
             classes: r.integer("classes", 2..=256)?.optional().map(|n| n as usize),
         },
-        "csv" => Source::Csv(csv(r, base)?),
+        "csv" => Source::Table(table(r, base, csv(r)?, "train.csv")?),
+        "json-lines" => Source::Table(table(r, base, Form::JsonLines, "train.jsonl")?),
+        "parquet" => Source::Table(table(r, base, Form::Parquet, "train.parquet")?),
+        "criteo" => Source::Table(criteo(r, base)?),
+        "libsvm" => Source::LibSvm(libsvm(r, base)?),
         "text" => Source::Text(plain_text(r, base)?),
         "ratings" => Source::RatingFiles(ratings::files(r, base)?),
         "cifar" => Source::Cifar(pictures::cifar(r, base)?),
         "images" => Source::Images(pictures::images(r, base)?),
         _ => synthetic(r)?,
     })
+}
+
+fn on_error(r: &Reader<'_>) -> Result<OnError> {
+    if r.word("on_error", "way to go on", &["stop", "skip"])?.or("stop") == "stop" {
+        r.only_with(&["max_errors"], "data.on_error = \"skip\"")?;
+        return Ok(OnError::Stop);
+    }
+    Ok(OnError::Skip { most: r.integer("max_errors", COUNT_OR_0)?.or(100) as usize })
 }
 
 fn idx_paths(node: &Node, base: &str, path: &str) -> Result<IdxPaths> {
@@ -113,14 +133,22 @@ fn task(r: &Reader<'_>) -> Result<Task> {
     })
 }
 
-fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
-    let names = |key| r.list(key, "a text", text);
-    let columns = names("columns")?.optional();
+fn csv(r: &Reader<'_>) -> Result<Form> {
+    let columns = r.list("columns", "a text", text)?.optional();
     let separator = |k: &Kind| {
         let Kind::Text(t) = k else { return None };
         // One byte, and not what quoting and lines are made of.
         t.chars().next().filter(|c| t.len() == 1 && !['"', '\n', '\r'].contains(c))
     };
+    Ok(Form::Csv {
+        header: r.flag("header")?.or(columns.is_none()),
+        columns,
+        separator: r.get("separator", "one plain character, such as \";\" or \"\\t\"", separator)?.or(','),
+    })
+}
+
+fn table(r: &Reader<'_>, base: &str, form: Form, example: &str) -> Result<Table> {
+    let names = |key| r.list(key, "a text", text);
     let (test, holdout) = test_set(r)?;
     let text_column = match r.text("text")?.optional() {
         Some(column) => {
@@ -133,22 +161,54 @@ fn csv(r: &Reader<'_>, base: &str) -> Result<Csv> {
             None
         }
     };
-    Ok(Csv {
+    Ok(Table {
         base: base.into(),
-        train: r.text("train")?.needed("train = \"train.csv\"")?,
+        form,
+        train: r.text("train")?.needed(&format!("train = {example:?}"))?,
         test,
         holdout,
         text: text_column,
-        header: r.flag("header")?.or(columns.is_none()),
-        columns,
         target: r.text("target")?.needed("target = \"label\"")?,
         categorical: names("categorical")?.or(Vec::new()),
         ids: r.node("ids").optional().map_or(Ok(Vec::new()), ids)?,
         log: names("log")?.or(Vec::new()),
         ignore: names("ignore")?.or(Vec::new()),
         missing: r.get("missing", "a text", text)?.or("?".into()),
-        separator: r.get("separator", "one plain character, such as \";\" or \"\\t\"", separator)?.or(','),
         task: task(r)?,
+    })
+}
+
+/// Criteo's display advertising data: a label, 13 counts and 26 categories, without names.
+fn criteo(r: &Reader<'_>, base: &str) -> Result<Table> {
+    let (test, holdout) = test_set(r)?;
+    let named = |letter: char, n: usize| (1..=n).map(move |i| format!("{letter}{i}"));
+    let columns = ["label".to_string()].into_iter().chain(named('I', 13)).chain(named('C', 26)).collect();
+    Ok(Table {
+        base: base.into(),
+        form: Form::Csv { columns: Some(columns), header: false, separator: '\t' },
+        train: r.text("train")?.needed("train = \"criteo/train.txt.gz\"")?,
+        test,
+        target: "label".into(),
+        categorical: Vec::new(),
+        ids: named('C', 26).map(|column| Id { columns: vec![column], size: None }).collect(),
+        log: named('I', 13).collect(),
+        ignore: Vec::new(),
+        missing: String::new(),
+        task: Task::Classification,
+        holdout,
+        text: None,
+    })
+}
+
+fn libsvm(r: &Reader<'_>, base: &str) -> Result<LibSvm> {
+    let (test, holdout) = test_set(r)?;
+    Ok(LibSvm {
+        base: base.into(),
+        train: r.text("train")?.needed("train = \"train.svm\"")?,
+        test,
+        holdout,
+        task: task(r)?,
+        size: r.integer("size", 1..=1 << 48)?.optional(),
     })
 }
 

@@ -33,7 +33,14 @@ fn defaults_are_filled_in() {
         text: got.text.clone(),
         name: "job".into(),
         seed: 0,
-        data: Data { source: Source::Digits, normalize: true, ship: None, hashed: false, augment: None },
+        data: Data {
+            source: Source::Digits,
+            normalize: true,
+            ship: None,
+            hashed: false,
+            augment: None,
+            on_error: OnError::Stop,
+        },
         model: Model::Linear,
         train: Train {
             partitions: 8,
@@ -71,56 +78,60 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let full =
         job(&format!("{both}, classes = 7, normalize = false, ship = true, partition = \"hashed\""), LINEAR, "").data;
     let source = Source::Idx { train: idx("a"), test: Some(idx("b")), classes: Some(7) };
-    assert_eq!(full, Data { source, normalize: false, ship: Some(true), hashed: true, augment: None });
+    assert_eq!(
+        full,
+        Data { source, normalize: false, ship: Some(true), hashed: true, augment: None, on_error: OnError::Stop }
+    );
 
-    let csv = Csv {
+    let form = |columns, header, separator| Form::Csv { columns, header, separator };
+    let csv = Table {
         base: "/base".into(),
+        form: form(None, true, ','),
         train: "a.csv".into(),
         test: None,
-        columns: None,
-        header: true,
         target: "y".into(),
         categorical: vec![],
         ids: vec![],
         log: vec![],
         ignore: vec![],
         missing: "?".into(),
-        separator: ',',
         task: Task::Classification,
         holdout: None,
         text: None,
     };
     let plain_csv = csv.clone();
     let some_csv = "format = \"csv\", train = \"a.csv\", target = \"y\"";
-    assert_eq!(job(some_csv, LINEAR, "").data.source, Source::Csv(csv.clone()));
+    assert_eq!(job(some_csv, LINEAR, "").data.source, Source::Table(csv.clone()));
     let columns = Some(vec!["x".into(), "y".into()]);
-    let headless = Csv { columns: columns.clone(), header: false, ..csv.clone() };
-    assert_eq!(job(&format!("{some_csv}, columns = [\"x\", \"y\"]"), LINEAR, "").data.source, Source::Csv(headless));
+    let headless = Table { form: form(columns.clone(), false, ','), ..csv.clone() };
+    assert_eq!(job(&format!("{some_csv}, columns = [\"x\", \"y\"]"), LINEAR, "").data.source, Source::Table(headless));
     let all = "test = \"b.csv\", columns = [\"x\", \"y\"], header = true, categorical = [\"x\"], ignore = [\"z\"], \
                missing = \"\", separator = \"\\t\", task = \"regression\"";
-    let full = Csv {
+    let full = Table {
+        form: form(columns, true, '\t'),
         test: Some("b.csv".into()),
-        columns,
         categorical: vec!["x".into()],
         ignore: vec!["z".into()],
         missing: "".into(),
-        separator: '\t',
         task: Task::Regression,
         ..csv
     };
-    assert_eq!(job(&format!("{some_csv}, {all}"), LINEAR, "").data.source, Source::Csv(full));
+    assert_eq!(job(&format!("{some_csv}, {all}"), LINEAR, "").data.source, Source::Table(full));
 
     let id = |columns: &[&str], size| Id { columns: columns.iter().map(|c| c.to_string()).collect(), size };
     let ids = vec![id(&["a"], None), id(&["b"], None), id(&["c"], Some(1 << 48)), id(&["d", "a", "e"], None)];
     let keys = "ids = [\"a\", { column = \"b\" }, { column = \"c\", size = 281474976710656 }, { cross = [\"d\", \"a\", \"e\"] }], \
                 log = [\"f\", \"g\"]";
-    let of_ids = Csv { ids, log: vec!["f".into(), "g".into()], ..plain_csv.clone() };
-    assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Csv(of_ids));
+    let of_ids = Table { ids, log: vec!["f".into(), "g".into()], ..plain_csv.clone() };
+    assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Table(of_ids));
 
     let made = job("format = \"synthetic\", shape = [1, 2, 3], classes = 4, samples = 5", LINEAR, "").data;
     let shape = vec![1, 2, 3];
     let source = Source::Synthetic { task: Task::Classification, shape, classes: 4, samples: 5, test_samples: 1 };
-    assert_eq!(made, Data { source, normalize: false, ship: None, hashed: false, augment: None });
+    assert_eq!(
+        made,
+        Data { source, normalize: false, ship: None, hashed: false, augment: None, on_error: OnError::Stop }
+    );
     let spec = "format = \"synthetic\", task = \"regression\", shape = [9], samples = 80, normalize = true";
     let made = job(spec, LINEAR, "").data;
     let source =
@@ -138,7 +149,14 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let made = job(clicks, LINEAR, "").data;
     assert_eq!(
         made,
-        Data { source: Source::Clicks(plain.clone()), normalize: false, ship: None, hashed: false, augment: None }
+        Data {
+            source: Source::Clicks(plain.clone()),
+            normalize: false,
+            ship: None,
+            hashed: false,
+            augment: None,
+            on_error: OnError::Stop
+        }
     );
     let all = Clicks { numbers: 2, fields: 3, zipf: 0.0, test_samples: 0, ..plain };
     let keys = "numbers = 2, fields = 3, zipf = 0, test_samples = 0";
@@ -162,11 +180,11 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     assert_eq!(of_words, Source::Text(Text { tokenizer: words(5, 1, 1 << 16), ..text.clone() }));
     let texts = |keys: &str| job(&format!("{some_csv}, text = \"x\", context = 9{keys}"), LINEAR, "").data.source;
     let column = |tokenizer, truncate| TextColumn { column: "x".into(), tokenizer, context: 9, truncate };
-    let some = Csv { text: Some(column(words(50_000, 1, 1 << 16), false)), ..plain_csv.clone() };
-    assert_eq!(texts(""), Source::Csv(some));
-    let all = Csv { holdout: Some(0.5), text: Some(column(words(50_000, 3, 7), true)), ..plain_csv };
+    let some = Table { text: Some(column(words(50_000, 1, 1 << 16), false)), ..plain_csv.clone() };
+    assert_eq!(texts(""), Source::Table(some));
+    let all = Table { holdout: Some(0.5), text: Some(column(words(50_000, 3, 7), true)), ..plain_csv };
     let keys = ", holdout = 0.5, truncate = true, tokenizer = { kind = \"words\", ngrams = 3, buckets = 7 }";
-    assert_eq!(texts(keys), Source::Csv(all));
+    assert_eq!(texts(keys), Source::Table(all));
     let tested = Text { test: Some("b.txt".into()), ..text };
     assert_eq!(job(&format!("{plain}, test = \"b.txt\""), LINEAR, "").data.source, Source::Text(tested));
 }
@@ -555,8 +573,8 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
             "job.toml:10: there is no optimizer \"rmspropp\"; did you mean \"rmsprop\"?",
         ),
         (
-            with("\"digits\"", "\"parquet\""),
-            "job.toml:4: there is no data format \"parquet\"; choose one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `ratings`, `synthetic`",
+            with("\"digits\"", "\"hdf5\""),
+            "job.toml:4: there is no data format \"hdf5\"; choose one of `digits`, `idx`, `cifar`, `images`, `csv`, `json-lines`, `parquet`, `criteo`, `libsvm`, `text`, `ratings`, `synthetic`",
         ),
         (
             with(
@@ -609,7 +627,7 @@ fn mistakes_are_named_with_their_place_and_the_way_out() {
         ),
         (
             with("\"digits\"", "1979-05-27"),
-            "job.toml:4: `data.format` must be one of `digits`, `idx`, `cifar`, `images`, `csv`, `text`, `ratings`, `synthetic`, not a date",
+            "job.toml:4: `data.format` must be one of `digits`, `idx`, `cifar`, `images`, `csv`, `json-lines`, `parquet`, `criteo`, `libsvm`, `text`, `ratings`, `synthetic`, not a date",
         ),
         (with("[8]", "[8"), "job.toml:8: this is not TOML: missing comma between array elements"),
         (with("seed = 7", "seed = 7\nseed = 8"), "job.toml:3: this is not TOML: duplicate key"),

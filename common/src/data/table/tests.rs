@@ -1,26 +1,31 @@
+use super::plan::MOST_VALUES;
 use super::*;
-use crate::data::{Batch, Opened};
+use crate::data::{Batch, Dataset, Features, Opened, Prepared, Targets};
+use crate::job::Task;
 use crate::rows::NO_ID;
 use proptest::prelude::*;
 use std::collections::HashMap;
+use std::io;
 use tempfile::TempDir;
 
 const TABLE: &str = "age, city, height, kind\n10, Rom, 1.5, yes.\n?, Oslo, 2.5, no\n20, ?, 3.5, yes\n30, Oslo,, no.\n";
 
-fn spec() -> job::Csv {
-    job::Csv {
+pub(super) fn csv(columns: Option<Vec<String>>, header: bool, separator: char) -> Form {
+    Form::Csv { columns, header, separator }
+}
+
+pub(super) fn spec() -> job::Table {
+    job::Table {
         base: String::new(),
         train: "train.csv".into(),
         test: None,
-        columns: None,
-        header: true,
+        form: csv(None, true, ','),
         target: "kind".into(),
         categorical: vec!["city".into()],
         ids: vec![],
         log: vec![],
         ignore: vec![],
         missing: "?".into(),
-        separator: ',',
         task: Task::Classification,
         holdout: None,
         text: None,
@@ -28,17 +33,17 @@ fn spec() -> job::Csv {
 }
 
 /// Reads a table, and a test table where there is one.
-fn both(spec: job::Csv, train: impl AsRef<[u8]>, test: Option<&str>) -> Result<Raw, DataError> {
+fn both(spec: job::Table, train: impl AsRef<[u8]>, test: Option<&str>) -> Result<Raw, DataError> {
     let dir = TempDir::new().unwrap();
     std::fs::write(dir.path().join("train.csv"), train).unwrap();
     if let Some(test) = test {
         std::fs::write(dir.path().join("test.csv"), test).unwrap();
     }
     let base = dir.path().display().to_string();
-    read(None, &job::Csv { base, test: test.map(|_| "test.csv".into()), ..spec }, 7, None)
+    read(None, &job::Table { base, test: test.map(|_| "test.csv".into()), ..spec }, 7, None, job::OnError::Stop)
 }
 
-fn one(spec: job::Csv, train: impl AsRef<[u8]>) -> Result<Raw, DataError> {
+fn one(spec: job::Table, train: impl AsRef<[u8]>) -> Result<Raw, DataError> {
     both(spec, train, None)
 }
 
@@ -47,7 +52,7 @@ fn features(set: &Dataset) -> &[f32] {
     x
 }
 
-fn says(result: Result<Raw, DataError>, parts: &[&str]) {
+pub(super) fn says(result: Result<Raw, DataError>, parts: &[&str]) {
     let message = result.err().expect("an error").to_string();
     for part in parts {
         assert!(message.contains(part), "{message:?} does not say {part:?}");
@@ -80,11 +85,11 @@ fn names_separators_line_ends_and_packing_do_not_matter() {
     let want = one(spec(), TABLE).unwrap().train;
     let columns = Some(["age", "city", "height", "kind"].map(String::from).to_vec());
     let headless = TABLE.split_once('\n').unwrap().1;
-    assert_eq!(one(job::Csv { columns: columns.clone(), header: false, ..spec() }, headless).unwrap().train, want);
+    assert_eq!(one(job::Table { form: csv(columns.clone(), false, ','), ..spec() }, headless).unwrap().train, want);
     let renamed = TABLE.replacen("age", "years", 1);
-    assert_eq!(one(job::Csv { columns, ..spec() }, renamed).unwrap().train, want);
+    assert_eq!(one(job::Table { form: csv(columns, true, ','), ..spec() }, renamed).unwrap().train, want);
     let tabs = TABLE.replace(',', "\t");
-    assert_eq!(one(job::Csv { separator: '\t', ..spec() }, tabs).unwrap().train, want);
+    assert_eq!(one(job::Table { form: csv(None, true, '\t'), ..spec() }, tabs).unwrap().train, want);
     let windows = format!("\u{feff}{}", TABLE.replace('\n', "\r\n\r\n  \r\n"));
     assert_eq!(one(spec(), windows).unwrap().train, want);
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -94,13 +99,13 @@ fn names_separators_line_ends_and_packing_do_not_matter() {
 
 #[test]
 fn ignored_columns_may_hold_anything() {
-    let raw = one(job::Csv { ignore: vec!["height".into()], ..spec() }, TABLE.replace("1.5", "tall")).unwrap();
+    let raw = one(job::Table { ignore: vec!["height".into()], ..spec() }, TABLE.replace("1.5", "tall")).unwrap();
     assert_eq!(raw.train.shape, [3]);
 }
 
 #[test]
 fn regression_reads_values() {
-    let spec = job::Csv {
+    let spec = job::Table {
         target: "height".into(),
         task: Task::Regression,
         categorical: vec!["city".into(), "kind".into()],
@@ -141,23 +146,26 @@ fn lines_are_counted_past_blank_lines_and_quoted_line_ends() {
 
 #[test]
 fn wrong_columns_are_named() {
-    says(one(job::Csv { target: "knd".into(), ..spec() }, TABLE), &["data.target", "`knd`", "nearest is `kind`"]);
+    says(one(job::Table { target: "knd".into(), ..spec() }, TABLE), &["data.target", "`knd`", "nearest is `kind`"]);
     says(
-        one(job::Csv { categorical: vec!["town".into()], ..spec() }, TABLE),
+        one(job::Table { categorical: vec!["town".into()], ..spec() }, TABLE),
         &["data.categorical", "`town`", "train.csv"],
     );
-    says(one(job::Csv { ignore: vec!["hight".into()], ..spec() }, TABLE), &["data.ignore", "nearest is `height`"]);
-    says(one(job::Csv { ignore: vec!["kind".into()], ..spec() }, TABLE), &["`kind` is data.target and in data.ignore"]);
+    says(one(job::Table { ignore: vec!["hight".into()], ..spec() }, TABLE), &["data.ignore", "nearest is `height`"]);
+    says(
+        one(job::Table { ignore: vec!["kind".into()], ..spec() }, TABLE),
+        &["`kind` is data.target and in data.ignore"],
+    );
     let all = ["age", "city", "height"].map(String::from).to_vec();
-    says(one(job::Csv { ignore: all, ..spec() }, TABLE), &["no columns left"]);
-    says(one(job::Csv { header: false, ..spec() }, TABLE), &["data.header", "data.columns"]);
+    says(one(job::Table { ignore: all, ..spec() }, TABLE), &["no columns left"]);
+    says(one(job::Table { form: csv(None, false, ','), ..spec() }, TABLE), &["data.header", "data.columns"]);
     says(one(spec(), TABLE.replacen("age", "city", 1)), &["two columns `city`"]);
     says(
         both(spec(), TABLE, Some("age,height,city,kind\n1,1,Rom,no\n")),
         &["test.csv", "age,height,city,kind", "same order"],
     );
     says(
-        one(job::Csv { categorical: vec![], ..spec() }, TABLE),
+        one(job::Table { categorical: vec![], ..spec() }, TABLE),
         &["train.csv:2", "`city`", "`Rom`", "data.categorical"],
     );
     says(one(spec(), "age,city,height,kind\n?,Rom,1,no\n"), &["`age`", "missing in every line"]);
@@ -173,8 +181,8 @@ fn wrong_files_are_named() {
     says(one(spec(), ""), &["train.csv", "no samples"]);
     says(one(spec(), "age,city,height,kind\n"), &["train.csv", "no samples"]);
     says(one(spec(), b"age,city,height,kind\n1,Troms\xf8,1,no\n"), &["train.csv:2", "UTF-8"]);
-    says(one(job::Csv { separator: '·', ..spec() }, TABLE), &["data.separator", "'·'"]);
-    says(one(job::Csv { train: "other.csv".into(), ..spec() }, TABLE), &["other.csv", "UNISONO_DATA"]);
+    says(one(job::Table { form: csv(None, true, '·'), ..spec() }, TABLE), &["data.separator", "'·'"]);
+    says(one(job::Table { train: "other.csv".into(), ..spec() }, TABLE), &["other.csv", "UNISONO_DATA"]);
 }
 
 #[test]
@@ -206,17 +214,17 @@ fn every_feature_is_normalised() {
 
 const IDS: &str = "age,site,user,city,kind\n10,a,0,Rom,yes\n20,b,2,Oslo,no\n30, a ,?,Rom,yes\n40,,1,Rom,no\n";
 
-fn id(columns: &[&str], size: Option<u64>) -> job::Id {
+pub(super) fn id(columns: &[&str], size: Option<u64>) -> job::Id {
     job::Id { columns: columns.iter().map(|column| column.to_string()).collect(), size }
 }
 
 /// A spec whose columns `ids` are ids, and no others categories.
-fn of_ids(ids: Vec<job::Id>) -> job::Csv {
-    job::Csv { categorical: vec![], ids, ..spec() }
+fn of_ids(ids: Vec<job::Id>) -> job::Table {
+    job::Table { categorical: vec![], ids, ..spec() }
 }
 
 /// Hashed, declared, crossed, and declared behind that.
-fn every_kind() -> job::Csv {
+fn every_kind() -> job::Table {
     of_ids(vec![id(&["site"], None), id(&["user"], Some(3)), id(&["site", "city"], None), id(&["age"], Some(50))])
 }
 
@@ -243,7 +251,7 @@ fn a_hash_is_of_a_columns_name_and_text_alone() {
     let hashes = |columns: &[&str], table: &str| {
         let others = table.lines().next().unwrap().split(',').filter(|name| *name != "kind" && !columns.contains(name));
         let ignore = others.map(String::from).collect();
-        one(job::Csv { ignore, ..of_ids(vec![id(columns, None)]) }, table).unwrap().train.ids.values
+        one(job::Table { ignore, ..of_ids(vec![id(columns, None)]) }, table).unwrap().train.ids.values
     };
     for columns in [&["site"][..], &["site", "city"]] {
         let all = hashes(columns, IDS);
@@ -272,7 +280,7 @@ fn ids_that_were_not_declared_are_named_with_file_line_and_column() {
     }
     let test = "age,site,user,city,kind\n1,never seen,0,Rom,no\n50,a,0,Rom,no\n";
     says(both(every_kind(), IDS, Some(test)), &["test.csv:3:", "`age`", "`50`", "below 50"]);
-    let with = |ids| job::Csv { ignore: vec!["age".into()], categorical: vec!["city".into()], ..of_ids(ids) };
+    let with = |ids| job::Table { ignore: vec!["age".into()], categorical: vec!["city".into()], ..of_ids(ids) };
     for (columns, words) in [
         (&["sit"][..], &["data.ids", "`sit`", "nearest is `site`"][..]),
         (&["kind"], &["`kind`", "in data.ids and data.target"]),
@@ -285,7 +293,7 @@ fn ids_that_were_not_declared_are_named_with_file_line_and_column() {
 
 #[test]
 fn logarithms_are_taken_on_both_sides_of_0_before_the_mean() {
-    let spec = job::Csv { categorical: vec![], log: vec!["age".into()], ..spec() };
+    let spec = job::Table { categorical: vec![], log: vec!["age".into()], ..spec() };
     let raw = one(spec.clone(), "age,high,kind\n0,1,no\n-1.5,2,no\n?,3,no\n1e6,4,yes\n").unwrap();
     let (small, large) = (-(2.5f64.ln()), 1_000_001f64.ln());
     let want = [0.0, 1.0, small, 2.0, (small + large) / 3.0, 3.0, large, 4.0];
@@ -296,7 +304,7 @@ fn logarithms_are_taken_on_both_sides_of_0_before_the_mean() {
     assert_eq!(encode(&prepared, |c| cells.get(c).copied()).unwrap(), features(&train)[2..4]);
     for (log, ids) in [("kind", vec![]), ("age", vec![id(&["age"], None)])] {
         says(
-            one(job::Csv { log: vec![log.into()], ids, ..spec.clone() }, "age,high,kind\n0,1,no\n"),
+            one(job::Table { log: vec![log.into()], ids, ..spec.clone() }, "age,high,kind\n0,1,no\n"),
             &["data.log", &format!("`{log}`"), "take it out"],
         );
     }
@@ -324,10 +332,10 @@ fn new_rows_have_the_ids_of_training_rows() {
 }
 
 /// The text column `x` of a table.
-fn texts(train: &str, test: Option<&str>, change: impl Fn(&mut job::Csv)) -> Result<Raw, DataError> {
+fn texts(train: &str, test: Option<&str>, change: impl Fn(&mut job::Table)) -> Result<Raw, DataError> {
     let tokenizer = job::Tokenizer::Words { most: 9, ngrams: 1, buckets: 1 };
     let text = job::TextColumn { column: "x".into(), tokenizer, context: 4, truncate: false };
-    let mut spec = job::Csv { categorical: vec![], text: Some(text), ..spec() };
+    let mut spec = job::Table { categorical: vec![], text: Some(text), ..spec() };
     change(&mut spec);
     both(spec, train, test)
 }
@@ -356,7 +364,7 @@ fn texts_that_cannot_be_taken_are_named_with_their_line() {
     says(texts("x,kind\n ,ham\n", None, |_| {}), "train.csv:2: the text of column `x` is empty");
     says(texts("y,kind\na,ham\n", None, |_| {}), "data.text names the column `x`");
     says(texts("x,kind\na,b\n", None, |spec| spec.target = "x".into()), "data.target and data.text");
-    let characters = |spec: &mut job::Csv| spec.text.as_mut().unwrap().tokenizer = job::Tokenizer::Characters;
+    let characters = |spec: &mut job::Table| spec.text.as_mut().unwrap().tokenizer = job::Tokenizer::Characters;
     says(
         texts("x,kind\na,b\n", Some("x,kind\nz,b\n"), characters),
         "test.csv:2: the text of column `x` has the character 'z'",
@@ -372,7 +380,7 @@ proptest! {
         let line = |(i, (x, kind)): (usize, &(u32, u32))| format!("{i},{x},{kind}\n");
         let table = format!("id,x,kind\n{}", cells.iter().enumerate().map(line).collect::<String>());
         let ignore = vec!["id".into()];
-        let spec = job::Csv { categorical: vec![], ignore, task: Task::Regression, holdout: Some(share), ..spec() };
+        let spec = job::Table { categorical: vec![], ignore, task: Task::Regression, holdout: Some(share), ..spec() };
         let raw = both(spec, &table, None).unwrap();
         let values = |set: &Dataset| match &set.features {
             Features::F32(x) => x.iter().map(|x| *x as u32).collect::<Vec<_>>(),
@@ -393,7 +401,7 @@ proptest! {
     #[test]
     fn no_text_panics(text in "[a-z0-9,\" \n\r?é.-]{0,120}", header in any::<bool>()) {
         let columns = ["a", "b"].map(String::from).to_vec();
-        let spec = job::Csv { header, columns: Some(columns), target: "b".into(), categorical: vec!["a".into()], ..spec() };
+        let spec = job::Table { form: csv(Some(columns), header, ','), target: "b".into(), categorical: vec!["a".into()], ..spec() };
         if let Ok(raw) = one(spec, text) {
             prop_assert_eq!(features(&raw.train).len(), raw.train.samples() * raw.train.sample_len());
         }
@@ -409,16 +417,15 @@ fn adult_has_its_known_shape() {
     let names = "age workclass fnlwgt education education-num marital-status occupation relationship race sex \
                  capital-gain capital-loss hours-per-week native-country income";
     let words = |text: &str| text.split_whitespace().map(String::from).collect::<Vec<_>>();
-    let spec = job::Csv {
+    let spec = job::Table {
         train: "adult/adult-train.csv".into(),
         test: Some("adult/adult-test.csv".into()),
-        columns: Some(words(names)),
-        header: false,
+        form: csv(Some(words(names)), false, ','),
         target: "income".into(),
         categorical: words("workclass education marital-status occupation relationship race sex native-country"),
         ..spec()
     };
-    let raw = read(Some(Path::new(&root)), &spec, 7, None).unwrap();
+    let raw = read(Some(Path::new(&root)), &spec, 7, None, job::OnError::Stop).unwrap();
     assert_eq!((raw.train.samples(), raw.test.unwrap().samples()), (32_561, 16_281));
     assert_eq!(raw.classes.unwrap(), ["<=50K", ">50K"]);
     // Six numbers, and 8 + 16 + 7 + 14 + 6 + 5 + 2 + 41 categories ("?" is none).
