@@ -126,6 +126,7 @@ fn fill(bencher: Bencher<'_, '_>, name: &str) {
         missing: String::new(),
         tokens: None,
         ids: Vec::new(),
+        sparse: None,
     };
     let parts = Partitions::new(samples, 1, None).expect("it can be cut");
     let mut feeder = Feeder::new(parts, 1, rows);
