@@ -378,6 +378,65 @@ fn ids_and_models_that_do_not_fit_are_named() {
     fails(dir.path(), &["predict", "kept", "rows.jsonl"], 2, &["rows.jsonl:1", "column `user` is not given"]);
 }
 
+/// [`JOB`] on other data and a linear model.
+fn of_data(keys: &str) -> String {
+    with("format = \"digits\"", keys).replace("kind = \"mlp\"\nhidden = [16, 16]", "kind = \"linear\"")
+}
+
+#[test]
+fn tables_of_every_format_that_do_not_fit_are_named() {
+    let dir = folder();
+    let good = "{\"x\": 1, \"kind\": \"a\"}\n{\"x\": 2, \"kind\": \"b\"}\n";
+    write(dir.path(), "cut.jsonl", format!("{good}{{\"x\": 3, \"kin"));
+    write(dir.path(), "deep.jsonl", format!("{good}{{\"x\": {{\"of\": 3}}, \"kind\": \"a\"}}\n"));
+    write(dir.path(), "text.jsonl", format!("{good}{{\"x\": \"three\", \"kind\": \"a\"}}\n"));
+    write(dir.path(), "rows.csv", "x,kind\n1,a\n");
+    let lines = |of: &str| format!("1 1:0.5\n-1 2:1\n1 {of}\n");
+    for (name, of) in [("pair.svm", "3=4"), ("query.svm", "qid:4 3:4"), ("size.svm", "12:1")] {
+        write(dir.path(), name, lines(of));
+    }
+    write(dir.path(), "click.txt", format!("1\t{}\n", ["5"; 38].join("\t")));
+    let json = |file: &str, more: &str| {
+        of_data(&format!("format = \"json-lines\"\ntrain = {file:?}\ntarget = \"kind\"{more}"))
+    };
+    let libsvm = |file: &str, more: &str| {
+        of_data(&format!("format = \"libsvm\"\ntrain = {file:?}{more}")).replace("linear", "logistic")
+    };
+    for (job, words) in [
+        (json("cut.jsonl", ""), &["cut.jsonl:3: this is not one JSON object", "EOF", "data.on_error"][..]),
+        (json("deep.jsonl", ""), &["deep.jsonl:3: column `x` holds an object", "data.ignore"]),
+        (
+            json("text.jsonl", ""),
+            &["text.jsonl:3: column `x` holds `three`", "not a finite number", "data.categorical"],
+        ),
+        (json("text.jsonl", "\nignore = [\"y\"]"), &["data.ignore names the column `y`", "text.jsonl does not have"]),
+        (json("text.jsonl", "\nseparator = \";\""), &["job.toml:6", "unknown key `data.separator`"]),
+        (
+            json("text.jsonl", "\non_error = \"skip\"\nmax_errors = 0"),
+            &["1 of the rows or files cannot be used, and data.max_errors = 0", "correct them, or raise it"],
+        ),
+        (json("text.jsonl", "\nmax_errors = 3"), &["job.toml:6", "data.max_errors", "data.on_error = \"skip\""]),
+        (json("text.jsonl", "\non_error = \"ignore\""), &["job.toml:6", "\"ignore\"", "`stop`, `skip`"]),
+        (
+            of_data("format = \"parquet\"\ntrain = \"rows.csv\"\ntarget = \"kind\""),
+            &["rows.csv cannot be read as Parquet", "copy it again"],
+        ),
+        (libsvm("pair.svm", ""), &["pair.svm:3: `3=4` is not `feature:value`"]),
+        (libsvm("query.svm", ""), &["query.svm:3: `qid:4` names a query", "take the qid fields out"]),
+        (libsvm("size.svm", "\nsize = 11"), &["size.svm:3: feature 12 is above data.size = 11"]),
+        (
+            libsvm("size.svm", "").replace("logistic", "linear"),
+            &["the data has 1 ids a sample", "looks none of them up", "the features of `libsvm` are ids"],
+        ),
+        (
+            of_data("format = \"criteo\"\ntrain = \"click.txt\"").replace("linear", "logistic"),
+            &["click.txt:1: 39 cells, but there are 40 columns"],
+        ),
+    ] {
+        refused(dir.path(), &job, words);
+    }
+}
+
 /// Tables that grow beyond what they may take end the run, and what was kept is gone on with when they may take more.
 #[test]
 fn tables_above_their_memory_end_the_run_and_keep_its_last_checkpoint() {

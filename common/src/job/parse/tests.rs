@@ -125,6 +125,39 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let of_ids = Table { ids, log: vec!["f".into(), "g".into()], ..plain_csv.clone() };
     assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Table(of_ids));
 
+    for (format, form) in [("json-lines", Form::JsonLines), ("parquet", Form::Parquet)] {
+        let spec = format!("format = {format:?}, train = \"a.csv\", target = \"y\"");
+        assert_eq!(job(&spec, LINEAR, "").data.source, Source::Table(Table { form, ..plain_csv.clone() }));
+    }
+    let Source::Table(criteo) = job("format = \"criteo\", train = \"a\", holdout = 0.1", LINEAR, "").data.source else {
+        panic!()
+    };
+    let Form::Csv { columns: Some(columns), header: false, separator: '\t' } = &criteo.form else {
+        panic!("{criteo:?}")
+    };
+    assert_eq!((columns.len(), &columns[..2], &columns[39][..]), (40, &["label".into(), "I1".into()][..], "C26"));
+    assert_eq!((criteo.ids.len(), criteo.log.len(), criteo.missing.as_str(), criteo.holdout), (26, 13, "", Some(0.1)));
+    let lines = LibSvm {
+        base: "/base".into(),
+        train: "a".into(),
+        test: None,
+        holdout: None,
+        task: Task::Classification,
+        size: None,
+    };
+    let some = "format = \"libsvm\", train = \"a\"";
+    assert_eq!(job(some, LINEAR, "").data.source, Source::LibSvm(lines.clone()));
+    let all = LibSvm { test: Some("b".into()), task: Task::Regression, size: Some(9), ..lines };
+    let keys = "test = \"b\", task = \"regression\", size = 9";
+    assert_eq!(job(&format!("{some}, {keys}"), LINEAR, "").data.source, Source::LibSvm(all));
+    let on_error = |keys: &str| job(&format!("{some}{keys}"), LINEAR, "");
+    assert_eq!(on_error(", on_error = \"skip\"").data.on_error, OnError::Skip { most: 100 });
+    assert_eq!(on_error(", on_error = \"skip\", max_errors = 0").data.on_error, OnError::Skip { most: 0 });
+    assert_eq!(on_error(", on_error = \"stop\"").data.on_error, OnError::Stop);
+    // What is left out decides the result; how much may be, does not.
+    assert_ne!(on_error(", on_error = \"skip\"").digest(), on_error("").digest());
+    assert_eq!(on_error(", on_error = \"skip\"").digest(), on_error(", on_error = \"skip\", max_errors = 7").digest());
+
     let made = job("format = \"synthetic\", shape = [1, 2, 3], classes = 4, samples = 5", LINEAR, "").data;
     let shape = vec![1, 2, 3];
     let source = Source::Synthetic { task: Task::Classification, shape, classes: 4, samples: 5, test_samples: 1 };
