@@ -2,6 +2,7 @@
 //! losses and data formats of one's own ([`main`]).
 
 mod bench;
+mod confusion;
 mod export;
 mod generate;
 mod local;
@@ -158,6 +159,9 @@ enum Cmd {
         /// Prints one JSON object on the last line of stdout
         #[arg(long)]
         json: bool,
+        /// Writes how many samples of each class are taken for which: a table (.csv) or a picture (.svg)
+        #[arg(long, value_name = "FILE")]
+        confusion: Option<PathBuf>,
     },
     /// Predicts for new inputs: CSV or JSON lines in, the same with `prediction` out, or with the best items for each user
     Predict {
@@ -347,7 +351,9 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Cmd::Bench(args) => bench::run(args, started).await,
-        Cmd::Eval { checkpoint, job, set, json } => trained::eval(&checkpoint, job.as_ref(), &set, json),
+        Cmd::Eval { checkpoint, job, set, json, confusion } => {
+            trained::eval(&checkpoint, job.as_ref(), &set, json, confusion.as_ref())
+        }
         Cmd::Predict { checkpoint, generate: Some(prompt), sampling, .. } => {
             generate::generate(&checkpoint, &prompt, sampling)
         }

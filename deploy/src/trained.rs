@@ -1,6 +1,6 @@
 //! Using what was trained: metrics on a data set, predictions for new inputs.
 
-use crate::{Wrong, read_job, recommend};
+use crate::{Wrong, confusion, read_job, recommend};
 use anyhow::{Context, Result, anyhow, bail};
 use ndarray::{ArrayView1, ArrayView2};
 use serde_json::{Map, Value, json};
@@ -115,8 +115,16 @@ pub fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
     Ok((loaded, trained))
 }
 
-/// `unisono eval`: the metrics of a checkpoint on its own test set, or on the data of another job.
-pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bool) -> Result<ExitCode> {
+/// `unisono eval`: the metrics of a checkpoint on its own test set, or on the data of another job; and into a file which classes
+/// are taken for which.
+pub fn eval(
+    checkpoint: &Path,
+    other: Option<&PathBuf>,
+    set: &[String],
+    json: bool,
+    confusion: Option<&PathBuf>,
+) -> Result<ExitCode> {
+    confusion.map_or(Ok(()), |path| confusion::check(path)).map_err(Wrong)?;
     let (_, Trained { path, manifest, model, weights, blocks, rows }) = load(checkpoint).map_err(Wrong)?;
     let Manifest { job, prepared, step, weights_digest, .. } = manifest;
     let source = match other {
@@ -157,15 +165,24 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
     let prepared = Prepared { train_samples, test_samples, tokens: found.tokens, implicit: found.implicit, ..prepared };
     let opened = Opened { train, test: Some(test), prepared: prepared.clone(), skipped: None };
     let root = Node::root(job.train.partitions);
-    let name = job.name.clone();
-    let eval = Compute::new(job, Samples::Read(Box::new(opened)), prepared, Arc::new(model))
-        .map_err(Wrong)?
+    let (name, classes) = (job.name.clone(), prepared.classes.clone());
+    let compute = Compute::new(job, Samples::Read(Box::new(opened)), prepared, Arc::new(model)).map_err(Wrong)?;
+    let sums = compute
+        .counting_confusions()
         .evaluate(root, &weights, &mut |_, batch| {
             rows.fill(&blocks, batch);
             Some(())
         })
-        .context("the rows are all there")?
-        .summary();
+        .context("the rows are all there")?;
+    let (eval, confusions) = (sums.summary(), sums.confusions());
+    let table = match (confusion, classes.filter(|classes| classes.len() == confusions.nrows())) {
+        (None, _) => None,
+        (Some(_), None) => return Err(Wrong(anyhow!("--confusion is for models of up to 4096 classes")).into()),
+        (Some(path), Some(classes)) => {
+            confusion::write(path, &classes, confusions)?;
+            confusion::table(&classes, confusions)
+        }
+    };
     if json {
         let mut summary =
             json!({ "job": name, "step": step, "samples": samples, "eval": eval, "weights_digest": weights_digest });
@@ -178,6 +195,7 @@ pub fn eval(checkpoint: &Path, other: Option<&PathBuf>, set: &[String], json: bo
             "  checkpoint   {}\n  job          {name}, step {step}\n  samples      {samples}\n  test         {eval}",
             path.display()
         );
+        print!("{}", table.map_or(String::new(), |table| format!("\n{table}")));
     }
     Ok(ExitCode::SUCCESS)
 }
