@@ -19,9 +19,10 @@ pub struct Sampling {
     /// With --generate: below 1 bolder choices become rarer, above 1 more frequent; 0 always takes the likeliest token
     #[arg(long, requires = "generate", default_value_t = 1.0)]
     temperature: f64,
-    /// With --generate: chooses among so many of the likeliest tokens
-    #[arg(long, requires = "generate", value_name = "K")]
-    top_k: Option<usize>,
+    /// Of a model of users and items: gives the K best items for the user of each row, instead of a prediction. With --generate:
+    /// chooses among so many of the likeliest tokens
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
     /// With --generate: chooses among the likeliest tokens that together have this probability
     #[arg(long, requires = "generate", value_name = "P")]
     top_p: Option<f64>,

@@ -178,12 +178,13 @@ enum Cmd {
         #[arg(long)]
         format: Option<trained::Format>,
         /// Goes on with a text instead, as a language model was trained to
-        #[arg(long, value_name = "PROMPT", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["input", "format", "top_k"])]
+        #[arg(long, value_name = "PROMPT", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["input", "format"])]
         generate: Option<String>,
         #[command(flatten)]
-        top: Option<recommend::Top>,
-        #[command(flatten)]
         sampling: generate::Sampling,
+        /// With --top-k: ranks also what a user has in the training set; otherwise its data are read, and that is left out
+        #[arg(long, requires = "top_k", conflicts_with = "generate")]
+        with_seen: bool,
     },
     /// Writes a checkpoint for other programs: its weights with PyTorch's names and layouts, or the model as ONNX
     Export {
@@ -357,7 +358,8 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         Cmd::Predict { checkpoint, generate: Some(prompt), sampling, .. } => {
             generate::generate(&checkpoint, &prompt, sampling)
         }
-        Cmd::Predict { checkpoint, input, format, top, .. } => {
+        Cmd::Predict { checkpoint, input, format, sampling, with_seen, .. } => {
+            let top = sampling.top_k.map(|k| recommend::Top { k, with_seen });
             trained::predict(&checkpoint, input.as_ref(), format, top)
         }
         Cmd::Export { checkpoint, format, out, force } => export::export(&checkpoint, format, &out, force),

@@ -8,13 +8,11 @@ use unisono_common::job::Source;
 use unisono_common::rows::NO_ID;
 
 /// What is asked for.
-#[derive(clap::Args, Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Top {
-    /// Gives the K best items for the user of each row, of a model of users and items, instead of a prediction
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
-    pub top_k: u32,
-    /// Also items that a user has in the training set; otherwise its data are read, and they are left out
-    #[arg(long, requires = "top_k")]
+    /// Items for each user.
+    pub k: usize,
+    /// Whether they may be items that the user has in the training set.
     pub with_seen: bool,
 }
 
@@ -36,6 +34,9 @@ impl<'a> Recommender<'a> {
     /// # Errors
     /// A model of other data, and training data that is not there or has changed.
     pub fn new(trained: &'a Trained, top: Top) -> Result<Recommender<'a>> {
+        if top.k == 0 {
+            bail!("--top-k must be at least 1");
+        }
         let (manifest, path) = (&trained.manifest, trained.path.display());
         let prepared = &manifest.prepared;
         let of_items = matches!(manifest.job.data.source, Source::Ratings(_) | Source::RatingFiles(_));
@@ -46,7 +47,7 @@ impl<'a> Recommender<'a> {
         let items =
             u32::try_from(items).ok().with_context(|| format!("{items} items are too many to score them all"))?;
         let seen = if top.with_seen { Seen::default() } else { seen(trained)? };
-        Ok(Recommender { predictor: Predictor::new(trained, ROWS), most: top.top_k as usize, items, seen })
+        Ok(Recommender { predictor: Predictor::new(trained, ROWS), most: top.k, items, seen })
     }
 
     /// A user's best items, each with its score.
@@ -100,8 +101,7 @@ impl Answers for Recommender<'_> {
         let column = field.columns[0].clone();
         let value = fields.iter().find(|(name, _)| *name == column).map(|(_, value)| cell(value));
         let user = value.ok_or(DataError::CellAbsent { column: column.clone() })?;
-        let size = field.size.unwrap_or_default();
-        let wrong = |cell: &str| DataError::CellId { column: column.clone(), cell: cell.into(), size };
+        let wrong = |cell: &str| DataError::CellUnknown { column: column.clone(), cell: cell.into() };
         let id = field.id(std::iter::once(user.trim()), "").map_err(wrong)?;
         if id == NO_ID {
             bail!("column `{column}` is empty; fill it in, or remove the row");
