@@ -198,7 +198,8 @@ impl EvalSums {
         let mut starts = (0..chosen.len()).filter(own).peekable();
         while let Some(start) = starts.next() {
             let end = starts.peek().copied().unwrap_or(chosen.len());
-            let before = scores[start + 1..end].iter().filter(|score| !(**score < scores[start])).count();
+            let below = scores[start + 1..end].iter().filter(|score| **score < scores[start]).count();
+            let before = end - start - 1 - below;
             self.loss.samples += 1;
             if before < k as usize {
                 self.correct += 1;

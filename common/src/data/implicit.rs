@@ -77,7 +77,7 @@ impl Seen {
         self.items.iter().for_each(|item| put(&item.to_le_bytes()));
     }
 
-    /// Bytes that [`Seen::encode`] gives for so many users and items.
+    /// Bytes of what so many users and items are encoded as.
     pub fn encoded_len(users: u64, items: u64) -> u64 {
         16 + 16 * users + 4 * items
     }
