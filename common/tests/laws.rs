@@ -406,7 +406,7 @@ fn of_parts_and_whole(
     let ids = signature.ids;
     let random = Key::new(salt, Purpose::Synthetic).with(3);
     all.ids = (0..(rows * ids) as u64).map(|i| random.below(2 * i, 1 + random.below(2 * i + 1, 100))).collect();
-    if salt % 2 == 0 {
+    if salt.is_multiple_of(2) {
         all.factors = (0..(rows * ids) as u64).map(|i| random.with(1).normal(i)).collect();
     }
     let width = model.rows().width();

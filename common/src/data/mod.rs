@@ -585,7 +585,7 @@ mod tests {
                 let ids = Ids {
                     fields,
                     values: (0..(samples * fields) as u64).map(|i| key.u64(i)).collect(),
-                    factors: (0..if seed % 2 == 0 { samples * fields } else { 0 } as u64)
+                    factors: (0..if seed.is_multiple_of(2) { samples * fields } else { 0 } as u64)
                         .map(|i| key.normal(i))
                         .collect(),
                 };

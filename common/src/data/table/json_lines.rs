@@ -123,7 +123,7 @@ impl<'a> JsonLines<'a> {
         let mut lines = JsonLines { path, bytes, spec, names: names.unwrap_or_default().into() };
         if names.is_none()
             && let Some(wrong) = lines.learn(&BTreeSet::new())
-            && !(lenient && !lines.names.is_empty())
+            && (!lenient || lines.names.is_empty())
         {
             return Err(wrong);
         }
