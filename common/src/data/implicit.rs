@@ -297,7 +297,7 @@ mod tests {
         assert!(!seen(&[3, 9], &[2, 3], &[4, 1, 0]), "items");
         assert!(!seen(&[3, 9], &[2, 3], &[4, 4, 0]), "an item twice");
         assert!(!seen(&[3, 9], &[3, 2], &[1, 4, 0]), "ends");
-        assert!(!seen(&[3, 9], &[0, 3], &[1, 4, 0]), "a user with nothing");
+        assert!(!seen(&[3, 9], &[0, 3], &[0, 1, 4]), "a user with nothing");
         assert!(!seen(&[3, 9], &[2, 2], &[1, 4, 0]) && !seen(&[], &[], &[1]), "items of nobody");
         assert!(!seen(&[3, 9], &[2, 9], &[1, 4, 0]), "an end behind the items");
     }
