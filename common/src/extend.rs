@@ -67,10 +67,13 @@ impl Place<'_> {
     }
 }
 
+/// What reading data comes to; the error is shown with the format's name.
+pub type Read = Result<Samples, Box<dyn Error + Send + Sync>>;
+
 type Check = Box<dyn Fn(&Value) -> Result<(), String> + Send + Sync>;
 type BuildLayer = Box<dyn Fn(&Value, &[usize]) -> Result<Box<dyn Layer>, String> + Send + Sync>;
 type BuildLoss = Box<dyn Fn(&Value) -> Result<Arc<dyn TargetLoss>, String> + Send + Sync>;
-type ReadData = Box<dyn Fn(&Value, &Place<'_>) -> Result<Samples, Box<dyn Error + Send + Sync>> + Send + Sync>;
+type ReadData = Box<dyn Fn(&Value, &Place<'_>) -> Read + Send + Sync>;
 
 /// What a program adds.
 #[derive(Default)]
@@ -124,7 +127,7 @@ impl Extensions {
     pub fn format<O: DeserializeOwned + 'static>(
         mut self,
         format: &'static str,
-        read: fn(O, &Place<'_>) -> Result<Samples, Box<dyn Error + Send + Sync>>,
+        read: fn(O, &Place<'_>) -> Read,
     ) -> Extensions {
         let data = move |options: &Value, place: &Place<'_>| read(self::read(options)?, place);
         self.formats.insert(format, (check::<O>(), Box::new(data)));
@@ -186,7 +189,7 @@ pub(crate) fn loss(kind: &str, options: &Value) -> Result<Arc<dyn TargetLoss>, S
     build(options)
 }
 
-pub(crate) fn data(format: &str, options: &Value, place: &Place<'_>) -> Result<Samples, Box<dyn Error + Send + Sync>> {
+pub(crate) fn data(format: &str, options: &Value, place: &Place<'_>) -> Read {
     let (_, read) = ADDED.get().and_then(|added| added.formats.get(format)).ok_or_else(|| unknown(format))?;
     read(options, place)
 }

@@ -826,7 +826,7 @@ mod tests {
                     (sent.version, values)
                 });
                 assert_eq!((first, second), (now, Version { average: true, ..now }));
-                assert!(store.next_of(i, Some(second)).is_none() && store.next(&vec![Some(second); 3]).is_none());
+                assert!(store.next_of(i, Some(second)).is_none() && store.next(&[Some(second); 3]).is_none());
                 // Lengths are added up chunk by chunk here, and all at once there.
                 let close =
                     |got: &[f32], want: &[f32]| got.iter().zip(want).all(|(a, b)| (a - b).abs() <= 1e-6 * b.abs());

@@ -29,11 +29,11 @@ const JOB: &str = r#"name = "taken"
 seed = 3
 data = { format = "ratings", train = "ratings.dat", separator = "::", holdout = "last",
          implicit = { negatives = 3, threshold = 4, eval_negatives = "all", k = 3 } }
-model = { kind = "matrix-factorization", width = 6 }
+model = { kind = "matrix-factorization", width = 2 }
 [train]
 partitions = 4
 micro_batch = 8
-epochs = 60
+epochs = 10
 loss = "bpr"
 optimizer = { kind = "adamw", lr = 1e-2 }
 tables = { optimizer = { kind = "adagrad", lr = 0.2 } }

@@ -79,8 +79,12 @@ pub fn encode_ids<'c>(prepared: &Prepared, cell: impl Fn(&str) -> Option<&'c str
             |name: &String| cell(name).map(str::trim).ok_or_else(|| DataError::CellAbsent { column: name.clone() });
         let cells: Vec<&str> = field.columns.iter().map(cell).collect::<Result<_, _>>()?;
         field.id(cells.into_iter(), &prepared.missing).map_err(|cell| {
-            let (column, size) = (field.columns[0].clone(), field.size.unwrap_or_default());
-            DataError::CellId { column, cell: cell.into(), size }
+            let (column, cell, size) = (field.columns[0].clone(), cell.into(), field.size.unwrap_or_default());
+            if field.values.is_empty() {
+                DataError::CellId { column, cell, size }
+            } else {
+                DataError::CellUnknown { column, cell }
+            }
         })
     };
     prepared.ids.iter().map(id).collect()
