@@ -90,6 +90,35 @@ def gpt(vocabulary, positions, tie, feed_forward, norm):
     return spec, nn.Sequential(nn.Embedding(vocabulary, width), *body, nn.Linear(width, vocabulary, bias=False))
 
 
+class Projected(nn.Sequential):
+    """A residual block whose input goes around it through layers of its own."""
+
+    def __init__(self, layers, shortcut):
+        super().__init__(*layers)
+        self.shortcut = nn.Sequential(*shortcut)
+
+    def forward(self, x):
+        *layers, shortcut = self
+        y = x
+        for layer in layers:
+            y = layer(y)
+        return y + shortcut(x)
+
+
+def resnet(channels, depth, width, classes):
+    """He et al., 2016, section 4.2: three stages, of which the later ones begin with a stride and a projection."""
+    normed = lambda inputs, filters, kernel, stride: [
+        nn.Conv2d(inputs, filters, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(filters)]
+    body, inputs = [*normed(channels, width, 3, 1), nn.ReLU()], width
+    for stage in range(3):
+        for block in range((depth - 2) // 6):
+            filters, stride = width << stage, 2 if stage > 0 and block == 0 else 1
+            layers = [*normed(inputs, filters, 3, stride), nn.ReLU(), *normed(filters, filters, 3, 1)]
+            whole = Residual(*layers) if stride == 1 else Projected(layers, normed(inputs, filters, 1, stride))
+            body, inputs = [*body, whole, nn.ReLU()], filters
+    return {"kind": "resnet", "depth": depth, "width": width}, nn.Sequential(*body, Mean(), nn.Linear(inputs, classes))
+
+
 class Mean(nn.Module):
     """Of each plane."""
 
@@ -206,6 +235,8 @@ class Exported:
         # PyTorch counts batches; nothing reads the count.
         if unmatched.unexpected_keys or any("num_batches" not in key for key in unmatched.missing_keys):
             sys.exit(f"{name}: PyTorch has other tensors: {unmatched}")
+        if any((part.running_mean == 0).all() for part in module.modules() if hasattr(part, "running_mean")):
+            sys.exit(f"{name}: a batch-norm has the statistics that it began with, which says nothing")
         self.module = module.eval()
         self.apart = 0.0
 
@@ -348,6 +379,7 @@ def models(words, letters):
         conv(1, 4, 3, 2), op("sigmoid", nn.Sigmoid()), op("flatten", nn.Flatten()), linear(64, 16),
         op("batch-norm", nn.BatchNorm1d(16)), op("tanh", nn.Tanh()), op("dropout", nn.Dropout(), rate=0.2),
         linear(16, 4)), {}, Exported.features
+    yield "resnet", image([3, 13, 10]), resnet(3, 8, 4, 4), {}, Exported.features
     yield "values", VALUES, layers(
         linear(6, 16), op("rms-norm", nn.RMSNorm(16, 1e-5)), op("swiglu", Swiglu()),
         residual(linear(8, 8), op("gelu", nn.GELU())), linear(8, 1)), {"loss": "mse"}, Exported.features
