@@ -78,7 +78,7 @@ impl Sampling {
 /// Writes what follows `prompt`, token by token.
 pub fn generate(checkpoint: &Path, prompt: &str, sampling: Sampling) -> Result<ExitCode> {
     sampling.check().map_err(Wrong)?;
-    let (_, trained) = load(checkpoint).map_err(Wrong)?;
+    let trained = load(checkpoint).map_err(Wrong)?;
     let prepared = &trained.manifest.prepared;
     let tokens = prepared.tokens.as_ref().filter(|_| prepared.predicts_next());
     let Some(Tokens { tokenizer: Some(tokenizer), .. }) = tokens else {

@@ -70,7 +70,7 @@ impl Rows {
 }
 
 /// Reads a checkpoint, or the newest whole one of a run's folder.
-pub fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
+pub fn load(path: &Path) -> Result<Trained> {
     if !path.exists() {
         bail!("there is no {}; give a checkpoint (runs/NAME/step-...) or a run's folder (runs/NAME)", path.display());
     }
@@ -111,8 +111,7 @@ pub fn load(path: &Path) -> Result<(files::Loaded, Trained)> {
         let average = average.with_context(|| format!("{}", loaded.path.display()))?;
         weights[..trained].copy_from_slice(&average[0]);
     }
-    let trained = Trained { path: loaded.path.clone(), manifest, model, weights, blocks, rows };
-    Ok((loaded, trained))
+    Ok(Trained { path: loaded.path, manifest, model, weights, blocks, rows })
 }
 
 /// `unisono eval`: the metrics of a checkpoint on its own test set, or on the data of another job; and into a file which classes
@@ -125,7 +124,7 @@ pub fn eval(
     confusion: Option<&PathBuf>,
 ) -> Result<ExitCode> {
     confusion.map_or(Ok(()), |path| confusion::check(path)).map_err(Wrong)?;
-    let (_, Trained { path, manifest, model, weights, blocks, rows }) = load(checkpoint).map_err(Wrong)?;
+    let Trained { path, manifest, model, weights, blocks, rows } = load(checkpoint).map_err(Wrong)?;
     let Manifest { job, prepared, step, weights_digest, .. } = manifest;
     let source = match other {
         Some(_) => read_job(other, set)?,
@@ -315,7 +314,7 @@ pub fn predict(
     format: Option<Format>,
     top: Option<recommend::Top>,
 ) -> Result<ExitCode> {
-    let (_, trained) = load(checkpoint).map_err(Wrong)?;
+    let trained = load(checkpoint).map_err(Wrong)?;
     if trained.manifest.prepared.predicts_next() {
         let what = "was trained to go on with a text; use --generate PROMPT";
         return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());

@@ -38,7 +38,7 @@ impl Format {
 
 /// `unisono export`: a file that other programs read.
 pub fn export(checkpoint: &Path, format: Option<Format>, out: &Path, force: bool) -> Result<ExitCode> {
-    let (_, trained) = load(checkpoint).map_err(Wrong)?;
+    let trained = load(checkpoint).map_err(Wrong)?;
     let format = format.map_or_else(|| Format::of(out), Ok).map_err(Wrong)?;
     if let Some(folder) = out.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
         return Err(Wrong(anyhow!("there is no folder {}: make it first", folder.display())).into());
