@@ -108,7 +108,7 @@ fn fill(bencher: Bencher<'_, '_>, name: &str) {
         "u8 scaled" => Features::U8((0..samples * WIDTH).map(|i| (i * 31) as u8).collect()),
         _ => Features::F32(values(samples * WIDTH)),
     };
-    let data = Dataset { shape: vec![WIDTH], features, ids: Default::default(), targets: labels(samples, 10) };
+    let data = Dataset::new(vec![WIDTH], features, labels(samples, 10));
     let (mean, inv_std) = match name {
         "f32" => (vec![0.0], vec![1.0]),
         "f32 per feature" => (values(WIDTH), values(WIDTH)),
@@ -153,7 +153,7 @@ fn loss(bencher: Bencher<'_, '_>, (rows, classes): (usize, usize)) {
     let mut d = vec![0.0; logits.len()];
     bencher
         .counter(ItemsCount::new(rows * classes))
-        .bench_local(|| loss.forward_backward(black_box(&logits), &targets, 0..rows, black_box(&mut d)));
+        .bench_local(|| loss.forward_backward(black_box(&logits), &targets, &[], 0..rows, black_box(&mut d)));
 }
 
 /// A layer, and the samples of the batch that it is measured with.

@@ -32,7 +32,9 @@ impl std::ops::Add for LossSums {
 /// Why a loss does not fit its model or data.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum LossError {
-    #[error("train.loss.class_weights has {got} entries, the model has {want} outputs")]
+    #[error(
+        "train.loss.class_weights has {got} entries, the data has {want} classes; write one for each, in their order"
+    )]
     ClassWeights { got: usize, want: usize },
     #[error("train.loss \"{loss}\" needs {need}, the model has {outputs} outputs")]
     Outputs { loss: &'static str, need: &'static str, outputs: usize },
@@ -60,10 +62,8 @@ pub struct Loss {
 impl Loss {
     /// Checks that the loss fits a model with `outputs` outputs.
     pub fn new(kind: &job::Loss, outputs: usize) -> Result<Loss, LossError> {
+        let classes = if outputs == 1 { 2 } else { outputs };
         match kind {
-            job::Loss::CrossEntropy { class_weights: Some(w), .. } if w.len() != outputs => {
-                return Err(LossError::ClassWeights { got: w.len(), want: outputs });
-            }
             job::Loss::CrossEntropy { .. } if outputs < 2 => {
                 return Err(LossError::Outputs { loss: "cross-entropy", need: "2 or more", outputs });
             }
@@ -74,6 +74,9 @@ impl Loss {
                 return Err(LossError::Outputs { loss: "bpr", need: "exactly 1", outputs });
             }
             _ => {}
+        }
+        if let Some(weights) = class_weights(kind).filter(|weights| weights.len() != classes) {
+            return Err(LossError::ClassWeights { got: weights.len(), want: classes });
         }
         let added = match kind {
             job::Loss::Added { name, options } => {
@@ -92,7 +95,7 @@ impl Loss {
             job::Loss::Mse => "mse",
             job::Loss::Mae => "mae",
             job::Loss::Huber { .. } => "huber",
-            job::Loss::Hinge => "hinge",
+            job::Loss::Hinge { .. } => "hinge",
             job::Loss::Focal { .. } => "focal",
             job::Loss::Bpr => "bpr",
         }
@@ -116,7 +119,7 @@ impl Loss {
                 Some(sample) => Err(LossError::Class { sample, class: labels[sample], classes }),
                 None => Ok(()),
             },
-            (Targets::Value(_), job::Loss::CrossEntropy { .. } | job::Loss::Hinge | job::Loss::Focal { .. }) => {
+            (Targets::Value(_), job::Loss::CrossEntropy { .. } | job::Loss::Hinge { .. } | job::Loss::Focal { .. }) => {
                 Err(LossError::Targets { loss: self.name(), need: "classes as targets" })
             }
             (Targets::Value(v), job::Loss::BinaryCrossEntropy { .. }) => {
@@ -136,11 +139,13 @@ impl Loss {
 
     /// Loss sums of `rows`, and the gradient of the **sum** with respect to their logits.
     ///
-    /// `logits` and `d_logits` are `(targets, outputs)`; other rows are not touched.
+    /// `logits` and `d_logits` are `(targets, outputs)`; other rows are not touched. Each target counts `weights` times, once where
+    /// there are none.
     pub fn forward_backward(
         &self,
         logits: &[f32],
         targets: &Targets,
+        weights: &[f32],
         rows: Range<usize>,
         d_logits: &mut [f32],
     ) -> LossSums {
@@ -148,22 +153,33 @@ impl Loss {
         let mut sums = LossSums { samples: rows.len() as u64, ..Default::default() };
         let values = rows.start * n..rows.end * n;
         let (x, d) = (&logits[values.clone()], &mut d_logits[values]);
+        let weights = if weights.is_empty() { &[] } else { &weights[rows.clone()] };
         if let (job::Loss::CrossEntropy { label_smoothing, class_weights }, Targets::Class(labels)) =
             (&self.kind, targets)
         {
             let smoothing = *label_smoothing as f64;
             let loss = CrossEntropy { classes: n, weights: class_weights.as_deref(), smoothing };
-            loss.rows(x, &labels[rows], d, &mut sums);
+            loss.rows(x, &labels[rows], weights, d, &mut sums);
             return sums;
         }
+        // Of what users take, each counts once.
         if let (job::Loss::Bpr, Targets::Value(chosen)) = (&self.kind, targets) {
             bpr(x, &chosen[rows], d, &mut sums);
             return sums;
         }
-        for (row, (x, d)) in rows.zip(x.chunks_exact(n).zip(d.chunks_exact_mut(n))) {
-            let (loss, weight) = self.row(x, targets, row, d);
-            sums.loss += loss;
-            sums.weight += weight;
+        let classes = class_weights(&self.kind);
+        for (i, (x, d)) in x.chunks_exact(n).zip(d.chunks_exact_mut(n)).enumerate() {
+            let (loss, weight) = self.row(x, targets, rows.start + i, d);
+            let of_class = match (classes, targets) {
+                (Some(classes), Targets::Class(labels)) => classes[labels[rows.start + i] as usize],
+                _ => 1.0,
+            };
+            let times = of_class * weights.get(i).unwrap_or(&1.0);
+            if times != 1.0 {
+                d.iter_mut().for_each(|d| *d *= times);
+            }
+            sums.loss += loss * times as f64;
+            sums.weight += weight * times as f64;
         }
         sums
     }
@@ -180,12 +196,12 @@ impl Loss {
         }
     }
 
-    /// Loss sums of `logits`, `(targets, outputs)`.
-    pub fn forward(&self, logits: ArrayView2<'_, f32>, targets: &Targets) -> LossSums {
+    /// Loss sums of `logits`, `(targets, outputs)`, with weights as above.
+    pub fn forward(&self, logits: ArrayView2<'_, f32>, targets: &Targets, weights: &[f32]) -> LossSums {
         let (rows, logits) = (logits.nrows(), logits.as_standard_layout());
         let mut d_logits = vec![0.0; logits.len()];
         let logits = logits.as_slice().unwrap_or_default(); // in standard layout: always there
-        self.forward_backward(logits, targets, 0..rows, &mut d_logits)
+        self.forward_backward(logits, targets, weights, 0..rows, &mut d_logits)
     }
 
     /// One sample: its loss and weight, and the gradient into `d`.
@@ -231,14 +247,14 @@ impl Loss {
                 let (a, t) = (e.abs() as f64, *delta as f64);
                 if a <= t { (0.5 * a * a, e) } else { (t * (a - 0.5 * t), delta * e.signum()) }
             }),
-            job::Loss::Focal { gamma } => focal(*gamma as f64, x, class(), d),
-            job::Loss::Hinge if x.len() == 1 => {
+            job::Loss::Focal { gamma, .. } => focal(*gamma as f64, x, class(), d),
+            job::Loss::Hinge { .. } if x.len() == 1 => {
                 let y = if class() == 1 { 1.0 } else { -1.0 };
                 let slack = 1.0 - y * x[0];
                 d[0] = if slack > 0.0 { -y } else { 0.0 };
                 (slack.max(0.0) as f64, 1.0)
             }
-            job::Loss::Hinge => {
+            job::Loss::Hinge { .. } => {
                 // PyTorch's MultiMarginLoss: sum over other classes of max(0, 1 - x_y + x_i), over the classes.
                 let (y, share) = (class(), 1.0 / x.len() as f32);
                 let (mut loss, mut hits) = (0.0, 0.0);
@@ -255,6 +271,21 @@ impl Loss {
                 (loss * share as f64, 1.0)
             }
         }
+    }
+}
+
+/// Those of the loss, where they multiply the whole of a sample's or are mixed in as PyTorch's cross_entropy does.
+fn class_weights(loss: &job::Loss) -> Option<&[f32]> {
+    match loss {
+        job::Loss::CrossEntropy { class_weights, .. }
+        | job::Loss::Hinge { class_weights }
+        | job::Loss::Focal { class_weights, .. } => class_weights.as_deref(),
+        job::Loss::BinaryCrossEntropy { .. }
+        | job::Loss::Mse
+        | job::Loss::Mae
+        | job::Loss::Huber { .. }
+        | job::Loss::Added { .. }
+        | job::Loss::Bpr => None,
     }
 }
 
@@ -330,19 +361,21 @@ impl CrossEntropy<'_> {
     }
 
     /// The losses of some rows are added to `sums` in their order, and their gradients go to `d`; `x` and `d`: `(rows, classes)`.
-    fn rows(&self, x: &[f32], labels: &[u32], d: &mut [f32], sums: &mut LossSums) {
+    fn rows(&self, x: &[f32], labels: &[u32], times: &[f32], d: &mut [f32], sums: &mut LossSums) {
         let n = self.classes;
         let rows = (VALUES / n).clamp(1, ROWS);
+        let mut times = times.chunks(rows);
         for (labels, (x, d)) in labels.chunks(rows).zip(x.chunks(rows * n).zip(d.chunks_mut(rows * n))) {
+            let times = times.next().unwrap_or_default();
             vectorized(
                 #[inline(always)]
-                || self.block(x, labels, d, sums),
+                || self.block(x, labels, times, d, sums),
             );
         }
     }
 
     #[inline(always)]
-    fn block(&self, x: &[f32], labels: &[u32], d: &mut [f32], sums: &mut LossSums) {
+    fn block(&self, x: &[f32], labels: &[u32], times: &[f32], d: &mut [f32], sums: &mut LossSums) {
         let n = self.classes;
         let (mut tops, mut totals, mut logs) = ([0.0f32; ROWS], [1.0f64; ROWS], [0.0f64; ROWS]);
         for ((x, d), top) in x.chunks_exact(n).zip(d.chunks_exact_mut(n)).zip(&mut tops) {
@@ -357,9 +390,10 @@ impl CrossEntropy<'_> {
         let rows = x.chunks_exact(n).zip(d.chunks_exact_mut(n)).zip(labels);
         for (row, ((x, d), &label)) in rows.enumerate() {
             let (label, log) = (label as usize, logs[row] + tops[row] as f64);
-            let weight = self.weight(label);
+            let times = times.get(row).map_or(1.0, |times| *times as f64);
+            let weight = self.weight(label) * times;
             let hit = (1.0 - self.smoothing) * weight;
-            let share = |c: usize| self.smoothing / n as f64 * self.weight(c);
+            let share = |c: usize| self.smoothing / n as f64 * self.weight(c) * times;
             let (mut loss, mut mass) = (hit * (log - x[label] as f64), hit);
             if self.smoothing > 0.0 {
                 loss += sum(x, |c, x| share(c) * (log - x as f64));
@@ -402,10 +436,10 @@ mod tests {
             (job::Loss::Mse, 1),
             (job::Loss::Mae, 1),
             (job::Loss::Huber { delta: 0.7 }, 1),
-            (job::Loss::Focal { gamma: 2.0 }, 1),
-            (job::Loss::Focal { gamma: 0.5 }, 4),
-            (job::Loss::Hinge, 1),
-            (job::Loss::Hinge, 4),
+            (job::Loss::Focal { gamma: 2.0, class_weights: None }, 1),
+            (job::Loss::Focal { gamma: 0.5, class_weights: Some(vec![0.5, 1.0, 2.0, 1.5]) }, 4),
+            (job::Loss::Hinge { class_weights: Some(vec![0.5, 3.0]) }, 1),
+            (job::Loss::Hinge { class_weights: None }, 4),
         ]
     }
 
@@ -415,9 +449,9 @@ mod tests {
             for (kind, n) in kinds() {
                 let loss = Loss::new(&kind, n).unwrap();
                 let targets = Targets::Class(vec![if n == 1 { y % 2 } else { y }]);
-                let at = |x: &[f32]| loss.forward_backward(x, &targets, 0..1, &mut vec![0.0; n]).loss;
+                let at = |x: &[f32]| loss.forward_backward(x, &targets, &[], 0..1, &mut vec![0.0; n]).loss;
                 let mut d = vec![0.0; n];
-                loss.forward_backward(&x[..n], &targets, 0..1, &mut d);
+                loss.forward_backward(&x[..n], &targets, &[], 0..1, &mut d);
                 for i in 0..n {
                     let (mut up, mut down) = (x[..n].to_vec(), x[..n].to_vec());
                     up[i] += 1e-3;
@@ -444,7 +478,7 @@ mod tests {
             let targets = Targets::Value(chosen);
             let rows = samples[..before].iter().map(Vec::len).sum()..x.len();
             let mut d = vec![7.0; x.len()];
-            let sums = loss.forward_backward(&x, &targets, rows.clone(), &mut d);
+            let sums = loss.forward_backward(&x, &targets, &[], rows.clone(), &mut d);
             prop_assert!(d[..rows.start].iter().all(|d| *d == 7.0), "other rows are touched");
             // By its definition, in f64.
             let of = |x: &[f64]| -> f64 {
@@ -475,7 +509,7 @@ mod tests {
         let loss = Loss::new(&job::Loss::Bpr, 1).unwrap();
         for x in [[1e30f32, -1e30], [-1e30, 1e30], [f32::MAX, f32::MIN]] {
             let mut d = [0.0; 2];
-            let sums = loss.forward_backward(&x, &Targets::Value(vec![1.0, 0.0]), 0..2, &mut d);
+            let sums = loss.forward_backward(&x, &Targets::Value(vec![1.0, 0.0]), &[], 0..2, &mut d);
             assert!(sums.loss.is_finite() && d.iter().all(|d| d.is_finite()), "{x:?} {sums:?} {d:?}");
         }
         let seen = Targets::Seen(Default::default());
@@ -494,7 +528,7 @@ mod tests {
             let loss = Loss::new(&kind, n).unwrap();
             for x in [1e4f32, -1e4] {
                 let mut d = vec![0.0; n];
-                let sums = loss.forward_backward(&vec![x; n], &Targets::Class(vec![1]), 0..1, &mut d);
+                let sums = loss.forward_backward(&vec![x; n], &Targets::Class(vec![1]), &[], 0..1, &mut d);
                 assert!(sums.loss.is_finite() && d.iter().all(|d| d.is_finite()), "{kind:?}");
             }
         }
@@ -512,9 +546,9 @@ mod tests {
             let x: Vec<f32> = (0..(rows * n) as u64).map(|i| 3.0 * key.normal(i)).collect();
             let targets = Targets::Class((0..rows as u64).map(|i| key.below(i, n as u64) as u32).collect());
             let mut together = vec![0.0; x.len()];
-            let sums = loss.forward_backward(&x, &targets, 0..rows, &mut together);
+            let sums = loss.forward_backward(&x, &targets, &[], 0..rows, &mut together);
             let mut apart = vec![0.0; x.len()];
-            let each = (0..rows).map(|row| loss.forward_backward(&x, &targets, row..row + 1, &mut apart));
+            let each = (0..rows).map(|row| loss.forward_backward(&x, &targets, &[], row..row + 1, &mut apart));
             assert_eq!(each.fold(LossSums::default(), |a, b| a + b), sums, "{n}");
             assert_eq!(apart, together, "{n}");
             // The gradient of a row sums to nothing.
@@ -528,9 +562,43 @@ mod tests {
         for (at, bad) in [(3, f32::NAN), (18, f32::NAN), (3, f32::INFINITY), (18, f32::INFINITY)] {
             let (mut x, mut d) = (vec![0.5; 20], vec![0.0; 20]);
             x[at] = bad;
-            let sums = loss.forward_backward(&x, &Targets::Class(vec![1]), 0..1, &mut d);
+            let sums = loss.forward_backward(&x, &Targets::Class(vec![1]), &[], 0..1, &mut d);
             assert!(!sums.loss.is_finite() && !d[1].is_finite(), "{bad} at {at}: {sums:?}");
         }
+    }
+
+    proptest! {
+        #[test]
+        fn a_weight_is_how_often_a_target_is_there(x in prop::collection::vec(-3.0f32..3.0, 12), y in prop::collection::vec(0u32..4, 3)) {
+            for (kind, n) in kinds() {
+                let loss = Loss::new(&kind, n).unwrap();
+                let labels: Vec<u32> = y.iter().map(|y| if n == 1 { y % 2 } else { *y }).collect();
+                let x = &x[..3 * n];
+                let (mut weighed, mut plain) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+                let sums = loss.forward_backward(x, &Targets::Class(labels.clone()), &[2.0, 0.0, 1.0], 0..3, &mut weighed);
+                let twice = [&x[..n], &x[..n], &x[2 * n..]].concat();
+                let targets = Targets::Class(vec![labels[0], labels[0], labels[2]]);
+                let want = loss.forward_backward(&twice, &targets, &[], 0..3, &mut plain);
+                prop_assert!((sums.loss - want.loss).abs() < 1e-9 && (sums.weight - want.weight).abs() < 1e-9, "{kind:?}");
+                for (i, d) in weighed.iter().enumerate() {
+                    let want = [plain[i] + plain[n + i % n], 0.0, plain[i]][i / n];
+                    prop_assert!((d - want).abs() < 1e-6, "{kind:?} {i}: {d} {want}");
+                }
+                // The rows before do not change which weight is whose.
+                let mut apart = vec![0.0; x.len()];
+                let last = loss.forward_backward(x, &Targets::Class(labels), &[2.0, 0.0, 1.0], 2..3, &mut apart);
+                prop_assert_eq!(&apart[2 * n..], &weighed[2 * n..]);
+                prop_assert!(last.weight <= sums.weight);
+            }
+        }
+    }
+
+    #[test]
+    fn each_class_needs_a_weight() {
+        let focal = |weights: &[f32]| job::Loss::Focal { gamma: 2.0, class_weights: Some(weights.into()) };
+        assert_eq!(Loss::new(&focal(&[1.0]), 1).err(), Some(LossError::ClassWeights { got: 1, want: 2 }));
+        assert_eq!(Loss::new(&focal(&[1.0; 2]), 3).err(), Some(LossError::ClassWeights { got: 2, want: 3 }));
+        assert!(Loss::new(&focal(&[1.0; 2]), 1).is_ok());
     }
 
     #[test]

@@ -138,8 +138,10 @@ impl EvalSums {
     }
 
     /// Adds the rows of `logits`, `(targets, outputs)`; of rankings, whole samples.
-    pub fn add_batch(&mut self, loss: &Loss, logits: ArrayView2<'_, f32>, targets: &Targets) {
-        let sums = loss.forward(logits, targets);
+    ///
+    /// `weights` are of the loss alone, as [`Loss::forward_backward`] takes them: in all other metrics samples count the same.
+    pub fn add_batch(&mut self, loss: &Loss, logits: ArrayView2<'_, f32>, targets: &Targets, weights: &[f32]) {
+        let sums = loss.forward(logits, targets, weights);
         if let (EvalKind::Ranking { k }, Targets::Value(chosen)) = (self.kind, targets) {
             self.loss = self.loss + LossSums { samples: 0, ..sums };
             let scores: Vec<f32> = logits.column(0).to_vec();
@@ -148,7 +150,7 @@ impl EvalSums {
         }
         self.loss = self.loss + sums;
         if let EvalKind::Next { .. } = self.kind {
-            self.surprise += loss.plain().map_or(sums, |plain| plain.forward(logits, targets)).loss;
+            self.surprise += loss.plain().map_or(sums, |plain| plain.forward(logits, targets, weights)).loss;
         }
         for (row, x) in logits.rows().into_iter().enumerate() {
             match targets {
@@ -444,7 +446,7 @@ mod tests {
                 let chosen = samples.iter().flat_map(|s| (0..s.len()).map(|i| if i == 0 { 1.0 } else { 0.0 })).collect();
                 let mut sums = EvalSums::new(kind);
                 let logits = Array2::from_shape_vec((scores.len(), 1), scores).unwrap();
-                sums.add_batch(&Loss::new(&crate::job::Loss::Bpr, 1).unwrap(), logits.view(), &Targets::Value(chosen));
+                sums.add_batch(&Loss::new(&crate::job::Loss::Bpr, 1).unwrap(), logits.view(), &Targets::Value(chosen), &[]);
                 sums
             };
             let (mut hits, mut gain) = (0, 0.0);
@@ -496,7 +498,7 @@ mod tests {
                 let mut sums = EvalSums::new(EvalKind::Binary);
                 let logits = Array2::from_shape_fn((rows.len(), 1), |(i, _)| rows[i].0);
                 let labels = Targets::Class(rows.iter().map(|r| r.1).collect());
-                sums.add_batch(&loss, logits.view(), &labels);
+                sums.add_batch(&loss, logits.view(), &labels, &[]);
                 sums
             };
             let (a, b) = rows.split_at(cut.min(rows.len()));
@@ -534,7 +536,8 @@ mod tests {
             let of = |rows: &[(Vec<u8>, u32)]| {
                 let mut sums = EvalSums::new(kind).with_confusions();
                 let logits = Array2::from_shape_fn((rows.len(), 5), |(i, j)| rows[i].0[j] as f32);
-                sums.add_batch(&loss, logits.view(), &Targets::Class(rows.iter().map(|row| row.1).collect()));
+                let labels = Targets::Class(rows.iter().map(|row| row.1).collect());
+                sums.add_batch(&loss, logits.view(), &labels, &[]);
                 sums
             };
             let (a, b) = rows.split_at(cut.min(rows.len()));

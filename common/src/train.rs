@@ -129,7 +129,7 @@ pub fn backward(
         let rows = samples.start * targets..samples.end * targets;
         LossSums {
             samples: batch.samples_of(samples) as u64,
-            ..loss.forward_backward(logits, &batch.targets, rows, d_logits)
+            ..loss.forward_backward(logits, &batch.targets, &batch.weights, rows, d_logits)
         }
     });
     let open = RefCell::new((trainable, finished));

@@ -85,11 +85,9 @@ fn made(keys: Made) -> Result<Samples, Box<dyn std::error::Error + Send + Sync>>
     if keys.damage == "error" {
         return Err("the moon is full".into());
     }
-    let set = |samples: usize| Dataset {
-        shape: vec![3],
-        features: Features::F32((0..3 * samples).map(|i| (i % 7) as f32 - 3.0).collect()),
-        ids: Default::default(),
-        targets: Targets::Value((0..samples).map(|i| (i % 5) as f32).collect()),
+    let set = |samples: usize| {
+        let features = Features::F32((0..3 * samples).map(|i| (i % 7) as f32 - 3.0).collect());
+        Dataset::new(vec![3], features, Targets::Value((0..samples).map(|i| (i % 5) as f32).collect()))
     };
     let (train, mut test) = (set(keys.samples), set(4));
     match keys.damage.as_str() {

@@ -57,7 +57,7 @@ fn targets(kind: &LossKind, count: usize, classes: u64, salt: u64) -> Targets {
     let below = |n: u64| Targets::Class((0..count as u64).map(|i| random.below(i, n) as u32).collect());
     match kind {
         LossKind::CrossEntropy { .. } => below(classes),
-        LossKind::BinaryCrossEntropy { .. } | LossKind::Hinge | LossKind::Focal { .. } => below(2),
+        LossKind::BinaryCrossEntropy { .. } | LossKind::Hinge { .. } | LossKind::Focal { .. } => below(2),
         _ => Targets::Value((0..count as u64).map(|i| random.normal(i)).collect()),
     }
 }
@@ -68,7 +68,11 @@ fn check(shape: &[usize], layers: Vec<Layer>, kind: &LossKind, rows: usize, salt
     let before = vec![Layer::Residual { layers: vec![Layer::LayerNorm { dims: None, eps: 1e-3 }], shortcut: vec![] }];
     let outputs = if matches!(kind, LossKind::CrossEntropy { .. }) { 4 } else { 1 };
     let layers = [before, layers, vec![Layer::Flatten, linear(outputs)]].concat();
-    let batch = batch(shape, rows, targets(kind, rows, 4, salt), salt);
+    let random = Key::new(salt, Purpose::Synthetic).with(8);
+    let mut batch = batch(shape, rows, targets(kind, rows, 4, salt), salt);
+    if salt.is_multiple_of(2) {
+        batch.weights = (0..rows as u64).map(|i| 3.0 * random.uniform(i)).collect();
+    }
     agree(layers, &Signature::new(shape, outputs), kind, &batch, salt)
 }
 
@@ -111,7 +115,7 @@ fn agree(
         let losses = logits.iter().flat_map(|x| x.chunks(model.outputs())).enumerate().map(|(row, x)| {
             let (loss, _, margin) = oracle::loss(kind, x, &batch.targets, row);
             oracle.margin.set(oracle.margin.get().min(margin));
-            loss
+            loss * batch.weights.get(row).map_or(1.0, |weight| *weight as f64)
         });
         losses.sum()
     };
@@ -282,13 +286,15 @@ proptest! {
     ) {
         for kind in [
             LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None },
-            LossKind::CrossEntropy { label_smoothing: knob / 4.0, class_weights: Some(class_weights) },
+            LossKind::CrossEntropy { label_smoothing: knob / 4.0, class_weights: Some(class_weights.clone()) },
             LossKind::BinaryCrossEntropy { positive_weight: knob },
             LossKind::Mse,
             LossKind::Mae,
             LossKind::Huber { delta: knob },
-            LossKind::Hinge,
-            LossKind::Focal { gamma: knob },
+            LossKind::Hinge { class_weights: None },
+            LossKind::Hinge { class_weights: Some(class_weights[..2].into()) },
+            LossKind::Focal { gamma: knob, class_weights: None },
+            LossKind::Focal { gamma: knob, class_weights: Some(class_weights[..2].into()) },
         ] {
             check(&[features], vec![], &kind, rows, salt)?;
         }

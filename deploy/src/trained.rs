@@ -532,12 +532,9 @@ impl<'a> Predictor<'a> {
         let Trained { manifest, model, weights, blocks, rows: tables, .. } = self.trained;
         let prepared = &manifest.prepared;
         let rows = features.len() / prepared.shape.iter().product::<usize>();
-        let data = Dataset {
-            shape: prepared.shape.clone(),
-            features: Features::F32(features),
-            ids: Ids { fields: prepared.id_fields(), values: ids, factors },
-            targets: Targets::Value(vec![0.0; rows]),
-        };
+        let (features, targets) = (Features::F32(features), Targets::Value(vec![0.0; rows]));
+        let ids = Ids { fields: prepared.id_fields(), values: ids, factors };
+        let data = Dataset { ids, ..Dataset::new(prepared.shape.clone(), features, targets) };
         self.batch.clear();
         self.batch.fill(&data, prepared, 0..rows, None, true);
         tables.fill(blocks, &mut self.batch);
@@ -572,7 +569,7 @@ impl Answers for Predictor<'_> {
     fn columns(&self) -> Vec<&'static str> {
         let manifest = &self.trained.manifest;
         let classes = manifest.prepared.classes.is_some();
-        let probability = classes && !matches!(manifest.job.train.loss, job::Loss::Hinge);
+        let probability = classes && !matches!(manifest.job.train.loss, job::Loss::Hinge { .. });
         ["prediction"].into_iter().chain(probability.then_some("probability")).collect()
     }
 

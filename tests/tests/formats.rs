@@ -150,6 +150,34 @@ fn rows_that_are_left_out_are_counted_and_change_nothing() {
 }
 
 #[test]
+fn samples_count_as_their_weights_say_wherever_they_are_computed() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let table = csv(&rows());
+    let line = |(i, line): (usize, &str)| match i {
+        0 => format!("{line},two,share\n"),
+        _ => format!("{line},2,{}\n", (i * 7 % 5) as f64 / 4.0),
+    };
+    std::fs::write(dir.path().join("rows.csv"), table.lines().enumerate().map(line).collect::<String>())
+        .expect("written");
+    let of = |more: &str, args: &[&str]| {
+        let got = train(dir.path(), &job("csv", "rows.csv", more), args);
+        (got["weights_digest"].clone(), got["eval"].clone())
+    };
+    let plain = of("ignore = [\"two\", \"share\"]", &[]);
+    // Doubling is exact, and a mean does not see it.
+    assert_eq!(of("weight = \"two\"\nignore = [\"share\"]", &[]), plain);
+    let weighed = of("weight = \"share\"\nignore = [\"two\"]", &[]);
+    assert!(weighed.0 != plain.0 && weighed.1["loss"] != plain.1["loss"], "{weighed:?} {plain:?}");
+    // Sent samples bring their weights; other workers read them.
+    for ship in ["true", "false"] {
+        let more = format!("weight = \"share\"\nignore = [\"two\"]\nship = {ship}");
+        assert_eq!(of(&more, &["--transport", "grpc", "--set", "train.accumulate=2"]), weighed, "{ship}");
+    }
+    let eval = summary(&run(dir.path(), &["eval", "runs/formats", "--json"]));
+    assert_eq!(eval["eval"], weighed.1);
+}
+
+#[test]
 fn sparse_lines_are_learnt_from_predicted_and_sent() {
     let dir = tempfile::tempdir().expect("a folder");
     let line = |i: u64| {

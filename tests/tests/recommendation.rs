@@ -203,7 +203,7 @@ fn bad_ratings_and_jobs_are_named() {
     let explicit = with(",\n         implicit = { negatives = 3, threshold = 4, eval_negatives = \"all\", k = 3 }", "");
     refuses(dir, &explicit, &["`train.loss` is \"bpr\"", "data.implicit"]);
     refuses(dir, &explicit.replace("bpr", "mse"), &["train.schedule follows \"hit-rate\"", "\"rmse\""]);
-    refuses(dir, &with("\"matrix-factorization\", width = 6", "\"linear\""), &["2 ids", "\"matrix-factorization\""]);
+    refuses(dir, &with("\"matrix-factorization\", width = 2", "\"linear\""), &["2 ids", "\"matrix-factorization\""]);
     write(dir, "ratings.dat", &(file.clone() + "u3::item 1::good::4\n"));
     let line = format!("ratings.dat:{}", file.lines().count() + 1);
     refuses(dir, JOB, &[&line, "column `rating`", "`good`"]);

@@ -259,7 +259,7 @@ impl Compute {
             self.batch.look_up();
             rows(&self.first, &mut self.batch)?;
             let logits = train::evaluate(&self.model, weights, &self.batch, workspace);
-            sums.add_batch(&self.loss, logits, &self.batch.targets);
+            sums.add_batch(&self.loss, logits, &self.batch.targets, &self.batch.weights);
         }
         Some(sums)
     }

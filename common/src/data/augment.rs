@@ -112,12 +112,7 @@ mod tests {
 
     fn pictures(samples: usize, shape: [usize; 3]) -> Dataset {
         let values = (0..samples * shape.iter().product::<usize>()).map(|i| (i * 7 % 251 + 1) as u8).collect();
-        Dataset {
-            shape: shape.into(),
-            features: Features::U8(values),
-            ids: Default::default(),
-            targets: Targets::Class((0..samples as u32).collect()),
-        }
+        Dataset::new(shape.into(), Features::U8(values), Targets::Class((0..samples as u32).collect()))
     }
 
     proptest! {

@@ -19,6 +19,8 @@ pub struct Batch {
     /// Those rows, `(keys, width)`, when somebody has put them there.
     pub rows: Vec<f32>,
     pub targets: Targets,
+    /// How much each target counts in the loss; empty where all count the same.
+    pub weights: Vec<f32>,
     /// Rows: each is a sample, or one of a sample's candidates.
     pub samples: usize,
     /// Whether samples have candidates: the first of each has the target 1, the others 0.
@@ -86,8 +88,8 @@ impl Batch {
     /// A batch without samples, to be filled.
     pub fn empty() -> Batch {
         let (inputs, ids, factors, drawn) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (lookups, rows, targets) = (Lookups::none(), Vec::new(), Targets::Class(Vec::new()));
-        Batch { inputs, ids, factors, lookups, rows, targets, samples: 0, chosen: false, drawn }
+        let (lookups, rows, targets, weights) = (Lookups::none(), Vec::new(), Targets::Class(Vec::new()), Vec::new());
+        Batch { inputs, ids, factors, lookups, rows, targets, weights, samples: 0, chosen: false, drawn }
     }
 
     /// Removes all samples and keeps the memory.
@@ -96,6 +98,7 @@ impl Batch {
         self.inputs.clear();
         self.ids.clear();
         self.factors.clear();
+        self.weights.clear();
         match &mut self.targets {
             Targets::Class(t) => t.clear(),
             Targets::Value(t) => t.clear(),
@@ -158,6 +161,7 @@ impl Batch {
             self.ids.extend_from_slice(data.ids.of(row));
             let mut each = 1;
             self.factors.extend_from_slice(data.ids.factors_of(row));
+            self.weights.extend(data.weights.get(row));
             match (&mut self.targets, &data.targets) {
                 (Targets::Class(to), Targets::Class(from)) => to.push(from[row]),
                 (Targets::Value(to), Targets::Value(from)) => to.push(from[row]),

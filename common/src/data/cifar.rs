@@ -1,7 +1,7 @@
 //! The binary files of CIFAR-10 and CIFAR-100, gzipped or not: labels and pixels of one sample after another (Krizhevsky's
 //! page).
 
-use super::{DataError, Dataset, Features, Ids, Raw, Scale, Targets, find, numbered, reader};
+use super::{DataError, Dataset, Features, Raw, Scale, Targets, find, numbered, reader};
 use crate::job;
 use std::io::Read;
 use std::path::Path;
@@ -39,12 +39,7 @@ fn dataset(root: Option<&Path>, base: &str, paths: &[String], classes: usize) ->
             pixels.extend_from_slice(picture);
         }
     }
-    Ok(Dataset {
-        shape: SHAPE.into(),
-        features: Features::U8(pixels),
-        ids: Ids::default(),
-        targets: Targets::Class(targets),
-    })
+    Ok(Dataset::new(SHAPE.into(), Features::U8(pixels), Targets::Class(targets)))
 }
 
 /// Reads both splits.

@@ -59,7 +59,7 @@ impl<'a> Teacher<'a> {
             labels.push(u32::from((chance.uniform(sample) as f64) < sigmoid(logit)));
         }
         let ids = Ids { fields, values: ids, ..Ids::default() };
-        Ok(Dataset { shape: vec![wide], features: Features::F32(numbers), ids, targets: Targets::Class(labels) })
+        Ok(Dataset { ids, ..Dataset::new(vec![wide], Features::F32(numbers), Targets::Class(labels)) })
     }
 }
 

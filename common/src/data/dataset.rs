@@ -11,6 +11,8 @@ pub struct Dataset {
     pub features: Features,
     pub ids: Ids,
     pub targets: Targets,
+    /// How much each sample counts in the loss, at least 0; empty where all count the same, as where samples have several targets.
+    pub weights: Vec<f32>,
 }
 
 /// Ids of rows of sparse tables, `(samples, fields)`; no fields in most data sets.
@@ -65,6 +67,8 @@ pub enum Targets {
 const WITH_IDS: u8 = 0x80;
 /// The same where each id has a factor.
 const WITH_FACTORS: u8 = 0x40;
+/// What it is marked with where each sample has a weight.
+const WITH_WEIGHTS: u8 = 0x20;
 
 fn gather<T: Copy>(values: &[T], width: usize, rows: &[usize]) -> Vec<T> {
     let mut out = Vec::with_capacity(rows.len() * width);
@@ -102,6 +106,18 @@ fn put_words<T: Copy>(values: &[T], to: impl Fn(T) -> [u8; 4], put: &mut impl Fn
 }
 
 impl Dataset {
+    /// Samples without ids that all count the same.
+    pub fn new(shape: Vec<usize>, features: Features, targets: Targets) -> Dataset {
+        Dataset { shape, features, ids: Ids::default(), targets, weights: Vec::new() }
+    }
+
+    /// Samples of two ids each, and of no numbers (of which a model takes one).
+    pub(super) fn pairs(ids: Vec<u64>, targets: Targets) -> Dataset {
+        let features = Features::F32(vec![0.0; ids.len() / 2]);
+        let ids = Ids { fields: 2, values: ids, ..Ids::default() };
+        Dataset { ids, ..Dataset::new(vec![1], features, targets) }
+    }
+
     /// How many samples there are.
     pub fn samples(&self) -> usize {
         match &self.targets {
@@ -141,12 +157,13 @@ impl Dataset {
                 Targets::Next => Targets::Next,
                 Targets::Seen(seen) => Targets::Seen(seen.select(rows.iter().map(|row| self.ids.of(*row)[0])).into()),
             },
+            weights: if self.weights.is_empty() { Vec::new() } else { gather(&self.weights, 1, rows) },
         }
     }
 
     /// The encoding, in pieces: kinds of features and targets (and whether there are ids), dimensions (a byte each), samples and
     /// shape (`u64`), features, targets; where there are ids, their fields (`u64`), the ids, and their factors if they have some;
-    /// little-endian.
+    /// the weights if there are some; little-endian.
     fn encode(&self, mut put: impl FnMut(&[u8])) {
         let features = match self.features {
             Features::U8(_) => 0,
@@ -161,7 +178,8 @@ impl Dataset {
         };
         let ids = if self.ids.fields > 0 { WITH_IDS } else { 0 };
         let factors = if self.ids.factors.is_empty() { 0 } else { WITH_FACTORS };
-        put(&[features, targets | ids | factors, self.shape.len() as u8]);
+        let weights = if self.weights.is_empty() { 0 } else { WITH_WEIGHTS };
+        put(&[features, targets | ids | factors | weights, self.shape.len() as u8]);
         for size in std::iter::once(self.samples()).chain(self.shape.iter().copied()) {
             put(&(size as u64).to_le_bytes());
         }
@@ -181,6 +199,7 @@ impl Dataset {
             self.ids.values.iter().for_each(|id| put(&id.to_le_bytes()));
             put_words(&self.ids.factors, f32::to_le_bytes, &mut put);
         }
+        put_words(&self.weights, f32::to_le_bytes, &mut put);
     }
 
     /// The data set as bytes, the same on every machine.
@@ -190,7 +209,8 @@ impl Dataset {
             Features::F32(_) | Features::U32(_) => 4 * self.features.len(),
         };
         let ids = 8 * (1 + self.ids.values.len()) + 4 * self.ids.factors.len();
-        let mut bytes = Vec::with_capacity(3 + 8 * (1 + self.shape.len()) + features + 4 * self.samples() + ids);
+        let targets = 4 * (self.samples() + self.weights.len());
+        let mut bytes = Vec::with_capacity(3 + 8 * (1 + self.shape.len()) + features + targets + ids);
         self.encode(|piece| bytes.extend_from_slice(piece));
         bytes
     }
@@ -215,7 +235,7 @@ impl Dataset {
             2 => Features::U32(words(take(&mut rest, values.and_then(|n| n.checked_mul(4)))?, u32::from_le_bytes)),
             _ => return Err(DataError::Encoded("the kind of features is unknown")),
         };
-        let targets = match kinds[1] & !(WITH_IDS | WITH_FACTORS) {
+        let targets = match kinds[1] & !(WITH_IDS | WITH_FACTORS | WITH_WEIGHTS) {
             0 => Targets::Class(words(take(&mut rest, samples.checked_mul(4))?, u32::from_le_bytes)),
             1 => Targets::Value(words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes)),
             2 => Targets::Next,
@@ -238,17 +258,28 @@ impl Dataset {
         if kinds[1] & WITH_FACTORS != 0 && ids.factors.is_empty() {
             return Err(DataError::Encoded("there are no ids for factors"));
         }
+        let mut weights = Vec::new();
+        if kinds[1] & WITH_WEIGHTS != 0 {
+            if !matches!(targets, Targets::Class(_) | Targets::Value(_)) {
+                return Err(DataError::Encoded("there are weights for several targets a sample"));
+            }
+            weights = words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes);
+            if weights.iter().any(|weight| *weight < 0.0) {
+                return Err(DataError::Encoded("a weight is below 0"));
+            }
+        }
         if !rest.is_empty() {
             return Err(DataError::Encoded("they go on after their end"));
         }
         let finite = |values: &Vec<f32>| crate::kernels::all_finite(values);
         if !finite(&ids.factors)
+            || !finite(&weights)
             || matches!(&features, Features::F32(v) if !finite(v))
             || matches!(&targets, Targets::Value(v) if !finite(v))
         {
             return Err(DataError::Encoded("a value is not finite"));
         }
-        Ok(Dataset { shape, features, ids, targets })
+        Ok(Dataset { shape, features, ids, targets, weights })
     }
 
     /// blake3 of [`Dataset::to_bytes`], without the copy.

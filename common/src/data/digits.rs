@@ -1,6 +1,6 @@
 //! The UCI handwritten digits (test part, 1,797 samples; CC BY 4.0), embedded: a data set that is always there.
 
-use super::{Dataset, Features, Ids, Raw, Scale, Targets, numbered};
+use super::{Dataset, Features, Raw, Scale, Targets, numbered};
 use crate::rng::{Key, Purpose};
 use std::io::Read;
 
@@ -16,12 +16,7 @@ fn all() -> Dataset {
         pixels.extend(line.split(',').map(|cell| cell.parse::<u8>().expect("the embedded digits are bytes")));
         labels.extend(pixels.pop().map(u32::from));
     }
-    Dataset {
-        shape: vec![PIXELS],
-        features: Features::U8(pixels),
-        ids: Ids::default(),
-        targets: Targets::Class(labels),
-    }
+    Dataset::new(vec![PIXELS], Features::U8(pixels), Targets::Class(labels))
 }
 
 /// The digits; a fifth, chosen by hash of (seed, index), is the test set.

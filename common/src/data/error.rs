@@ -118,6 +118,14 @@ pub enum DataError {
     #[error("column `{column}` is {one} and {other}; take it out of one")]
     Twice { column: String, one: &'static str, other: &'static str },
     #[error(
+        "{at}: column `{column}` (data.weight) holds `{cell}`, which is not a finite number of at least 0; correct it, or remove the row"
+    )]
+    Weight { at: At, column: String, cell: String },
+    #[error(
+        "all weights in column `{column}` (data.weight) of {path} are 0: nothing would count; correct some, or leave out data.weight"
+    )]
+    NoWeight { path: String, column: String },
+    #[error(
         "data.log names the column `{column}`, which does not hold numbers that are learnt from: it is the target, or in data.ids, \
          data.categorical or data.ignore; take it out of data.log, or out of that"
     )]

@@ -1,6 +1,6 @@
 //! IDX files, gzipped or not: `magic, sizes, bytes`, all big-endian (LeCun's MNIST page).
 
-use super::{DataError, Dataset, Features, Ids, Raw, Scale, Targets, find, numbered, reader};
+use super::{DataError, Dataset, Features, Raw, Scale, Targets, find, numbered, reader};
 use crate::job::IdxPaths;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -82,12 +82,8 @@ fn pair(root: Option<&Path>, paths: &IdxPaths) -> Result<(Idx, Idx), DataError> 
 }
 
 fn dataset(images: Idx, labels: Idx) -> Dataset {
-    Dataset {
-        shape: shape(&images),
-        features: Features::U8(images.bytes),
-        ids: Ids::default(),
-        targets: Targets::Class(labels.bytes.into_iter().map(u32::from).collect()),
-    }
+    let labels = Targets::Class(labels.bytes.into_iter().map(u32::from).collect());
+    Dataset::new(shape(&images), Features::U8(images.bytes), labels)
 }
 
 /// Images have one channel; rows of features have no more than their length.

@@ -1,7 +1,7 @@
 //! Pictures in files: a folder, in it a folder for each class, in those PNG and JPEG.
 
 use super::bad::Bad;
-use super::{DataError, Dataset, Features, Ids, Raw, Scale, Targets, look_up, picture};
+use super::{DataError, Dataset, Features, Raw, Scale, Targets, look_up, picture};
 use crate::job;
 use crate::rng::{Key, Purpose};
 use rayon::prelude::*;
@@ -74,7 +74,7 @@ fn dataset(
     files.truncate(good);
     pixels.truncate(good * len);
     let targets = Targets::Class(files.iter().map(|(_, class)| *class).collect());
-    Ok(Dataset { shape, features: Features::U8(pixels), ids: Ids::default(), targets })
+    Ok(Dataset::new(shape, Features::U8(pixels), targets))
 }
 
 /// Reads both splits. The training set's folders are the classes; its pictures are in an order that the seed decides, so

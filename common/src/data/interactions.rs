@@ -5,7 +5,7 @@
 
 use super::error::At;
 use super::implicit::MOST_ITEMS;
-use super::{Candidates, DataError, Dataset, Features, IdField, Ids, Raw, Scale, Seen, Targets, find, read_text};
+use super::{Candidates, DataError, Dataset, IdField, Raw, Scale, Seen, Targets, find, read_text};
 use crate::job::{HeldOut, Implicit, RatingFiles, Separator};
 use crate::rng::{Key, Purpose};
 use crate::rows::NO_ID;
@@ -236,15 +236,11 @@ impl Known {
 
     fn dataset(&self, lines: &[Line], users: &[u64], items: &[u64]) -> Dataset {
         let ids = lines.iter().flat_map(|line| [users[line.user as usize], items[line.item as usize]]).collect();
-        Dataset {
-            shape: vec![1],
-            features: Features::F32(vec![0.0; lines.len()]), // none, of which a model takes one
-            ids: Ids { fields: 2, values: ids, ..Ids::default() },
-            targets: match &self.implicit {
-                Some(seen) => Targets::Seen(seen.clone()),
-                None => Targets::Value(lines.iter().map(|line| line.rating).collect()),
-            },
-        }
+        let targets = match &self.implicit {
+            Some(seen) => Targets::Seen(seen.clone()),
+            None => Targets::Value(lines.iter().map(|line| line.rating).collect()),
+        };
+        Dataset::pairs(ids, targets)
     }
 }
 

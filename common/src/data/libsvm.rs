@@ -198,7 +198,7 @@ impl File {
         };
         // A model takes numbers: there is one that says nothing.
         let features = Features::F32(vec![0.0; self.samples.len()]);
-        Ok(Dataset { shape: vec![1], features, ids: Ids { fields, values, factors }, targets })
+        Ok(Dataset { ids: Ids { fields, values, factors }, ..Dataset::new(vec![1], features, targets) })
     }
 
     fn unknown(&self, sample: &Sample) -> DataError {

@@ -483,8 +483,8 @@ impl Prepared {
                 extend::loss(name, options).map_or(1, |loss| loss.outputs(self.classes.as_ref().map(Vec::len)))
             }
             (job::Loss::CrossEntropy { .. }, classes) => classes,
-            (job::Loss::Hinge | job::Loss::Focal { .. }, classes) if classes > 2 => classes,
-            (job::Loss::Hinge | job::Loss::Focal { .. } | job::Loss::BinaryCrossEntropy { .. }, _) => 1,
+            (job::Loss::Hinge { .. } | job::Loss::Focal { .. }, classes) if classes > 2 => classes,
+            (job::Loss::Hinge { .. } | job::Loss::Focal { .. } | job::Loss::BinaryCrossEntropy { .. }, _) => 1,
             (job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. } | job::Loss::Bpr, _) => 1,
         }
     }
@@ -589,7 +589,9 @@ mod tests {
                         .map(|i| key.normal(i))
                         .collect(),
                 };
-                Dataset { shape, features, ids, targets }
+                let weighed = matches!(targets, Targets::Class(_) | Targets::Value(_)) && seed % 3 == 0;
+                let weights = (0..if weighed { samples as u64 } else { 0 }).map(|i| key.uniform(i)).collect();
+                Dataset { shape, features, ids, targets, weights }
             },
         )
     }
@@ -661,7 +663,7 @@ mod tests {
             let raw = match chosen.features { Features::U8(v) => v.into_iter().map(f32::from).collect(), Features::F32(v) => v, Features::U32(_) => panic!("tokens") };
             let want: Vec<f32> = raw.iter().enumerate().map(|(i, x)| (x - mean[i % width % mean.len()]) * 0.5).collect();
             prop_assert_eq!((batch.inputs, batch.ids, batch.samples), (want, chosen.ids.values, rows.len()));
-            prop_assert_eq!(batch.factors, chosen.ids.factors);
+            prop_assert_eq!((batch.factors, batch.weights), (chosen.ids.factors, chosen.weights));
             // With no rows there is nothing to compare but the kind.
             prop_assert_eq!(batch.targets, chosen.targets);
         }
@@ -722,10 +724,10 @@ mod tests {
             (&cross, 7, 7),
             (&binary, 2, 1),
             (&binary, 3, 1),
-            (&job::Loss::Hinge, 2, 1),
-            (&job::Loss::Hinge, 3, 3),
-            (&job::Loss::Focal { gamma: 1.0 }, 2, 1),
-            (&job::Loss::Focal { gamma: 1.0 }, 3, 3),
+            (&job::Loss::Hinge { class_weights: None }, 2, 1),
+            (&job::Loss::Hinge { class_weights: None }, 3, 3),
+            (&job::Loss::Focal { gamma: 1.0, class_weights: None }, 2, 1),
+            (&job::Loss::Focal { gamma: 1.0, class_weights: None }, 3, 3),
             (&job::Loss::Mse, 0, 1),
         ] {
             assert_eq!(classes(n).outputs(loss), outputs, "{loss:?} {n}");

@@ -1,7 +1,7 @@
 //! Made-up ratings: what users say of items, or which they take, from planted vectors and biases, and noise.
 
 use super::implicit::MOST_ITEMS;
-use super::{DataError, Dataset, Features, IdField, Ids, Raw, Scale, Seen, Targets};
+use super::{DataError, Dataset, IdField, Raw, Scale, Seen, Targets};
 use crate::job;
 use crate::rng::{Key, Purpose};
 
@@ -70,12 +70,7 @@ fn taken(key: Key, spec: &job::Ratings, implicit: job::Implicit) -> Result<Raw, 
     let seen = Seen::new(train.chunks_exact(2).map(|ids| (ids[0], (ids[1] - users) as u32)).collect());
     let candidates = implicit.among(items as u32, &seen);
     let targets = Targets::Seen(seen.into());
-    let dataset = |ids: Vec<u64>| Dataset {
-        shape: vec![1],
-        features: Features::F32(vec![0.0; ids.len() / 2]), // none, of which a model takes one
-        ids: Ids { fields: 2, values: ids, ..Ids::default() },
-        targets: targets.clone(),
-    };
+    let dataset = |ids| Dataset::pairs(ids, targets.clone());
     let scale = Scale { per_feature: true, unit: 1.0 };
     let test = (!test.is_empty()).then(|| dataset(test));
     let raw = Raw::new(dataset(train), test, None, scale);
@@ -109,13 +104,7 @@ fn split(key: Key, spec: &job::Ratings, from: usize, samples: usize) -> Result<D
         ids.extend([user, spec.users + item]);
         values.push(rating);
     }
-    let features = Features::F32(vec![0.0; samples]); // none, of which a model takes one
-    Ok(Dataset {
-        shape: vec![1],
-        features,
-        ids: Ids { fields: 2, values: ids, ..Ids::default() },
-        targets: Targets::Value(values),
-    })
+    Ok(Dataset::pairs(ids, Targets::Value(values)))
 }
 
 /// Makes both splits; the test set's samples follow those of the training set.

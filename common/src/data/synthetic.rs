@@ -1,7 +1,7 @@
 //! Samples made from a seed, for measuring; a planted linear teacher decides the targets, so that a loss can fall.
 
 use super::text::windows;
-use super::{DataError, Dataset, Features, Ids, Raw, Scale, Targets, Tokens, numbered};
+use super::{DataError, Dataset, Features, Raw, Scale, Targets, Tokens, numbered};
 use crate::job::Task;
 use crate::rng::{Key, Purpose};
 
@@ -86,7 +86,7 @@ fn split(
         Task::Classification => Targets::Class(labels),
         Task::Regression => Targets::Value(values),
     };
-    Ok(Dataset { shape: shape.to_vec(), features: Features::F32(x), ids: Ids::default(), targets })
+    Ok(Dataset::new(shape.to_vec(), Features::F32(x), targets))
 }
 
 /// Makes both splits; the test set's samples follow those of the training set.

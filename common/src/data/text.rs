@@ -1,7 +1,7 @@
 //! Plain text, as windows of tokens whose next ones are to be predicted.
 
 use super::tokenizer::Tokenizer;
-use super::{DataError, Dataset, Features, Ids, Prepared, Raw, Scale, Targets, Tokens, find, read_text};
+use super::{DataError, Dataset, Features, Prepared, Raw, Scale, Targets, Tokens, find, read_text};
 use crate::job;
 use std::path::Path;
 
@@ -18,7 +18,7 @@ pub(super) fn windows(tokens: &[u32], vocabulary: usize, context: usize, whole: 
     } else {
         Features::U32(cut(tokens, context, whole, |token| token))
     };
-    Dataset { shape: vec![stored(context)], features, ids: Ids::default(), targets: Targets::Next }
+    Dataset::new(vec![stored(context)], features, Targets::Next)
 }
 
 fn cut<T: Clone + Default>(tokens: &[u32], context: usize, whole: bool, as_stored: impl Fn(u32) -> T) -> Vec<T> {

@@ -108,6 +108,9 @@ pub struct Table {
     pub train: String,
     pub test: Option<String>,
     pub target: String,
+    /// The column that says how much each sample counts in the loss; where there is none, they count the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<String>,
     /// Columns that are one-hot encoded; other columns must be numbers.
     pub categorical: Vec<String>,
     /// Columns whose values are ids of rows of sparse tables.
@@ -150,9 +153,18 @@ impl Table {
     /// Whether a column's cells are looked at.
     pub fn reads(&self, column: &str) -> bool {
         match &self.text {
-            Some(text) => column == text.column || column == self.target,
+            Some(text) => column == text.column || column == self.target || self.is_weight(column),
             None => !self.ignore.iter().any(|name| name == column),
         }
+    }
+
+    /// Whether a column's cells are learnt from.
+    pub fn learns_from(&self, column: &str) -> bool {
+        self.reads(column) && column != self.target && !self.is_weight(column)
+    }
+
+    fn is_weight(&self, column: &str) -> bool {
+        self.weight.as_deref() == Some(column)
     }
 }
 

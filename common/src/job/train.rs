@@ -55,9 +55,12 @@ pub enum Loss {
     Huber {
         delta: f32,
     },
-    Hinge,
+    Hinge {
+        class_weights: Option<Vec<f32>>,
+    },
     Focal {
         gamma: f32,
+        class_weights: Option<Vec<f32>>,
     },
     /// One that the program has added ([`crate::extend`]).
     Added {

@@ -360,6 +360,17 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
     };
     let all = |f: &dyn Fn(f64) -> f64| x.iter().map(|x| f(x - value)).sum::<f64>();
     let smooth = f64::INFINITY;
+    if let Loss::Focal { class_weights: classes @ Some(_), .. } | Loss::Hinge { class_weights: classes @ Some(_) } =
+        kind
+    {
+        let plain = match kind {
+            Loss::Focal { gamma, .. } => Loss::Focal { gamma: *gamma, class_weights: None },
+            _ => Loss::Hinge { class_weights: None },
+        };
+        let times = classes.as_ref().expect("there are some")[class] as f64;
+        let (sum, weight, margin) = loss(&plain, x, targets, row);
+        return (times * sum, times * weight, margin);
+    }
     match kind {
         Loss::CrossEntropy { label_smoothing, class_weights } => {
             let total: f64 = x.iter().map(|x| x.exp()).sum();
@@ -380,7 +391,7 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
             let f = |e: f64| if e.abs() <= d { 0.5 * e * e } else { d * (e.abs() - 0.5 * d) };
             (all(&f), x.len() as f64, smooth)
         }
-        Loss::Focal { gamma } => {
+        Loss::Focal { gamma, .. } => {
             let total: f64 = x.iter().map(|x| x.exp()).sum();
             let p = match x.len() {
                 1 => 1.0 / (1.0 + (x[0] * (1.0 - 2.0 * value)).exp()),
@@ -390,11 +401,11 @@ pub fn loss(kind: &Loss, x: &[f64], targets: &Targets, row: usize) -> (f64, f64,
         }
         Loss::Added { name, .. } => panic!("{name} is not one of ours"),
         Loss::Bpr => panic!("it is of several rows: loss.rs tries it"),
-        Loss::Hinge if x.len() == 1 => {
+        Loss::Hinge { .. } if x.len() == 1 => {
             let gap = 1.0 - (2.0 * value - 1.0) * x[0];
             (gap.max(0.0), 1.0, gap.abs())
         }
-        Loss::Hinge => {
+        Loss::Hinge { .. } => {
             let gaps: Vec<f64> = (0..x.len()).filter(|c| *c != class).map(|c| 1.0 - x[class] + x[c]).collect();
             let sum: f64 = gaps.iter().map(|gap| gap.max(0.0)).sum();
             (sum / x.len() as f64, 1.0, gaps.iter().fold(smooth, |m, gap| m.min(gap.abs())))

@@ -120,7 +120,7 @@ fn friedman(keys: Friedman, place: &Place) -> Result<Samples, Box<dyn Error + Se
             exact + keys.noise * key.named("noise").normal((from + i) as u64)
         };
         let targets = Targets::Value(inputs.chunks(10).enumerate().map(value).collect());
-        Dataset { shape: vec![10], features: Features::F32(inputs), ids: Default::default(), targets }
+        Dataset::new(vec![10], Features::F32(inputs), targets)
     };
     Ok(Samples { train: made(0, keys.samples), test: Some(made(keys.samples, keys.samples / 8)), classes: None })
 }

@@ -217,8 +217,7 @@ pub(super) fn read(
         roles = Roles::new(&train)?;
     }
     if let Some(share) = spec.holdout {
-        let learnt = |name: &String| spec.reads(name) && *name != spec.target;
-        let columns = (0..train.names().len()).filter(|&i| learnt(&train.names()[i])).collect();
+        let columns = (0..train.names().len()).filter(|&i| spec.learns_from(&train.names()[i])).collect();
         train.part = Some(Part { key: Key::new(seed, Purpose::Split), share, held_out: false, columns });
     }
     let plan = Plan::learn(&train, roles, known)?;

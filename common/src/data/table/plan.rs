@@ -33,6 +33,8 @@ pub(super) struct Roles<'a> {
     /// The only column that is learnt from, where samples are texts.
     text: Option<(usize, &'a job::TextColumn)>,
     target: usize,
+    /// Where samples count differently.
+    weight: Option<(usize, &'a str)>,
 }
 
 impl<'a> Roles<'a> {
@@ -80,12 +82,26 @@ impl<'a> Roles<'a> {
         if text.is_some_and(|(i, _)| i == target) {
             return Err(DataError::TargetText { column: spec.target.clone() });
         }
+        let weight = spec.weight.as_ref().map(|name| Ok((train.index("weight", name)?, name.as_str()))).transpose()?;
+        if let Some((i, name)) = weight {
+            let number = matches!(uses[i], Use::Number { log: false });
+            let other = match i {
+                _ if i == target => Some("data.target"),
+                _ if text.is_some_and(|(text, _)| text == i) => Some("data.text"),
+                _ if number => None,
+                _ => Some("in another list of [data]"),
+            };
+            if let Some(other) = other {
+                return Err(DataError::Twice { column: name.into(), one: "data.weight", other });
+            }
+            uses[i] = Use::Other;
+        }
         if text.is_some() {
             uses.fill(Use::Other);
         } else if uses.iter().all(|one| *one == Use::Other) && ids.is_empty() {
             return Err(DataError::NoFeatures { path: train.path.to_string() });
         }
-        Ok(Roles { spec, names: train.names().into(), uses, ids, text, target })
+        Ok(Roles { spec, names: train.names().into(), uses, ids, text, target, weight })
     }
 
     /// Whether a row can be used, as far as that does not depend on others; into `numbers` goes what each column of numbers holds,
@@ -107,6 +123,7 @@ impl<'a> Roles<'a> {
             }
         }
         self.ids.iter().try_for_each(|field| self.id(at, row, field).map(|_| ()))?;
+        self.weight(at, row)?;
         let target = self.target(at, row)?;
         match self.spec.task {
             Task::Regression => self.value(at, target).map(|_| ()),
@@ -129,6 +146,13 @@ impl<'a> Roles<'a> {
             cell: cell.into(),
             size: field.size.unwrap_or_default(),
         })
+    }
+
+    /// How much the row counts, where rows count differently.
+    fn weight(&self, at: &At, row: &StringRecord) -> Result<Option<f32>, DataError> {
+        let Some((i, name)) = self.weight else { return Ok(None) };
+        let weight = number(&row[i]).filter(|weight| *weight >= 0.0);
+        weight.map(Some).ok_or_else(|| DataError::Weight { at: at.clone(), column: name.into(), cell: row[i].into() })
     }
 
     /// The target's cell; a class has no full stop at its end.
@@ -303,7 +327,7 @@ impl<'a> Plan<'a> {
     pub fn encode(&self, table: &Table<'_>) -> Result<Dataset, DataError> {
         let (roles, missing) = (&self.roles, &self.roles.spec.missing);
         let (mut features, mut labels, mut values) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut tokens, mut ids) = (Vec::new(), Vec::new());
+        let (mut tokens, mut ids, mut weights) = (Vec::new(), Vec::new(), Vec::new());
         let text = self.encoder();
         // A model takes numbers: where there are none, there is one that says nothing.
         let alone = self.columns.is_empty() && text.is_none();
@@ -321,6 +345,7 @@ impl<'a> Plan<'a> {
                 ids.push(roles.id(at, row, field)?);
             }
             features.extend(alone.then_some(0.0));
+            weights.extend(roles.weight(at, row)?);
             let cell = roles.target(at, row)?;
             match &self.classes {
                 Some(classes) => labels.push(self.label(at, classes, cell)?),
@@ -329,6 +354,9 @@ impl<'a> Plan<'a> {
             Ok(())
         })?;
         features.shrink_to_fit();
+        if let Some((_, column)) = roles.weight.filter(|_| weights.iter().all(|weight| *weight == 0.0)) {
+            return Err(DataError::NoWeight { path: table.path.to_string(), column: column.into() });
+        }
         Ok(Dataset {
             shape: vec![match &text {
                 Some((_, _, text)) => text.context,
@@ -340,6 +368,7 @@ impl<'a> Plan<'a> {
                 Some(_) => Targets::Class(labels),
                 None => Targets::Value(values),
             },
+            weights,
         })
     }
 }

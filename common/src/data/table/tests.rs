@@ -21,6 +21,7 @@ pub(super) fn spec() -> job::Table {
         test: None,
         form: csv(None, true, ','),
         target: "kind".into(),
+        weight: None,
         categorical: vec!["city".into()],
         ids: vec![],
         log: vec![],
@@ -95,6 +96,30 @@ fn names_separators_line_ends_and_packing_do_not_matter() {
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     io::Write::write_all(&mut packed, TABLE.as_bytes()).unwrap();
     assert_eq!(one(spec(), packed.finish().unwrap()).unwrap().train, want);
+}
+
+#[test]
+fn a_column_says_how_much_samples_count() {
+    let weighed = || job::Table { weight: Some("height".into()), ..spec() };
+    let table = TABLE.replace("Oslo,,", "Oslo, 0,");
+    let raw = one(weighed(), &table).unwrap();
+    assert_eq!(raw.train.weights, [1.5, 2.5, 3.5, 0.0]);
+    // It is not learnt from.
+    assert_eq!(raw.train.shape, [3]);
+    assert_eq!(
+        features(&raw.train),
+        features(&one(job::Table { ignore: vec!["height".into()], ..spec() }, TABLE).unwrap().train)
+    );
+    for cell in ["-1", "many", "", "inf", "?"] {
+        let table = TABLE.replace("Oslo,,", &format!("Oslo, {cell},"));
+        says(one(weighed(), table), &["train.csv:5", "`height` (data.weight)", &format!("`{cell}`"), "at least 0"]);
+    }
+    let nothing = "age, city, height, kind\n10, Rom, 0, yes\n20, Rom, 0, no\n";
+    says(one(weighed(), nothing), &["all weights", "`height`", "train.csv", "are 0"]);
+    for (weight, word) in [("kind", "data.target"), ("city", "in another list"), ("hight", "nearest is `height`")] {
+        let wrong = job::Table { weight: Some(weight.into()), ..spec() };
+        says(one(wrong, &table), &[&format!("`{weight}`"), "data.weight", word]);
+    }
 }
 
 #[test]

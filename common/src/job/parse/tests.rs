@@ -90,6 +90,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
         train: "a.csv".into(),
         test: None,
         target: "y".into(),
+        weight: None,
         categorical: vec![],
         ids: vec![],
         log: vec![],
@@ -106,10 +107,11 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let headless = Table { form: form(columns.clone(), false, ','), ..csv.clone() };
     assert_eq!(job(&format!("{some_csv}, columns = [\"x\", \"y\"]"), LINEAR, "").data.source, Source::Table(headless));
     let all = "test = \"b.csv\", columns = [\"x\", \"y\"], header = true, categorical = [\"x\"], ignore = [\"z\"], \
-               missing = \"\", separator = \"\\t\", task = \"regression\"";
+               weight = \"w\", missing = \"\", separator = \"\\t\", task = \"regression\"";
     let full = Table {
         form: form(columns, true, '\t'),
         test: Some("b.csv".into()),
+        weight: Some("w".into()),
         categorical: vec!["x".into()],
         ignore: vec!["z".into()],
         missing: "".into(),
@@ -394,9 +396,13 @@ fn every_loss_has_its_defaults_and_every_key_counts() {
         ("\"mae\"", Loss::Mae),
         ("\"huber\"", Loss::Huber { delta: 1.0 }),
         ("{ kind = \"huber\", delta = 0.5 }", Loss::Huber { delta: 0.5 }),
-        ("\"hinge\"", Loss::Hinge),
-        ("\"focal\"", Loss::Focal { gamma: 2.0 }),
-        ("{ kind = \"focal\", gamma = 0.5 }", Loss::Focal { gamma: 0.5 }),
+        ("\"hinge\"", Loss::Hinge { class_weights: None }),
+        ("{ kind = \"hinge\", class_weights = [1, 0] }", Loss::Hinge { class_weights: Some(vec![1.0, 0.0]) }),
+        ("\"focal\"", Loss::Focal { gamma: 2.0, class_weights: None }),
+        (
+            "{ kind = \"focal\", gamma = 0.5, class_weights = [2] }",
+            Loss::Focal { gamma: 0.5, class_weights: Some(vec![2.0]) },
+        ),
     ];
     for (text, loss) in cases {
         assert_eq!(job(DIGITS, LINEAR, &format!("loss = {text}")).train.loss, loss, "{text}");

@@ -61,8 +61,8 @@ const LOSSES: &Kinds = &[
     ("mse", &[]),
     ("mae", &[]),
     ("huber", &["delta"]),
-    ("hinge", &[]),
-    ("focal", &["gamma"]),
+    ("hinge", &["class_weights"]),
+    ("focal", &["gamma", "class_weights"]),
     ("bpr", &[]),
 ];
 
@@ -72,13 +72,13 @@ fn loss(node: &Node) -> Result<Loss> {
         return Ok(Loss::Added { name, options });
     }
     choice(node, "loss", "train.loss", &with_added(LOSSES, &names), &[], |name, r| {
+        let weight = |k: &Kind| float(k).filter(|v| *v >= 0.0);
+        let class_weights = r.list("class_weights", NOT_NEGATIVE.what, weight)?.optional();
+        if class_weights.as_ref().is_some_and(|w| w.iter().all(|v| *v == 0.0)) {
+            return r.refuse("class_weights", "needs a weight above 0; write one for each class");
+        }
         Ok(match name {
             "cross-entropy" => {
-                let weight = |k: &Kind| float(k).filter(|v| *v >= 0.0);
-                let class_weights = r.list("class_weights", NOT_NEGATIVE.what, weight)?.optional();
-                if class_weights.as_ref().is_some_and(|w| w.iter().all(|v| *v == 0.0)) {
-                    return r.refuse("class_weights", "needs a weight above 0; write one for each class");
-                }
                 Loss::CrossEntropy { label_smoothing: r.f32("label_smoothing", &FRACTION)?.or(0.0), class_weights }
             }
             "binary-cross-entropy" => {
@@ -87,9 +87,9 @@ fn loss(node: &Node) -> Result<Loss> {
             "mse" => Loss::Mse,
             "mae" => Loss::Mae,
             "huber" => Loss::Huber { delta: r.f32("delta", &POSITIVE)?.or(1.0) },
-            "hinge" => Loss::Hinge,
+            "hinge" => Loss::Hinge { class_weights },
             "bpr" => Loss::Bpr,
-            _ => Loss::Focal { gamma: r.f32("gamma", &NOT_NEGATIVE)?.or(2.0) },
+            _ => Loss::Focal { gamma: r.f32("gamma", &NOT_NEGATIVE)?.or(2.0), class_weights },
         })
     })
 }
