@@ -3,10 +3,11 @@
 //! Users are known by the hash of their text, items by their place among all of the training file, in ascending order: their names are
 //! kept with what is learnt.
 
+use super::bad::Bad;
 use super::error::At;
 use super::implicit::MOST_ITEMS;
-use super::{Candidates, DataError, Dataset, IdField, Raw, Scale, Seen, Targets, find, read_text};
-use crate::job::{HeldOut, Implicit, RatingFiles, Separator};
+use super::{Candidates, DataError, Dataset, IdField, Raw, Scale, Seen, Targets, find, read_bytes};
+use crate::job::{HeldOut, Implicit, OnError, RatingFiles, Separator};
 use crate::rng::{Key, Purpose};
 use crate::rows::NO_ID;
 use ::csv::{ReaderBuilder, StringRecord};
@@ -31,10 +32,10 @@ struct Cells {
     time: Option<usize>,
 }
 
-/// One file's text, and what is where in it.
+/// One file, and what is where in it.
 struct File<'a> {
     path: String,
-    text: &'a str,
+    bytes: &'a [u8],
     spec: &'a RatingFiles,
     cells: Cells,
 }
@@ -49,7 +50,6 @@ struct Line {
     rating: f32,
     /// 0 unless it is asked for.
     time: f64,
-    number: u32,
 }
 
 /// Texts, numbered in the order in which they first came.
@@ -90,84 +90,122 @@ fn split<'a>(line: &'a str, separator: &Separator, cells: &mut Vec<Cow<'a, str>>
 }
 
 impl<'a> File<'a> {
-    fn new(path: String, text: &'a str, spec: &'a RatingFiles) -> Result<File<'a>, DataError> {
-        let mut first = Vec::new();
-        let first_line = text.lines().enumerate().find(|(_, line)| !line.trim().is_empty());
-        let Some((number, line)) = first_line.map(|(i, line)| (i + 1, line)) else {
+    fn new(path: String, bytes: &'a [u8], spec: &'a RatingFiles) -> Result<File<'a>, DataError> {
+        let Some((number, line)) = numbered_lines(bytes).find(|(_, line)| !line.trim_ascii().is_empty()) else {
             return Err(DataError::Empty { path });
         };
-        split(line, &spec.separator, &mut first);
+        let none = Cells { width: 0, user: 0, item: 0, rating: None, time: None };
+        let mut file = File { path, bytes, spec, cells: none };
+        let mut first = Vec::new();
+        split(file.text(number, line)?, &spec.separator, &mut first);
+        file.cells = file.places(number, &first)?;
+        Ok(file)
+    }
+
+    /// Where cells are, which the job says or the first line.
+    fn places(&self, number: usize, first: &[Cow<'_, str>]) -> Result<Cells, DataError> {
+        let (spec, path) = (self.spec, || self.path.clone());
         let owned = |cells: &[Cow<'_, str>]| cells.iter().map(|cell| cell.to_string()).collect::<Vec<String>>();
         let needed = spec.needed();
         let names: Vec<String> = match (&spec.columns, spec.header) {
             (Some(columns), _) => columns.clone(),
-            (None, true) => owned(&first),
+            (None, true) => owned(first),
             (None, false) if (needed.len()..=CELLS.len()).contains(&first.len()) => {
                 CELLS[..first.len()].iter().map(|name| name.to_string()).collect()
             }
             (None, false) if first.len() < needed.len() => {
                 let names = needed.join(", ");
-                return Err(DataError::FewCells { path, line: number, got: first.len(), want: needed.len(), names });
+                return Err(DataError::FewCells {
+                    path: path(),
+                    line: number,
+                    got: first.len(),
+                    want: needed.len(),
+                    names,
+                });
             }
             (None, false) => {
-                return Err(DataError::Ragged { at: At::line(&path, number), got: first.len(), want: CELLS.len() });
+                return Err(DataError::Ragged {
+                    at: At::line(&self.path, number),
+                    got: first.len(),
+                    want: CELLS.len(),
+                });
             }
         };
         let place = |name: &str| names.iter().position(|other| other == name);
         if let Some(missing) = needed.iter().find(|name| place(name).is_none()) {
-            return Err(DataError::NoCell { path, found: names.join(", "), missing });
+            return Err(DataError::NoCell { path: path(), found: names.join(", "), missing });
         }
         let (user, item) = (place("user").unwrap_or(0), place("item").unwrap_or(1));
-        let cells = Cells { width: names.len(), user, item, rating: place("rating"), time: place("time") };
-        Ok(File { path, text, spec, cells })
+        Ok(Cells { width: names.len(), user, item, rating: place("rating"), time: place("time") })
     }
 
-    /// Calls `each` with all lines that hold samples, in their order.
+    /// All lines that are not empty, in their order. `known`: items that samples may have, where they may not have all.
     fn lines(
         &self,
         users: &mut Names<'a>,
         items: &mut Names<'a>,
-        mut each: impl FnMut(Line) -> Result<(), DataError>,
-    ) -> Result<(), DataError> {
-        let (mut header, mut any, mut cells) = (self.spec.header, false, Vec::new());
-        let Cells { width, user, item, rating, time } = self.cells;
-        let timed = time.filter(|_| self.spec.holdout == Some(HeldOut::Last));
-        let path = || self.path.clone();
-        for (number, line) in self.text.lines().enumerate().map(|(i, line)| (i + 1, line)) {
-            if line.trim().is_empty() || std::mem::take(&mut header) {
+        known: Option<&IdField>,
+        bad: &mut Bad,
+    ) -> Result<Vec<Line>, DataError> {
+        let (mut header, mut lines, mut cells) = (self.spec.header, Vec::new(), Vec::new());
+        for (number, text) in numbered_lines(self.bytes) {
+            if text.trim_ascii().is_empty() || std::mem::take(&mut header) {
                 continue;
             }
-            split(line, &self.spec.separator, &mut cells);
-            if cells.len() != width {
-                return Err(DataError::Ragged { at: At::line(&self.path, number), got: cells.len(), want: width });
+            match self.line(number, text, known, &mut cells) {
+                Ok((rating, time)) => {
+                    let user = users.number(cells[self.cells.user].clone());
+                    let item = items.number(cells[self.cells.item].clone());
+                    lines.push(Line { user, item, rating, time });
+                }
+                Err(error) => bad.take(error)?,
             }
-            for (place, column) in [(user, "user"), (item, "item")] {
-                if cells[place].is_empty() {
-                    return Err(DataError::EmptyCell { path: path(), line: number, column });
-                }
-            }
-            let not_a_number =
-                |column, cell: &str| DataError::RatingNumber { path: path(), line: number, column, cell: cell.into() };
-            let rating = match rating.map(|place| &cells[place]) {
-                Some(cell) => {
-                    let rating = cell.parse().ok().filter(|rating: &f32| rating.is_finite());
-                    rating.ok_or_else(|| not_a_number("rating", cell))?
-                }
-                None => 0.0,
-            };
-            let time = match timed.map(|place| &cells[place]) {
-                Some(cell) => {
-                    let time = cell.parse().ok().filter(|time: &f64| time.is_finite());
-                    time.ok_or_else(|| not_a_number("time", cell))?
-                }
-                None => 0.0,
-            };
-            any = true;
-            let (user, item) = (users.number(cells[user].clone()), items.number(cells[item].clone()));
-            each(Line { user, item, rating, time, number: number as u32 })?;
         }
-        if any { Ok(()) } else { Err(DataError::Empty { path: self.path.clone() }) }
+        bad.check()?;
+        if lines.is_empty() { Err(DataError::Empty { path: self.path.clone() }) } else { Ok(lines) }
     }
+
+    /// The rating and the time of a line, 0 where there is none, and its cells.
+    fn line(
+        &self,
+        number: usize,
+        text: &'a [u8],
+        known: Option<&IdField>,
+        cells: &mut Vec<Cow<'a, str>>,
+    ) -> Result<(f32, f64), DataError> {
+        let Cells { width, user, item, rating, time } = self.cells;
+        let path = || self.path.clone();
+        split(self.text(number, text)?, &self.spec.separator, cells);
+        if cells.len() != width {
+            return Err(DataError::Ragged { at: At::line(&self.path, number), got: cells.len(), want: width });
+        }
+        for (place, column) in [(user, "user"), (item, "item")] {
+            if cells[place].is_empty() {
+                return Err(DataError::EmptyCell { path: path(), line: number, column });
+            }
+        }
+        let number_in = |place: Option<usize>, column| {
+            let Some(cell) = place.map(|place| &cells[place]) else { return Ok(0.0) };
+            let value = cell.parse().ok().filter(|value: &f64| (*value as f32).is_finite());
+            value.ok_or_else(|| DataError::RatingNumber { path: path(), line: number, column, cell: cell.to_string() })
+        };
+        let rating = number_in(rating, "rating")? as f32;
+        let time = number_in(time.filter(|_| self.spec.holdout == Some(HeldOut::Last)), "time")?;
+        let unknown = |items: &IdField| items.id(std::iter::once(&*cells[item]), "").is_err();
+        if self.spec.is_sample(rating) && known.is_some_and(unknown) {
+            return Err(DataError::UnknownItem { path: path(), line: number, item: cells[item].to_string() });
+        }
+        Ok((rating, time))
+    }
+
+    fn text(&self, number: usize, line: &'a [u8]) -> Result<&'a str, DataError> {
+        std::str::from_utf8(line).map_err(|_| DataError::RowNotText { at: At::line(&self.path, number) })
+    }
+}
+
+/// Lines, each with its number, counted from 1.
+fn numbered_lines(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    (1..).zip(bytes.split(|byte| *byte == b'\n'))
 }
 
 impl RatingFiles {
@@ -181,8 +219,8 @@ impl RatingFiles {
     }
 
     /// Whether a line is a sample: of implicit feedback not all are.
-    fn is_sample(&self, line: &Line) -> bool {
-        self.implicit.and_then(|implicit| implicit.threshold).is_none_or(|threshold| line.rating >= threshold)
+    fn is_sample(&self, rating: f32) -> bool {
+        self.implicit.and_then(|implicit| implicit.threshold).is_none_or(|threshold| rating >= threshold)
     }
 }
 
@@ -201,7 +239,7 @@ fn held_out(spec: &RatingFiles, seed: u64, users: &Names<'_>, items: &Names<'_>,
         Some(HeldOut::Last) => {
             // Of each user the samples so far, and the last of them; of those of one time the last line.
             let mut last: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
-            for (at, line) in lines.iter().enumerate().filter(|(_, line)| spec.is_sample(line)) {
+            for (at, line) in lines.iter().enumerate().filter(|(_, line)| spec.is_sample(line.rating)) {
                 let (count, latest) = last.entry(line.user).or_insert((0, at));
                 *count += 1;
                 if line.time >= lines[*latest].time {
@@ -245,17 +283,15 @@ impl Known {
 }
 
 /// Reads both splits; the vocabulary is that of the training file, also of what is held out of it.
-pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64) -> Result<Raw, DataError> {
+pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64, on_error: OnError) -> Result<Raw, DataError> {
+    let mut bad = Bad::new(on_error);
     let open = |path: &str| {
         let found = find(root, &spec.base, path)?;
-        Ok((read_text(&found)?, found.display().to_string()))
+        Ok((read_bytes(&found)?, found.display().to_string()))
     };
-    let (text, path) = open(&spec.train)?;
-    let (mut users, mut items, mut lines) = (Names::default(), Names::default(), Vec::new());
-    File::new(path.clone(), &text, spec)?.lines(&mut users, &mut items, |line| {
-        lines.push(line);
-        Ok(())
-    })?;
+    let (bytes, path) = open(&spec.train)?;
+    let (mut users, mut items) = (Names::default(), Names::default());
+    let mut lines = File::new(path.clone(), &bytes, spec)?.lines(&mut users, &mut items, None, &mut bad)?;
     let mut values: Vec<String> = items.names.iter().map(|name| name.to_string()).collect();
     values.sort_unstable();
     let bytes = values.iter().map(String::len).sum();
@@ -276,9 +312,9 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64) -> Result
         seen.extend(lines.iter().zip(&held).filter(|(_, held)| !**held).map(|(line, _)| pair(line)));
     }
     let of_test = lines.iter().zip(&held).filter(|(_, held)| **held).map(|(line, _)| *line);
-    let test: Vec<Line> = of_test.filter(|line| spec.is_sample(line)).collect();
+    let test: Vec<Line> = of_test.filter(|line| spec.is_sample(line.rating)).collect();
     let mut is_held = held.iter();
-    lines.retain(|line| is_held.next() == Some(&false) && spec.is_sample(line));
+    lines.retain(|line| is_held.next() == Some(&false) && spec.is_sample(line.rating));
     let train = lines;
     if let (Some(Implicit { threshold: Some(threshold), .. }), true, true) =
         (spec.implicit, train.is_empty(), test.is_empty())
@@ -303,8 +339,8 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64) -> Result
     }
     let test = match (&spec.test, test.is_empty()) {
         (Some(test), _) => {
-            let (text, path) = open(test)?;
-            Some(read_test(&File::new(path, &text, spec)?, &known)?)
+            let (bytes, path) = open(test)?;
+            Some(read_test(&File::new(path, &bytes, spec)?, &known, &mut bad)?)
         }
         (None, false) => Some(known.dataset(&test, &user_ids, &item_ids)),
         (None, true) => None,
@@ -312,26 +348,19 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64) -> Result
     let train = known.dataset(&train, &user_ids, &item_ids);
     let implicit = spec.implicit.zip(known.implicit).map(|(implicit, seen)| implicit.among(count as u32, &seen));
     let raw = Raw::new(train, test, None, Scale { per_feature: true, unit: 1.0 });
-    Ok(Raw { ids: vec![known.user, known.item], implicit, ..raw })
+    Ok(Raw { ids: vec![known.user, known.item], implicit, skipped: bad.skipped(), ..raw })
 }
 
 /// Samples of a file of its own.
-fn read_test(file: &File<'_>, known: &Known) -> Result<Dataset, DataError> {
-    let (mut users, mut items, mut lines) = (Names::default(), Names::default(), Vec::new());
-    file.lines(&mut users, &mut items, |line| {
-        lines.extend(file.spec.is_sample(&line).then_some(line));
-        Ok(())
-    })?;
-    let (user_ids, item_ids) = (known.user_ids(&users), known.item_ids(&items));
+fn read_test(file: &File<'_>, known: &Known, bad: &mut Bad) -> Result<Dataset, DataError> {
+    let (mut users, mut items) = (Names::default(), Names::default());
+    let must_be = known.implicit.is_some().then_some(&known.item);
+    let mut lines = file.lines(&mut users, &mut items, must_be, bad)?;
+    lines.retain(|line| file.spec.is_sample(line.rating));
     if let (Some(Implicit { threshold: Some(threshold), .. }), true) = (file.spec.implicit, lines.is_empty()) {
         return Err(DataError::NoPositives { path: file.path.clone(), threshold });
     }
-    let unknown = lines.iter().find(|line| known.implicit.is_some() && item_ids[line.item as usize] == NO_ID);
-    if let Some(line) = unknown {
-        let item = items.names[line.item as usize].to_string();
-        return Err(DataError::UnknownItem { path: file.path.clone(), line: line.number as usize, item });
-    }
-    Ok(known.dataset(&lines, &user_ids, &item_ids))
+    Ok(known.dataset(&lines, &known.user_ids(&users), &known.item_ids(&items)))
 }
 
 impl Implicit {

@@ -214,7 +214,7 @@ fn open_in(root: Option<&Path>, data: &job::Data, seed: u64, known: Option<&Prep
         }
         job::Source::Clicks(spec) => clicks::make(seed, spec)?,
         job::Source::Ratings(spec) => ratings::make(seed, spec)?,
-        job::Source::RatingFiles(spec) => interactions::read(root, spec, seed)?,
+        job::Source::RatingFiles(spec) => interactions::read(root, spec, seed, data.on_error)?,
     };
     if let Some(augment) = data.augment {
         augment::check(augment, &raw.train.shape)?;

@@ -22,14 +22,27 @@ fn implicit() -> Implicit {
 }
 
 /// What a job reads of these files; the test file may be none.
-fn read_files(spec: impl Fn(RatingFiles) -> RatingFiles, train: &str, test: Option<&str>) -> Result<Raw, DataError> {
+fn read_files(
+    spec: impl Fn(RatingFiles) -> RatingFiles,
+    train: impl AsRef<[u8]>,
+    test: Option<&str>,
+) -> Result<Raw, DataError> {
+    read_with(spec, train, test, OnError::Stop)
+}
+
+fn read_with(
+    spec: impl Fn(RatingFiles) -> RatingFiles,
+    train: impl AsRef<[u8]>,
+    test: Option<&str>,
+    on_error: OnError,
+) -> Result<Raw, DataError> {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("train"), train).unwrap();
     if let Some(test) = test {
         std::fs::write(folder.path().join("test"), test).unwrap();
     }
     let spec = spec(RatingFiles { test: test.map(|_| "test".into()), ..self::spec(folder.path()) });
-    read(None, &spec, 7)
+    read(None, &spec, 7, on_error)
 }
 
 fn says<T>(result: Result<T, DataError>, parts: &[&str]) {
@@ -159,6 +172,32 @@ fn what_is_wrong_is_named_with_its_line() {
 }
 
 /// Interactions of 12 users with 15 items, for which each user has some to spare.
+#[test]
+fn lines_that_are_left_out_might_as_well_not_be_there() {
+    let clean = "u,a,5\nv,b,4\nu,b,1\nv,c,2\n".to_string();
+    let test = "u,a,3\nv,c,1\n";
+    for implicit in [None, Some(Implicit { threshold: Some(2.0), ..implicit() })] {
+        let with = |spec| RatingFiles { implicit, ..spec };
+        let want = read_files(with, &clean, Some(test)).unwrap();
+        let mut dirty = b"\xff\xfe,a,5\n".to_vec();
+        dirty.splice(0..0, b"u,a,5\nw,,5\nw,new\nw,new,good\n".iter().copied());
+        dirty.extend_from_slice(clean.split_once('\n').unwrap().1.as_bytes());
+        // In a test file an item that nobody knows is one more, where items are ranked.
+        let more = format!("u,a,inf\n{test}{}", if implicit.is_some() { "u,new,5\n" } else { "" });
+        let count = 5 + usize::from(implicit.is_some());
+        let got = read_with(with, &dirty, Some(&more), OnError::Skip { most: count }).unwrap();
+        assert_eq!((&got.train, &got.test, &got.ids), (&want.train, &want.test, &want.ids));
+        let skipped = got.skipped.unwrap();
+        assert_eq!(skipped.samples, count);
+        assert!(skipped.first.unwrap().contains("train:2: column `item` is empty"));
+        says(
+            read_with(with, &dirty, Some(&more), OnError::Skip { most: count - 1 }),
+            &[&format!("{count} of"), "train:2"],
+        );
+        says(read_files(with, &dirty[28..], None), &["train:1", "not UTF-8"]);
+    }
+}
+
 fn some(seed: u64, implicit: Implicit) -> Opened {
     let key = Key::new(seed, Purpose::Synthetic);
     let line = |i: u64| format!("u{},i{}\n", key.below(2 * i, 12), key.below(2 * i + 1, 8) + key.below(2 * i, 12) % 7);

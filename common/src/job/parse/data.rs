@@ -41,7 +41,7 @@ const FORMATS: &Kinds = &[
     ("criteo", &["train", "test", "holdout", "on_error", "max_errors"]),
     ("libsvm", &["train", "test", "holdout", "task", "size", "on_error", "max_errors"]),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
-    ("ratings", &["train", "test", "holdout", "columns", "header", "separator", "implicit"]),
+    ("ratings", &["train", "test", "holdout", "columns", "header", "separator", "implicit", "on_error", "max_errors"]),
     (
         "synthetic",
         &[
