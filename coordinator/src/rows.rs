@@ -115,6 +115,9 @@ pub enum Failed {
     Full(String),
 }
 
+/// Rows of which is fetched what is known of them while others are worked on.
+const AHEAD: usize = 8;
+
 /// Rows that a checkpoint takes at once; updates wait meanwhile.
 const BLOCK: usize = 16_384;
 
@@ -253,12 +256,7 @@ impl Tables {
         let mut held = self.write();
         let Held { step, store, keys: known, changed, keeping } = &mut *held;
         let next = step.next();
-        let places = store.places(&keys, |key, row| {
-            let (values, state) = row.split_at_mut(width);
-            self.first.fill(key, values);
-            self.optimizer.first_state(values, state);
-        });
-        let places = places.map_err(|_| Failed::Full(full(store.len(), self.memory)))?;
+        let places = store.places(&keys).map_err(|_| Failed::Full(full(store.len(), self.memory)))?;
         if known.len() < store.len() as usize {
             // Those that are new, in the order of their keys.
             let new = keys.iter().zip(places.as_slice()).filter(|(_, place)| **place as usize >= known.len());
@@ -284,14 +282,22 @@ impl Tables {
                 #[inline(always)]
                 || {
                     for i in some {
+                        if let Some(ahead) = at.get(i + AHEAD) {
+                            kernels::fetch(changed, *ahead as usize);
+                        }
                         changed[at[i] as usize].store(next.0, Ordering::Relaxed);
+                        let is_new = rows.is_new(i);
                         let (values, state) = rows.row(i).split_at_mut(width);
+                        if is_new {
+                            self.first.fill(keys[i], values);
+                            self.optimizer.first_state(values, state);
+                        }
                         sides[i].read((left.1, right.1), width, &mut gradient);
                         gradient.iter_mut().for_each(|g| *g *= factor);
                         let mut finite = true;
                         if let Some(limit) = limit {
                             // It would hide an infinite one.
-                            finite = gradient.iter().fold(0.0, |zero, g| zero + g * 0.0) == 0.0;
+                            finite = kernels::finite(&gradient);
                             gradient.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
                         }
                         if !(update.run(&gradient, values, state) && finite) {

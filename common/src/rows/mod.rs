@@ -96,6 +96,7 @@ pub struct First {
 
 impl First {
     /// Those of the row of `key`, as many as a row has.
+    #[inline(always)]
     pub fn fill(&self, key: u64, row: &mut [f32]) {
         let mut rest = row;
         for &(table, width, init) in &self.tables {

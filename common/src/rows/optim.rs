@@ -3,6 +3,7 @@
 
 use super::RowLayout;
 use crate::job;
+use crate::kernels;
 use std::ops::Range;
 
 /// A tables' optimizer, in rows that hold a model's tables: a row's values, then its state, table by table.
@@ -113,7 +114,7 @@ impl RowUpdate<'_> {
             self.one(kind, &gradient[at.clone()], &mut values[at.clone()], state);
         }
         // Weights may be finite where what follows from their state is not any more.
-        gradient.iter().chain(&*values).chain(&*states).fold(0.0, |zero, v| zero + v * 0.0) == 0.0
+        kernels::finite(gradient) & kernels::finite(values) & kernels::finite(states)
     }
 
     #[inline(always)]

@@ -118,18 +118,6 @@ impl Memory {
         unsafe { self.start.add(byte) }
     }
 
-    /// Says that the cache line at a byte is wanted soon.
-    pub(super) fn prefetch(&self, byte: usize) {
-        let start = self.at(byte & !3, 4);
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: every x86-64 processor has it, and it changes nothing.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(start.as_ptr().cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = start;
-    }
-
     /// Words that both sides may read and write at any time.
     ///
     /// # Panics

@@ -15,6 +15,9 @@ use unisono_common::kernels;
 /// Words of an entry: the key's two halves, and one more than the row's place (0: nothing is there).
 const ENTRY: usize = 3;
 
+/// Entries and rows that are fetched while one is worked on.
+const AHEAD: usize = 8;
+
 /// Entries of the first generation.
 const FIRST: usize = 1024;
 
@@ -81,10 +84,15 @@ impl Index<'_> {
         &self.words[at * ENTRY..(at + 1) * ENTRY]
     }
 
+    /// Where a key is looked for first.
+    fn start(&self, key: u64) -> usize {
+        (key >> (64 - self.bits)) as usize
+    }
+
     /// Looks for a key. What a stranger to the current step sees may be anything, and is looked at so often at most.
     fn find(&self, key: u64) -> Found {
         let entries = 1usize << self.bits;
-        let mut at = (key >> (64 - self.bits)) as usize;
+        let mut at = self.start(key);
         for _ in 0..entries {
             let entry = self.entry(at);
             let row = entry[2].load(Ordering::Acquire);
@@ -100,12 +108,20 @@ impl Index<'_> {
         Found::Free(at)
     }
 
-    /// The place of a key's row among so many, or [`NOWHERE`].
-    fn place(&self, key: u64, rows: u32) -> u32 {
-        match self.find(key) {
-            Found::Row(row) if row < rows => row,
-            Found::Row(_) | Found::Free(_) => NOWHERE,
-        }
+    /// The places of keys' rows among so many, or [`NOWHERE`]; entries are somewhere in a large memory, and fetched while others are
+    /// looked at.
+    fn places(&self, keys: &[u64], rows: u32) -> impl Iterator<Item = u32> {
+        let fetch = |key: u64| kernels::fetch(self.words, self.start(key) * ENTRY);
+        keys.iter().take(AHEAD).for_each(|key| fetch(*key));
+        keys.iter().enumerate().map(move |(i, key)| {
+            if let Some(ahead) = keys.get(i + AHEAD) {
+                fetch(*ahead);
+            }
+            match self.find(*key) {
+                Found::Row(row) if row < rows => row,
+                Found::Row(_) | Found::Free(_) => NOWHERE,
+            }
+        })
     }
 
     fn put(&self, at: usize, key: u64, row: u32) {
@@ -142,7 +158,10 @@ impl Rows {
     /// The place of a key's row, where it has one.
     pub fn find(&self, key: u64) -> Option<u32> {
         let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
-        Some(index.place(key, self.capacity.rows)).filter(|place| *place != NOWHERE)
+        match index.find(key) {
+            Found::Row(row) => Some(row).filter(|row| *row < self.capacity.rows),
+            Found::Free(_) => None,
+        }
     }
 
     /// How many rows there are.
@@ -176,11 +195,7 @@ impl Rows {
     pub fn read(&self, keys: &[u64], places: &mut Vec<u32>, out: &mut [f32], mut absent: impl FnMut(u64, &mut [f32])) {
         let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
         places.clear();
-        places.extend(keys.iter().map(|key| {
-            let place = index.place(*key, self.capacity.rows);
-            self.come(place);
-            place
-        }));
+        places.extend(index.places(keys, self.capacity.rows).inspect(|place| self.come(*place)));
         kernels::vectorized(
             #[inline(always)]
             || {
@@ -196,11 +211,10 @@ impl Rows {
 
     /// Says that a row is wanted soon: it is somewhere in a large memory, and others are looked for meanwhile.
     fn come(&self, place: u32) {
-        let (len, at) = (4 * self.capacity.record(), self.capacity.rows_at());
         if place < self.capacity.rows {
-            for byte in (0..len).step_by(64) {
-                self.memory.prefetch(at + place as usize * len + byte);
-            }
+            let len = self.capacity.record();
+            let row = self.memory.read_words(self.capacity.rows_at() + 4 * place as usize * len, len);
+            (0..len).step_by(64 / 4).for_each(|at| kernels::fetch(row, at));
         }
     }
 }
@@ -265,13 +279,19 @@ impl RowStore {
             return Err(Full);
         }
         first(self.row_mut(row));
-        let index = self.index(generation);
-        index.put(free, key, row);
-        self.memory().words(0, 2)[ROWS].store(row + 1, Ordering::Release);
-        if 2 * (row as usize + 1) > 1 << index.bits && generation + 1 < self.0.capacity.generations() {
-            self.grow(generation);
-        }
+        self.index(generation).put(free, key, row);
+        self.grow_to(row + 1);
         Ok(row)
+    }
+
+    /// Says that there are so many rows, in an index that is large enough.
+    fn grow_to(&mut self, rows: u32) {
+        let mut generation = self.header()[GENERATION].load(Ordering::Relaxed);
+        while 2 * rows as usize > FIRST << generation && generation + 1 < self.0.capacity.generations() {
+            self.grow(generation);
+            generation += 1;
+        }
+        self.memory().words(0, 2)[ROWS].store(rows, Ordering::Release);
     }
 
     /// Copies a generation's entries to the next one, which nobody looks at yet.
@@ -300,34 +320,46 @@ impl RowStore {
         unsafe { self.memory().values_mut(self.0.capacity.rows_at(), at..at + len) }
     }
 
-    /// The places of keys' rows, new ones filled by `first` as [`RowStore::place`] says; on the current thread pool.
+    /// The places of keys' rows, on the current thread pool. New rows hold anything until [`RowStore::change`] has changed them.
     ///
     /// # Errors
-    /// No room for a new one; those before it have one.
+    /// No room for all that are new: then there are none.
     ///
     /// # Panics
     /// Where keys are not ascending.
-    pub fn places(&mut self, keys: &[u64], mut first: impl FnMut(u64, &mut [f32])) -> Result<Places, Full> {
+    pub fn places(&mut self, keys: &[u64]) -> Result<Places, Full> {
         assert!(keys.is_sorted_by(|a, b| a < b), "keys are ascending");
         let (rows, generation) = (self.0.capacity.rows, self.header()[GENERATION].load(Ordering::Relaxed));
         let (index, mut places) = (self.index(generation), vec![NOWHERE; keys.len()]);
         let each = each(keys.len());
         places.par_chunks_mut(each).zip(keys.par_chunks(each)).for_each(|(places, keys)| {
-            places.iter_mut().zip(keys).for_each(|(place, key)| *place = index.place(*key, rows));
+            places.iter_mut().zip(index.places(keys, rows)).for_each(|(to, place)| *to = place);
         });
-        for (place, &key) in places.iter_mut().zip(keys).filter(|(place, _)| **place == NOWHERE) {
-            *place = self.place(key, |row| first(key, row))?;
+        let new = places.iter().filter(|place| **place == NOWHERE).count();
+        let before = self.len();
+        if new > (rows - before) as usize {
+            return Err(Full);
         }
-        Ok(Places(places))
+        self.grow_to(before + new as u32);
+        let index = self.index(self.header()[GENERATION].load(Ordering::Relaxed));
+        let absent = places.iter_mut().zip(keys).filter(|(place, _)| **place == NOWHERE);
+        for (row, (place, key)) in (before..).zip(absent) {
+            *place = row;
+            if let Found::Free(free) = index.find(*key) {
+                index.put(free, *key, row);
+            }
+        }
+        Ok(Places { places, before })
     }
 
     /// Calls `change` with some of the places' numbers and the rows there, until all were given, on the current thread pool.
-    pub fn change(&mut self, Places(places): &Places, change: impl Fn(Range<usize>, Changing<'_>) + Sync) {
+    pub fn change(&mut self, places: &Places, change: impl Fn(Range<usize>, Changing<'_>) + Sync) {
+        let Places { places, before } = places;
         let each = each(places.len());
         let store = &*self;
         places.par_chunks(each).enumerate().for_each(|(chunk, places)| {
             let first = chunk * each;
-            change(first..first + places.len(), Changing { store, first, places });
+            change(first..first + places.len(), Changing { store, first, places, before: *before });
         });
     }
 }
@@ -337,9 +369,17 @@ pub struct Changing<'a> {
     store: &'a RowStore,
     first: usize,
     places: &'a [u32],
+    /// Rows that there were before.
+    before: u32,
 }
 
 impl Changing<'_> {
+    /// Whether the row with this number among all places is new, and holds anything.
+    #[inline(always)]
+    pub fn is_new(&self, i: usize) -> bool {
+        self.places[i - self.first] >= self.before
+    }
+
     /// The values of the row with this number among all places, and its state.
     #[inline(always)]
     #[allow(unsafe_code, reason = "shared memory")]
@@ -357,21 +397,22 @@ impl Changing<'_> {
     }
 }
 
-/// Rows that are fetched while one is worked on.
-const AHEAD: usize = 8;
-
 /// Of so many rows those that a thread takes at once.
 fn each(rows: usize) -> usize {
     rows.div_ceil(rayon::current_num_threads()).max(256)
 }
 
 /// Places of different rows.
-pub struct Places(Vec<u32>);
+pub struct Places {
+    places: Vec<u32>,
+    /// Rows that there were before: from here on they are new.
+    before: u32,
+}
 
 impl Places {
     /// The places.
     pub fn as_slice(&self) -> &[u32] {
-        &self.0
+        &self.places
     }
 }
 
@@ -402,13 +443,37 @@ mod tests {
         let mut ids: Vec<u64> = (0..4000).step_by(3).collect();
         ids.sort_by_key(|id| key(*id));
         let keys: Vec<u64> = ids.iter().copied().map(key).collect();
-        let places = store.places(&keys, |_, _| panic!("they are there")).expect("room");
+        let places = store.places(&keys).expect("room");
         assert_eq!(places.as_slice().iter().map(|place| *place as u64).collect::<Vec<_>>(), ids);
         store.change(&places, |some, mut rows| some.for_each(|i| rows.row(i).fill(10_000.0 + ids[i] as f32)));
         for id in 0..5000 {
             let more = if id < 4000 && id % 3 == 0 { 10_000.0 } else { 0.0 };
             assert_eq!(store.row(id), [more + id as f32; 4]);
         }
+        // Some are new: places in the order of their keys behind all others, through several generations.
+        let mut store = RowStore::create(capacity(5000)).expect("memory");
+        let mut ids: Vec<u64> = (0..3000).collect();
+        ids.sort_by_key(|id| key(*id));
+        let keys: Vec<u64> = ids.iter().copied().map(key).collect();
+        for id in 0..700u64 {
+            store.place(key(id), |row| row.fill(id as f32)).expect("room");
+        }
+        let places = store.places(&keys).expect("room");
+        store.change(&places, |some, mut rows| {
+            for i in some {
+                assert_eq!(rows.is_new(i), ids[i] >= 700);
+                if rows.is_new(i) {
+                    rows.row(i).fill(ids[i] as f32);
+                }
+            }
+        });
+        let new: Vec<u32> = keys.iter().filter_map(|key| store.find(*key)).filter(|place| *place >= 700).collect();
+        assert_eq!((store.len(), new), (3000, (700..3000).collect()));
+        assert!((0..3000u64).all(|id| store.find(key(id)).map(|place| store.row(place)) == Some(&[id as f32; 4][..])));
+        // All have room, or none has.
+        let more: Vec<u64> = (1..=2001).map(|i| i << 40).collect();
+        assert!(store.places(&more).is_err() && store.len() == 3000 && store.find(1 << 40).is_none());
+        assert!(store.places(&more[1..]).is_ok() && store.len() == 5000);
         // Keys that begin alike, up to the end of the index and around it.
         let mut store = RowStore::private(capacity(5000)).expect("memory");
         for low in 0..600u64 {
@@ -421,7 +486,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "keys are ascending")]
     fn no_row_is_changed_by_two() {
-        RowStore::private(capacity(10)).expect("memory").places(&[5, 5], |_, _| ()).ok();
+        RowStore::private(capacity(10)).expect("memory").places(&[5, 5]).ok();
     }
 
     #[test]

@@ -240,7 +240,7 @@ pub fn pack_rows<'a, S: Simd>(
     for i in 0..depth {
         if i + AHEAD < depth {
             let row = row(i + AHEAD);
-            (0..columns).step_by(LINE).for_each(|at| tile::fetch(row, at));
+            (0..columns).step_by(LINE).for_each(|at| super::fetch(row, at));
         }
         let row = row(i);
         match width / S::F32_LANES {

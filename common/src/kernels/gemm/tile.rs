@@ -1,6 +1,7 @@
 //! The register tile: the one loop in which multiply-adds happen.
 
 use super::LINE;
+use crate::kernels::fetch;
 use pulp::{Simd, WithSimd};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -405,18 +406,4 @@ impl<'a, V: bytemuck::AnyBitPattern, const VECTORS: usize> Lines<'a, V, VECTORS>
         // any bits, and is read from wherever it lies.
         unsafe { self.data.as_ptr().add(k * self.stride).cast::<[V; VECTORS]>().read_unaligned() }
     }
-}
-
-/// Asks for the cache line of `data[at]`, which need not exist.
-#[inline(always)]
-#[allow(unsafe_code, reason = "the only door to the instruction, which has no effect but time")]
-pub fn fetch(data: &[f32], at: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint; it reads nothing, and faults nowhere.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().wrapping_add(at).cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (data, at);
 }
