@@ -397,9 +397,9 @@ impl Changing<'_> {
     }
 }
 
-/// Of so many rows those that a thread takes at once.
+/// Of so many rows those that a thread takes at once: few, so that nobody waits long for a thread that has no core.
 fn each(rows: usize) -> usize {
-    rows.div_ceil(rayon::current_num_threads()).max(256)
+    rows.div_ceil(8 * rayon::current_num_threads()).max(256)
 }
 
 /// Places of different rows.
