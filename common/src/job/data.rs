@@ -327,7 +327,7 @@ pub struct Text {
 }
 
 /// What a token of a text is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Tokenizer {
     Bytes,
@@ -337,6 +337,10 @@ pub enum Tokenizer {
         most: usize,
         ngrams: usize,
         buckets: usize,
+    },
+    /// What a `tokenizer.json` says.
+    File {
+        path: String,
     },
 }
 
