@@ -6,7 +6,7 @@ use anyhow::{Context, Result, anyhow};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
-use unisono_common::data::{Batch, Targets, Tokens};
+use unisono_common::data::{Batch, Targets, Tokenizer, Tokens};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::train::{self, Workspace};
 
@@ -92,24 +92,19 @@ pub fn generate(checkpoint: &Path, prompt: &str, sampling: Sampling) -> Result<E
         text.push(tokenizer.encoder().encode("\n").ok().and_then(|tokens| tokens.last().copied()).unwrap_or(0));
     }
     let before = text.len() - given;
-    let mut out = std::io::stdout().lock();
+    let mut said = Said { tokenizer, known: before, written: before, out: std::io::stdout().lock() };
     let done: Result<()> = (|| {
-        out.write_all(&tokenizer.decode(&text[before..]))?;
+        said.write(&text, false)?;
         let mut writer = Writer::new(&trained);
         for i in 0..sampling.tokens as u64 {
             let logits = writer.logits(&text);
             if logits.iter().any(|logit| !logit.is_finite()) {
                 return Err(anyhow!("the model's outputs are not finite: its weights are spoilt"));
             }
-            let next = sampling.pick(logits, i) as u32;
-            if text.len() > before {
-                out.write_all(tokenizer.between().as_bytes())?;
-            }
-            out.write_all(&tokenizer.decode(&[next]))?;
-            out.flush()?;
-            text.push(next);
+            text.push(sampling.pick(logits, i) as u32);
+            said.write(&text, false)?;
         }
-        Ok(())
+        said.write(&text, true)
     })();
     match done {
         Err(e) if is_broken_pipe(&e) => return Ok(ExitCode::SUCCESS),
@@ -117,6 +112,34 @@ pub fn generate(checkpoint: &Path, prompt: &str, sampling: Sampling) -> Result<E
     }
     println!();
     Ok(ExitCode::SUCCESS)
+}
+
+/// What stands for a part of a character.
+const PART: &[u8] = "\u{fffd}".as_bytes();
+
+/// Text that is written as its tokens come.
+struct Said<'a, W> {
+    tokenizer: &'a Tokenizer,
+    /// Tokens before which nothing changes how others are written.
+    known: usize,
+    /// Tokens that were written.
+    written: usize,
+    out: W,
+}
+
+impl<W: Write> Said<'_, W> {
+    /// Writes what the last of `tokens` add to the text: what a token is depends on those before it. A character of several
+    /// tokens is written when all of them are there, or `all` that there will be.
+    fn write(&mut self, tokens: &[u32], all: bool) -> Result<()> {
+        let before = self.tokenizer.decode(&tokens[self.known..self.written])?;
+        let text = self.tokenizer.decode(&tokens[self.known..])?;
+        if all || !text.ends_with(PART) {
+            self.out.write_all(text.get(before.len()..).unwrap_or_default())?;
+            self.out.flush()?;
+            (self.known, self.written) = (self.written, tokens.len());
+        }
+        Ok(())
+    }
 }
 
 /// A model with the memory to go on with one text.
@@ -173,6 +196,23 @@ mod tests {
         let weight = |i: usize| if kept.contains(&i) { (LOGITS[i] as f64 / temperature).exp() } else { 0.0 };
         let sum: f64 = (0..5).map(weight).sum();
         std::array::from_fn(|i| weight(i) / sum)
+    }
+
+    #[test]
+    fn what_is_written_token_by_token_is_the_whole_text() {
+        let words = ["la", "le", "lu"].map(String::from).to_vec();
+        for tokenizer in [
+            Tokenizer::Bytes,
+            Tokenizer::Characters { characters: "\u{fffd}aé".into() },
+            Tokenizer::Words { words, ngrams: 1, buckets: 0 },
+        ] {
+            // The first is not written; the last is, though it stands for a part of a character.
+            let tokens = [2, 1, 0, 1, 2, 0];
+            let mut said = Said { tokenizer: &tokenizer, known: 1, written: 1, out: Vec::new() };
+            (1..=tokens.len()).for_each(|n| said.write(&tokens[..n], false).unwrap());
+            said.write(&tokens, true).unwrap();
+            assert_eq!(said.out, tokenizer.decode(&tokens[1..]).unwrap(), "{tokenizer:?}");
+        }
     }
 
     #[test]

@@ -437,6 +437,44 @@ fn tables_of_every_format_that_do_not_fit_are_named() {
     }
 }
 
+#[test]
+fn tokenizers_that_are_none_are_named() {
+    let dir = folder();
+    write(dir.path(), "book.txt", "a b ".repeat(200));
+    write(dir.path(), "rows.csv", "x,kind\na b,no\nb new,yes\n");
+    let file = |model: &str| format!(r#"{{ "model": {model}, "pre_tokenizer": {{ "type": "Whitespace" }} }}"#);
+    let words = r#"{ "type": "WordLevel", "vocab": { "a": 0, "b": 1 }, "unk_token": "<unk>" }"#;
+    write(dir.path(), "good.json", file(words));
+    write(dir.path(), "prose.json", "once upon a time");
+    write(dir.path(), "other.json", "{\"vocab\": [\"a\", \"b\"]}");
+    write(dir.path(), "twice.json", file(&words.replace('1', "0")));
+    write(dir.path(), "panic.json", file(words).replace("\"Whitespace\"", "\"FixedLength\", \"length\": \"five\""));
+    let of = |data: &str, tokenizer: &str| {
+        with("format = \"digits\"", &format!("{data}\ncontext = 4\ntokenizer = {tokenizer}"))
+            .replace("kind = \"mlp\"\nhidden = [16, 16]", "kind = \"text-classifier\"")
+    };
+    let texts = "format = \"text\"\ntrain = \"book.txt\"";
+    let rows = "format = \"csv\"\ntrain = \"rows.csv\"\ntarget = \"kind\"\ntext = \"x\"";
+    let path = |path: &str| format!("{{ kind = \"file\", path = {path:?} }}");
+    for data in [texts, rows] {
+        for (tokenizer, words) in [
+            ("\"file\"".into(), &["job.toml:", "`data.tokenizer.path` is missing", "path = \"tokenizer.json\""][..]),
+            (path("none.json"), &["there is no file `none.json`", "UNISONO_DATA"]),
+            (path("prose.json"), &["prose.json is no tokenizer", "line 1 column 1", "give a tokenizer.json"]),
+            (path("other.json"), &["other.json is no tokenizer", "missing field `model`"]),
+            (path("twice.json"), &["twice.json is no tokenizer", "two of its tokens have the id 0"]),
+            (path("panic.json"), &["panic.json is no tokenizer"]),
+        ] {
+            refused(dir.path(), &of(data, &tokenizer), words);
+        }
+    }
+    let good = path("good.json");
+    write(dir.path(), "book.txt", "a b c ".repeat(200));
+    refused(dir.path(), &of(texts, &good), &["the tokenizer has no tokens for ", "book.txt: ", "[UNK]"]);
+    let row = ["rows.csv:3: the tokenizer has no tokens for the text of column `x`", "data.on_error = \"skip\""];
+    refused(dir.path(), &of(rows, &good), &row);
+}
+
 /// Tables that grow beyond what they may take end the run, and what was kept is gone on with when they may take more.
 #[test]
 fn tables_above_their_memory_end_the_run_and_keep_its_last_checkpoint() {

@@ -280,6 +280,71 @@ fn a_language_model_writes_what_it_learnt() {
     refuses(&[text(&digits), "--generate", "a"], &["--generate"]);
 }
 
+/// The tokenizer is the model's own once it is trained: its file may go, and no other takes its place.
+#[test]
+fn a_model_keeps_the_tokenizer_of_its_file() {
+    let dir = tempfile::tempdir().expect("a folder");
+    std::fs::write(dir.path().join("book.txt"), "le café\n".repeat(300)).expect("written");
+    // Bytes as letters, of which "Ã" and "©" are those of "é", and some of them in pairs and triples.
+    let tokenizer = r#"{
+        "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+        "truncation": { "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0 },
+        "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+        "decoder": { "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true },
+        "model": {
+            "type": "BPE", "vocab": { "a": 0, "c": 1, "e": 2, "f": 3, "l": 4, "Ã": 5, "©": 6, "Ġ": 7, "Ċ": 8, "le": 9, "Ġc": 10, "Ġca": 11 },
+            "merges": [["l", "e"], ["Ġ", "c"], ["Ġc", "a"]]
+        }
+    }"#;
+    let path = dir.path().join("tokenizer.json");
+    std::fs::write(&path, tokenizer).expect("written");
+    let job = dir.path().join("job.toml");
+    let toml = r#"
+        name = "writer"
+        data = { format = "text", train = "book.txt", holdout = 0.1, context = 8,
+                 tokenizer = { kind = "file", path = "tokenizer.json" } }
+        model = { kind = "gpt", layers = 1, heads = 2, width = 16 }
+        train = { partitions = 4, micro_batch = 4, steps = 120, optimizer = { kind = "adamw", lr = 1e-2 } }
+    "#;
+    std::fs::write(&job, toml).expect("written");
+    let train = |workers: &str, more: &[&str]| {
+        let options = ["local", text(&job), "--quiet", "--json", "--workers", workers];
+        summary(&run(dir.path(), &[&options[..], more].concat()))
+    };
+    let done = train("3", &[]);
+    // Six tokens are "le", " ca", "f", two of "é", and "\n", for eight characters; each is certain after the one before it.
+    let eval = &done["eval"];
+    let (loss, bits) = (eval["loss"].as_f64(), eval["bits_per_character"].as_f64());
+    let (loss, bits) = (loss.expect("a loss"), bits.expect("bits"));
+    assert!(loss < 0.05 && (bits - loss / 2f64.ln() * 6.0 / 8.0).abs() < 1e-5, "{done}");
+    for (workers, more) in [("1", &["checkpoint.dir=one"][..]), ("2", &["checkpoint.dir=sent", "data.ship=true"])] {
+        let more: Vec<&str> = more.iter().flat_map(|set| ["--set", set]).collect();
+        assert_eq!(train(workers, &more)["weights_digest"], done["weights_digest"]);
+    }
+
+    let eval = |more: &[&str]| run(dir.path(), &[&["eval", "runs/writer", "--json"], more].concat());
+    // Other tokens than the model's.
+    std::fs::write(&path, tokenizer.replace("\"le\": 9", "\"le\": 12")).expect("written");
+    let other = ["a tokenizer that is not the model's", "tokenizer.json"];
+    refused(&eval(&[]), &other);
+    refused(&eval(&[text(&job)]), &other);
+    refused(&eval(&[text(&job), "--set", "data.tokenizer=bytes"]), &other[..1]);
+    refused(&run(dir.path(), &["eval", "one", text(&job), "--set", "data.tokenizer=bytes"]), &other[..1]);
+    std::fs::remove_file(&path).expect("removed");
+    assert_eq!(summary(&eval(&[]))["eval"], done["eval"]);
+    assert_eq!(summary(&eval(&[text(&job)]))["eval"], done["eval"]);
+    let write = |more: &[&str]| {
+        let out = run(dir.path(), &[&["predict", "runs/writer", "--generate"], more].concat());
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).expect("text")
+    };
+    assert_eq!(write(&["le ca", "--tokens", "10", "--temperature", "0"]), "le café\nle café\n\n");
+    // The last token is a half of "é".
+    assert_eq!(write(&["le", "--tokens", "3", "--temperature", "0"]), "le caf\u{fffd}\n");
+    let onnx = run(dir.path(), &["export", "runs/writer", "--format", "onnx", "--out", "writer.onnx"]);
+    assert!(onnx.status.success(), "{}", String::from_utf8_lossy(&onnx.stderr));
+}
+
 /// The tensors of a safetensors file: types and shapes by name, and the numbers of `ids`.
 fn tensors(bytes: &[u8]) -> (Value, Vec<u64>) {
     let (length, rest) = bytes.split_first_chunk::<8>().expect("a length");

@@ -87,9 +87,11 @@ pub enum DataError {
          data.truncate = true"
     )]
     LongText { at: At, column: String, tokens: usize, context: usize },
-    #[error("{at}: the text of column `{column}` is empty; fill it in, or remove the row")]
+    #[error(
+        "{at}: the text of column `{column}` is empty, or nothing in it has a token; fill it in, or remove the row"
+    )]
     NoText { at: At, column: String },
-    #[error("the text is empty; write at least a word")]
+    #[error("the text is empty, or nothing in it has a token; write at least a word")]
     RowEmpty,
     #[error("the text has {tokens} tokens, the model takes at most {context}; shorten it")]
     RowText { tokens: usize, context: usize },
@@ -100,6 +102,27 @@ pub enum DataError {
          remove the row, or set data.tokenizer = \"bytes\" or \"words\""
     )]
     NewCharacter { at: At, column: String, character: char },
+    #[error(
+        "{path} is no tokenizer that can be used: {why}; give a tokenizer.json as Hugging Face's tokenizers write it, or set \
+         data.tokenizer = \"bytes\" or \"words\""
+    )]
+    Tokenizer { path: String, why: String },
+    #[error(
+        "data.tokenizer is {what}, a tokenizer that is not the model's: name the one that it was trained with, or take the file away, as \
+         the model has its own"
+    )]
+    OtherTokenizer { what: String },
+    #[error("the tokenizer has no tokens for the text: {why}; write it otherwise")]
+    NoTokens { why: String },
+    #[error("the tokenizer has no tokens for {path}: {why}; correct the text, or take another tokenizer")]
+    FileTokens { path: String, why: String },
+    #[error("the tokenizer has no text for the model's tokens: {why}; train with another tokenizer")]
+    Undecoded { why: String },
+    #[error(
+        "{at}: the tokenizer has no tokens for the text of column `{column}`: {why}; correct the row or remove it, or set \
+         data.on_error = \"skip\""
+    )]
+    CellTokens { at: At, column: String, why: String },
     #[error("column `{column}` is data.target and data.text; they must be different")]
     TargetText { column: String },
     #[error("the character {character:?} is in no text that the model was trained on; leave it out")]

@@ -1,6 +1,6 @@
 //! Plain text, as windows of tokens whose next ones are to be predicted.
 
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Tokenizer, Wanted};
 use super::{DataError, Dataset, Features, Prepared, Raw, Scale, Targets, Tokens, find, read_text};
 use crate::job;
 use std::path::Path;
@@ -35,7 +35,8 @@ fn cut<T: Clone + Default>(tokens: &[u32], context: usize, whole: bool, as_store
 
 /// Reads a job's text; what is tested is a file of its own, or the last part of the only one.
 pub(super) fn read(root: Option<&Path>, spec: &job::Text, known: Option<&Tokenizer>) -> Result<Raw, DataError> {
-    let job::Text { base, train, test, holdout, tokenizer: wanted, context } = spec;
+    let job::Text { base, train, test, holdout, tokenizer, context } = spec;
+    let wanted = Wanted::new(root, base, tokenizer, known)?;
     let open =
         |path: &str| find(root, base, path).and_then(|found| Ok((read_text(&found)?, found.display().to_string())));
     let (text, path) = open(train)?;
@@ -53,12 +54,14 @@ pub(super) fn read(root: Option<&Path>, spec: &job::Text, known: Option<&Tokeniz
         (None, None) => (text, None, path.clone()),
     };
     // A test needs a token for each of its characters, too; words have one for those that are not known.
-    let tested = test.iter().filter(|_| *wanted == job::Tokenizer::Characters);
-    let learn = || Tokenizer::learn(wanted, [&train].into_iter().chain(tested).map(String::as_str));
-    let tokenizer = known.cloned().unwrap_or_else(learn);
+    let tested = test.iter().filter(|_| matches!(wanted, Wanted::Characters));
+    let tokenizer = wanted.learn([&train].into_iter().chain(tested).map(String::as_str));
     let vocabulary = tokenizer.vocabulary();
     let cut = |text: &str, path: &str, whole: bool| -> Result<_, DataError> {
-        let tokens = tokenizer.encoder().encode(text)?;
+        let tokens = tokenizer.encoder().encode(text).map_err(|error| match error {
+            DataError::NoTokens { why } => DataError::FileTokens { path: path.into(), why },
+            other => other,
+        })?;
         let data = windows(&tokens, vocabulary, *context, whole);
         if data.samples() == 0 {
             let least = if whole { stored(*context) } else { *context + 1 };

@@ -1,10 +1,15 @@
 //! From text to tokens, and back.
 
-use super::DataError;
+mod file;
+
+pub use file::Json;
+
+use super::{DataError, find};
 use crate::job;
 use crate::rng::{Key, Purpose};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
 
 /// What it takes to read and write a model's text; kept in checkpoints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,6 +22,8 @@ pub enum Tokenizer {
     /// A token for each of `words`, one for all others, and for runs of 2 to `ngrams` words those of `buckets` that their hashes
     /// name (Joulin et al., "Bag of Tricks for Efficient Text Classification", 2016, section 2.1).
     Words { words: Vec<String>, ngrams: usize, buckets: usize },
+    /// The tokens of a `tokenizer.json`.
+    File { json: Json },
 }
 
 /// Words, and buckets, of a vocabulary, and words of a run, at most.
@@ -45,31 +52,78 @@ fn words(text: &str) -> Vec<String> {
     all
 }
 
-impl job::Tokenizer {
-    /// How many tokens a text has, whatever is learnt.
-    pub(super) fn count(&self, text: &str) -> usize {
-        match *self {
-            job::Tokenizer::Bytes => text.len(),
-            job::Tokenizer::Characters => text.chars().count(),
-            job::Tokenizer::Words { ngrams, .. } => {
-                let words = words(text).len();
-                // As many runs of n words end as there are words, but for the first n - 1.
-                (1..=ngrams).map(|n| (words + 1).saturating_sub(n)).sum()
-            }
-        }
-    }
+/// A job's tokenizer before its texts are read.
+pub(super) enum Wanted {
+    Known(Tokenizer),
+    Characters,
+    Words { most: usize, ngrams: usize, buckets: usize },
 }
 
-impl Tokenizer {
-    /// The tokenizer that the job asks for, of these texts.
-    pub fn learn<'t>(spec: &job::Tokenizer, texts: impl Iterator<Item = &'t str>) -> Tokenizer {
-        match *spec {
-            job::Tokenizer::Bytes => Tokenizer::Bytes,
-            job::Tokenizer::Characters => {
+/// What counts the tokens of a text.
+pub(super) type Count<'a> = dyn Fn(&str) -> Result<usize, DataError> + 'a;
+
+impl Wanted {
+    /// The tokenizer that the job asks for; where a model was prepared already, that model's.
+    ///
+    /// # Errors
+    /// A file that is none, or another one than the model's.
+    pub fn new(
+        root: Option<&Path>,
+        base: &str,
+        spec: &job::Tokenizer,
+        model: Option<&Tokenizer>,
+    ) -> Result<Wanted, DataError> {
+        Ok(match (spec, model) {
+            (job::Tokenizer::File { path }, Some(Tokenizer::File { json })) => {
+                // The model has its own: the file need not be there any more.
+                if let Ok(found) = find(root, base, path)
+                    && file::text(&found)? != json.text()
+                {
+                    return Err(DataError::OtherTokenizer { what: found.display().to_string() });
+                }
+                Wanted::Known(Tokenizer::File { json: json.clone() })
+            }
+            (job::Tokenizer::File { path }, Some(_)) => {
+                return Err(DataError::OtherTokenizer { what: path.clone() });
+            }
+            (_, Some(Tokenizer::File { .. })) => {
+                return Err(DataError::OtherTokenizer { what: "of another kind".into() });
+            }
+            (_, Some(model)) => Wanted::Known(model.clone()),
+            (job::Tokenizer::Bytes, None) => Wanted::Known(Tokenizer::Bytes),
+            (job::Tokenizer::Characters, None) => Wanted::Characters,
+            (&job::Tokenizer::Words { most, ngrams, buckets }, None) => Wanted::Words { most, ngrams, buckets },
+            (job::Tokenizer::File { path }, None) => {
+                Wanted::Known(Tokenizer::File { json: Json::open(&find(root, base, path)?)? })
+            }
+        })
+    }
+
+    /// What counts a text's tokens, whatever is learnt.
+    pub fn counter(&self) -> Box<Count<'_>> {
+        match *self {
+            Wanted::Known(ref tokenizer) => {
+                let encoder = tokenizer.encoder();
+                Box::new(move |text| Ok(encoder.encode(text)?.len()))
+            }
+            Wanted::Characters => Box::new(|text| Ok(text.chars().count())),
+            Wanted::Words { ngrams, .. } => Box::new(move |text| {
+                let words = words(text).len();
+                // As many runs of n words end as there are words, but for the first n - 1.
+                Ok((1..=ngrams).map(|n| (words + 1).saturating_sub(n)).sum())
+            }),
+        }
+    }
+
+    /// The tokenizer, of these texts.
+    pub fn learn<'t>(&self, texts: impl Iterator<Item = &'t str>) -> Tokenizer {
+        match *self {
+            Wanted::Known(ref tokenizer) => tokenizer.clone(),
+            Wanted::Characters => {
                 let characters: BTreeSet<char> = texts.flat_map(str::chars).collect();
                 Tokenizer::Characters { characters: characters.into_iter().collect() }
             }
-            job::Tokenizer::Words { most, ngrams, buckets } => {
+            Wanted::Words { most, ngrams, buckets } => {
                 let mut counts: HashMap<String, u64> = HashMap::new();
                 texts.flat_map(words).for_each(|word| *counts.entry(word).or_default() += 1);
                 let mut counts: Vec<(String, u64)> = counts.into_iter().collect();
@@ -80,21 +134,19 @@ impl Tokenizer {
             }
         }
     }
+}
 
+impl Tokenizer {
     /// Whether it is one that a job can ask for.
     pub fn is_sound(&self) -> bool {
         match self {
-            Tokenizer::Bytes | Tokenizer::Characters { .. } => true,
+            // A file's was looked at when it was read.
+            Tokenizer::Bytes | Tokenizer::Characters { .. } | Tokenizer::File { .. } => true,
             Tokenizer::Words { words, ngrams, buckets } => {
                 let hashed = *ngrams == 1 || *buckets > 0;
                 hashed && (1..=MOST_NGRAMS).contains(ngrams) && words.len().max(*buckets) <= MOST_WORDS
             }
         }
-    }
-
-    /// What is written between the tokens of a text.
-    pub fn between(&self) -> &'static str {
-        if let Tokenizer::Words { .. } = self { " " } else { "" }
     }
 
     /// How many different tokens there are.
@@ -103,6 +155,7 @@ impl Tokenizer {
             Tokenizer::Bytes => 256,
             Tokenizer::Characters { characters } => characters.chars().count(),
             Tokenizer::Words { words, buckets, .. } => words.len() + 1 + buckets,
+            Tokenizer::File { json } => json.vocabulary(),
         }
     }
 
@@ -116,12 +169,16 @@ impl Tokenizer {
                 ngrams: *ngrams,
                 buckets: *buckets as u64,
             },
+            Tokenizer::File { json } => Encoder::File(json),
         }
     }
 
     /// The text of some tokens, as bytes: a character may be more tokens than one.
-    pub fn decode(&self, tokens: &[u32]) -> Vec<u8> {
-        match self {
+    ///
+    /// # Errors
+    /// Tokens that a file's tokenizer has no text for.
+    pub fn decode(&self, tokens: &[u32]) -> Result<Vec<u8>, DataError> {
+        Ok(match self {
             Tokenizer::Bytes => tokens.iter().map(|&token| token as u8).collect(),
             Tokenizer::Characters { characters } => {
                 let all: Vec<char> = characters.chars().collect();
@@ -129,9 +186,10 @@ impl Tokenizer {
             }
             Tokenizer::Words { words, .. } => {
                 let word = |&token: &u32| words.get(token as usize).map_or(UNKNOWN, String::as_str);
-                tokens.iter().map(word).collect::<Vec<_>>().join(self.between()).into_bytes()
+                tokens.iter().map(word).collect::<Vec<_>>().join(" ").into_bytes()
             }
-        }
+            Tokenizer::File { json } => json.decode(tokens)?.into_bytes(),
+        })
     }
 }
 
@@ -140,13 +198,14 @@ pub enum Encoder<'a> {
     Bytes,
     Characters(HashMap<char, u32>),
     Words { ids: HashMap<&'a str, u32>, ngrams: usize, buckets: u64 },
+    File(&'a Json),
 }
 
 impl Encoder<'_> {
     /// The tokens of a text, each below [`Tokenizer::vocabulary`]; those of runs of words come after that of their last word.
     ///
     /// # Errors
-    /// A character that has no token.
+    /// A character that has no token, and a text that a file's tokenizer has none for.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
         match self {
             Encoder::Bytes => Ok(text.bytes().map(u32::from).collect()),
@@ -167,6 +226,7 @@ impl Encoder<'_> {
                 }
                 Ok(tokens)
             }
+            Encoder::File(json) => json.encode(text),
         }
     }
 }
@@ -176,23 +236,29 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn wanted(spec: &job::Tokenizer) -> Wanted {
+        Wanted::new(None, "", spec, None).unwrap()
+    }
+
     proptest! {
         #[test]
         fn a_text_comes_back_from_its_tokens(text in any::<String>(), more in any::<String>()) {
             for spec in [job::Tokenizer::Bytes, job::Tokenizer::Characters] {
-                let tokenizer = Tokenizer::learn(&spec, [&text[..], &more].into_iter());
+                let wanted = wanted(&spec);
+                let tokenizer = wanted.learn([&text[..], &more].into_iter());
                 for text in [&text, &more] {
                     let tokens = tokenizer.encoder().encode(text).unwrap();
-                    prop_assert_eq!(spec.count(text), tokens.len());
+                    prop_assert_eq!(wanted.counter()(text).unwrap(), tokens.len());
                     prop_assert!(tokens.iter().all(|&token| (token as usize) < tokenizer.vocabulary()));
-                    prop_assert_eq!(&tokenizer.decode(&tokens), text.as_bytes());
+                    prop_assert_eq!(&tokenizer.decode(&tokens).unwrap(), text.as_bytes());
                 }
             }
         }
 
         #[test]
         fn words_are_counted_and_runs_of_them_hashed(text in "[a-d .!]{0,40}", most in 1usize..4, ngrams in 1usize..4) {
-            let tokenizer = Tokenizer::learn(&job::Tokenizer::Words { most, ngrams, buckets: 8 }, [&text[..]].into_iter());
+            let wanted = wanted(&job::Tokenizer::Words { most, ngrams, buckets: 8 });
+            let tokenizer = wanted.learn([&text[..]].into_iter());
             let Tokenizer::Words { words: known, buckets, .. } = &tokenizer else { panic!("words") };
             let (all, count) = (words(&text), |word: &String| words(&text).iter().filter(|w| *w == word).count());
             // Nothing that is left out is more frequent than what is known.
@@ -203,7 +269,7 @@ mod tests {
             let tokens = tokenizer.encoder().encode(&text).unwrap();
             let runs: usize = (2..=ngrams).map(|n| (all.len() + 1).saturating_sub(n)).sum();
             prop_assert_eq!(tokens.len(), all.len() + runs);
-            prop_assert_eq!(job::Tokenizer::Words { most, ngrams, buckets: 8 }.count(&text), tokens.len());
+            prop_assert_eq!(wanted.counter()(&text).unwrap(), tokens.len());
             let (of_words, of_runs): (Vec<u32>, Vec<u32>) = tokens.iter().partition(|t| **t as usize <= known.len());
             for (token, word) in of_words.iter().zip(&all) {
                 prop_assert_eq!(known.get(*token as usize), known.contains(word).then_some(word));
@@ -219,16 +285,15 @@ mod tests {
     #[test]
     fn words_are_letters_and_digits_or_single_signs() {
         assert_eq!(words("Don't  PAY £1000,\nÉté!"), ["don", "'", "t", "pay", "£", "1000", ",", "été", "!"]);
-        let tokenizer =
-            Tokenizer::learn(&job::Tokenizer::Words { most: 9, ngrams: 1, buckets: 5 }, ["b a a"].into_iter());
+        let tokenizer = wanted(&job::Tokenizer::Words { most: 9, ngrams: 1, buckets: 5 }).learn(["b a a"].into_iter());
         let tokens = tokenizer.encoder().encode("A b c").unwrap();
         assert_eq!((&tokens[..], tokenizer.vocabulary()), (&[0, 1, 2][..], 3));
-        assert_eq!(tokenizer.decode(&tokens), b"a b <unknown>");
+        assert_eq!(tokenizer.decode(&tokens).unwrap(), b"a b <unknown>");
     }
 
     #[test]
     fn a_character_that_the_data_do_not_have_is_named() {
-        let tokenizer = Tokenizer::learn(&job::Tokenizer::Characters, ["banana", "nab"].into_iter());
+        let tokenizer = wanted(&job::Tokenizer::Characters).learn(["banana", "nab"].into_iter());
         assert_eq!(tokenizer, Tokenizer::Characters { characters: "abn".into() });
         assert_eq!(tokenizer.encoder().encode("bann").unwrap(), [1, 0, 2, 2]);
         assert!(tokenizer.encoder().encode("bandana").unwrap_err().to_string().contains("'d'"));

@@ -339,7 +339,7 @@ pub struct Text {
 }
 
 /// What a token of a text is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Tokenizer {
     Bytes,
@@ -349,6 +349,10 @@ pub enum Tokenizer {
         most: usize,
         ngrams: usize,
         buckets: usize,
+    },
+    /// What a `tokenizer.json` says.
+    File {
+        path: String,
     },
 }
 

@@ -242,6 +242,34 @@ fn rows_of_the_test_set_are_left_out_by_what_the_training_set_teaches() {
     says(read_as(spec, none, None, SKIP), &["holds no samples"]);
 }
 
+/// Also a class that no other row has.
+#[cfg(feature = "tokenizers")]
+#[test]
+fn rows_that_a_files_tokenizer_has_no_tokens_for_are_named_and_left_out() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("tokenizer.json").display().to_string();
+    let model = r#"{ "type": "WordLevel", "vocab": { "a": 0, "b": 1 }, "unk_token": "<unk>" }"#;
+    std::fs::write(&path, format!(r#"{{ "model": {model}, "pre_tokenizer": {{ "type": "Whitespace" }} }}"#)).unwrap();
+    let tokenizer = job::Tokenizer::File { path };
+    let text = job::TextColumn { column: "x".into(), tokenizer, context: 3, truncate: false };
+    let of = |form| job::Table { form, categorical: vec![], text: Some(text.clone()), ..spec() };
+    let lines = r#"{"x": "b a", "kind": "no"}
+{"x": "a new", "kind": "maybe"}
+{"x": "a b b", "kind": "yes"}
+{"x": "a b b a", "kind": "no"}
+"#;
+    let table = "x,kind\nb a,no\na new,maybe\na b b,yes\na b b a,no\n";
+    for (form, train, line) in [(Form::JsonLines, lines, 2), (csv(None, true, ','), table, 3)] {
+        let stop = read_as(of(form.clone()), train, None, OnError::Stop);
+        let at = format!("train:{line}: the tokenizer has no tokens for the text of column `x`");
+        says(stop, &[&at, "[UNK]", "data.on_error"]);
+        let raw = read_as(of(form.clone()), train, Some(train.as_bytes()), SKIP).unwrap();
+        assert_eq!(raw.train.features, Features::U32(vec![2, 1, 0, 1, 2, 2]));
+        assert_eq!((&raw.test.unwrap(), raw.classes.unwrap()), (&raw.train, vec!["no".to_string(), "yes".into()]));
+        assert_eq!((raw.tokens.unwrap().vocabulary, raw.skipped.unwrap().samples), (3, 4));
+    }
+}
+
 #[test]
 fn keys_are_columns_in_the_order_in_which_they_first_appear() {
     let lines = "{\"kind\": \"no\", \"u\": 1}\n\n{\"x\": -1.5, \"kind\": \"yes\", \"s\": true}\r\n{\"w\": 2, \"u\": 4, \"kind\": \"no\"}";

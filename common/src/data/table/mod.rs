@@ -22,7 +22,7 @@ use self::json_lines::JsonLines;
 use self::plan::{Plan, Roles};
 use super::bad::Bad;
 use super::error::At;
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Tokenizer, Wanted};
 use super::{DataError, Raw, Scale, TextColumn, Tokens, find, read_bytes};
 use crate::job::{self, Form};
 use crate::rng::{Key, Purpose};
@@ -205,8 +205,10 @@ pub(super) fn read(
     on_error: job::OnError,
 ) -> Result<Raw, DataError> {
     let mut bad = Bad::new(on_error);
+    let wanted = |text: &job::TextColumn| Wanted::new(root, &spec.base, &text.tokenizer, known);
+    let wanted = spec.text.as_ref().map(wanted).transpose()?;
     let mut train = Table::open(root, spec, &spec.train, None, bad.skips())?;
-    let mut roles = Roles::new(&train)?;
+    let mut roles = Roles::new(&train, wanted.as_ref())?;
     let mut numbers = Vec::new();
     if train.screen(&mut bad, |at, row| roles.check(at, row, &mut numbers))? {
         // A column may have been in such rows alone.
@@ -214,16 +216,13 @@ pub(super) fn read(
         if let Some(file) = Rc::get_mut(&mut train.file) {
             file.forget(&without);
         }
-        roles = Roles::new(&train)?;
+        roles = Roles::new(&train, wanted.as_ref())?;
     }
     if let Some(share) = spec.holdout {
         let columns = (0..train.names().len()).filter(|&i| spec.learns_from(&train.names()[i])).collect();
         train.part = Some(Part { key: Key::new(seed, Purpose::Split), share, held_out: false, columns });
     }
-    let plan = Plan::learn(&train, roles, known)?;
-    if known.is_some() {
-        train.screen(&mut bad, plan.checks())?;
-    }
+    let plan = Plan::learn(&train, roles)?;
     let test = match (&spec.test, &train.part) {
         (None, None) => None,
         (None, Some(part)) => {

@@ -3,7 +3,7 @@
 use super::Table;
 use super::cells::{fill_up, is_missing, number, scaled};
 use crate::data::error::At;
-use crate::data::tokenizer::{Encoder, Tokenizer};
+use crate::data::tokenizer::{Count, Encoder, Tokenizer, Wanted};
 use crate::data::{Column, DataError, Dataset, Features, IdField, Ids, Targets};
 use crate::job::{self, Task};
 use ::csv::StringRecord;
@@ -31,18 +31,45 @@ pub(super) struct Roles<'a> {
     /// What the ids are, each with its columns' places in a row.
     ids: Vec<(Vec<usize>, IdField)>,
     /// The only column that is learnt from, where samples are texts.
-    text: Option<(usize, &'a job::TextColumn)>,
+    text: Option<Text<'a>>,
     target: usize,
     /// Where samples count differently.
     weight: Option<(usize, &'a str)>,
 }
 
+/// The column whose texts are samples.
+struct Text<'a> {
+    /// Its place in a row.
+    place: usize,
+    spec: &'a job::TextColumn,
+    wanted: &'a Wanted,
+    count: Box<Count<'a>>,
+}
+
+impl Text<'_> {
+    fn too_long(&self, at: &At, tokens: usize) -> DataError {
+        let job::TextColumn { column, context, .. } = self.spec;
+        DataError::LongText { at: at.clone(), column: column.clone(), tokens, context: *context }
+    }
+
+    /// What is wrong with a row, where the tokenizer says it of its text.
+    fn refused(&self, at: &At, error: DataError) -> DataError {
+        let (at, column) = (at.clone(), self.spec.column.clone());
+        match error {
+            // Only a text that the tokenizer was not learnt from can have one.
+            DataError::Character { character } => DataError::NewCharacter { at, column, character },
+            DataError::NoTokens { why } => DataError::CellTokens { at, column, why },
+            other => other,
+        }
+    }
+}
+
 impl<'a> Roles<'a> {
-    /// Those of the training set's columns.
+    /// Those of the training set's columns; `wanted` is there where a text column is.
     ///
     /// # Errors
     /// Columns that are not there, or are two things at once.
-    pub fn new(train: &Table<'a>) -> Result<Roles<'a>, DataError> {
+    pub fn new(train: &Table<'a>, wanted: Option<&'a Wanted>) -> Result<Roles<'a>, DataError> {
         let spec = train.spec;
         let target = train.index("target", &spec.target)?;
         let mut uses = vec![Use::Number { log: false }; train.names().len()];
@@ -78,8 +105,11 @@ impl<'a> Roles<'a> {
                 Use::Category | Use::Other => return Err(DataError::NotNumeric { column: name.clone() }),
             }
         }
-        let text = spec.text.as_ref().map(|text| Ok((train.index("text", &text.column)?, text))).transpose()?;
-        if text.is_some_and(|(i, _)| i == target) {
+        let text = spec.text.as_ref().zip(wanted).map(|(spec, wanted)| {
+            Ok(Text { place: train.index("text", &spec.column)?, spec, wanted, count: wanted.counter() })
+        });
+        let text = text.transpose()?;
+        if text.as_ref().is_some_and(|text| text.place == target) {
             return Err(DataError::TargetText { column: spec.target.clone() });
         }
         let weight = spec.weight.as_ref().map(|name| Ok((train.index("weight", name)?, name.as_str()))).transpose()?;
@@ -87,7 +117,7 @@ impl<'a> Roles<'a> {
             let number = matches!(uses[i], Use::Number { log: false });
             let other = match i {
                 _ if i == target => Some("data.target"),
-                _ if text.is_some_and(|(text, _)| text == i) => Some("data.text"),
+                _ if text.as_ref().is_some_and(|text| text.place == i) => Some("data.text"),
                 _ if number => None,
                 _ => Some("in another list of [data]"),
             };
@@ -113,13 +143,13 @@ impl<'a> Roles<'a> {
             let number = if missing { Some(f32::NAN) } else { number(cell) };
             numbers.push(number.ok_or_else(|| self.not_a_number(at, i, cell))?);
         }
-        if let Some((i, text)) = self.text {
-            let tokens = text.tokenizer.count(&row[i]);
+        if let Some(text) = &self.text {
+            let tokens = (text.count)(&row[text.place]).map_err(|error| text.refused(at, error))?;
             if tokens == 0 {
-                return Err(DataError::NoText { at: at.clone(), column: text.column.clone() });
+                return Err(DataError::NoText { at: at.clone(), column: text.spec.column.clone() });
             }
-            if tokens > text.context && !text.truncate {
-                return Err(self.too_long(at, text, tokens));
+            if tokens > text.spec.context && !text.spec.truncate {
+                return Err(text.too_long(at, tokens));
             }
         }
         self.ids.iter().try_for_each(|field| self.id(at, row, field).map(|_| ()))?;
@@ -133,10 +163,6 @@ impl<'a> Roles<'a> {
 
     fn not_a_number(&self, at: &At, column: usize, cell: &str) -> DataError {
         DataError::Number { at: at.clone(), column: self.names[column].clone(), cell: cell.into() }
-    }
-
-    fn too_long(&self, at: &At, text: &job::TextColumn, tokens: usize) -> DataError {
-        DataError::LongText { at: at.clone(), column: text.column.clone(), tokens, context: text.context }
     }
 
     fn id(&self, at: &At, row: &StringRecord, (places, field): &(Vec<usize>, IdField)) -> Result<u64, DataError> {
@@ -200,8 +226,7 @@ fn insert(values: &mut BTreeSet<String>, value: &str) {
 }
 
 impl<'a> Plan<'a> {
-    /// `known` is a tokenizer that need not be learnt.
-    pub fn learn(train: &Table<'a>, roles: Roles<'a>, known: Option<&Tokenizer>) -> Result<Plan<'a>, DataError> {
+    pub fn learn(train: &Table<'a>, roles: Roles<'a>) -> Result<Plan<'a>, DataError> {
         let (spec, path) = (roles.spec, || train.path.to_string());
         let mut seen: Vec<Option<Seen>> = roles
             .uses
@@ -228,7 +253,7 @@ impl<'a> Plan<'a> {
                     Some(Seen::Values(_)) | None => {}
                 }
             }
-            texts.extend(roles.text.map(|(i, _)| row[i].to_string()));
+            texts.extend(roles.text.as_ref().map(|text| row[text.place].to_string()));
             match spec.task {
                 Task::Classification => insert(&mut classes, roles.target(at, row)?),
                 Task::Regression => {}
@@ -264,8 +289,7 @@ impl<'a> Plan<'a> {
             Task::Classification => Some(classes.into_iter().collect()),
             Task::Regression => None,
         };
-        let learn = |text: &job::TextColumn| Tokenizer::learn(&text.tokenizer, texts.iter().map(String::as_str));
-        let tokenizer = roles.text.map(|(_, text)| known.cloned().unwrap_or_else(|| learn(text)));
+        let tokenizer = roles.text.as_ref().map(|text| text.wanted.learn(texts.iter().map(String::as_str)));
         Ok(Plan { roles, columns, tokenizer, classes })
     }
 
@@ -289,23 +313,17 @@ impl<'a> Plan<'a> {
     fn text(
         &self,
         at: &At,
-        (i, encoder, text): &(usize, Encoder<'_>, &job::TextColumn),
+        (text, encoder): &(&Text<'_>, Encoder<'_>),
         row: &StringRecord,
         out: &mut Vec<u32>,
     ) -> Result<(), DataError> {
-        let tokens = encoder.encode(&row[*i]).map_err(|error| match error {
-            // Only a text that the tokenizer was not learnt from can have one.
-            DataError::Character { character } => {
-                DataError::NewCharacter { at: at.clone(), column: text.column.clone(), character }
-            }
-            other => other,
-        })?;
-        fill_up(&tokens, text.context, text.truncate, out).map_err(|tokens| self.roles.too_long(at, text, tokens))
+        let tokens = encoder.encode(&row[text.place]).map_err(|error| text.refused(at, error))?;
+        let job::TextColumn { context, truncate, .. } = text.spec;
+        fill_up(&tokens, *context, *truncate, out).map_err(|tokens| text.too_long(at, tokens))
     }
 
-    fn encoder(&self) -> Option<(usize, Encoder<'_>, &'a job::TextColumn)> {
-        let (i, text) = self.roles.text?;
-        Some((i, self.tokenizer.as_ref()?.encoder(), text))
+    fn encoder(&self) -> Option<(&Text<'a>, Encoder<'_>)> {
+        Some((self.roles.text.as_ref()?, self.tokenizer.as_ref()?.encoder()))
     }
 
     /// What finds out whether a row, which nothing was learnt from, can be used.
@@ -359,7 +377,7 @@ impl<'a> Plan<'a> {
         }
         Ok(Dataset {
             shape: vec![match &text {
-                Some((_, _, text)) => text.context,
+                Some((text, _)) => text.spec.context,
                 None => self.columns.iter().map(|(_, column)| column.features()).sum::<usize>() + usize::from(alone),
             }],
             features: if text.is_some() { Features::U32(tokens) } else { Features::F32(features) },

@@ -274,7 +274,8 @@ fn context(r: &Reader<'_>) -> Result<usize> {
     Ok(r.integer("context", 1..=MOST_CONTEXT as u64)?.needed("context = 64")? as usize)
 }
 
-const TOKENIZERS: &Kinds = &[("bytes", &[]), ("characters", &[]), ("words", &["most", "ngrams", "buckets"])];
+const TOKENIZERS: &Kinds =
+    &[("bytes", &[]), ("characters", &[]), ("words", &["most", "ngrams", "buckets"]), ("file", &["path"])];
 
 const WORDS: Tokenizer = Tokenizer::Words { most: 50_000, ngrams: 1, buckets: 1 << 16 };
 
@@ -287,6 +288,7 @@ fn tokenizer(r: &Reader<'_>, default: Tokenizer) -> Result<Tokenizer> {
                 buckets: r.integer("buckets", 1..=MOST_WORDS as u64)?.or(buckets as u64) as usize,
             }),
             ("characters", _) => Ok(Tokenizer::Characters),
+            ("file", _) => Ok(Tokenizer::File { path: r.text("path")?.needed("path = \"tokenizer.json\"")? }),
             _ => Ok(Tokenizer::Bytes),
         })
     };

@@ -213,6 +213,10 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let words = |most, ngrams, buckets| Tokenizer::Words { most, ngrams, buckets };
     let of_words = job(&format!("{plain}, tokenizer = {{ kind = \"words\", most = 5 }}"), LINEAR, "").data.source;
     assert_eq!(of_words, Source::Text(Text { tokenizer: words(5, 1, 1 << 16), ..text.clone() }));
+    let file = Tokenizer::File { path: "t.json".into() };
+    let of_file =
+        job(&format!("{plain}, tokenizer = {{ kind = \"file\", path = \"t.json\" }}"), LINEAR, "").data.source;
+    assert_eq!(of_file, Source::Text(Text { tokenizer: file, ..text.clone() }));
     let texts = |keys: &str| job(&format!("{some_csv}, text = \"x\", context = 9{keys}"), LINEAR, "").data.source;
     let column = |tokenizer, truncate| TextColumn { column: "x".into(), tokenizer, context: 9, truncate };
     let some = Table { text: Some(column(words(50_000, 1, 1 << 16), false)), ..plain_csv.clone() };
