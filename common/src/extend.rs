@@ -104,7 +104,8 @@ impl Extensions {
         let built = move |options: &Value, shape: &[usize]| -> Result<Box<dyn Layer>, String> {
             Ok(Box::new(build(read(options)?, shape)?))
         };
-        self.layers.insert(op, (check::<O>(), Box::new(built)));
+        let before = self.layers.insert(op, (check::<O>(), Box::new(built)));
+        assert!(before.is_none(), "the layer {op} is added twice");
         self
     }
 
@@ -118,7 +119,8 @@ impl Extensions {
         let check = move |options: &Value| build(read(options)?).map(drop);
         let built =
             move |options: &Value| -> Result<Arc<dyn TargetLoss>, String> { Ok(Arc::new(build(read(options)?)?)) };
-        self.losses.insert(kind, (Box::new(check), Box::new(built)));
+        let before = self.losses.insert(kind, (Box::new(check), Box::new(built)));
+        assert!(before.is_none(), "the loss {kind} is added twice");
         self
     }
 
@@ -130,7 +132,8 @@ impl Extensions {
         read: fn(O, &Place<'_>) -> Read,
     ) -> Extensions {
         let data = move |options: &Value, place: &Place<'_>| read(self::read(options)?, place);
-        self.formats.insert(format, (check::<O>(), Box::new(data)));
+        let before = self.formats.insert(format, (check::<O>(), Box::new(data)));
+        assert!(before.is_none(), "the format {format} is added twice");
         self
     }
 

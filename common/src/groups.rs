@@ -9,7 +9,7 @@ use std::ops::Range;
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error(
     "train.groups[{group}].params names \"{params}\", which no parameter is: write \"biases\", \"norms\", \"embeddings\", or a \
-     tensor's name, in which `*` stands for any text; this model has {known}"
+     tensor's name, in which `*` stands for any text (sparse tables have train.tables); this model has {known}"
 )]
 pub struct GroupError {
     group: usize,
@@ -111,11 +111,15 @@ fn selects(params: &str, tensor: &Tensor) -> bool {
 
 /// Whether `name` is `pattern`, in which `*` stands for any text.
 fn matches(pattern: &[u8], name: &[u8]) -> bool {
-    match pattern {
-        [] => name.is_empty(),
-        [b'*', rest @ ..] => (0..=name.len()).any(|cut| matches(rest, &name[cut..])),
-        [first, rest @ ..] => name.first() == Some(first) && matches(rest, &name[1..]),
+    let mut parts = pattern.split(|byte| *byte == b'*');
+    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else { return false };
+    let Some(last) = parts.next_back() else { return rest.is_empty() };
+    // The first place of each part leaves the most to those behind it.
+    for part in parts.filter(|part| !part.is_empty()) {
+        let Some(at) = rest.windows(part.len()).position(|window| window == part) else { return false };
+        rest = &rest[at + part.len()..];
     }
+    rest.ends_with(last)
 }
 
 #[cfg(test)]

@@ -55,6 +55,9 @@ impl EvalKind {
         match self {
             EvalKind::Regression => &[Metric::Loss, Metric::Rmse, Metric::Mae],
             EvalKind::Binary => &[Metric::Loss, Metric::Accuracy, Metric::Auc, Metric::F1],
+            EvalKind::Classes { classes, top: Some(_) } if classes > MOST_CLASSES => {
+                &[Metric::Loss, Metric::Accuracy, Metric::TopKAccuracy]
+            }
             EvalKind::Classes { top: Some(_), .. } => {
                 &[Metric::Loss, Metric::Accuracy, Metric::F1, Metric::TopKAccuracy]
             }

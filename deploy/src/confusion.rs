@@ -13,12 +13,15 @@ const MOST_SHOWN: usize = 40;
 const CELL: u32 = 44;
 const MARGIN: u32 = 120;
 
-/// Whether [`write`] has a form for a file of this name.
+/// Whether [`write`] has a form for so many classes in a file of this name.
 ///
 /// # Errors
 /// What it has.
-pub fn check(path: &Path) -> Result<()> {
+pub fn check(path: &Path, classes: usize) -> Result<()> {
     match path.extension().and_then(|ending| ending.to_str()) {
+        Some("svg") if classes > MOST_SHOWN => {
+            bail!("{classes} classes are too many for a picture, which shows {MOST_SHOWN}: write a .csv")
+        }
         Some("csv" | "svg") => Ok(()),
         _ => bail!("{}: confusions are written as a table (.csv) or a picture (.svg)", path.display()),
     }
@@ -35,9 +38,6 @@ pub fn write(path: &Path, classes: &[String], counts: ArrayView2<'_, u64>) -> Re
         }
         return out.flush().with_context(at);
     }
-    if classes.len() > MOST_SHOWN {
-        bail!("{} classes are too many for a picture, which shows {MOST_SHOWN}: write a .csv", classes.len());
-    }
     let mut picture = String::new();
     draw(&mut picture, classes, counts).map_err(|e| anyhow::anyhow!("cannot draw the confusions: {e}"))?;
     std::fs::write(path, picture).with_context(at)
@@ -51,7 +51,7 @@ pub fn table(classes: &[String], counts: ArrayView2<'_, u64>) -> Option<String> 
     let width = numbers.iter().chain(&names).map(|text| text.chars().count()).max()?;
     let line = |first: &str, cells: &[String]| {
         let cells: String = cells.iter().map(|cell| format!(" {cell:>width$}")).collect();
-        format!("  {first:<12}{cells}\n")
+        format!("  {first:<13}{cells}\n")
     };
     let lines = names.iter().zip(numbers.chunks(names.len())).map(|(name, cells)| line(name, cells));
     let table = line("is, taken for", &names) + &lines.collect::<String>();
@@ -114,14 +114,16 @@ mod tests {
         for word in ["<svg", "a dog", "31000", "taken for"] {
             assert!(text.contains(word), "{word} is not in {text}");
         }
-        assert!(check(&path("c.png")).is_err() && check(&path("c.svg")).is_ok());
+        assert!(check(&path("c.png"), 2).is_err() && check(&path("c.svg"), 41).is_err());
+        assert!(check(&path("c.svg"), 40).is_ok() && check(&path("c.csv"), 41).is_ok());
         let shown = table(&classes, counts.view()).expect("it is small");
-        assert_eq!(shown.lines().count(), 3);
+        let widths: Vec<usize> = shown.lines().map(str::len).collect();
+        assert!(widths.len() == 3 && widths.iter().all(|width| *width == widths[0]), "{shown}");
         assert!(shown.contains("31000"), "{shown}");
         let many: Vec<String> = (0..50).map(|i| i.to_string()).collect();
         let none = ndarray::Array2::zeros((50, 50));
         assert!(table(&many, none.view()).is_none());
-        let message = write(&path("m.svg"), &many, none.view()).unwrap_err().to_string();
+        let message = check(&path("m.svg"), 50).unwrap_err().to_string();
         assert!(message.contains("50 classes") && message.contains(".csv"), "{message}");
     }
 }

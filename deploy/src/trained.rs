@@ -123,9 +123,10 @@ pub fn eval(
     json: bool,
     confusion: Option<&PathBuf>,
 ) -> Result<ExitCode> {
-    confusion.map_or(Ok(()), |path| confusion::check(path)).map_err(Wrong)?;
     let Trained { path, manifest, model, weights, blocks, rows } = load(checkpoint).map_err(Wrong)?;
     let Manifest { job, prepared, step, weights_digest, .. } = manifest;
+    let classes = prepared.classes.as_ref().map_or(0, Vec::len);
+    confusion.map_or(Ok(()), |path| confusion::check(path, classes)).map_err(Wrong)?;
     let source = match other {
         Some(_) => read_job(other, set)?,
         None => job.clone(),

@@ -130,6 +130,11 @@ pub enum DataError {
 
     #[error("{path}:{line}: this is not UTF-8 text; convert the file to UTF-8")]
     NotText { path: String, line: usize },
+    #[error(
+        "{at}: a cell begins with a quote (\") that nothing closes up to the file's end; close it, or set data.quoting = false where quotes \
+         are a part of the text"
+    )]
+    OpenQuote { at: At },
     #[error("data.separator is {separator:?}; it must be one ASCII character, not a quote and not a line end")]
     Separator { separator: char },
     #[error("{path} has no column names; set data.header = true if its first line holds them, or give data.columns")]
@@ -166,7 +171,7 @@ pub enum DataError {
     )]
     RatingNumber { path: String, line: usize, column: &'static str, cell: String },
     #[error(
-        "the first line of {path} names {found}, and no `{missing}`; say which cell is which, for example data.columns = [\"user\", \
+        "a line of {path} has {found}, and no `{missing}`; say which cell is which, for example data.columns = [\"user\", \
          \"item\", \"rating\", \"time\"], or correct data.separator"
     )]
     NoCell { path: String, found: String, missing: &'static str },
@@ -182,8 +187,8 @@ pub enum DataError {
     #[error("no rating of {path} is at least data.implicit.threshold = {threshold}; lower it")]
     NoPositives { path: String, threshold: f32 },
     #[error(
-        "the user `{user}` has all {items} items of {path}, and none is left to compare with; remove that user, add items that nobody \
-         else has, or raise data.implicit.threshold"
+        "{path}: the user `{user}` has all {items} items of the training set, whatever the rating, and none is left to compare with; \
+         remove that user, or add items"
     )]
     AllItems { path: String, user: String, items: usize },
     #[error("data.holdout = \"last\" leaves nothing of {path} to test on: no user has two samples; give data.test")]

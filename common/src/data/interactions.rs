@@ -212,6 +212,7 @@ impl RatingFiles {
     /// Cells that every line has to have.
     fn needed(&self) -> &'static [&'static str] {
         match (self.implicit, self.holdout) {
+            (Some(Implicit { threshold: None, .. }), Some(HeldOut::Last)) => &["user", "item", "time"],
             (_, Some(HeldOut::Last)) => &CELLS,
             (Some(Implicit { threshold: None, .. }), _) => &CELLS[..2],
             (Some(_) | None, _) => &CELLS[..3],
@@ -229,10 +230,15 @@ fn held_out(spec: &RatingFiles, seed: u64, users: &Names<'_>, items: &Names<'_>,
     let mut held = vec![false; lines.len()];
     match spec.holdout {
         None => {}
-        Some(HeldOut::Share(share)) => {
+        Some(by @ (HeldOut::Share(share) | HeldOut::Users(share) | HeldOut::Items(share))) => {
             let key = Key::new(seed, Purpose::Split);
             for (held, line) in held.iter_mut().zip(lines) {
-                let key = key.named(&users.names[line.user as usize]).named(&items.names[line.item as usize]);
+                let (user, item) = (&users.names[line.user as usize], &items.names[line.item as usize]);
+                let key = match by {
+                    HeldOut::Users(_) => key.named(user),
+                    HeldOut::Items(_) => key.named(item),
+                    HeldOut::Share(_) | HeldOut::Last => key.named(user).named(item),
+                };
                 *held = (key.uniform(0) as f64) < share;
             }
         }
@@ -322,7 +328,9 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64, on_error:
         return Err(DataError::NoPositives { path, threshold });
     }
     match spec.holdout {
-        Some(HeldOut::Share(share)) if train.is_empty() || test.is_empty() => {
+        Some(HeldOut::Share(share) | HeldOut::Users(share) | HeldOut::Items(share))
+            if train.is_empty() || test.is_empty() =>
+        {
             let what = if test.is_empty() { "test on" } else { "train on" };
             return Err(DataError::Holdout { share, path, what });
         }
@@ -331,10 +339,7 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64, on_error:
     }
     if spec.implicit.is_some() {
         let seen = Seen::new(seen);
-        if let Some(line) = train.iter().find(|line| seen.of(user_ids[line.user as usize]).len() == count) {
-            let user = users.names[line.user as usize].to_string();
-            return Err(DataError::AllItems { path, user, items: count });
-        }
+        has_others(&seen, &path, train.iter().chain(&test), (&users, &user_ids), count)?;
         known.implicit = Some(seen.into());
     }
     let test = match (&spec.test, test.is_empty()) {
@@ -360,7 +365,28 @@ fn read_test(file: &File<'_>, known: &Known, bad: &mut Bad) -> Result<Dataset, D
     if let (Some(Implicit { threshold: Some(threshold), .. }), true) = (file.spec.implicit, lines.is_empty()) {
         return Err(DataError::NoPositives { path: file.path.clone(), threshold });
     }
-    Ok(known.dataset(&lines, &known.user_ids(&users), &known.item_ids(&items)))
+    let user_ids = known.user_ids(&users);
+    if let Some(seen) = &known.implicit {
+        has_others(seen, &file.path, lines.iter(), (&users, &user_ids), known.item.values.len())?;
+    }
+    Ok(known.dataset(&lines, &user_ids, &known.item_ids(&items)))
+}
+
+/// Whether there is an item to compare each sample with that its user does not have in the training set.
+fn has_others<'l>(
+    seen: &Seen,
+    path: &str,
+    mut lines: impl Iterator<Item = &'l Line>,
+    (users, ids): (&Names<'_>, &[u64]),
+    items: usize,
+) -> Result<(), DataError> {
+    match lines.find(|line| seen.of(ids[line.user as usize]).len() == items) {
+        Some(line) => {
+            let user = users.names[line.user as usize].to_string();
+            Err(DataError::AllItems { path: path.into(), user, items })
+        }
+        None => Ok(()),
+    }
 }
 
 impl Implicit {

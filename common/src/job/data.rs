@@ -128,6 +128,9 @@ pub struct Table {
     /// is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub holdout: Option<f64>,
+    /// The columns whose cells are hashed instead, so that rows with the same ones are on one side; they may be left out otherwise.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub holdout_by: Vec<String>,
     /// The only column that is learnt from, where it is given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<TextColumn>,
@@ -143,6 +146,8 @@ pub enum Form {
         /// Whether the first line holds column names.
         header: bool,
         separator: char,
+        /// Whether a cell may be in quotes, and hold separators and line ends then.
+        quoting: bool,
     },
     /// A JSON object a line, with its cells by column name.
     JsonLines,
@@ -152,19 +157,20 @@ pub enum Form {
 impl Table {
     /// Whether a column's cells are looked at.
     pub fn reads(&self, column: &str) -> bool {
-        match &self.text {
-            Some(text) => column == text.column || column == self.target || self.is_weight(column),
-            None => !self.ignore.iter().any(|name| name == column),
-        }
+        let is = |name: &String| name == column;
+        let beside = *column == self.target || self.weight.as_ref().is_some_and(is) || self.holdout_by.iter().any(is);
+        beside || self.learns_from(column)
     }
 
     /// Whether a column's cells are learnt from.
     pub fn learns_from(&self, column: &str) -> bool {
-        self.reads(column) && column != self.target && !self.is_weight(column)
-    }
-
-    fn is_weight(&self, column: &str) -> bool {
-        self.weight.as_deref() == Some(column)
+        match &self.text {
+            Some(text) => column == text.column,
+            None => {
+                let is = |name: &String| name == column;
+                column != self.target && !self.weight.as_ref().is_some_and(is) && !self.ignore.iter().any(is)
+            }
+        }
     }
 }
 
@@ -241,6 +247,9 @@ pub struct RatingFiles {
 pub enum HeldOut {
     /// A share of the lines, by hash of user and item.
     Share(f64),
+    /// All lines of a share of the users, or of the items, by their hash.
+    Users(f64),
+    Items(f64),
     /// The last sample of each user who has more than one.
     Last,
 }

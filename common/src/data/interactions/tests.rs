@@ -173,6 +173,40 @@ fn what_is_wrong_is_named_with_its_line() {
 
 /// Interactions of 12 users with 15 items, for which each user has some to spare.
 #[test]
+fn all_of_a_user_or_of_an_item_is_held_out() {
+    let file: String = (0..200).map(|i| format!("u{},i{},{}\n", i % 23, i * 7 % 31, i % 5)).collect();
+    for (of, holdout) in [(0, HeldOut::Users(0.3)), (1, HeldOut::Items(0.3))] {
+        let raw = read_files(|spec| RatingFiles { holdout: Some(holdout), ..spec }, &file, None).unwrap();
+        let test = raw.test.unwrap();
+        let ids = |set: &Dataset| (0..set.samples()).map(|i| set.ids.of(i)[of]).collect::<BTreeSet<u64>>();
+        assert!(ids(&raw.train).is_disjoint(&ids(&test)) && raw.train.samples() + test.samples() == 200);
+        let other = |set: &Dataset| (0..set.samples()).map(|i| set.ids.of(i)[1 - of]).collect::<BTreeSet<u64>>();
+        assert!(!other(&raw.train).is_disjoint(&other(&test)));
+    }
+}
+
+#[test]
+fn times_without_ratings_are_enough_for_the_last_of_implicit_feedback() {
+    let columns = Some(["user", "item", "time"].map(String::from).to_vec());
+    let spec = |spec| RatingFiles {
+        implicit: Some(implicit()),
+        holdout: Some(HeldOut::Last),
+        columns: columns.clone(),
+        ..spec
+    };
+    let raw = read_files(spec, "u,a,3\nu,b,9\nu,c,5\nv,a,1\nv,c,2\n", None).unwrap();
+    assert_eq!((raw.train.samples(), raw.test.map(|test| test.samples())), (3, Some(2)));
+}
+
+#[test]
+fn who_has_all_items_cannot_be_tested_either() {
+    let train = "u,a,5\nv,b,5\nhater,a,1\nhater,b,1\n";
+    let spec = |spec| RatingFiles { implicit: Some(Implicit { threshold: Some(4.0), ..implicit() }), ..spec };
+    says(read_files(spec, train, Some("hater,a,5\n")), &["test", "`hater`", "all 2 items"]);
+    assert!(read_files(spec, train, Some("u,b,5\n")).is_ok());
+}
+
+#[test]
 fn lines_that_are_left_out_might_as_well_not_be_there() {
     let clean = "u,a,5\nv,b,4\nu,b,1\nv,c,2\n".to_string();
     let test = "u,a,3\nv,c,1\n";

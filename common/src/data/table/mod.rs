@@ -73,14 +73,14 @@ struct Table<'a> {
     part: Option<Part>,
 }
 
-/// One of two parts of a file's rows, which the hash of what is learnt from decides between.
+/// One of two parts of a file's rows, which the hash of some cells decides between.
 #[derive(Clone)]
 struct Part {
     key: Key,
     /// Of the rows that are held out.
     share: f64,
     held_out: bool,
-    /// Places of the columns that are learnt from.
+    /// Places of the columns that are hashed.
     columns: Vec<usize>,
 }
 
@@ -104,8 +104,8 @@ impl<'a> Table<'a> {
         let path: Arc<str> = found.display().to_string().into();
         let bytes = read_bytes(&found)?;
         let file: Rc<dyn Rows + 'a> = match &spec.form {
-            Form::Csv { columns, header, separator } => {
-                Rc::new(Csv::open(path.clone(), bytes, columns.as_deref(), *header, *separator)?)
+            Form::Csv { columns, header, separator, quoting } => {
+                Rc::new(Csv::open(path.clone(), bytes, columns.as_deref(), *header, *separator, *quoting)?)
             }
             Form::Parquet => parquet(path.clone(), bytes, spec)?,
             Form::JsonLines => Rc::new(JsonLines::open(path.clone(), bytes, spec, train, lenient)?),
@@ -219,7 +219,10 @@ pub(super) fn read(
         roles = Roles::new(&train, wanted.as_ref())?;
     }
     if let Some(share) = spec.holdout {
-        let columns = (0..train.names().len()).filter(|&i| spec.learns_from(&train.names()[i])).collect();
+        let columns = match &spec.holdout_by[..] {
+            [] => (0..train.names().len()).filter(|&i| spec.learns_from(&train.names()[i])).collect(),
+            by => by.iter().map(|name| train.index("holdout_by", name)).collect::<Result<_, _>>()?,
+        };
         train.part = Some(Part { key: Key::new(seed, Purpose::Split), share, held_out: false, columns });
     }
     let plan = Plan::learn(&train, roles)?;

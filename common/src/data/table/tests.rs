@@ -11,7 +11,7 @@ use tempfile::TempDir;
 const TABLE: &str = "age, city, height, kind\n10, Rom, 1.5, yes.\n?, Oslo, 2.5, no\n20, ?, 3.5, yes\n30, Oslo,, no.\n";
 
 pub(super) fn csv(columns: Option<Vec<String>>, header: bool, separator: char) -> Form {
-    Form::Csv { columns, header, separator }
+    Form::Csv { columns, header, separator, quoting: true }
 }
 
 pub(super) fn spec() -> job::Table {
@@ -29,6 +29,7 @@ pub(super) fn spec() -> job::Table {
         missing: "?".into(),
         task: Task::Classification,
         holdout: None,
+        holdout_by: vec![],
         text: None,
     }
 }
@@ -96,6 +97,25 @@ fn names_separators_line_ends_and_packing_do_not_matter() {
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     io::Write::write_all(&mut packed, TABLE.as_bytes()).unwrap();
     assert_eq!(one(spec(), packed.finish().unwrap()).unwrap().train, want);
+}
+
+#[test]
+fn a_quote_that_nothing_closes_is_its_lines_mistake() {
+    let single = "age,city,kind\n1,\"Ro\"\"m\",yes\n\n2,\"Oslo,no\n3,Oslo,no\n4,Rom,yes";
+    let here = || job::Table { categorical: vec!["city".into()], ..spec() };
+    says(one(here(), single), &["train.csv:4:", "quote", "data.quoting = false"]);
+    let skip = job::OnError::Skip { most: 1 };
+    let dir = TempDir::new().unwrap();
+    std::fs::write(dir.path().join("train.csv"), single).unwrap();
+    let base = dir.path().display().to_string();
+    let raw = read(None, &job::Table { base, ..here() }, 7, None, skip).unwrap();
+    assert_eq!((raw.train.samples(), raw.skipped.unwrap().samples), (3, 1));
+    assert_eq!(raw.columns[1].values.as_ref().unwrap(), &["Oslo", "Ro\"m", "Rom"]);
+    let plain =
+        job::Table { form: Form::Csv { columns: None, header: true, separator: ',', quoting: false }, ..here() };
+    let raw = one(plain, single).unwrap();
+    assert_eq!(raw.columns[1].values.as_ref().unwrap(), &["\"Oslo", "\"Ro\"\"m\"", "Oslo", "Rom"]);
+    says(one(here(), "age,\"city,kind\n1,Rom,yes\n"), &["train.csv:1:", "quote"]);
 }
 
 #[test]
@@ -419,7 +439,28 @@ proptest! {
         let mut want: Vec<u32> = cells.iter().map(|c| c.0).collect();
         want.sort();
         prop_assert_eq!(all, want);
+        // By a key: all of its rows are on one side, whatever they hold, and whether it is learnt from or not.
+        let keyed = cells.iter().enumerate().map(|(i, (x, kind))| format!("{},{i},{kind}\n", 100 + x));
+        let keyed = format!("key,x,kind\n{}", keyed.collect::<String>());
+        for ignore in [vec![], vec!["key".into()]] {
+            let by = job::Table { ignore, holdout_by: vec!["key".into()], ..self::spec() };
+            let by = job::Table { categorical: vec![], task: Task::Regression, holdout: Some(share), ..by };
+            let raw = both(by, &keyed, None).unwrap();
+            let keys = |set: &Dataset| -> BTreeSet<u32> {
+                let own = values(set).into_iter().skip(set.shape[0] - 1).step_by(set.shape[0]);
+                own.map(|i| cells[i as usize].0).collect()
+            };
+            let (train, test) = (&raw.train, raw.test.as_ref().unwrap());
+            prop_assert_eq!(train.samples() + test.samples(), cells.len());
+            prop_assert!(keys(train).is_disjoint(&keys(test)));
+        }
     }
+}
+
+#[test]
+fn a_key_that_is_no_column_is_named() {
+    let by = job::Table { holdout: Some(0.5), holdout_by: vec!["agee".into()], ..spec() };
+    says(one(by, TABLE), &["data.holdout_by", "`agee`", "nearest is `age`"]);
 }
 
 proptest! {

@@ -11,6 +11,7 @@ macro_rules! table_keys {
             "train",
             "test",
             "holdout",
+            "holdout_by",
             "target",
             "weight",
             "categorical",
@@ -35,13 +36,27 @@ const FORMATS: &Kinds = &[
     ("idx", &["train", "test", "classes", "augment"]),
     ("cifar", &["train", "test", "classes", "augment"]),
     ("images", &["train", "test", "holdout", "size", "channels", "augment", "on_error", "max_errors"]),
-    ("csv", table_keys!("header", "columns", "separator")),
+    ("csv", table_keys!("header", "columns", "separator", "quoting")),
     ("json-lines", table_keys!()),
     ("parquet", table_keys!()),
     ("criteo", &["train", "test", "holdout", "on_error", "max_errors"]),
     ("libsvm", &["train", "test", "holdout", "task", "size", "on_error", "max_errors"]),
     ("text", &["train", "test", "holdout", "tokenizer", "context"]),
-    ("ratings", &["train", "test", "holdout", "columns", "header", "separator", "implicit", "on_error", "max_errors"]),
+    (
+        "ratings",
+        &[
+            "train",
+            "test",
+            "holdout",
+            "holdout_by",
+            "columns",
+            "header",
+            "separator",
+            "implicit",
+            "on_error",
+            "max_errors",
+        ],
+    ),
     (
         "synthetic",
         &[
@@ -145,12 +160,17 @@ fn csv(r: &Reader<'_>) -> Result<Form> {
         header: r.flag("header")?.or(columns.is_none()),
         columns,
         separator: r.get("separator", "one plain character, such as \";\" or \"\\t\"", separator)?.or(','),
+        quoting: r.flag("quoting")?.or(true),
     })
 }
 
 fn table(r: &Reader<'_>, base: &str, form: Form, example: &str) -> Result<Table> {
     let names = |key| r.list(key, "a text", text);
     let (test, holdout) = test_set(r)?;
+    let holdout_by = names("holdout_by")?.or(Vec::new());
+    if holdout.is_none() {
+        r.only_with(&["holdout_by"], "data.holdout")?;
+    }
     let text_column = match r.text("text")?.optional() {
         Some(column) => {
             r.not_with(&["categorical", "ids", "log", "ignore"], "data.text", "the text is all that is learnt from")?;
@@ -168,6 +188,7 @@ fn table(r: &Reader<'_>, base: &str, form: Form, example: &str) -> Result<Table>
         train: r.text("train")?.needed(&format!("train = {example:?}"))?,
         test,
         holdout,
+        holdout_by,
         text: text_column,
         target: r.text("target")?.needed("target = \"label\"")?,
         weight: r.text("weight")?.optional(),
@@ -187,7 +208,7 @@ fn criteo(r: &Reader<'_>, base: &str) -> Result<Table> {
     let columns = ["label".to_string()].into_iter().chain(named('I', 13)).chain(named('C', 26)).collect();
     Ok(Table {
         base: base.into(),
-        form: Form::Csv { columns: Some(columns), header: false, separator: '\t' },
+        form: Form::Csv { columns: Some(columns), header: false, separator: '\t', quoting: false },
         train: r.text("train")?.needed("train = \"criteo/train.txt.gz\"")?,
         test,
         target: "label".into(),
@@ -199,6 +220,7 @@ fn criteo(r: &Reader<'_>, base: &str) -> Result<Table> {
         missing: String::new(),
         task: Task::Classification,
         holdout,
+        holdout_by: Vec::new(),
         text: None,
     })
 }

@@ -19,6 +19,17 @@ pub(super) fn files(r: &Reader<'_>, base: &str) -> Result<RatingFiles> {
     if test.is_some() && holdout.is_some() {
         return r.refuse("holdout", "and `data.test` are both given; keep one of them");
     }
+    let holdout = match holdout {
+        Some(HeldOut::Share(share)) => Some(match r.word("holdout_by", "key", &["user", "item"])?.optional() {
+            Some("user") => HeldOut::Users(share),
+            Some(_) => HeldOut::Items(share),
+            None => HeldOut::Share(share),
+        }),
+        other => {
+            r.only_with(&["holdout_by"], "a number as data.holdout")?;
+            other
+        }
+    };
     let implicit = r.node("implicit").optional().map(implicit).transpose()?;
     let columns = r.list("columns", "a text", text)?.optional();
     if let Some(columns) = &columns {

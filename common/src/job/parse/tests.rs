@@ -83,7 +83,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
         Data { source, normalize: false, ship: Some(true), hashed: true, augment: None, on_error: OnError::Stop }
     );
 
-    let form = |columns, header, separator| Form::Csv { columns, header, separator };
+    let form = |columns, header, separator| Form::Csv { columns, header, separator, quoting: true };
     let csv = Table {
         base: "/base".into(),
         form: form(None, true, ','),
@@ -98,6 +98,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
         missing: "?".into(),
         task: Task::Classification,
         holdout: None,
+        holdout_by: vec![],
         text: None,
     };
     let plain_csv = csv.clone();
@@ -134,7 +135,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let Source::Table(criteo) = job("format = \"criteo\", train = \"a\", holdout = 0.1", LINEAR, "").data.source else {
         panic!()
     };
-    let Form::Csv { columns: Some(columns), header: false, separator: '\t' } = &criteo.form else {
+    let Form::Csv { columns: Some(columns), header: false, separator: '\t', quoting: false } = &criteo.form else {
         panic!("{criteo:?}")
     };
     assert_eq!((columns.len(), &columns[..2], &columns[39][..]), (40, &["label".into(), "I1".into()][..], "C26"));
