@@ -20,7 +20,7 @@ pub(super) fn files(r: &Reader<'_>, base: &str) -> Result<RatingFiles> {
         return r.refuse("holdout", "and `data.test` are both given; keep one of them");
     }
     let holdout = match holdout {
-        Some(HeldOut::Share(share)) => Some(match r.word("holdout_by", "key", &["user", "item"])?.optional() {
+        Some(HeldOut::Share(share)) => Some(match r.word("holdout_by", "holdout_by", &["user", "item"])?.optional() {
             Some("user") => HeldOut::Users(share),
             Some(_) => HeldOut::Items(share),
             None => HeldOut::Share(share),

@@ -121,6 +121,12 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     };
     assert_eq!(job(&format!("{some_csv}, {all}"), LINEAR, "").data.source, Source::Table(full));
 
+    let plain_text = Form::Csv { columns: None, header: true, separator: ',', quoting: false };
+    let by =
+        Table { form: plain_text, holdout: Some(0.5), holdout_by: vec!["a".into(), "b".into()], ..plain_csv.clone() };
+    let keys = "quoting = false, holdout = 0.5, holdout_by = [\"a\", \"b\"]";
+    assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Table(by));
+
     let id = |columns: &[&str], size| Id { columns: columns.iter().map(|c| c.to_string()).collect(), size };
     let ids = vec![id(&["a"], None), id(&["b"], None), id(&["c"], Some(1 << 48)), id(&["d", "a", "e"], None)];
     let keys = "ids = [\"a\", { column = \"b\" }, { column = \"c\", size = 281474976710656 }, { cross = [\"d\", \"a\", \"e\"] }], \
@@ -733,6 +739,10 @@ fn ratings_have_their_defaults_and_every_key_counts() {
     let last = with(", holdout = \"last\", separator = \"whitespace\"", "").source;
     let want = RatingFiles { holdout: Some(HeldOut::Last), separator: Separator::Whitespace, ..plain.clone() };
     assert_eq!(last, Source::RatingFiles(want));
+    for (by, holdout) in [("user", HeldOut::Users(0.5)), ("item", HeldOut::Items(0.5))] {
+        let keyed = with(&format!(", holdout = 0.5, holdout_by = {by:?}"), "").source;
+        assert_eq!(keyed, Source::RatingFiles(RatingFiles { holdout: Some(holdout), ..plain.clone() }));
+    }
     let implicit = |keys: &str| with(&format!(", holdout = 0.5, implicit = {{ {keys} }}"), "loss = \"bpr\"");
     let plain =
         |implicit| Source::RatingFiles(RatingFiles { holdout: Some(HeldOut::Share(0.5)), implicit, ..plain.clone() });
@@ -761,6 +771,12 @@ fn mistakes_about_ratings_are_named() {
         (data("holdout = \"lst\""), "job.toml:6: `data.holdout` must be \"last\" or a number above 0 and below 1"),
         (data("holdout = 1"), "job.toml:6: `data.holdout` must be \"last\" or a number above 0 and below 1, not 1"),
         (data("test = \"b\"\nholdout = \"last\""), "job.toml:7: `data.holdout` and `data.test` are both given"),
+        (
+            data("holdout = \"last\"\nholdout_by = \"user\""),
+            "job.toml:7: `data.holdout_by` is for a number as data.holdout",
+        ),
+        (data("holdout_by = \"user\""), "job.toml:6: `data.holdout_by` is for a number as data.holdout"),
+        (data("holdout = 0.5\nholdout_by = \"time\""), "job.toml:7: there is no holdout_by \"time\""),
         (data("separator = \"\""), "job.toml:6: `data.separator` must be a text without quotes and line ends, such as"),
         (data("separator = \"\\n\""), "job.toml:6: `data.separator` must be a text without quotes"),
         (data("columns = [\"user\", \"item\"]"), "job.toml:6: `data.columns` has no \"rating\"; say which cell"),
