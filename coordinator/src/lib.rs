@@ -216,6 +216,12 @@ pub fn prepare_unkept(job: Job) -> Result<Ready> {
     {
         bail!("train.top_k = {top} is for data with more classes than that: lower it, or leave it out");
     }
+    if job.train.top_k.is_some() && opened.prepared.classes.as_ref().is_some_and(|all| all.len() != model.outputs()) {
+        bail!(
+            "train.top_k is for models with an output for each class, and train.loss asks for {}: leave it out",
+            model.outputs()
+        );
+    }
     let plateau = match job.train.schedule.kind {
         ScheduleKind::Plateau { metric, .. } => Some(("train.schedule", metric)),
         _ => None,
