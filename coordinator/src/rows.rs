@@ -256,7 +256,7 @@ impl Tables {
         let mut held = self.write();
         let Held { step, store, keys: known, changed, keeping } = &mut *held;
         let next = step.next();
-        let places = store.places(&keys).map_err(|_| Failed::Full(full(store.len(), self.memory)))?;
+        let places = store.places(&keys).map_err(|_| Failed::Full(full(store.capacity().rows, self.memory)))?;
         if known.len() < store.len() as usize {
             // Those that are new, in the order of their keys.
             let new = keys.iter().zip(places.as_slice()).filter(|(_, place)| **place as usize >= known.len());
@@ -379,7 +379,7 @@ impl Tables {
 
 fn full(rows: u32, memory: u64) -> String {
     format!(
-        "the sparse tables have {rows} rows, and no more fit into train.tables.memory_mb = {}: raise it (a run that is resumed may \
+        "the sparse tables have room for {rows} rows in train.tables.memory_mb = {}, and need more: raise it (a run that is resumed may \
          have more), or take the column with the most values out of data.ids",
         memory >> 20
     )
@@ -451,7 +451,10 @@ mod tests {
         let ids: Vec<u64> = (0..1000).collect();
         step(&tables, 5, [&ids, &[]]);
         match tables.update(1.0, 1.0, None) {
-            Err(Failed::Full(why)) => assert!(why.contains("memory_mb"), "{why}"),
+            Err(Failed::Full(why)) => {
+                let room = tables.read().store.capacity().rows;
+                assert!(why.contains("memory_mb") && why.contains(&format!("room for {room} rows")), "{why}");
+            }
             other => panic!("{other:?}"),
         }
         let tables = self::tables(1 << 20, &[]);

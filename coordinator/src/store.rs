@@ -176,7 +176,7 @@ pub enum Applied {
     Full { step: Step, why: String },
 }
 
-/// What makes a mean of the sums: without any weight (all of class_weights 0) there is no loss, and no gradient.
+/// What makes a mean of the sums: without any weight (all of class_weights or data.weight 0) there is no loss, and no gradient.
 fn inverse(sums: LossSums) -> f32 {
     if sums.weight > 0.0 { (1.0 / sums.weight) as f32 } else { 0.0 }
 }

@@ -13,7 +13,7 @@ use unisono_common::checkpoint::{Manifest, rows_from_safetensors, state_from_saf
 use unisono_common::data::table::{encode, encode_ids, encode_text};
 use unisono_common::data::tokenizer::Encoder;
 use unisono_common::data::{self, Batch, Dataset, Features, Ids, Opened, Prepared, Skipped, Targets, libsvm};
-use unisono_common::job::{self, Form, Source, Table};
+use unisono_common::job::{self, Form, Source};
 use unisono_common::kernels::math;
 use unisono_common::metrics::predicted;
 use unisono_common::model::Model;
@@ -264,7 +264,7 @@ impl<'a> Inputs<'a> {
             .as_ref()
             .and_then(|tokens| Some((tokens.column.as_ref()?.name.as_str(), tokens.tokenizer.as_ref()?.encoder())));
         // As the lines that the model was trained on.
-        let lacking = matches!(&job.data.source, Source::Table(Table { form: Form::JsonLines, .. }));
+        let lacking = matches!(&job.data.source, Source::Table(table) if matches!(table.form, Form::JsonLines));
         Inputs { prepared, text, absent: lacking.then_some("") }
     }
 }

@@ -75,9 +75,9 @@ impl Sent {
             Some(data) => data,
             None => {
                 let request = v1::FetchRequest { session: session.clone(), partition, test };
-                // Kinds and sizes, then at most a word a value, one a target and three an id; of tokens, two windows are stored. Beside
+                // Kinds and sizes, then at most a word a value, two a target (with its weight) and three an id; of tokens, two windows are stored. Beside
                 // implicit feedback comes what its users have, which is in the training set.
-                let words = 1 + 2 * (prepared.shape.iter().product::<usize>() + 2 * prepared.id_fields());
+                let words = 2 + 2 * (prepared.shape.iter().product::<usize>() + 2 * prepared.id_fields());
                 let seen =
                     prepared.implicit.map_or(0, |candidates| Seen::encoded_len(expected as u64, candidates.pairs));
                 let most = 1024 + 4 * expected as u64 * words as u64 + seen;

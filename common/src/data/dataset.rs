@@ -264,7 +264,7 @@ impl Dataset {
                 return Err(DataError::Encoded("there are weights for several targets a sample"));
             }
             weights = words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes);
-            if weights.iter().any(|weight| *weight < 0.0) {
+            if weights.iter().any(|weight| *weight != 0.0 && (*weight < 1e-37 || weight.is_nan())) {
                 return Err(DataError::Encoded("a weight is below 0"));
             }
         }

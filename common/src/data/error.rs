@@ -108,8 +108,8 @@ pub enum DataError {
     )]
     Tokenizer { path: String, why: String },
     #[error(
-        "data.tokenizer is {what}, a tokenizer that is not the model's: name the one that it was trained with, or take the file away, as \
-         the model has its own"
+        "data.tokenizer is {what}, a tokenizer that is not the model's: set it as it was when the model was trained (a \
+         file need not be there: the model has its own)"
     )]
     OtherTokenizer { what: String },
     #[error("the tokenizer has no tokens for the text: {why}; write it otherwise")]
@@ -146,13 +146,14 @@ pub enum DataError {
     #[error("column `{column}` is {one} and {other}; take it out of one")]
     Twice { column: String, one: &'static str, other: &'static str },
     #[error(
-        "{at}: column `{column}` (data.weight) holds `{cell}`, which is not a finite number of at least 0; correct it, or remove the row"
+        "{at}: column `{column}` (data.weight) holds `{cell}`, which is not 0 and no finite number above 1e-37; correct it, or remove the row"
     )]
     Weight { at: At, column: String, cell: String },
     #[error(
-        "all weights in column `{column}` (data.weight) of {path} are 0: nothing would count; correct some, or leave out data.weight"
+        "all weights in column `{column}` (data.weight) of the rows of {path} to {what} are 0: nothing would count; correct some, or \
+         leave out data.weight"
     )]
-    NoWeight { path: String, column: String },
+    NoWeight { path: String, column: String, what: &'static str },
     #[error(
         "data.log names the column `{column}`, which does not hold numbers that are learnt from: it is the target, or in data.ids, \
          data.categorical or data.ignore; take it out of data.log, or out of that"

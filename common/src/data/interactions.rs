@@ -90,15 +90,27 @@ fn split<'a>(line: &'a str, separator: &Separator, cells: &mut Vec<Cow<'a, str>>
 }
 
 impl<'a> File<'a> {
-    fn new(path: String, bytes: &'a [u8], spec: &'a RatingFiles) -> Result<File<'a>, DataError> {
-        let Some((number, line)) = numbered_lines(bytes).find(|(_, line)| !line.trim_ascii().is_empty()) else {
-            return Err(DataError::Empty { path });
-        };
+    /// `lenient`: lines may be left out.
+    fn new(path: String, bytes: &'a [u8], spec: &'a RatingFiles, lenient: bool) -> Result<File<'a>, DataError> {
         let none = Cells { width: 0, user: 0, item: 0, rating: None, time: None };
         let mut file = File { path, bytes, spec, cells: none };
-        let mut first = Vec::new();
-        split(file.text(number, line)?, &spec.separator, &mut first);
-        file.cells = file.places(number, &first)?;
+        let mut first = Err(DataError::Empty { path: file.path.clone() });
+        for (number, line) in numbered_lines(bytes).filter(|(_, line)| !line.trim_ascii().is_empty()) {
+            let mut cells = Vec::new();
+            let places = match &spec.columns {
+                Some(_) => file.places(number, &cells),
+                None => file.text(number, line).and_then(|line| {
+                    split(line, &spec.separator, &mut cells);
+                    file.places(number, &cells)
+                }),
+            };
+            first = first.or(places);
+            // A line that says nothing of the others may be a bad one.
+            if first.is_ok() || spec.header || !lenient {
+                break;
+            }
+        }
+        file.cells = first?;
         Ok(file)
     }
 
@@ -297,7 +309,8 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64, on_error:
     };
     let (bytes, path) = open(&spec.train)?;
     let (mut users, mut items) = (Names::default(), Names::default());
-    let mut lines = File::new(path.clone(), &bytes, spec)?.lines(&mut users, &mut items, None, &mut bad)?;
+    let mut lines =
+        File::new(path.clone(), &bytes, spec, bad.skips())?.lines(&mut users, &mut items, None, &mut bad)?;
     let mut values: Vec<String> = items.names.iter().map(|name| name.to_string()).collect();
     values.sort_unstable();
     let bytes = values.iter().map(String::len).sum();
@@ -345,7 +358,7 @@ pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64, on_error:
     let test = match (&spec.test, test.is_empty()) {
         (Some(test), _) => {
             let (bytes, path) = open(test)?;
-            Some(read_test(&File::new(path, &bytes, spec)?, &known, &mut bad)?)
+            Some(read_test(&File::new(path, &bytes, spec, bad.skips())?, &known, &mut bad)?)
         }
         (None, false) => Some(known.dataset(&test, &user_ids, &item_ids)),
         (None, true) => None,

@@ -93,6 +93,9 @@ pub struct Prepared {
     /// Where ids are the features that a sample has, in any place, each with its value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sparse: Option<Sparse>,
+    /// Whether samples have weights.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub weighted: bool,
 }
 
 /// Features of which a sample has a few: ids, whose rows are multiplied by the features' values.
@@ -251,13 +254,15 @@ impl Raw {
                 (Targets::Value(_), None) => true,
                 _ => false,
             };
-            let kinds = (&data.shape, data.ids.fields, std::mem::discriminant(&data.targets));
-            let alike = kinds == (&train.shape, train.ids.fields, std::mem::discriminant(&train.targets));
+            let kinds =
+                |data: &Dataset| (data.ids.fields, std::mem::discriminant(&data.targets), data.weights.is_empty());
+            let counts = data.weights.is_empty() || data.weights.iter().any(|weight| *weight > 0.0);
+            let alike = data.shape == train.shape && kinds(data) == kinds(&train) && counts;
             let number = matches!(data.features, Features::U8(_) | Features::F32(_)) && data.ids.fields == 0;
             if !(same && known && alike && number && data.samples() > 0) {
                 return Err(wrong(
                     "it gave samples that do not fit together: each set needs some, of one shape, with finite numbers or bytes \
-                     for each, and a value or one of the named classes to learn"
+                     for each, a value or one of the named classes to learn, and weights (not all 0) for all or for none"
                         .into(),
                 ));
             }
@@ -283,6 +288,7 @@ impl Raw {
             digest.update(&split.digest());
         }
         let prepared = Prepared {
+            weighted: !train.weights.is_empty(),
             shape: match train.targets {
                 Targets::Next => vec![train.sample_len() / 2],
                 Targets::Class(_) | Targets::Value(_) | Targets::Seen(_) => train.shape.clone(),
@@ -459,6 +465,9 @@ impl Prepared {
             if !seen.fits(items) || !data.ids.values.iter().skip(1).step_by(2).all(|item| ids.contains(item)) {
                 return Err(DataError::Encoded("an item is not one of the known"));
             }
+        }
+        if data.weights.is_empty() == (self.weighted && data.samples() > 0) {
+            return Err(DataError::Encoded("they have weights, or have none, unlike what was said"));
         }
         if data.ids.factors.is_empty() == (self.sparse.is_some() && data.samples() > 0) {
             return Err(DataError::Encoded("their ids have values, or have none, unlike what was said"));

@@ -83,13 +83,21 @@ impl Wanted {
                 }
                 Wanted::Known(Tokenizer::File { json: json.clone() })
             }
-            (job::Tokenizer::File { path }, Some(_)) => {
-                return Err(DataError::OtherTokenizer { what: path.clone() });
+            (job::Tokenizer::Bytes, Some(model @ Tokenizer::Bytes))
+            | (job::Tokenizer::Characters, Some(model @ Tokenizer::Characters { .. })) => Wanted::Known(model.clone()),
+            (
+                job::Tokenizer::Words { ngrams, buckets, .. },
+                Some(model @ Tokenizer::Words { ngrams: n, buckets: b, .. }),
+            ) if ngrams == n && (*ngrams == 1 || buckets == b) => Wanted::Known(model.clone()),
+            (spec, Some(_)) => {
+                let what = match spec {
+                    job::Tokenizer::Bytes => "bytes",
+                    job::Tokenizer::Characters => "characters",
+                    job::Tokenizer::Words { .. } => "words, with other runs of them",
+                    job::Tokenizer::File { path } => path,
+                };
+                return Err(DataError::OtherTokenizer { what: what.into() });
             }
-            (_, Some(Tokenizer::File { .. })) => {
-                return Err(DataError::OtherTokenizer { what: "of another kind".into() });
-            }
-            (_, Some(model)) => Wanted::Known(model.clone()),
             (job::Tokenizer::Bytes, None) => Wanted::Known(Tokenizer::Bytes),
             (job::Tokenizer::Characters, None) => Wanted::Characters,
             (&job::Tokenizer::Words { most, ngrams, buckets }, None) => Wanted::Words { most, ngrams, buckets },

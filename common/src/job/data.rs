@@ -55,7 +55,7 @@ pub enum Source {
         /// `None`: as many as the training set's labels say.
         classes: Option<usize>,
     },
-    Table(Table),
+    Table(Box<Table>),
     #[serde(rename = "libsvm")]
     LibSvm(LibSvm),
     Text(Text),

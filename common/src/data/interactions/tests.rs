@@ -171,7 +171,6 @@ fn what_is_wrong_is_named_with_its_line() {
     says(read_files(threshold, "u1,a\nu2,b\n", None), &["2 cells", "at least 3"]);
 }
 
-/// Interactions of 12 users with 15 items, for which each user has some to spare.
 #[test]
 fn all_of_a_user_or_of_an_item_is_held_out() {
     let file: String = (0..200).map(|i| format!("u{},i{},{}\n", i % 23, i * 7 % 31, i % 5)).collect();
@@ -214,24 +213,25 @@ fn lines_that_are_left_out_might_as_well_not_be_there() {
         let with = |spec| RatingFiles { implicit, ..spec };
         let want = read_files(with, &clean, Some(test)).unwrap();
         let mut dirty = b"\xff\xfe,a,5\n".to_vec();
-        dirty.splice(0..0, b"u,a,5\nw,,5\nw,new\nw,new,good\n".iter().copied());
+        dirty.splice(0..0, b"w\nu,a,5\nw,,5\nw,new\nw,new,good\n".iter().copied());
         dirty.extend_from_slice(clean.split_once('\n').unwrap().1.as_bytes());
         // In a test file an item that nobody knows is one more, where items are ranked.
         let more = format!("u,a,inf\n{test}{}", if implicit.is_some() { "u,new,5\n" } else { "" });
-        let count = 5 + usize::from(implicit.is_some());
+        let count = 6 + usize::from(implicit.is_some());
         let got = read_with(with, &dirty, Some(&more), OnError::Skip { most: count }).unwrap();
         assert_eq!((&got.train, &got.test, &got.ids), (&want.train, &want.test, &want.ids));
         let skipped = got.skipped.unwrap();
         assert_eq!(skipped.samples, count);
-        assert!(skipped.first.unwrap().contains("train:2: column `item` is empty"));
+        assert!(skipped.first.unwrap().contains("train:1"));
         says(
             read_with(with, &dirty, Some(&more), OnError::Skip { most: count - 1 }),
-            &[&format!("{count} of"), "train:2"],
+            &[&format!("{count} of"), "train:1", "train:3: column `item` is empty"],
         );
-        says(read_files(with, &dirty[28..], None), &["train:1", "not UTF-8"]);
+        says(read_files(with, &dirty[30..], None), &["train:1", "not UTF-8"]);
     }
 }
 
+/// Interactions of 12 users with 15 items, for which each user has some to spare.
 fn some(seed: u64, implicit: Implicit) -> Opened {
     let key = Key::new(seed, Purpose::Synthetic);
     let line = |i: u64| format!("u{},i{}\n", key.below(2 * i, 12), key.below(2 * i + 1, 8) + key.below(2 * i, 12) % 7);

@@ -110,7 +110,9 @@ impl Rows for Csv {
             line += newlines(&self.bytes[counted..at]);
             counted = at;
             if self.is_open(from as u64 + lines.position().byte()) {
-                row(line, Err(DataError::OpenQuote { at: self.at(line) }))?;
+                if !std::mem::take(&mut header) {
+                    row(line, Err(DataError::OpenQuote { at: self.at(line) }))?;
+                }
                 // It has swallowed all others: they begin behind its line.
                 let end = self.bytes[at..].iter().position(|b| *b == b'\n');
                 from = end.map_or(self.bytes.len(), |end| at + end + 1);

@@ -177,7 +177,8 @@ impl<'a> Roles<'a> {
     /// How much the row counts, where rows count differently.
     fn weight(&self, at: &At, row: &StringRecord) -> Result<Option<f32>, DataError> {
         let Some((i, name)) = self.weight else { return Ok(None) };
-        let weight = number(&row[i]).filter(|weight| *weight >= 0.0);
+        // The mean divides by what weights add up to.
+        let weight = number(&row[i]).filter(|weight| *weight == 0.0 || *weight > 1e-37);
         weight.map(Some).ok_or_else(|| DataError::Weight { at: at.clone(), column: name.into(), cell: row[i].into() })
     }
 
@@ -373,7 +374,8 @@ impl<'a> Plan<'a> {
         })?;
         features.shrink_to_fit();
         if let Some((_, column)) = roles.weight.filter(|_| weights.iter().all(|weight| *weight == 0.0)) {
-            return Err(DataError::NoWeight { path: table.path.to_string(), column: column.into() });
+            let what = if table.part.as_ref().is_some_and(|part| part.held_out) { "test on" } else { "train on" };
+            return Err(DataError::NoWeight { path: table.path.to_string(), column: column.into(), what });
         }
         Ok(Dataset {
             shape: vec![match &text {

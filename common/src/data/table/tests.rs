@@ -130,12 +130,16 @@ fn a_column_says_how_much_samples_count() {
         features(&raw.train),
         features(&one(job::Table { ignore: vec!["height".into()], ..spec() }, TABLE).unwrap().train)
     );
-    for cell in ["-1", "many", "", "inf", "?"] {
+    let Opened { train, prepared, .. } = raw.prepare(true);
+    assert!(prepared.check_samples(&train).is_ok());
+    let without = Dataset { weights: Vec::new(), ..(*train).clone() };
+    assert!(prepared.check_samples(&without).unwrap_err().to_string().contains("weights"));
+    for cell in ["-1", "many", "", "inf", "?", "1e-40"] {
         let table = TABLE.replace("Oslo,,", &format!("Oslo, {cell},"));
-        says(one(weighed(), table), &["train.csv:5", "`height` (data.weight)", &format!("`{cell}`"), "at least 0"]);
+        says(one(weighed(), table), &["train.csv:5", "`height` (data.weight)", &format!("`{cell}`"), "which is not 0"]);
     }
     let nothing = "age, city, height, kind\n10, Rom, 0, yes\n20, Rom, 0, no\n";
-    says(one(weighed(), nothing), &["all weights", "`height`", "train.csv", "are 0"]);
+    says(one(weighed(), nothing), &["all weights", "`height`", "train.csv", "train on", "are 0"]);
     for (weight, word) in [("kind", "data.target"), ("city", "in another list"), ("hight", "nearest is `height`")] {
         let wrong = job::Table { weight: Some(weight.into()), ..spec() };
         says(one(wrong, &table), &[&format!("`{weight}`"), "data.weight", word]);

@@ -12,8 +12,8 @@ const MOST_BYTES: u64 = 48 << 20;
 /// Bytes of a text that become tokens at once, at least: meanwhile they take 200 times as many.
 const PIECE: usize = 1 << 20;
 
-/// A text in pieces. They end with a line that has a letter or digit behind it, and no space at its end: there pre-tokenizers cut a
-/// text, too, whatever they look ahead for.
+/// A text in pieces. They end with a line that has a letter or digit behind it, and no space at its end: there most pre-tokenizers cut
+/// a text, too, whatever they look ahead for. Those that put something before a text (`Metaspace`) do so before each piece.
 fn pieces(text: &str, least: usize) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -135,7 +135,7 @@ mod inner {
     fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
         match catch_unwind(AssertUnwindSafe(run)) {
             Ok(done) => done.map_err(|e| e.to_string()),
-            Err(_) => Err("it is damaged".into()),
+            Err(_) => Err("the tokenizer itself fails, its file may be damaged".into()),
         }
     }
 

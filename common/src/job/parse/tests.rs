@@ -103,10 +103,13 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     };
     let plain_csv = csv.clone();
     let some_csv = "format = \"csv\", train = \"a.csv\", target = \"y\"";
-    assert_eq!(job(some_csv, LINEAR, "").data.source, Source::Table(csv.clone()));
+    assert_eq!(job(some_csv, LINEAR, "").data.source, Source::Table(csv.clone().into()));
     let columns = Some(vec!["x".into(), "y".into()]);
     let headless = Table { form: form(columns.clone(), false, ','), ..csv.clone() };
-    assert_eq!(job(&format!("{some_csv}, columns = [\"x\", \"y\"]"), LINEAR, "").data.source, Source::Table(headless));
+    assert_eq!(
+        job(&format!("{some_csv}, columns = [\"x\", \"y\"]"), LINEAR, "").data.source,
+        Source::Table(headless.into())
+    );
     let all = "test = \"b.csv\", columns = [\"x\", \"y\"], header = true, categorical = [\"x\"], ignore = [\"z\"], \
                weight = \"w\", missing = \"\", separator = \"\\t\", task = \"regression\"";
     let full = Table {
@@ -119,24 +122,24 @@ fn every_source_has_its_defaults_and_every_key_counts() {
         task: Task::Regression,
         ..csv
     };
-    assert_eq!(job(&format!("{some_csv}, {all}"), LINEAR, "").data.source, Source::Table(full));
+    assert_eq!(job(&format!("{some_csv}, {all}"), LINEAR, "").data.source, Source::Table(full.into()));
 
     let plain_text = Form::Csv { columns: None, header: true, separator: ',', quoting: false };
     let by =
         Table { form: plain_text, holdout: Some(0.5), holdout_by: vec!["a".into(), "b".into()], ..plain_csv.clone() };
     let keys = "quoting = false, holdout = 0.5, holdout_by = [\"a\", \"b\"]";
-    assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Table(by));
+    assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Table(by.into()));
 
     let id = |columns: &[&str], size| Id { columns: columns.iter().map(|c| c.to_string()).collect(), size };
     let ids = vec![id(&["a"], None), id(&["b"], None), id(&["c"], Some(1 << 48)), id(&["d", "a", "e"], None)];
     let keys = "ids = [\"a\", { column = \"b\" }, { column = \"c\", size = 281474976710656 }, { cross = [\"d\", \"a\", \"e\"] }], \
                 log = [\"f\", \"g\"]";
     let of_ids = Table { ids, log: vec!["f".into(), "g".into()], ..plain_csv.clone() };
-    assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Table(of_ids));
+    assert_eq!(job(&format!("{some_csv}, {keys}"), LINEAR, "").data.source, Source::Table(of_ids.into()));
 
     for (format, form) in [("json-lines", Form::JsonLines), ("parquet", Form::Parquet)] {
         let spec = format!("format = {format:?}, train = \"a.csv\", target = \"y\"");
-        assert_eq!(job(&spec, LINEAR, "").data.source, Source::Table(Table { form, ..plain_csv.clone() }));
+        assert_eq!(job(&spec, LINEAR, "").data.source, Source::Table(Table { form, ..plain_csv.clone() }.into()));
     }
     let Source::Table(criteo) = job("format = \"criteo\", train = \"a\", holdout = 0.1", LINEAR, "").data.source else {
         panic!()
@@ -227,10 +230,10 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let texts = |keys: &str| job(&format!("{some_csv}, text = \"x\", context = 9{keys}"), LINEAR, "").data.source;
     let column = |tokenizer, truncate| TextColumn { column: "x".into(), tokenizer, context: 9, truncate };
     let some = Table { text: Some(column(words(50_000, 1, 1 << 16), false)), ..plain_csv.clone() };
-    assert_eq!(texts(""), Source::Table(some));
+    assert_eq!(texts(""), Source::Table(some.into()));
     let all = Table { holdout: Some(0.5), text: Some(column(words(50_000, 3, 7), true)), ..plain_csv };
     let keys = ", holdout = 0.5, truncate = true, tokenizer = { kind = \"words\", ngrams = 3, buckets = 7 }";
-    assert_eq!(texts(keys), Source::Table(all));
+    assert_eq!(texts(keys), Source::Table(all.into()));
     let tested = Text { test: Some("b.txt".into()), ..text };
     assert_eq!(job(&format!("{plain}, test = \"b.txt\""), LINEAR, "").data.source, Source::Text(tested));
 }

@@ -133,7 +133,7 @@ fn a_models_tokenizer_needs_no_file_and_no_other_takes_its_place() {
     let base = dir.path().to_str().unwrap();
     let file = job::Tokenizer::File { path: "tokenizer.json".into() };
     let (known, other) = (tokenizer(&pairs()), Tokenizer::Bytes);
-    let wanted = |spec: &job::Tokenizer, model| match Wanted::new(None, base, spec, model) {
+    let wanted = |spec: &job::Tokenizer, model: Option<&Tokenizer>| match Wanted::new(None, base, spec, model) {
         Ok(wanted) => Ok(wanted.learn(["é"].into_iter())),
         Err(error) => Err(error.to_string()),
     };
@@ -143,7 +143,7 @@ fn a_models_tokenizer_needs_no_file_and_no_other_takes_its_place() {
     write(pairs());
     assert_eq!(wanted(&file, None), Ok(known.clone()));
     assert_eq!(wanted(&file, Some(&known)), Ok(known.clone()));
-    let refused = |spec, model| {
+    let refused = |spec: &job::Tokenizer, model: &Tokenizer| {
         let message = wanted(spec, Some(model)).unwrap_err();
         assert!(message.contains("a tokenizer that is not the model's"), "{message}");
     };
@@ -151,8 +151,16 @@ fn a_models_tokenizer_needs_no_file_and_no_other_takes_its_place() {
     refused(&job::Tokenizer::Bytes, &known);
     write(words());
     refused(&file, &known);
-    // Of the other kinds the model's is taken.
-    assert_eq!(wanted(&job::Tokenizer::Characters, Some(&other)), Ok(other));
+    refused(&job::Tokenizer::Characters, &other);
+    assert_eq!(wanted(&job::Tokenizer::Bytes, Some(&other)), Ok(other));
+    let spec = |ngrams, buckets| job::Tokenizer::Words { most: 9, ngrams, buckets };
+    let words = |ngrams, buckets| Tokenizer::Words { words: vec!["a".into()], ngrams, buckets };
+    refused(&spec(2, 7), &words(2, 8));
+    refused(&spec(1, 7), &words(2, 7));
+    for (ngrams, buckets) in [(2, 8), (1, 0)] {
+        let known = words(ngrams, buckets);
+        assert_eq!(wanted(&spec(ngrams, 8), Some(&known)), Ok(known));
+    }
 }
 
 proptest! {
