@@ -128,6 +128,7 @@ fn fill(bencher: Bencher<'_, '_>, name: &str) {
         ids: Vec::new(),
         implicit: None,
         sparse: None,
+        weighted: false,
     };
     let parts = Partitions::new(samples, 1, None).expect("it can be cut");
     let mut feeder = Feeder::new(parts, 1, rows);
