@@ -490,8 +490,8 @@ fn tables_above_their_memory_end_the_run_and_keep_its_last_checkpoint() {
     let local = ["local", "job.toml", "--quiet", "--json", "--workers", "2"];
     let words = [
         "step 4: ",
-        "the sparse tables have ",
-        "train.tables.memory_mb = 1: raise it",
+        "the sparse tables have room for ",
+        "train.tables.memory_mb = 1, and need more: raise it",
         "data.ids",
         "The last good checkpoint is kept/step-0000000",
     ];
