@@ -94,23 +94,21 @@ impl<'a> File<'a> {
     fn new(path: String, bytes: &'a [u8], spec: &'a RatingFiles, lenient: bool) -> Result<File<'a>, DataError> {
         let none = Cells { width: 0, user: 0, item: 0, rating: None, time: None };
         let mut file = File { path, bytes, spec, cells: none };
-        let mut first = Err(DataError::Empty { path: file.path.clone() });
-        for (number, line) in numbered_lines(bytes).filter(|(_, line)| !line.trim_ascii().is_empty()) {
+        let lines = numbered_lines(bytes).filter(|(_, line)| !line.trim_ascii().is_empty());
+        let mut places = lines.map(|(number, line)| {
             let mut cells = Vec::new();
-            let places = match &spec.columns {
-                Some(_) => file.places(number, &cells),
-                None => file.text(number, line).and_then(|line| {
-                    split(line, &spec.separator, &mut cells);
-                    file.places(number, &cells)
-                }),
-            };
-            first = first.or(places);
-            // A line that says nothing of the others may be a bad one.
-            if first.is_ok() || spec.header || !lenient {
-                break;
+            if spec.columns.is_none() {
+                split(file.text(number, line)?, &spec.separator, &mut cells);
             }
-        }
-        file.cells = first?;
+            file.places(number, &cells)
+        });
+        let first = places.next().unwrap_or_else(|| Err(DataError::Empty { path: file.path.clone() }));
+        // A first line that does not say how long lines are may be a bad one.
+        let other = if first.is_err() && lenient && !spec.header { places.find_map(Result::ok) } else { None };
+        file.cells = match other {
+            Some(cells) => cells,
+            None => first?,
+        };
         Ok(file)
     }
 
