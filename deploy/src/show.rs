@@ -21,7 +21,8 @@ pub fn summary(s: &Summary, json: bool) -> Result<()> {
         row("step", format!("{:.2} ms median, {:.2} ms p99", ms.p50, ms.p99));
     }
     if let Some(skipped) = s.skipped {
-        row("left out", format!("{skipped} samples that cannot be read"));
+        let s = if skipped == 1 { "" } else { "s" };
+        row("left out", format!("{skipped} sample{s} that cannot be read"));
     }
     if let Some(loss) = s.train_loss {
         row("train loss", format!("{loss:.5}"));

@@ -146,7 +146,7 @@ pub enum DataError {
     #[error("column `{column}` is {one} and {other}; take it out of one")]
     Twice { column: String, one: &'static str, other: &'static str },
     #[error(
-        "{at}: column `{column}` (data.weight) holds `{cell}`, which is not 0 and no finite number above 1e-37; correct it, or remove the row"
+        "{at}: column `{column}` (data.weight) holds `{cell}`, which is no weight (0, or a finite number above 1e-37); correct it, or remove the row"
     )]
     Weight { at: At, column: String, cell: String },
     #[error(

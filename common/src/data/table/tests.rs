@@ -136,7 +136,10 @@ fn a_column_says_how_much_samples_count() {
     assert!(prepared.check_samples(&without).unwrap_err().to_string().contains("weights"));
     for cell in ["-1", "many", "", "inf", "?", "1e-40"] {
         let table = TABLE.replace("Oslo,,", &format!("Oslo, {cell},"));
-        says(one(weighed(), table), &["train.csv:5", "`height` (data.weight)", &format!("`{cell}`"), "which is not 0"]);
+        says(
+            one(weighed(), table),
+            &["train.csv:5", "`height` (data.weight)", &format!("`{cell}`"), "no weight (0, or"],
+        );
     }
     let nothing = "age, city, height, kind\n10, Rom, 0, yes\n20, Rom, 0, no\n";
     says(one(weighed(), nothing), &["all weights", "`height`", "train.csv", "train on", "are 0"]);
