@@ -70,6 +70,11 @@ const WITH_FACTORS: u8 = 0x40;
 /// What it is marked with where each sample has a weight.
 const WITH_WEIGHTS: u8 = 0x20;
 
+/// Whether a sample can have this weight: what weights add up to has an inverse.
+pub(super) fn is_weight(weight: f32) -> bool {
+    weight == 0.0 || (weight > 1e-37 && weight.is_finite())
+}
+
 fn gather<T: Copy>(values: &[T], width: usize, rows: &[usize]) -> Vec<T> {
     let mut out = Vec::with_capacity(rows.len() * width);
     for &row in rows {
@@ -264,8 +269,8 @@ impl Dataset {
                 return Err(DataError::Encoded("there are weights for several targets a sample"));
             }
             weights = words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes);
-            if weights.iter().any(|weight| *weight != 0.0 && (*weight < 1e-37 || weight.is_nan())) {
-                return Err(DataError::Encoded("a weight is below 0"));
+            if !weights.iter().all(|weight| is_weight(*weight)) {
+                return Err(DataError::Encoded("a weight is neither 0 nor a finite number above 1e-37"));
             }
         }
         if !rest.is_empty() {
@@ -273,7 +278,6 @@ impl Dataset {
         }
         let finite = |values: &Vec<f32>| crate::kernels::all_finite(values);
         if !finite(&ids.factors)
-            || !finite(&weights)
             || matches!(&features, Features::F32(v) if !finite(v))
             || matches!(&targets, Targets::Value(v) if !finite(v))
         {

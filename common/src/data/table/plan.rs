@@ -2,6 +2,7 @@
 
 use super::Table;
 use super::cells::{fill_up, is_missing, number, scaled};
+use crate::data::dataset::is_weight;
 use crate::data::error::At;
 use crate::data::tokenizer::{Count, Encoder, Tokenizer, Wanted};
 use crate::data::{Column, DataError, Dataset, Features, IdField, Ids, Targets};
@@ -177,8 +178,7 @@ impl<'a> Roles<'a> {
     /// How much the row counts, where rows count differently.
     fn weight(&self, at: &At, row: &StringRecord) -> Result<Option<f32>, DataError> {
         let Some((i, name)) = self.weight else { return Ok(None) };
-        // The mean divides by what weights add up to.
-        let weight = number(&row[i]).filter(|weight| *weight == 0.0 || *weight > 1e-37);
+        let weight = number(&row[i]).filter(|weight| is_weight(*weight));
         weight.map(Some).ok_or_else(|| DataError::Weight { at: at.clone(), column: name.into(), cell: row[i].into() })
     }
 
