@@ -134,7 +134,7 @@ fn parse(toml: &str) -> Result<Job, String> {
 #[test]
 fn gradients_are_the_losss_slopes() {
     let job = parse(JOB).expect("a job");
-    let opened = data::open(&job.data, job.seed).expect("its data");
+    let opened = data::open(&data::Files::any(), &job.data, job.seed).expect("its data");
     let model = Model::build(&job.model, &opened.prepared.signature(&job.train.loss)).expect("its model");
     let loss = Loss::new(&job.train.loss, model.outputs()).expect("its loss");
     loss.check_targets(&opened.train.targets).expect("values");
@@ -170,7 +170,7 @@ fn mistakes_are_named_with_their_place() {
     let says = |from: &str, to: &str, words: &[&str]| {
         assert!(JOB.contains(from), "{from}");
         let message = parse(&JOB.replacen(from, to, 1)).and_then(|job| {
-            let opened = data::open(&job.data, job.seed).map_err(|e| e.to_string())?;
+            let opened = data::open(&data::Files::any(), &job.data, job.seed).map_err(|e| e.to_string())?;
             let signature = opened.prepared.signature(&job.train.loss);
             let model = Model::build(&job.model, &signature).map_err(|e| e.to_string())?;
             let loss = Loss::new(&job.train.loss, model.outputs()).map_err(|e| e.to_string())?;

@@ -21,7 +21,7 @@ fn prepare(folder: &tempfile::TempDir, data: &str, kind: &str) -> (Opened, Model
     );
     let base = folder.path().display().to_string();
     let job = job::parse(JobText { file: "job.toml".into(), base, toml, overrides: vec![] }).expect("a job");
-    let opened = data::open(&job.data, job.seed).expect("data");
+    let opened = data::open(&data::Files::any(), &job.data, job.seed).expect("data");
     let model = Model::build(&job.model, &opened.prepared.signature(&job.train.loss)).expect("a model");
     let loss = Loss::new(&job.train.loss, model.outputs()).expect("it fits");
     let mut batch = Batch::empty();

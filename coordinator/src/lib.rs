@@ -2,8 +2,10 @@
 //!
 //! [`run`] takes a listener and an interruption signal, so a test binds port 0.
 
+mod access;
 mod door;
 mod driver;
+mod entrance;
 pub mod files;
 mod lanes;
 mod measure;
@@ -19,6 +21,8 @@ mod sum;
 
 use anyhow::{Context, Result, bail};
 use driver::{Driver, Learning};
+pub use entrance::Entrance;
+use entrance::asks;
 use measure::Measure;
 pub use measure::{Measured, Phases, Window};
 use pace::Pace;
@@ -29,8 +33,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
+use tonic::service::interceptor::InterceptedService;
 use unisono_common::checkpoint;
 use unisono_common::data::{self, Prepared, Skipped, partition::Partitions};
 use unisono_common::groups::Groups;
@@ -43,6 +47,7 @@ use unisono_common::optim::Optimizer;
 use unisono_common::protocol::{Machine, Patience};
 use unisono_common::rows::{RowBlock, optim::RowOptimizer};
 use unisono_common::tree::Open;
+use unisono_proto::identity::Role;
 use unisono_proto::v1;
 
 /// Where a run stands.
@@ -194,7 +199,7 @@ pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
 
 /// The same for a run that writes no checkpoints.
 pub fn prepare_unkept(job: Job) -> Result<Ready> {
-    let opened = data::open(&job.data, job.seed)?;
+    let opened = data::open(&data::Files::any(), &job.data, job.seed)?;
     if let Some(warning) = opened.skipped.as_ref().and_then(Skipped::warning) {
         tracing::warn!("{warning}");
     }
@@ -292,13 +297,19 @@ fn find(job: &Job, prepared: &Prepared, dir: &Path, model: &Model, optimizer: &O
     Ok(Resumed { path, digest: manifest.weights_digest, weights, slots, rows, learning })
 }
 
+/// Requests that are open at once on one connection, at most.
+const STREAMS: u32 = 64;
+/// Bytes of a request's headers, at most.
+const HEADERS: u32 = 16 << 10;
+
 /// A server with the wire's settings.
 pub fn server() -> tonic::transport::Server {
     tonic::transport::Server::builder()
         .initial_stream_window_size(unisono_proto::STREAM_WINDOW)
         .initial_connection_window_size(unisono_proto::CONNECTION_WINDOW)
         .max_frame_size(unisono_proto::MAX_FRAME)
-        .tcp_nodelay(true)
+        .max_concurrent_streams(STREAMS)
+        .http2_max_header_list_size(HEADERS)
         .http2_keepalive_interval(Some(unisono_proto::KEEPALIVE))
         .http2_keepalive_timeout(Some(unisono_proto::KEEPALIVE))
 }
@@ -307,7 +318,7 @@ pub fn server() -> tonic::transport::Server {
 pub async fn run(
     ready: Ready,
     options: Options,
-    listener: TcpListener,
+    entrance: Entrance,
     progress: watch::Sender<Progress>,
     interrupted: watch::Receiver<bool>,
 ) -> Result<Summary> {
@@ -395,16 +406,17 @@ pub async fn run(
         .register_encoded_file_descriptor_set(unisono_proto::DESCRIPTORS)
         .build_v1()
         .context("cannot serve reflection")?;
+    let coordinator = v1::coordinator_server::CoordinatorServer::new(service.clone())
+        .max_decoding_message_size(unisono_proto::MAX_MESSAGE);
+    let operator = v1::operator_server::OperatorServer::new(service);
+    // Health is everybody's; what an operator may ask and what only it may do, its service knows.
     let server = server()
         .add_service(health_service)
-        .add_service(reflection)
-        .add_service(
-            v1::coordinator_server::CoordinatorServer::new(service.clone())
-                .max_decoding_message_size(unisono_proto::MAX_MESSAGE),
-        )
-        .add_service(parameters)
-        .add_service(v1::operator_server::OperatorServer::new(service))
-        .serve_with_incoming(tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true)));
+        .add_service(InterceptedService::new(reflection, asks(None)))
+        .add_service(InterceptedService::new(coordinator, asks(Some(Role::Worker))))
+        .add_service(InterceptedService::new(parameters, asks(Some(Role::Worker))))
+        .add_service(operator)
+        .serve_with_incoming(entrance.open());
     let driver = Driver {
         shared: shared.clone(),
         learning,

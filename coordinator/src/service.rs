@@ -1,5 +1,6 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
+use crate::entrance::admit;
 use crate::pulls;
 use crate::shared::{Input, Shared, Token};
 use std::pin::Pin;
@@ -10,6 +11,7 @@ use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::Unboun
 use tonic::{Request, Response, Status, Streaming};
 use unisono_common::ids::{Step, WorkerId};
 use unisono_common::protocol::Kind;
+use unisono_proto::identity::Role;
 use unisono_proto::{self as wire, v1};
 
 type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -198,11 +200,13 @@ impl v1::coordinator_server::Coordinator for Service {
 
 #[tonic::async_trait]
 impl v1::operator_server::Operator for Service {
-    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
+    async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
+        admit(&request, None)?;
         Ok(Response::new(self.0.status(Instant::now())))
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
+        admit(&request, Some(Role::Operator))?;
         let worker = WorkerId(request.into_inner().worker_id);
         if !self.0.members(Instant::now()).iter().any(|m| m.id == worker.0) {
             return Err(Status::not_found(format!("there is no worker {worker}: `unisono status` lists them")));
@@ -211,7 +215,8 @@ impl v1::operator_server::Operator for Service {
         Ok(Response::new(v1::DrainReply {}))
     }
 
-    async fn stop(&self, _: Request<v1::StopRequest>) -> Result<Response<v1::StopReply>, Status> {
+    async fn stop(&self, request: Request<v1::StopRequest>) -> Result<Response<v1::StopReply>, Status> {
+        admit(&request, Some(Role::Operator))?;
         self.0.input(Input::Stop);
         Ok(Response::new(v1::StopReply {}))
     }

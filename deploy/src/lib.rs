@@ -2,6 +2,7 @@
 //! losses and data formats of one's own ([`main`]).
 
 mod bench;
+mod cert;
 mod confusion;
 mod export;
 mod generate;
@@ -23,8 +24,12 @@ use tokio::sync::watch;
 use tracing::Level;
 use tracing_subscriber::filter::Targets;
 pub use unisono_common as common;
+use unisono_common::data::Files;
 pub use unisono_common::extend::Extensions;
 use unisono_common::job::{self, Job, JobText};
+use unisono_coordinator::Entrance;
+use unisono_proto::identity::Identity;
+use unisono_worker::Address;
 
 /// The job that `unisono local` runs when none is named.
 const DIGITS: &str = include_str!("../../examples/digits-mlp.toml");
@@ -62,6 +67,42 @@ pub(crate) struct JobArgs {
     /// How gradients and weights travel
     #[arg(long, value_enum, default_value_t)]
     transport: Transport,
+}
+
+/// The environment variable that names the folder of an identity.
+pub(crate) const IDENTITY: &str = "UNISONO_IDENTITY";
+
+/// The folder of an identity, as the command line or the environment names it.
+#[derive(Args, Clone)]
+pub(crate) struct IdentityArg {
+    /// The folder of an identity, as `unisono cert` makes them: ca.crt, and tls.crt with tls.key, or token
+    #[arg(long, value_name = "DIR", env = IDENTITY)]
+    identity: Option<PathBuf>,
+}
+
+impl IdentityArg {
+    /// The identity, where one is named.
+    fn open(&self) -> Result<Option<Identity>> {
+        let opened = self.identity.as_deref().map(Identity::open);
+        opened.transpose().map_err(|e| Wrong(e.into()).into())
+    }
+}
+
+/// A coordinator, and what is shown there.
+#[derive(Args, Clone)]
+pub(crate) struct Reach {
+    /// The coordinator's URL, as https://HOST:PORT, or http://HOST:PORT without TLS
+    #[arg(long, value_name = "URL")]
+    coordinator: String,
+    #[command(flatten)]
+    identity: IdentityArg,
+}
+
+impl Reach {
+    pub(crate) fn address(&self) -> Result<Address> {
+        let identity = self.identity.open()?;
+        Ok(Address::new(&self.coordinator, identity.as_ref()).map_err(Wrong)?)
+    }
 }
 
 /// How gradients and weights get from process to process.
@@ -119,13 +160,17 @@ enum Cmd {
         #[arg(long, default_value = "127.0.0.1:7070")]
         listen: String,
         #[command(flatten)]
+        identity: IdentityArg,
+        /// Listens beyond this machine without TLS: whoever reaches the address can join, stop the run, and read all that is sent
+        #[arg(long, conflicts_with = "identity")]
+        insecure: bool,
+        #[command(flatten)]
         args: JobArgs,
     },
     /// Runs one worker; it may start at any time, and ends when the job does
     Worker {
-        /// The coordinator's URL, as http://HOST:PORT
-        #[arg(long)]
-        coordinator: String,
+        #[command(flatten)]
+        reach: Reach,
         /// Compute threads
         #[arg(long, default_value_t = 1)]
         threads: usize,
@@ -138,6 +183,10 @@ enum Cmd {
         /// Keeps the partitions that the coordinator sends in DIR, by digest, for the next run on the same data
         #[arg(long, value_name = "DIR")]
         cache: Option<PathBuf>,
+        /// A folder that a job may make this worker read, with all below it; repeatable [default: UNISONO_DATA, and the working
+        /// folder]
+        #[arg(long, value_name = "DIR")]
+        data_root: Vec<PathBuf>,
         /// Ends when this process, which must be the parent, ends
         #[arg(long, hide = true)]
         parent: Option<u32>,
@@ -202,9 +251,8 @@ enum Cmd {
     },
     /// Shows where a running job stands
     Status {
-        /// The coordinator's URL, as http://HOST:PORT
-        #[arg(long)]
-        coordinator: String,
+        #[command(flatten)]
+        reach: Reach,
         /// Prints one JSON object
         #[arg(long)]
         json: bool,
@@ -213,16 +261,16 @@ enum Cmd {
     Drain {
         /// The worker's id, as `status` shows it
         worker: u64,
-        /// The coordinator's URL, as http://HOST:PORT
-        #[arg(long)]
-        coordinator: String,
+        #[command(flatten)]
+        reach: Reach,
     },
     /// Ends a running job after its current step, with a checkpoint
     Stop {
-        /// The coordinator's URL, as http://HOST:PORT
-        #[arg(long)]
-        coordinator: String,
+        #[command(flatten)]
+        reach: Reach,
     },
+    /// Makes certificates and a join token, for runs on several machines
+    Cert(cert::Args),
 }
 
 /// A mistake in the command line or the job: nothing was started.
@@ -310,30 +358,68 @@ pub(crate) fn interruption() -> watch::Receiver<bool> {
     receive
 }
 
+/// Whether a coordinator may listen there: beyond this machine only when it was `settled` who may join.
+async fn check_listen(listen: &str, settled: bool) -> Result<()> {
+    let wrong = |e| Wrong(anyhow::anyhow!("--listen is HOST:PORT, as 0.0.0.0:7070, and `{listen}` is none: {e}"));
+    let mut addresses = tokio::net::lookup_host(listen).await.map_err(wrong)?;
+    if settled || addresses.all(|address| address.ip().to_canonical().is_loopback()) {
+        return Ok(());
+    }
+    Err(Wrong(anyhow::anyhow!(
+        "{listen} can be reached from other machines: make certificates with `unisono cert certs` and add --identity \
+         certs/coordinator, or add --insecure if whoever reaches it may join, stop the run, and read all that is sent"
+    ))
+    .into())
+}
+
+/// The folders that a job may make a worker read.
+fn data_roots(named: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
+    if let Some(none) = named.iter().find(|dir| !dir.is_dir()) {
+        return Err(Wrong(anyhow::anyhow!("--data-root {} is no folder", none.display())).into());
+    }
+    if named.is_empty() {
+        let data = std::env::var_os("UNISONO_DATA").filter(|dir| !dir.is_empty());
+        return Ok(data.into_iter().map(PathBuf::from).chain([".".into()]).collect());
+    }
+    Ok(named)
+}
+
+/// As many open files as the system allows: each worker is a connection or two.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // What it was is enough for few workers.
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).ok();
+}
+
 async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
     unisono_common::kernels::isa().map_err(|e| Wrong(anyhow::anyhow!(e)))?;
     match command {
         Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args, started).await,
-        Cmd::Coordinator { job, listen, args } => {
+        Cmd::Coordinator { job, listen, identity, insecure, args } => {
             let view = View::new(&args);
             let (job, options) = (read_job(Some(&job), &args.set)?, options(&args, started)?);
+            let identity = identity.open()?;
+            check_listen(&listen, identity.is_some() || insecure).await?;
             let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
             let listener = tokio::net::TcpListener::bind(&listen).await.map_err(|e| {
                 Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; choose another address with --listen"))
             })?;
             if !args.quiet {
-                eprintln!("listening on http://{}", listener.local_addr()?);
+                let scheme = if identity.is_some() { "https" } else { "http" };
+                eprintln!("listening on {scheme}://{}", listener.local_addr()?);
             }
+            let entrance = Entrance::new(listener, identity.as_ref()).map_err(|e| Wrong(e.into()))?;
             let (progress, watching) = watch::channel(Default::default());
             let shown = view.show(watching);
             let interrupted = interruption();
-            let summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()).await;
+            let summary = unisono_coordinator::run(ready, options, entrance, progress, interrupted.clone()).await;
             shown.end();
             let summary = summary?;
             show::summary(&summary, args.json)?;
             Ok(show::exit_code(&summary, *interrupted.borrow()))
         }
-        Cmd::Worker { coordinator, threads, transport, patience, cache, parent, verbose } => {
+        Cmd::Worker { reach, threads, transport, patience, cache, data_root, parent, verbose } => {
             log(match (verbose, parent) {
                 (true, _) => Level::DEBUG,
                 (false, None) => Level::INFO,
@@ -342,12 +428,13 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             if let Some(parent) = parent {
                 local::end_with(parent)?;
             }
-            let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-            let name = format!("{}:{}", host.trim(), std::process::id());
+            let name = format!("{}:{}", cert::hostname(), std::process::id());
             let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
-            let (url, transport) = (coordinator, transport.into());
-            let options = unisono_worker::Options { url, threads, transport, name, patience, cache, simulated: false };
-            unisono_worker::check(&options).map_err(Wrong)?;
+            unisono_worker::check_threads(threads).map_err(Wrong)?;
+            let (coordinator, transport) = (reach.address()?, transport.into());
+            let (files, simulated) = (Files::below(data_roots(data_root)?), false);
+            let options =
+                unisono_worker::Options { coordinator, threads, transport, name, patience, cache, files, simulated };
             unisono_worker::run(options).await?;
             Ok(ExitCode::SUCCESS)
         }
@@ -363,9 +450,10 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             trained::predict(&checkpoint, input.as_ref(), format, top)
         }
         Cmd::Export { checkpoint, format, out, force } => export::export(&checkpoint, format, &out, force),
-        Cmd::Status { coordinator, json } => operate::status(&coordinator, json).await,
-        Cmd::Drain { worker, coordinator } => operate::drain(&coordinator, worker).await,
-        Cmd::Stop { coordinator } => operate::stop(&coordinator).await,
+        Cmd::Status { reach, json } => operate::status(&reach.address()?, json).await,
+        Cmd::Drain { worker, reach } => operate::drain(&reach.address()?, worker).await,
+        Cmd::Stop { reach } => operate::stop(&reach.address()?).await,
+        Cmd::Cert(args) => cert::run(args),
     }
 }
 
@@ -373,6 +461,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
 pub fn main(extensions: Extensions) -> ExitCode {
     let started = Instant::now();
     extensions.add();
+    raise_open_files();
     let cli = Cli::parse();
     // A worker's streams are its own, and one thread serves them without waking another. A coordinator has those of all
     // workers, and leaves cores to the threads that reduce.

@@ -1,16 +1,17 @@
 //! A cluster on this machine: the coordinator in this process, workers as children that never outlive it.
 
 use crate::progress::View;
-use crate::{JobArgs, Transport, Wrong, interruption, options, read_job, show};
+use crate::{IDENTITY, JobArgs, Transport, Wrong, cert, interruption, options, read_job, show};
 use anyhow::{Context, Result, bail};
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use unisono_coordinator::{Progress, Summary};
+use unisono_coordinator::{Entrance, Progress, Summary};
+use unisono_proto::identity::Identity;
 
 /// Workers that die within a minute and are replaced, at most.
 const DEATHS: usize = 10;
@@ -46,6 +47,8 @@ pub struct Workers {
     /// Compute threads of each.
     pub threads: usize,
     pub transport: Transport,
+    /// Whether they reach their coordinator by TLS.
+    pub tls: bool,
 }
 
 impl Workers {
@@ -57,14 +60,20 @@ impl Workers {
             return Err(Wrong(anyhow::anyhow!("--workers must be at least 1")).into());
         }
         unisono_worker::check_threads(threads).map_err(Wrong)?;
-        Ok(Workers { count, threads, transport })
+        Ok(Workers { count, threads, transport, tls: false })
     }
 
-    fn spawn(&self, url: &str) -> Result<Child> {
+    fn spawn(&self, url: &str, identity: Option<&Path>) -> Result<Child> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
-        Command::new(program)
+        let mut command = Command::new(program);
+        // Without TLS there is no identity, whatever the environment says.
+        command.env_remove(IDENTITY);
+        if let Some(identity) = identity {
+            command.env(IDENTITY, identity);
+        }
+        command
             .args(["worker", "--coordinator", url])
-            .args(["--transport", self.transport.name()])
+            .args(["--data-root", "/", "--transport", self.transport.name()])
             .args(["--threads", &self.threads.to_string(), "--parent", &std::process::id().to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -77,10 +86,12 @@ impl Workers {
     async fn supervise(
         self,
         url: String,
+        identity: Option<PathBuf>,
         stopping: watch::Receiver<bool>,
         ids: watch::Sender<Vec<u32>>,
     ) -> Result<std::convert::Infallible> {
-        let mut children = (0..self.count).map(|_| self.spawn(&url)).collect::<Result<Vec<_>>>()?;
+        let mut children =
+            (0..self.count).map(|_| self.spawn(&url, identity.as_deref())).collect::<Result<Vec<_>>>()?;
         let tell = |children: &[Child]| ids.send_replace(children.iter().filter_map(Child::id).collect());
         tell(&children);
         let mut died = VecDeque::new();
@@ -103,7 +114,7 @@ impl Workers {
                     );
                 }
                 tracing::warn!("a worker died ({status}); starting another");
-                children[i] = self.spawn(&url)?;
+                children[i] = self.spawn(&url, identity.as_deref())?;
                 tell(&children);
             }
         }
@@ -119,11 +130,15 @@ impl Workers {
         ids: watch::Sender<Vec<u32>>,
     ) -> Result<(Summary, bool)> {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-        let url = format!("http://{}", listener.local_addr()?);
+        let (scheme, certs) = if self.tls { ("https", Some(cert::Temporary::new()?)) } else { ("http", None) };
+        let identity = certs.as_ref().map(|certs| Identity::open(&certs.identity(cert::COORDINATOR))).transpose()?;
+        let of_workers = certs.as_ref().map(|certs| certs.identity(cert::WORKER));
+        let url = format!("{scheme}://{}", listener.local_addr()?);
+        let entrance = Entrance::new(listener, identity.as_ref())?;
         let interrupted = interruption();
         let summary = tokio::select! {
-            summary = unisono_coordinator::run(ready, options, listener, progress, interrupted.clone()) => summary?,
-            failed = self.supervise(url, interrupted.clone(), ids) => match failed? {},
+            summary = unisono_coordinator::run(ready, options, entrance, progress, interrupted.clone()) => summary?,
+            failed = self.supervise(url, of_workers, interrupted.clone(), ids) => match failed? {},
         };
         let interrupted = *interrupted.borrow();
         Ok((summary, interrupted))

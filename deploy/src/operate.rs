@@ -1,27 +1,34 @@
 //! Asking and steering a running job.
 
-use crate::Wrong;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result};
 use serde_json::json;
 use std::process::ExitCode;
 use std::time::Duration;
+use tonic::Status;
 use unisono_proto::v1;
-use unisono_worker::plain;
+use unisono_worker::{Address, Channel};
 
-type Client = v1::operator_client::OperatorClient<tonic::transport::Channel>;
+type Client = v1::operator_client::OperatorClient<Channel>;
 
-async fn client(url: &str) -> Result<Client> {
-    let limit = Duration::from_secs(5);
-    let endpoint = unisono_worker::endpoint(url).map_err(Wrong)?.timeout(limit);
-    match tokio::time::timeout(limit, endpoint.connect()).await {
-        Ok(connected) => Ok(Client::new(connected.map_err(|e| unisono_worker::unreachable(url, &e))?)),
-        Err(_) => bail!("cannot reach a coordinator at {url}: nothing answers"),
-    }
+/// How long a coordinator may take to answer.
+const LIMIT: Duration = Duration::from_secs(5);
+
+async fn client(address: &Address) -> Result<Client> {
+    let connected = tokio::time::timeout(LIMIT, address.connect()).await;
+    let nothing = || format!("cannot reach a coordinator at {}: nothing answers", address.url());
+    Ok(Client::new(connected.with_context(nothing)??))
+}
+
+/// The answer to a call, or an error where none comes.
+async fn answer<T>(address: &Address, call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T> {
+    let answered = tokio::time::timeout(LIMIT, call).await;
+    let answered = answered.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")));
+    Ok(answered.map_err(|e| address.plain(&e))?.into_inner())
 }
 
 /// Prints where the run stands.
-pub async fn status(url: &str, json: bool) -> Result<ExitCode> {
-    let s = client(url).await?.status(v1::StatusRequest {}).await.map_err(|e| plain(url, &e))?.into_inner();
+pub async fn status(address: &Address, json: bool) -> Result<ExitCode> {
+    let s = answer(address, client(address).await?.status(v1::StatusRequest {})).await?;
     if json {
         let worker = |w: &v1::WorkerStatus| {
             json!({ "worker": w.worker_id, "rank": w.rank, "name": w.name, "threads": w.threads,
@@ -50,15 +57,15 @@ pub async fn status(url: &str, json: bool) -> Result<ExitCode> {
 }
 
 /// Takes a worker out.
-pub async fn drain(url: &str, worker: u64) -> Result<ExitCode> {
-    client(url).await?.drain(v1::DrainRequest { worker_id: worker }).await.map_err(|e| plain(url, &e))?;
+pub async fn drain(address: &Address, worker: u64) -> Result<ExitCode> {
+    answer(address, client(address).await?.drain(v1::DrainRequest { worker_id: worker })).await?;
     println!("worker {worker} leaves after its current step");
     Ok(ExitCode::SUCCESS)
 }
 
 /// Ends the run.
-pub async fn stop(url: &str) -> Result<ExitCode> {
-    client(url).await?.stop(v1::StopRequest {}).await.map_err(|e| plain(url, &e))?;
+pub async fn stop(address: &Address) -> Result<ExitCode> {
+    answer(address, client(address).await?.stop(v1::StopRequest {})).await?;
     println!("the run ends after its current step, with a checkpoint");
     Ok(ExitCode::SUCCESS)
 }

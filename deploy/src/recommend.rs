@@ -76,7 +76,7 @@ impl<'a> Recommender<'a> {
 fn seen(trained: &Trained) -> Result<Seen> {
     let manifest = &trained.manifest;
     let way_out = "what users have cannot be left out; put the data in its place, or add --with-seen";
-    let opened = data::open(&manifest.job.data, manifest.job.seed).context(way_out)?;
+    let opened = data::open(&data::Files::any(), &manifest.job.data, manifest.job.seed).context(way_out)?;
     if opened.prepared.digest != manifest.prepared.digest {
         bail!("the data have changed since {} was trained on them: {way_out}", trained.path.display());
     }

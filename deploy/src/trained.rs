@@ -132,7 +132,8 @@ pub fn eval(
         None => job.clone(),
     };
     // Another text has to become the model's tokens, and other lines as many ids.
-    let opened = data::open_as(&source.data, source.seed, Some(&prepared)).map_err(|e| Wrong(e.into()))?;
+    let opened =
+        data::open_as(&data::Files::any(), &source.data, source.seed, Some(&prepared)).map_err(|e| Wrong(e.into()))?;
     let Opened { train, test, prepared: found, skipped } = opened;
     if let Some(warning) = skipped.as_ref().and_then(Skipped::warning) {
         eprintln!("{warning}");

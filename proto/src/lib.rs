@@ -8,6 +8,7 @@ use unisono_common::layout::Layout;
 use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
 
+pub mod identity;
 pub mod shm;
 pub mod stream;
 

@@ -1,57 +1,180 @@
-//! Reaching a coordinator: its address, the transport's settings, and errors in plain words.
+//! Reaching a coordinator: its address, what is shown there, the transport's settings, and errors in plain words.
 
 use crate::Options;
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use http::HeaderValue;
+use rustls::{CertificateError, InvalidMessage};
+use std::error::Error;
+use std::io;
+use std::task::Poll;
 use std::time::Duration;
 use tonic::body::Body;
 use tonic::codegen::Service;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::channel::ResponseFuture;
+use tonic::transport::{self, Certificate, ClientTlsConfig, Endpoint};
+use unisono_proto::identity::{CA, CERTIFICATE, Identity};
 use unisono_proto::stream::Reader;
 use unisono_proto::{self as wire, v1};
 
-/// Where a coordinator is, with the transport's settings.
-///
-/// # Errors
-/// A URL that is none.
-pub fn endpoint(url: &str) -> Result<Endpoint> {
-    let url = if url.contains("://") { url.to_string() } else { format!("http://{url}") };
-    if url.starts_with("https://") {
-        bail!("`{url}`: connections are not encrypted yet; write it as http://HOST:PORT");
-    }
-    let endpoint = Endpoint::from_shared(url.clone()).ok();
-    let has_port = |e: &Endpoint| e.uri().scheme_str() == Some("http") && e.uri().port_u16().is_some();
-    let Some(endpoint) = endpoint.filter(has_port) else {
-        bail!("`{url}` is not a coordinator's URL; write it as http://HOST:PORT")
-    };
-    Ok(endpoint
-        .connect_timeout(Duration::from_secs(5))
-        .http2_keep_alive_interval(wire::KEEPALIVE)
-        .keep_alive_timeout(wire::KEEPALIVE)
-        .keep_alive_while_idle(true)
-        .initial_stream_window_size(wire::STREAM_WINDOW)
-        .initial_connection_window_size(wire::CONNECTION_WINDOW)
-        .max_frame_size(wire::MAX_FRAME)
-        .tcp_nodelay(true))
+/// Where a coordinator is, with the transport's settings, and who asks.
+#[derive(Clone, Debug)]
+pub struct Address {
+    url: String,
+    endpoint: Endpoint,
+    /// The header `authorization`, which is never shown.
+    token: Option<HeaderValue>,
 }
 
-/// The error of a connection that could not be made: its last cause says all.
-pub fn unreachable(url: &str, e: &tonic::transport::Error) -> anyhow::Error {
-    let mut cause: &dyn std::error::Error = e;
+impl Address {
+    /// From a URL, and what is shown there; without a scheme, TLS is spoken where there is an identity.
+    ///
+    /// # Errors
+    /// A URL that is none, TLS without an identity, an identity that would be sent in the clear, and files that hold no
+    /// certificate.
+    pub fn new(url: &str, identity: Option<&Identity>) -> Result<Address> {
+        let scheme = if identity.is_some() { "https" } else { "http" };
+        let url = if url.contains("://") { url.to_string() } else { format!("{scheme}://{url}") };
+        let endpoint = Endpoint::from_shared(url.clone()).ok();
+        let scheme = |e: &Endpoint| e.uri().scheme_str().unwrap_or_default().to_string();
+        let is_url = |e: &Endpoint| ["http", "https"].contains(&&*scheme(e)) && e.uri().port_u16().is_some();
+        let Some(mut endpoint) = endpoint.filter(is_url) else {
+            bail!("`{url}` is not a coordinator's URL; write it as https://HOST:PORT, or http://HOST:PORT without TLS")
+        };
+        let mut token = None;
+        match (identity, scheme(&endpoint).as_str()) {
+            (Some(_), "http") => {
+                bail!(
+                    "`{url}` is without TLS, and who listens could be anybody: write https://, or leave --identity (UNISONO_IDENTITY) out"
+                )
+            }
+            (None, "https") => {
+                bail!("`{url}` is with TLS: give the folder of an identity with --identity (`unisono cert` makes one)")
+            }
+            (Some(identity), _) => {
+                let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&identity.ca));
+                if let Some(mine) = &identity.certificate {
+                    tls = tls.identity(transport::Identity::from_pem(&mine.chain, &mine.key));
+                }
+                let file = if identity.certificate.is_some() { CERTIFICATE } else { CA };
+                endpoint = endpoint.tls_config(tls).map_err(|e| identity.wrong(file, last_cause(&e)))?;
+                if let Some(mine) = &identity.token {
+                    let mut header = HeaderValue::from_str(&mine.header()).context("the join token")?;
+                    header.set_sensitive(true);
+                    token = Some(header);
+                }
+            }
+            (None, _) => {}
+        }
+        let endpoint = endpoint
+            .connect_timeout(Duration::from_secs(5))
+            .http2_keep_alive_interval(wire::KEEPALIVE)
+            .keep_alive_timeout(wire::KEEPALIVE)
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(wire::STREAM_WINDOW)
+            .initial_connection_window_size(wire::CONNECTION_WINDOW)
+            .max_frame_size(wire::MAX_FRAME)
+            .tcp_nodelay(true);
+        Ok(Address { url, endpoint, token })
+    }
+
+    /// The URL, for people.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A connection, and whether there is any.
+    ///
+    /// # Errors
+    /// Nobody there, or not whom the identity's authority knows.
+    pub async fn connect(&self) -> Result<Channel> {
+        let wire = self.endpoint.connect().await.map_err(|e| self.unreachable(&e))?;
+        Ok(Channel { wire, token: self.token.clone() })
+    }
+
+    /// The error of a connection that could not be made.
+    fn unreachable(&self, e: &transport::Error) -> anyhow::Error {
+        use CertificateError::{
+            Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
+            UnknownIssuer,
+        };
+        let url = &self.url;
+        let why = match tls_error(e) {
+            Some(rustls::Error::InvalidCertificate(UnknownIssuer)) => {
+                format!(
+                    "the certificate of {url} is of another CA than {CA} in --identity: is it the right coordinator?"
+                )
+            }
+            Some(rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
+                format!("the certificate of {url} is not for this host: make one with `unisono cert --host HOST`")
+            }
+            Some(rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. })) => {
+                format!("the certificate of {url} has expired: make another with `unisono cert`")
+            }
+            Some(rustls::Error::InvalidCertificate(NotValidYet | NotValidYetContext { .. })) => {
+                format!("the certificate of {url} is not valid yet: compare the clocks of both machines")
+            }
+            Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {
+                format!("what listens at {url} speaks no TLS: start the coordinator with --identity")
+            }
+            Some(other) => format!("no TLS with {url}: {other}"),
+            None => format!("cannot reach a coordinator at {url}: {}", last_cause(e)),
+        };
+        anyhow!(why)
+    }
+
+    /// A refused call in plain words: what a server that is no coordinator says is of no use to anybody.
+    pub fn plain(&self, e: &tonic::Status) -> anyhow::Error {
+        use tonic::Code::{Cancelled, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
+        let url = &self.url;
+        match e.code() {
+            Cancelled | DeadlineExceeded => anyhow!("{url} does not answer"),
+            Internal | Unavailable | Unimplemented | Unknown => {
+                let tls = if url.starts_with("http:") { ", or asks for TLS (https:// and --identity)" } else { "" };
+                anyhow!("what listens at {url} is no coordinator of this version, or has just ended{tls}")
+            }
+            _ => anyhow!("{}", e.message()),
+        }
+    }
+}
+
+/// The last cause of an error says all.
+fn last_cause(e: &dyn Error) -> String {
+    let mut cause = e;
     while let Some(next) = cause.source() {
         cause = next;
     }
-    anyhow!("cannot reach a coordinator at {url}: {cause}")
+    cause.to_string()
 }
 
-/// A refused call in plain words: what a server that is no coordinator says is of no use to anybody.
-pub fn plain(url: &str, e: &tonic::Status) -> anyhow::Error {
-    use tonic::Code::{Cancelled, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
-    match e.code() {
-        Cancelled | DeadlineExceeded => anyhow!("{url} does not answer"),
-        Internal | Unavailable | Unimplemented | Unknown => {
-            anyhow!("what listens at {url} is no coordinator of this version, or has just ended")
+/// What is wrong with TLS, where that is why there is no connection.
+fn tls_error<'a>(e: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
+    let of_io =
+        |e: &'a (dyn Error + 'static)| e.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<rustls::Error>();
+    let source = |e: &&'a (dyn Error + 'static)| -> Option<&'a (dyn Error + 'static)> { Error::source(*e) };
+    std::iter::successors(Some(e), source).find_map(|e| e.downcast_ref().or_else(|| of_io(e)))
+}
+
+/// A connection to a coordinator, which shows the join token with every call, where there is one.
+#[derive(Clone, Debug)]
+pub struct Channel {
+    wire: transport::Channel,
+    token: Option<HeaderValue>,
+}
+
+impl Service<http::Request<Body>> for Channel {
+    type Response = http::Response<Body>;
+    type Error = transport::Error;
+    type Future = ResponseFuture;
+
+    fn poll_ready(&mut self, context: &mut std::task::Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.wire.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> ResponseFuture {
+        if let Some(token) = &self.token {
+            request.headers_mut().insert(http::header::AUTHORIZATION, token.clone());
         }
-        _ => anyhow!("{}", e.message()),
+        self.wire.call(request)
     }
 }
 
@@ -63,7 +186,7 @@ pub(crate) async fn answer<T>(
     call: impl Future<Output = Result<T, tonic::Status>>,
 ) -> Result<T, tonic::Status> {
     let limit = options.patience.clamp(Duration::from_secs(1), Duration::from_secs(10));
-    let nothing = |_| tonic::Status::deadline_exceeded(format!("{} does not answer", options.url));
+    let nothing = |_| tonic::Status::deadline_exceeded(format!("{} does not answer", options.coordinator.url()));
     tokio::time::timeout(limit, call).await.map_err(nothing)?
 }
 

@@ -11,10 +11,11 @@ pub mod session;
 mod weights;
 
 use anyhow::{Result, bail};
-pub use connect::{endpoint, plain, unreachable};
+pub use connect::{Address, Channel};
 use session::{End, Kept};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
+use unisono_common::data::Files;
 
 /// Pauses between attempts to join.
 const SHORTEST: Duration = Duration::from_millis(50);
@@ -37,7 +38,7 @@ pub enum Transport {
 /// How a worker runs; none of it changes the result.
 #[derive(Clone, Debug)]
 pub struct Options {
-    pub url: String,
+    pub coordinator: Address,
     pub threads: usize,
     pub transport: Transport,
     pub name: String,
@@ -45,6 +46,8 @@ pub struct Options {
     pub patience: Duration,
     /// Where partitions that the coordinator sends are kept from run to run.
     pub cache: Option<std::path::PathBuf>,
+    /// What a job may make it read.
+    pub files: Files,
     /// Computes no gradients and pushes zeros, to measure what the rest can do: alone among these it changes the result.
     pub simulated: bool,
 }
@@ -52,15 +55,6 @@ pub struct Options {
 /// Locks a mutex whose holders leave what they guard as it should be, whatever happens to them.
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-/// Finds mistakes in the options before anything starts.
-///
-/// # Errors
-/// A URL that is none, and no threads or too many.
-pub fn check(options: &Options) -> Result<()> {
-    endpoint(&options.url)?;
-    check_threads(options.threads)
 }
 
 /// Finds out whether a worker may have so many threads.
@@ -75,7 +69,7 @@ pub fn check_threads(threads: usize) -> Result<()> {
     Ok(())
 }
 
-/// Serves the coordinator at `options.url` until its job ends; joins again after every break.
+/// Serves the coordinator until its job ends; joins again after every break.
 pub async fn run(options: Options) -> Result<()> {
     let mut kept = Kept::default();
     let mut alone_since = tokio::time::Instant::now();

@@ -1,6 +1,6 @@
 //! The push stream: chunks are checked, summed up and sent beside the compute thread, from where they were computed.
 
-use crate::connect::call;
+use crate::connect::{Channel, call};
 use crate::link::Piece;
 use bytes::Bytes;
 use http_body::Frame;
@@ -13,7 +13,6 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::body::Body;
-use tonic::transport::Channel;
 use unisono_common::kernels;
 use unisono_common::layout::{Layout, le_bytes};
 use unisono_proto::shm::frame::{Header, Spent};

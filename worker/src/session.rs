@@ -2,7 +2,7 @@
 
 use crate::cache::Cache;
 use crate::compute::Compute;
-use crate::connect::{Client, answer, call, endpoint, plain, unreachable};
+use crate::connect::{Client, answer, call};
 use crate::link::{Link, Order};
 use crate::push;
 use crate::rows;
@@ -60,12 +60,18 @@ struct KeptJob {
     model: Arc<Model>,
 }
 
+/// Whether a refusal will be the same the next time.
+fn is_final(refused: &tonic::Status) -> bool {
+    use tonic::Code::{FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated};
+    matches!(refused.code(), FailedPrecondition | InvalidArgument | PermissionDenied | Unauthenticated)
+}
+
 async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Result<Result<(), String>> {
     let mut asking = client.clone().max_decoding_message_size(wire::MAX_JOB);
     let reply = match answer(options, asking.get_job(v1::GetJobRequest { version: wire::VERSION.into() })).await {
         Ok(reply) => reply.into_inner(),
-        Err(e) if e.code() == tonic::Code::FailedPrecondition => return Ok(Err(e.message().into())),
-        Err(e) => return Err(plain(&options.url, &e)),
+        Err(e) if is_final(&e) => return Ok(Err(e.message().into())),
+        Err(e) => return Err(options.coordinator.plain(&e)),
     };
     let prepared: Prepared = serde_json::from_str(&reply.prepared).context("the coordinator's data description")?;
     prepared.check().context("the coordinator's data description")?;
@@ -78,8 +84,8 @@ async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Res
     let samples = if job.data.ship == Some(true) {
         sent
     } else {
-        let (data, seed) = (job.data.clone(), job.seed);
-        match tokio::task::spawn_blocking(move || data::open(&data, seed)).await? {
+        let (files, data, seed) = (options.files.clone(), job.data.clone(), job.seed);
+        match tokio::task::spawn_blocking(move || data::open(&files, &data, seed)).await? {
             Ok(opened) if opened.prepared == prepared => Samples::Read(Box::new(opened)),
             Ok(_) => {
                 let what = "this worker's data files differ from the coordinator's";
@@ -218,8 +224,8 @@ async fn receive_chunk(
 
 /// Runs one membership.
 pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
-    let Options { url, threads, transport, name, .. } = options;
-    let channel = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
+    let Options { coordinator, threads, transport, name, .. } = options;
+    let channel = coordinator.connect().await?;
     let mut client = Client::new(channel.clone()).max_decoding_message_size(wire::MAX_MESSAGE);
     if let Err(refused) = prepare(&mut client, kept, options).await? {
         return Ok(End::Refused(refused));
@@ -241,10 +247,8 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     to_coordinator.send(v1::FromWorker { kind: Some(v1::from_worker::Kind::Join(join)) })?;
     let mut incoming = match answer(options, client.session(UnboundedReceiverStream::new(outgoing))).await {
         Ok(reply) => reply.into_inner(),
-        Err(e) if matches!(e.code(), tonic::Code::FailedPrecondition | tonic::Code::InvalidArgument) => {
-            return Ok(End::Refused(e.message().into()));
-        }
-        Err(e) => return Err(plain(&options.url, &e)),
+        Err(e) if is_final(&e) => return Ok(End::Refused(e.message().into())),
+        Err(e) => return Err(coordinator.plain(&e)),
     };
     let joined = match answer(options, incoming.message()).await?.and_then(|m| m.kind) {
         Some(v1::to_worker::Kind::Joined(joined)) => joined,
@@ -302,7 +306,7 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
             let (orders, taken) = std::sync::mpsc::channel();
             let (push, pieces) = mpsc::unbounded_channel();
             // Weights have a connection of their own: each is served by one thread at a time.
-            let other = endpoint(url)?.connect().await.map_err(|e| unreachable(url, &e))?;
+            let other = coordinator.connect().await?;
             let request = wire::stream::short(&v1::BroadcastRequest { session: joined.session.clone() });
             let broadcast = call(other, "Broadcast", Body::new(Full::new(request)));
             let broadcast = answer(options, broadcast).await?;

@@ -1,10 +1,9 @@
 //! The binary files of CIFAR-10 and CIFAR-100, gzipped or not: labels and pixels of one sample after another (Krizhevsky's
 //! page).
 
-use super::{DataError, Dataset, Features, Raw, Scale, Targets, find, numbered, reader};
+use super::{DataError, Dataset, Features, Files, Raw, Scale, Targets, numbered, reader};
 use crate::job;
 use std::io::Read;
-use std::path::Path;
 
 const SHAPE: [usize; 3] = [3, 32, 32];
 const PIXELS: usize = 3 * 32 * 32;
@@ -14,11 +13,11 @@ fn labels(classes: usize) -> usize {
     if classes == 100 { 2 } else { 1 }
 }
 
-fn dataset(root: Option<&Path>, base: &str, paths: &[String], classes: usize) -> Result<Dataset, DataError> {
+fn dataset(files: &Files, base: &str, paths: &[String], classes: usize) -> Result<Dataset, DataError> {
     let (mut pixels, mut targets) = (Vec::new(), Vec::new());
     let record = labels(classes) + PIXELS;
     for path in paths {
-        let found = find(root, base, path)?;
+        let found = files.find(base, path)?;
         let name = found.display().to_string();
         let mut bytes = Vec::new();
         reader(&found).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(DataError::read(&name))?;
@@ -43,10 +42,10 @@ fn dataset(root: Option<&Path>, base: &str, paths: &[String], classes: usize) ->
 }
 
 /// Reads both splits.
-pub(super) fn read(root: Option<&Path>, spec: &job::Cifar) -> Result<Raw, DataError> {
+pub(super) fn read(files: &Files, spec: &job::Cifar) -> Result<Raw, DataError> {
     let job::Cifar { base, train, test, classes } = spec;
-    let train = dataset(root, base, train, *classes)?;
-    let test = if test.is_empty() { None } else { Some(dataset(root, base, test, *classes)?) };
+    let train = dataset(files, base, train, *classes)?;
+    let test = if test.is_empty() { None } else { Some(dataset(files, base, test, *classes)?) };
     Ok(Raw::new(train, test, Some(numbered(*classes)), Scale { per_feature: false, unit: 1.0 / 255.0 }))
 }
 
@@ -68,7 +67,7 @@ mod tests {
         }
         let owned = |names: &[&str]| names.iter().map(|name| name.to_string()).collect();
         let base = folder.path().display().to_string();
-        read(None, &job::Cifar { base, train: owned(train), test: owned(test), classes })
+        read(&Files::default(), &job::Cifar { base, train: owned(train), test: owned(test), classes })
     }
 
     #[test]

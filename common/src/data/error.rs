@@ -36,6 +36,11 @@ pub enum DataError {
          path in the job file"
     )]
     Missing { what: &'static str, path: String, tried: String },
+    #[error(
+        "{path} is outside the folders that this worker reads ({only}): allow its folder with --data-root, or set \
+         data.ship = true in the job"
+    )]
+    Outside { path: String, only: String },
     #[error("cannot read {path}: {source}; check its permissions, and that it was copied whole")]
     Read { path: String, source: io::Error },
     #[error("data.format {format:?}: {source}")]

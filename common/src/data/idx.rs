@@ -1,6 +1,6 @@
 //! IDX files, gzipped or not: `magic, sizes, bytes`, all big-endian (LeCun's MNIST page).
 
-use super::{DataError, Dataset, Features, Raw, Scale, Targets, find, numbered, reader};
+use super::{DataError, Dataset, Features, Files, Raw, Scale, Targets, numbered, reader};
 use crate::job::IdxPaths;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -67,9 +67,9 @@ impl Idx {
     }
 }
 
-fn pair(root: Option<&Path>, paths: &IdxPaths) -> Result<(Idx, Idx), DataError> {
-    let images = Idx::read(&find(root, &paths.base, &paths.images)?, What::Images)?;
-    let labels = Idx::read(&find(root, &paths.base, &paths.labels)?, What::Labels)?;
+fn pair(files: &Files, paths: &IdxPaths) -> Result<(Idx, Idx), DataError> {
+    let images = Idx::read(&files.find(&paths.base, &paths.images)?, What::Images)?;
+    let labels = Idx::read(&files.find(&paths.base, &paths.labels)?, What::Labels)?;
     if images.sizes[0] != labels.sizes[0] {
         return Err(DataError::Counts {
             image_count: images.sizes[0],
@@ -96,12 +96,12 @@ fn shape(images: &Idx) -> Vec<usize> {
 
 /// Reads both splits; where `classes` does not, the training set's labels say how many classes there are.
 pub(super) fn read(
-    root: Option<&Path>,
+    files: &Files,
     train: &IdxPaths,
     test: Option<&IdxPaths>,
     classes: Option<usize>,
 ) -> Result<Raw, DataError> {
-    let (images, labels) = pair(root, train)?;
+    let (images, labels) = pair(files, train)?;
     let (sample, largest) = (0..).zip(&labels.bytes).max_by_key(|(_, label)| **label).map_or((0, 0), |(i, l)| (i, *l));
     let last = classes.map_or(largest, |classes| (classes - 1) as u8);
     if largest > last {
@@ -116,7 +116,7 @@ pub(super) fn read(
     let test = match test {
         None => None,
         Some(paths) => {
-            let (images, labels) = pair(root, paths)?;
+            let (images, labels) = pair(files, paths)?;
             if shape(&images) != train_shape {
                 return Err(DataError::TestShape { test: shape(&images), path: images.path, train: train_shape });
             }
@@ -166,7 +166,7 @@ mod tests {
 
     fn train(images: &[u8], labels: &[u8]) -> Result<Raw, DataError> {
         let dir = TempDir::new().unwrap();
-        read(None, &put(&dir, "train", images, labels), None, None)
+        read(&Files::default(), &put(&dir, "train", images, labels), None, None)
     }
 
     /// The error says all of `parts`, in one of the ways that `|` parts.
@@ -212,7 +212,9 @@ mod tests {
         let odd = idx(0x801, &[3], &[2, 200, 1]);
         says(train(&images(), &odd), &["train-labels: sample 1 has label 200", "3 different", "data.classes"]);
         let dir = TempDir::new().unwrap();
-        let read = |labels: &[u8], classes| read(None, &put(&dir, "train", &images(), labels), None, Some(classes));
+        let read = |labels: &[u8], classes| {
+            read(&Files::default(), &put(&dir, "train", &images(), labels), None, Some(classes))
+        };
         says(read(&odd, 10), &["train-labels: sample 1 has label 200", "end at 9", "data.classes"]);
         assert_eq!(read(&labels(), 10).unwrap().classes.unwrap().len(), 10);
         assert_eq!(read(&odd, 201).unwrap().classes.unwrap().len(), 201);
@@ -246,7 +248,9 @@ mod tests {
     fn a_test_set_that_does_not_fit_is_refused() {
         let dir = TempDir::new().unwrap();
         let paths = put(&dir, "train", &images(), &labels());
-        let test = |images: &[u8], labels: &[u8]| read(None, &paths, Some(&put(&dir, "test", images, labels)), None);
+        let test = |images: &[u8], labels: &[u8]| {
+            read(&Files::default(), &paths, Some(&put(&dir, "test", images, labels)), None)
+        };
         assert!(test(&images(), &labels()).unwrap().test.is_some());
         says(test(&idx(0x803, &[3, 2, 1], &[0; 6]), &labels()), &["test-images", "[1, 2, 1]", "[1, 2, 2]"]);
         says(test(&images(), &idx(0x801, &[3], &[0, 3, 1])), &["test-labels: sample 1 has label 3", "end at 2"]);
@@ -263,7 +267,7 @@ mod tests {
             images: format!("mnist/{split}-images-idx3-ubyte.gz"),
             labels: format!("mnist/{split}-labels-idx1-ubyte.gz"),
         };
-        let raw = read(Some(Path::new(&root)), &paths("train"), Some(&paths("t10k")), Some(10)).unwrap();
+        let raw = read(&Files::of(root.as_ref()), &paths("train"), Some(&paths("t10k")), Some(10)).unwrap();
         assert_eq!((raw.train.samples(), raw.test.as_ref().unwrap().samples()), (60_000, 10_000));
         let prepared = raw.prepare(true).prepared;
         // The values that every MNIST program has: 0.1307 and 0.3081 of 255.

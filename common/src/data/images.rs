@@ -1,7 +1,7 @@
 //! Pictures in files: a folder, in it a folder for each class, in those PNG and JPEG.
 
 use super::bad::Bad;
-use super::{DataError, Dataset, Features, Raw, Scale, Targets, look_up, picture};
+use super::{DataError, Dataset, Features, Files, Raw, Scale, Targets, picture};
 use crate::job;
 use crate::rng::{Key, Purpose};
 use rayon::prelude::*;
@@ -79,14 +79,9 @@ fn dataset(
 
 /// Reads both splits. The training set's folders are the classes; its pictures are in an order that the seed decides, so
 /// that each of its partitions has some of every class.
-pub(super) fn read(
-    root: Option<&Path>,
-    spec: &job::Images,
-    seed: u64,
-    on_error: job::OnError,
-) -> Result<Raw, DataError> {
+pub(super) fn read(files: &Files, spec: &job::Images, seed: u64, on_error: job::OnError) -> Result<Raw, DataError> {
     let job::Images { base, train, test, holdout, size, channels } = spec;
-    let folder = |path| look_up(root, base, path, "folder", Path::is_dir);
+    let folder = |path| files.look_up(base, path, "folder", Path::is_dir);
     let train_folder = folder(train)?;
     let (names, files): (Vec<String>, Vec<Vec<PathBuf>>) = classes(&train_folder)?.into_iter().unzip();
     if names.len() < 2 {
@@ -195,14 +190,14 @@ mod tests {
         let folder = three();
         std::fs::write(folder.path().join("train/README"), "beside the classes").unwrap();
         std::fs::write(folder.path().join("train/cat/.hidden"), "not a picture").unwrap();
-        let raw = read(None, &spec(&folder), 1, STOP).unwrap();
+        let raw = read(&Files::default(), &spec(&folder), 1, STOP).unwrap();
         assert_eq!(raw.classes.as_ref().unwrap(), &["cat", "dog", "eel"]);
         assert_eq!((&raw.train.shape[..], raw.train.samples(), raw.test.is_none()), (&[1, 2, 2][..], 15, true));
         let Targets::Class(labels) = &raw.train.targets else { panic!("classes") };
         let pixels = grey(&raw.train);
         assert!(pixels.iter().zip(labels).all(|(pixel, label)| *pixel as u32 / 20 == *label));
         assert!(!labels.is_sorted());
-        assert_ne!(grey(&read(None, &spec(&folder), 2, STOP).unwrap().train), pixels);
+        assert_ne!(grey(&read(&Files::default(), &spec(&folder), 2, STOP).unwrap().train), pixels);
         // The order in which a folder lists its files is that in which they were made.
         let again = TempDir::new().unwrap();
         for (class, name) in ["cat", "dog", "eel"].into_iter().enumerate().rev() {
@@ -210,7 +205,7 @@ mod tests {
                 put(&again, &format!("train/{name}/{}.png", 9 - i), 20 * class as u8 + i);
             }
         }
-        assert_eq!(grey(&read(None, &spec(&again), 1, STOP).unwrap().train), pixels);
+        assert_eq!(grey(&read(&Files::default(), &spec(&again), 1, STOP).unwrap().train), pixels);
     }
 
     #[test]
@@ -219,10 +214,10 @@ mod tests {
         put(&folder, "test/eel/a.png", 41);
         put(&folder, "test/dog/b.png", 22);
         let spec = job::Images { test: Some("test".into()), ..spec(&folder) };
-        let test = read(None, &spec, 1, STOP).unwrap().test.unwrap();
+        let test = read(&Files::default(), &spec, 1, STOP).unwrap().test.unwrap();
         assert_eq!((grey(&test), test.targets), (vec![22, 41], Targets::Class(vec![1, 2])));
         put(&folder, "test/fox/c.png", 1);
-        let message = read(None, &spec, 1, STOP).err().unwrap().to_string();
+        let message = read(&Files::default(), &spec, 1, STOP).err().unwrap().to_string();
         assert!(message.contains("fox") && message.contains("c.png") && message.contains("train"), "{message}");
     }
 
@@ -232,19 +227,21 @@ mod tests {
         for i in 0..30 {
             put(&folder, &format!("train/{}/copy{i}.png", ["cat", "dog"][i % 2]), 100 + i as u8 / 3);
         }
-        let raw = read(None, &job::Images { holdout: Some(0.4), ..spec(&folder) }, 1, STOP).unwrap();
+        let raw = read(&Files::default(), &job::Images { holdout: Some(0.4), ..spec(&folder) }, 1, STOP).unwrap();
         let (train, test) = (grey(&raw.train), grey(raw.test.as_ref().unwrap()));
         assert_eq!(train.len() + test.len(), 45);
         assert!((5..35).contains(&test.len()) && train.iter().all(|pixel| !test.contains(pixel)));
-        let message =
-            read(None, &job::Images { holdout: Some(1e-9), ..spec(&folder) }, 1, STOP).err().unwrap().to_string();
+        let message = read(&Files::default(), &job::Images { holdout: Some(1e-9), ..spec(&folder) }, 1, STOP)
+            .err()
+            .unwrap()
+            .to_string();
         assert!(message.contains("data.holdout"), "{message}");
     }
 
     #[test]
     fn wrong_folders_and_files_are_named() {
         let says = |folder: &TempDir, parts: &[&str]| {
-            let message = read(None, &spec(folder), 1, STOP).err().unwrap().to_string();
+            let message = read(&Files::default(), &spec(folder), 1, STOP).err().unwrap().to_string();
             parts.iter().for_each(|part| assert!(message.contains(part), "{message:?} does not say {part:?}"));
         };
         let folder = TempDir::new().unwrap();
@@ -256,13 +253,14 @@ mod tests {
         std::fs::create_dir(folder.path().join("train/dog")).unwrap();
         says(&folder, &["train/dog", "no pictures"]);
         put(&folder, "train/dog/a.png", 1);
-        read(None, &spec(&folder), 1, STOP).unwrap();
+        read(&Files::default(), &spec(&folder), 1, STOP).unwrap();
         // Of two that are wrong, always the same is named.
         std::fs::write(folder.path().join("train/dog/b.txt"), "a text").unwrap();
-        let first = read(None, &spec(&folder), 1, STOP).err().unwrap().to_string();
+        let first = read(&Files::default(), &spec(&folder), 1, STOP).err().unwrap().to_string();
         assert!(first.contains("train/dog/b.txt") && first.contains("PNG"), "{first}");
         std::fs::create_dir(folder.path().join("train/dog/more")).unwrap();
-        let named: Vec<_> = (0..4).map(|_| read(None, &spec(&folder), 1, STOP).err().unwrap().to_string()).collect();
+        let named: Vec<_> =
+            (0..4).map(|_| read(&Files::default(), &spec(&folder), 1, STOP).err().unwrap().to_string()).collect();
         assert!(named.windows(2).all(|w| w[0] == w[1]), "{named:?}");
     }
     #[test]
@@ -279,14 +277,16 @@ mod tests {
         for (test, holdout, left_out) in [(None, None, 2), (Some("test".into()), None, 3), (None, Some(0.4), 2)] {
             let spec = |folder| job::Images { test: Option::clone(&test), holdout, ..spec(folder) };
             let skip = |most| job::OnError::Skip { most };
-            let (want, got) =
-                (read(None, &spec(&clean), 1, STOP).unwrap(), read(None, &spec(&dirty), 1, skip(3)).unwrap());
+            let (want, got) = (
+                read(&Files::default(), &spec(&clean), 1, STOP).unwrap(),
+                read(&Files::default(), &spec(&dirty), 1, skip(3)).unwrap(),
+            );
             assert_eq!((got.train, got.test), (want.train, want.test));
             let skipped = got.skipped.unwrap();
             let first = skipped.first.unwrap();
             assert!(skipped.samples == left_out && (first.contains("0.png") || first.contains("z.jpg")), "{first}");
             assert_eq!(want.skipped, None);
-            let message = read(None, &spec(&dirty), 1, skip(1)).err().unwrap().to_string();
+            let message = read(&Files::default(), &spec(&dirty), 1, skip(1)).err().unwrap().to_string();
             assert!(message.contains("data.max_errors = 1") && message.contains("z.jpg cannot be read"), "{message}");
         }
         let all = TempDir::new().unwrap();
@@ -294,7 +294,8 @@ mod tests {
             std::fs::create_dir_all(all.path().join(path)).unwrap();
             std::fs::write(all.path().join(path).join("a.png"), "no picture").unwrap();
         }
-        let message = read(None, &spec(&all), 1, job::OnError::Skip { most: 9 }).err().unwrap().to_string();
+        let message =
+            read(&Files::default(), &spec(&all), 1, job::OnError::Skip { most: 9 }).err().unwrap().to_string();
         assert!(message.contains("holds no samples"), "{message}");
     }
 }

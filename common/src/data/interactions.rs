@@ -6,14 +6,13 @@
 use super::bad::Bad;
 use super::error::At;
 use super::implicit::MOST_ITEMS;
-use super::{Candidates, DataError, Dataset, IdField, Raw, Scale, Seen, Targets, find, read_bytes};
+use super::{Candidates, DataError, Dataset, Files, IdField, Raw, Scale, Seen, Targets, read_bytes};
 use crate::job::{HeldOut, Implicit, OnError, RatingFiles, Separator};
 use crate::rng::{Key, Purpose};
 use crate::rows::NO_ID;
 use ::csv::{ReaderBuilder, StringRecord};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::sync::Arc;
 
 /// Bytes of all items' names, at most: they travel in one message.
@@ -299,10 +298,10 @@ impl Known {
 }
 
 /// Reads both splits; the vocabulary is that of the training file, also of what is held out of it.
-pub(super) fn read(root: Option<&Path>, spec: &RatingFiles, seed: u64, on_error: OnError) -> Result<Raw, DataError> {
+pub(super) fn read(files: &Files, spec: &RatingFiles, seed: u64, on_error: OnError) -> Result<Raw, DataError> {
     let mut bad = Bad::new(on_error);
     let open = |path: &str| {
-        let found = find(root, &spec.base, path)?;
+        let found = files.find(&spec.base, path)?;
         Ok((read_bytes(&found)?, found.display().to_string()))
     };
     let (bytes, path) = open(&spec.train)?;

@@ -6,11 +6,10 @@
 use super::bad::Bad;
 use super::error::At;
 use super::table::MOST_VALUES;
-use super::{DataError, Dataset, Features, Ids, Raw, Scale, Sparse, Targets, find, read_bytes};
+use super::{DataError, Dataset, Features, Files, Ids, Raw, Scale, Sparse, Targets, read_bytes};
 use crate::job::{self, Task};
 use crate::rng::{Key, Purpose};
 use crate::rows::NO_ID;
-use std::path::Path;
 use std::sync::Arc;
 
 /// What is wrong with a line.
@@ -96,13 +95,13 @@ struct Sample {
 impl File {
     /// `most`: features that a sample may have.
     fn read(
-        root: Option<&Path>,
+        files: &Files,
         spec: &job::LibSvm,
         path: &str,
         most: Option<usize>,
         bad: &mut Bad,
     ) -> Result<File, DataError> {
-        let found = find(root, &spec.base, path)?;
+        let found = files.find(&spec.base, path)?;
         let path: Arc<str> = found.display().to_string().into();
         let mut file = File { path, samples: Vec::new(), ids: Vec::new(), factors: Vec::new() };
         for (line, bytes) in (1..).zip(read_bytes(&found)?.split(|byte| *byte == b'\n')) {
@@ -209,16 +208,16 @@ impl File {
 
 /// Reads both splits; `fields` are the places for ids of a model that was trained already.
 pub(super) fn read(
-    root: Option<&Path>,
+    files: &Files,
     spec: &job::LibSvm,
     seed: u64,
     fields: Option<usize>,
     on_error: job::OnError,
 ) -> Result<Raw, DataError> {
     let mut bad = Bad::new(on_error);
-    let mut train = File::read(root, spec, &spec.train, fields, &mut bad)?;
+    let mut train = File::read(files, spec, &spec.train, fields, &mut bad)?;
     let mut test = match (&spec.test, spec.holdout) {
-        (Some(path), _) => Some(File::read(root, spec, path, fields, &mut bad)?),
+        (Some(path), _) => Some(File::read(files, spec, path, fields, &mut bad)?),
         (None, Some(share)) => Some(train.split(Key::new(seed, Purpose::Split), share)?),
         (None, None) => None,
     };
@@ -283,7 +282,13 @@ mod tests {
             std::fs::write(dir.path().join("test.svm"), test).unwrap();
         }
         let base = dir.path().display().to_string();
-        read(None, &job::LibSvm { base, test: test.map(|_| "test.svm".into()), ..spec }, 7, fields, on_error)
+        read(
+            &Files::default(),
+            &job::LibSvm { base, test: test.map(|_| "test.svm".into()), ..spec },
+            7,
+            fields,
+            on_error,
+        )
     }
 
     fn one(text: &str) -> Result<Raw, DataError> {

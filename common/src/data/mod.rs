@@ -3,6 +3,7 @@
 //! | module | what it reads or does |
 //! | --- | --- |
 //! | `dataset`, `batch` | samples as they were read; those of a step, as a model takes them |
+//! | `files` | where a job's files are, and which may be read |
 //! | `digits` | the embedded UCI digits |
 //! | `idx` | IDX files, gzipped or not (MNIST's format) |
 //! | `cifar` | the binary files of CIFAR-10 and CIFAR-100 |
@@ -29,6 +30,7 @@ mod clicks;
 mod dataset;
 mod digits;
 mod error;
+mod files;
 pub mod id;
 mod idx;
 mod images;
@@ -48,6 +50,7 @@ pub use bad::Skipped;
 pub use batch::Batch;
 pub use dataset::{Dataset, Features, Ids, Targets};
 pub use error::DataError;
+pub use files::Files;
 pub use id::IdField;
 pub use implicit::{Candidates, Seen};
 pub use tokenizer::Tokenizer;
@@ -60,7 +63,7 @@ use implicit::MOST_ITEMS;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// What is learnt from the training set and belongs to the model: how raw features become inputs. Kept in checkpoints.
@@ -179,30 +182,25 @@ struct Scale {
 pub(crate) const MOST_CONTEXT: usize = 1 << 20;
 pub(crate) const MOST_TOKENS: usize = 1 << 24;
 
-/// Reads the data of a job: relative paths are looked up in `UNISONO_DATA` first, then in the job file's folder.
-pub fn open(data: &job::Data, seed: u64) -> Result<Opened, DataError> {
-    open_as(data, seed, None)
+/// Reads the data of a job.
+pub fn open(files: &Files, data: &job::Data, seed: u64) -> Result<Opened, DataError> {
+    open_as(files, data, seed, None)
 }
 
 /// [`open`], for a model that was prepared already: texts become its tokens, and samples have as many ids as its have.
-pub fn open_as(data: &job::Data, seed: u64, known: Option<&Prepared>) -> Result<Opened, DataError> {
-    let root = std::env::var_os("UNISONO_DATA").filter(|v| !v.is_empty()).map(PathBuf::from);
-    open_in(root.as_deref(), data, seed, known)
-}
-
-fn open_in(root: Option<&Path>, data: &job::Data, seed: u64, known: Option<&Prepared>) -> Result<Opened, DataError> {
+pub fn open_as(files: &Files, data: &job::Data, seed: u64, known: Option<&Prepared>) -> Result<Opened, DataError> {
     let tokenizer = known.and_then(|known| known.tokens.as_ref()?.tokenizer.as_ref());
     let raw = match &data.source {
         job::Source::Digits => digits::read(seed),
-        job::Source::Idx { train, test, classes } => idx::read(root, train, test.as_ref(), *classes)?,
-        job::Source::Table(spec) => table::read(root, spec, seed, tokenizer, data.on_error)?,
+        job::Source::Idx { train, test, classes } => idx::read(files, train, test.as_ref(), *classes)?,
+        job::Source::Table(spec) => table::read(files, spec, seed, tokenizer, data.on_error)?,
         job::Source::LibSvm(spec) => {
             let fields = known.and_then(|known| Some(known.sparse.as_ref()?.fields));
-            libsvm::read(root, spec, seed, fields, data.on_error)?
+            libsvm::read(files, spec, seed, fields, data.on_error)?
         }
-        job::Source::Text(spec) => text::read(root, spec, tokenizer)?,
-        job::Source::Cifar(spec) => cifar::read(root, spec)?,
-        job::Source::Images(spec) => images::read(root, spec, seed, data.on_error)?,
+        job::Source::Text(spec) => text::read(files, spec, tokenizer)?,
+        job::Source::Cifar(spec) => cifar::read(files, spec)?,
+        job::Source::Images(spec) => images::read(files, spec, seed, data.on_error)?,
         job::Source::Synthetic { task, shape, classes, samples, test_samples } => {
             synthetic::make(seed, *task, shape, *classes, *samples, *test_samples)?
         }
@@ -210,14 +208,14 @@ fn open_in(root: Option<&Path>, data: &job::Data, seed: u64, known: Option<&Prep
             synthetic::text(seed, *vocabulary, *context, *samples, *test_samples)?
         }
         job::Source::Added { base, name, options } => {
-            let place = Place { seed, find: &|path| find(root, base, path) };
+            let place = Place { seed, find: &|path| files.find(base, path) };
             let read = extend::data(name, options, &place);
             let samples = read.map_err(|source| DataError::Added { format: name.clone(), source })?;
             Raw::of_others(name, samples)?
         }
         job::Source::Clicks(spec) => clicks::make(seed, spec)?,
         job::Source::Ratings(spec) => ratings::make(seed, spec)?,
-        job::Source::RatingFiles(spec) => interactions::read(root, spec, seed, data.on_error)?,
+        job::Source::RatingFiles(spec) => interactions::read(files, spec, seed, data.on_error)?,
     };
     if let Some(augment) = data.augment {
         augment::check(augment, &raw.train.shape)?;
@@ -497,33 +495,6 @@ impl Prepared {
             (job::Loss::Mse | job::Loss::Mae | job::Loss::Huber { .. } | job::Loss::Bpr, _) => 1,
         }
     }
-}
-
-/// Where a file of the job is: below `root` (`UNISONO_DATA`), or else below the job file's folder.
-fn find(root: Option<&Path>, base: &str, path: &str) -> Result<PathBuf, DataError> {
-    look_up(root, base, path, "file", Path::is_file)
-}
-
-/// [`find`], of what `is` one.
-fn look_up(
-    root: Option<&Path>,
-    base: &str,
-    path: &str,
-    what: &'static str,
-    is: fn(&Path) -> bool,
-) -> Result<PathBuf, DataError> {
-    let there = Path::new(base).join(path);
-    // Joining an absolute path yields that path, from either folder.
-    let first = root.map(|root| root.join(path)).filter(|first| *first != there);
-    if let Some(found) = first.iter().chain([&there]).find(|p| is(p)) {
-        return Ok(found.clone());
-    }
-    let tried = match (&first, root) {
-        (Some(first), _) => format!("{} and {}", first.display(), there.display()),
-        (None, None) if Path::new(path).is_relative() => format!("{} (UNISONO_DATA is not set)", there.display()),
-        (None, _) => there.display().to_string(),
-    };
-    Err(DataError::Missing { what, path: path.into(), tried })
 }
 
 /// Opens a file, and unpacks it on the way where it is gzipped.

@@ -115,7 +115,7 @@ proptest! {
 
 #[test]
 fn a_filled_batch_takes_no_more_memory() {
-    let opened = open_in(None, &job(job::Source::Digits, true), 1, None).unwrap();
+    let opened = open(&Files::default(), &job(job::Source::Digits, true), 1).unwrap();
     let mut batch = Batch::empty();
     batch.fill(&opened.train, &opened.prepared, 0..32, None, false);
     let at = (batch.inputs.as_ptr(), batch.inputs.capacity());
@@ -130,7 +130,7 @@ fn normalised_training_features_have_mean_0_and_deviation_1() {
     for (source, width) in
         [(job::Source::Digits, 1), (synthetic(job::Task::Classification), 5), (synthetic(job::Task::Regression), 5)]
     {
-        let opened = open_in(None, &job(source, true), 3, None).unwrap();
+        let opened = open(&Files::default(), &job(source, true), 3).unwrap();
         assert_eq!(opened.prepared.mean.len(), width);
         for (mean, deviation) in moments(&inputs(&opened), width) {
             assert!(mean.abs() < 1e-5 && (deviation - 1.0).abs() < 1e-5, "{mean} {deviation}");
@@ -149,9 +149,9 @@ fn a_constant_feature_becomes_0() {
 
 #[test]
 fn without_normalisation_pixels_are_in_0_to_1() {
-    let opened = open_in(None, &job(job::Source::Digits, false), 3, None).unwrap();
+    let opened = open(&Files::default(), &job(job::Source::Digits, false), 3).unwrap();
     assert_eq!(inputs(&opened).into_iter().fold((1f32, 0f32), |(a, b), x| (a.min(x), b.max(x))), (0.0, 1.0));
-    let opened = open_in(None, &job(synthetic(job::Task::Regression), false), 3, None).unwrap();
+    let opened = open(&Files::default(), &job(synthetic(job::Task::Regression), false), 3).unwrap();
     assert_eq!(Features::F32(inputs(&opened)), opened.train.features);
 }
 
@@ -159,7 +159,7 @@ fn without_normalisation_pixels_are_in_0_to_1() {
 fn outputs_follow_classes_and_loss() {
     let classes = |n: usize| Prepared {
         classes: (n > 0).then(|| numbered(n)),
-        ..open_in(None, &job(job::Source::Digits, false), 0, None).unwrap().prepared
+        ..open(&Files::default(), &job(job::Source::Digits, false), 0).unwrap().prepared
     };
     let cross = job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
     let binary = job::Loss::BinaryCrossEntropy { positive_weight: 1.0 };
@@ -180,32 +180,8 @@ fn outputs_follow_classes_and_loss() {
 
 #[test]
 fn the_digest_tells_data_apart() {
-    let digest = |seed| open_in(None, &job(job::Source::Digits, true), seed, None).unwrap().prepared.digest;
+    let digest = |seed| open(&Files::default(), &job(job::Source::Digits, true), seed).unwrap().prepared.digest;
     assert_eq!(digest(1), digest(1));
     assert_ne!(digest(1), digest(2));
     assert_eq!(digest(1).len(), 64);
-}
-
-#[test]
-fn unisono_data_is_tried_first_and_both_places_are_named() {
-    let (root, base) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let base_name = base.path().to_str().unwrap();
-    let missing = find(Some(root.path()), base_name, "a/b.csv").unwrap_err().to_string();
-    for part in [
-        root.path().join("a/b.csv").to_str().unwrap(),
-        base.path().join("a/b.csv").to_str().unwrap(),
-        "set UNISONO_DATA",
-    ] {
-        assert!(missing.contains(part), "{missing}");
-    }
-    std::fs::write(base.path().join("x"), "").unwrap();
-    assert_eq!(find(Some(root.path()), base_name, "x").unwrap(), base.path().join("x"));
-    std::fs::write(root.path().join("x"), "").unwrap();
-    assert_eq!(find(Some(root.path()), base_name, "x").unwrap(), root.path().join("x"));
-    assert_eq!(find(None, base_name, "x").unwrap(), base.path().join("x"));
-    assert!(find(None, base_name, "y").unwrap_err().to_string().contains("UNISONO_DATA is not set"));
-    assert!(find(None, base_name, ".").is_err(), "a folder is not a file");
-    let absolute = root.path().join("nowhere");
-    let missing = find(Some(root.path()), base_name, absolute.to_str().unwrap()).unwrap_err().to_string();
-    assert!(!missing.contains(" and /"), "{missing}");
 }

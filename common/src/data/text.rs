@@ -1,9 +1,8 @@
 //! Plain text, as windows of tokens whose next ones are to be predicted.
 
 use super::tokenizer::{Tokenizer, Wanted};
-use super::{DataError, Dataset, Features, Prepared, Raw, Scale, Targets, Tokens, find, read_text};
+use super::{DataError, Dataset, Features, Files, Prepared, Raw, Scale, Targets, Tokens, read_text};
 use crate::job;
-use std::path::Path;
 
 /// The tokens of a stored window: its own, and as many of what follows, so that an epoch may begin its windows anywhere.
 pub(super) fn stored(context: usize) -> usize {
@@ -34,11 +33,11 @@ fn cut<T: Clone + Default>(tokens: &[u32], context: usize, whole: bool, as_store
 }
 
 /// Reads a job's text; what is tested is a file of its own, or the last part of the only one.
-pub(super) fn read(root: Option<&Path>, spec: &job::Text, known: Option<&Tokenizer>) -> Result<Raw, DataError> {
+pub(super) fn read(files: &Files, spec: &job::Text, known: Option<&Tokenizer>) -> Result<Raw, DataError> {
     let job::Text { base, train, test, holdout, tokenizer, context } = spec;
-    let wanted = Wanted::new(root, base, tokenizer, known)?;
+    let wanted = Wanted::new(files, base, tokenizer, known)?;
     let open =
-        |path: &str| find(root, base, path).and_then(|found| Ok((read_text(&found)?, found.display().to_string())));
+        |path: &str| files.find(base, path).and_then(|found| Ok((read_text(&found)?, found.display().to_string())));
     let (text, path) = open(train)?;
     let (train, test, test_path) = match (test, holdout) {
         (Some(test), _) => {
@@ -89,6 +88,7 @@ mod tests {
     use super::*;
     use crate::data::{Batch, Draw};
     use proptest::prelude::*;
+    use std::path::Path;
 
     fn spec(folder: &Path, text: &str) -> job::Text {
         std::fs::write(folder.join("text.txt"), text).unwrap();
@@ -136,7 +136,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let text: String = ('a'..='z').chain('A'..='Z').collect();
         let spec = job::Text { holdout: Some(0.25), ..spec(folder.path(), &text) };
-        let raw = read(None, &spec, None).unwrap();
+        let raw = read(&Files::default(), &spec, None).unwrap();
         // 39 characters to train on: the windows at 0, 4, .., 28 and what follows each; 13 to test: three windows of 4 + 1.
         let test = raw.test.unwrap();
         assert_eq!((raw.train.samples(), test.samples()), (8, 3));
@@ -151,7 +151,7 @@ mod tests {
     fn a_text_that_is_too_short_says_how_long_it_must_be() {
         let folder = tempfile::tempdir().unwrap();
         let says = |spec: &job::Text, part: &str| {
-            let message = read(None, spec, None).map(|_| ()).unwrap_err().to_string();
+            let message = read(&Files::default(), spec, None).map(|_| ()).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         };
         says(&spec(folder.path(), "abcdefg"), "7 tokens");

@@ -4,12 +4,11 @@ mod file;
 
 pub use file::Json;
 
-use super::{DataError, find};
+use super::{DataError, Files};
 use crate::job;
 use crate::rng::{Key, Purpose};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
-use std::path::Path;
 
 /// What it takes to read and write a model's text; kept in checkpoints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,7 +67,7 @@ impl Wanted {
     /// # Errors
     /// A file that is none, or another one than the model's.
     pub fn new(
-        root: Option<&Path>,
+        files: &Files,
         base: &str,
         spec: &job::Tokenizer,
         model: Option<&Tokenizer>,
@@ -76,7 +75,7 @@ impl Wanted {
         Ok(match (spec, model) {
             (job::Tokenizer::File { path }, Some(Tokenizer::File { json })) => {
                 // The model has its own: the file need not be there any more.
-                if let Ok(found) = find(root, base, path)
+                if let Ok(found) = files.find(base, path)
                     && file::text(&found)? != json.text()
                 {
                     return Err(DataError::OtherTokenizer { what: found.display().to_string() });
@@ -102,7 +101,7 @@ impl Wanted {
             (job::Tokenizer::Characters, None) => Wanted::Characters,
             (&job::Tokenizer::Words { most, ngrams, buckets }, None) => Wanted::Words { most, ngrams, buckets },
             (job::Tokenizer::File { path }, None) => {
-                Wanted::Known(Tokenizer::File { json: Json::open(&find(root, base, path)?)? })
+                Wanted::Known(Tokenizer::File { json: Json::open(&files.find(base, path)?)? })
             }
         })
     }
@@ -245,7 +244,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn wanted(spec: &job::Tokenizer) -> Wanted {
-        Wanted::new(None, "", spec, None).unwrap()
+        Wanted::new(&Files::default(), "", spec, None).unwrap()
     }
 
     proptest! {

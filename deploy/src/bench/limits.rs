@@ -148,7 +148,7 @@ async fn streams() -> Result<f64> {
     let url = format!("http://{}", listener.local_addr()?);
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tokio::spawn(unisono_coordinator::server().add_service(peer).serve_with_incoming(incoming));
-    let channel = unisono_worker::endpoint(&url)?.connect().await?;
+    let channel = unisono_worker::Address::new(&url, None)?.connect().await?;
     let mut client = v1::parameters_client::ParametersClient::new(channel);
 
     let (send, parts) = mpsc::channel(4);
@@ -183,12 +183,13 @@ async fn exchange() -> Result<f64> {
     let ready = unisono_coordinator::prepare_unkept(Workload::MlpWide.job(1)?)?;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let worker = unisono_worker::Options {
-        url: format!("http://{}", listener.local_addr()?),
+        coordinator: unisono_worker::Address::new(&format!("http://{}", listener.local_addr()?), None)?,
         threads: 1,
         transport: unisono_worker::Transport::Grpc,
         name: "simulated".into(),
         patience: Duration::from_secs(10),
         cache: None,
+        files: Default::default(),
         simulated: true,
     };
     let options = Options {
@@ -200,7 +201,13 @@ async fn exchange() -> Result<f64> {
     };
     let (progress, _) = watch::channel(Default::default());
     let (_interrupt, interrupted) = watch::channel(false);
-    let coordinator = unisono_coordinator::run(ready, options, listener, progress, interrupted);
+    let coordinator = unisono_coordinator::run(
+        ready,
+        options,
+        unisono_coordinator::Entrance::new(listener, None)?,
+        progress,
+        interrupted,
+    );
     let (summary, ()) = tokio::try_join!(coordinator, unisono_worker::run(worker))?;
     let measured = summary.measured.context("the run ended too soon")?;
     Ok((measured.bytes_pushed + measured.bytes_pulled) as f64 / 2.0 / measured.seconds)

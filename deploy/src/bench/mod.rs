@@ -111,6 +111,9 @@ pub struct Args {
     /// How gradients and weights travel
     #[arg(long, value_enum, default_value_t)]
     transport: Transport,
+    /// Encrypts what travels by gRPC, with certificates made for the run
+    #[arg(long)]
+    tls: bool,
     /// Length of the measurement; what warms up comes before it
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
@@ -128,7 +131,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
     if !(args.seconds > 0.0 && args.seconds <= 86_400.0) {
         return Err(Wrong(anyhow!("--seconds must be above 0, and a day at most, not {}", args.seconds)).into());
     }
-    let workers = Workers::new(args.workers, usize::MAX, args.threads, args.transport)?;
+    let workers = Workers { tls: args.tls, ..Workers::new(args.workers, usize::MAX, args.threads, args.transport)? };
     if args.workload.is_none() && !args.limits {
         let names = Workload::ALL.map(Workload::name).join(", ");
         return Err(Wrong(anyhow!("name a workload ({names}), or ask for --limits")).into());

@@ -249,7 +249,7 @@ mod tests {
         let toml = format!("data = {data}\nmodel = {model}\ntrain = {{ partitions = 1, steps = 1, loss = {loss:?} }}");
         let base = folder.path().display().to_string();
         let job = job::parse(JobText { file: "job.toml".into(), base, toml, overrides: Vec::new() }).expect("a job");
-        let prepared = data::open(&job.data, job.seed).expect("data").prepared;
+        let prepared = data::open(&data::Files::any(), &job.data, job.seed).expect("data").prepared;
         let model = Model::build(&job.model, &prepared.signature(&job.train.loss)).expect("a model");
         let weights = model.layout().init(5);
         // Some of the ids were touched.

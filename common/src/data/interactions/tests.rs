@@ -3,6 +3,7 @@ use crate::data::partition::Partitions;
 use crate::data::{Batch, Draw, Opened, Prepared};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 fn spec(folder: &Path) -> RatingFiles {
     RatingFiles {
@@ -42,7 +43,7 @@ fn read_with(
         std::fs::write(folder.path().join("test"), test).unwrap();
     }
     let spec = spec(RatingFiles { test: test.map(|_| "test".into()), ..self::spec(folder.path()) });
-    read(None, &spec, 7, on_error)
+    read(&Files::default(), &spec, 7, on_error)
 }
 
 fn says<T>(result: Result<T, DataError>, parts: &[&str]) {

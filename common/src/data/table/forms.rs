@@ -22,7 +22,7 @@ fn read_as(
         std::fs::write(dir.path().join("test"), test).unwrap();
     }
     let (base, name) = (dir.path().display().to_string(), test.map(|_| "test".into()));
-    read(None, &job::Table { base, train: "train".into(), test: name, ..spec }, 7, None, on_error)
+    read(&Files::default(), &job::Table { base, train: "train".into(), test: name, ..spec }, 7, None, on_error)
 }
 
 /// One of JSON lines with the columns `x`, `s`, `u` and `kind`: a number, a category, an id and the target.

@@ -23,12 +23,11 @@ use self::plan::{Plan, Roles};
 use super::bad::Bad;
 use super::error::At;
 use super::tokenizer::{Tokenizer, Wanted};
-use super::{DataError, Raw, Scale, TextColumn, Tokens, find, read_bytes};
+use super::{DataError, Files, Raw, Scale, TextColumn, Tokens, read_bytes};
 use crate::job::{self, Form};
 use crate::rng::{Key, Purpose};
 use ::csv::StringRecord;
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -94,13 +93,13 @@ impl Part {
 impl<'a> Table<'a> {
     /// `train` are the training set's columns, where it is not that itself; `lenient`: rows may be left out.
     fn open(
-        root: Option<&Path>,
+        files: &Files,
         spec: &'a job::Table,
         path: &str,
         train: Option<&[String]>,
         lenient: bool,
     ) -> Result<Table<'a>, DataError> {
-        let found = find(root, &spec.base, path)?;
+        let found = files.find(&spec.base, path)?;
         let path: Arc<str> = found.display().to_string().into();
         let bytes = read_bytes(&found)?;
         let file: Rc<dyn Rows + 'a> = match &spec.form {
@@ -198,16 +197,16 @@ impl<'a> Table<'a> {
 
 /// Reads both splits; everything that is learnt is learnt from the training set.
 pub(super) fn read(
-    root: Option<&Path>,
+    files: &Files,
     spec: &job::Table,
     seed: u64,
     known: Option<&Tokenizer>,
     on_error: job::OnError,
 ) -> Result<Raw, DataError> {
     let mut bad = Bad::new(on_error);
-    let wanted = |text: &job::TextColumn| Wanted::new(root, &spec.base, &text.tokenizer, known);
+    let wanted = |text: &job::TextColumn| Wanted::new(files, &spec.base, &text.tokenizer, known);
     let wanted = spec.text.as_ref().map(wanted).transpose()?;
-    let mut train = Table::open(root, spec, &spec.train, None, bad.skips())?;
+    let mut train = Table::open(files, spec, &spec.train, None, bad.skips())?;
     let mut roles = Roles::new(&train, wanted.as_ref())?;
     let mut numbers = Vec::new();
     if train.screen(&mut bad, |at, row| roles.check(at, row, &mut numbers))? {
@@ -232,7 +231,7 @@ pub(super) fn read(
             let held_out = Part { held_out: true, ..part.clone() };
             Some(Table { part: Some(held_out), ..train.clone() })
         }
-        (Some(path), _) => Some(Table::open(root, spec, path, Some(train.names()), bad.skips())?),
+        (Some(path), _) => Some(Table::open(files, spec, path, Some(train.names()), bad.skips())?),
     };
     let test = match test {
         Some(mut test) => {

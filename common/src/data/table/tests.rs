@@ -42,7 +42,13 @@ fn both(spec: job::Table, train: impl AsRef<[u8]>, test: Option<&str>) -> Result
         std::fs::write(dir.path().join("test.csv"), test).unwrap();
     }
     let base = dir.path().display().to_string();
-    read(None, &job::Table { base, test: test.map(|_| "test.csv".into()), ..spec }, 7, None, job::OnError::Stop)
+    read(
+        &Files::default(),
+        &job::Table { base, test: test.map(|_| "test.csv".into()), ..spec },
+        7,
+        None,
+        job::OnError::Stop,
+    )
 }
 
 fn one(spec: job::Table, train: impl AsRef<[u8]>) -> Result<Raw, DataError> {
@@ -108,7 +114,7 @@ fn a_quote_that_nothing_closes_is_its_lines_mistake() {
     let dir = TempDir::new().unwrap();
     std::fs::write(dir.path().join("train.csv"), single).unwrap();
     let base = dir.path().display().to_string();
-    let raw = read(None, &job::Table { base, ..here() }, 7, None, skip).unwrap();
+    let raw = read(&Files::default(), &job::Table { base, ..here() }, 7, None, skip).unwrap();
     assert_eq!((raw.train.samples(), raw.skipped.unwrap().samples), (3, 1));
     assert_eq!(raw.columns[1].values.as_ref().unwrap(), &["Oslo", "Ro\"m", "Rom"]);
     let plain =
@@ -498,7 +504,7 @@ fn adult_has_its_known_shape() {
         categorical: words("workclass education marital-status occupation relationship race sex native-country"),
         ..spec()
     };
-    let raw = read(Some(Path::new(&root)), &spec, 7, None, job::OnError::Stop).unwrap();
+    let raw = read(&Files::of(root.as_ref()), &spec, 7, None, job::OnError::Stop).unwrap();
     assert_eq!((raw.train.samples(), raw.test.unwrap().samples()), (32_561, 16_281));
     assert_eq!(raw.classes.unwrap(), ["<=50K", ">50K"]);
     // Six numbers, and 8 + 16 + 7 + 14 + 6 + 5 + 2 + 41 categories ("?" is none).

@@ -1,4 +1,5 @@
 use super::*;
+use crate::data::Files;
 use crate::data::tokenizer::{Tokenizer, Wanted};
 use crate::job;
 use proptest::prelude::*;
@@ -133,10 +134,11 @@ fn a_models_tokenizer_needs_no_file_and_no_other_takes_its_place() {
     let base = dir.path().to_str().unwrap();
     let file = job::Tokenizer::File { path: "tokenizer.json".into() };
     let (known, other) = (tokenizer(&pairs()), Tokenizer::Bytes);
-    let wanted = |spec: &job::Tokenizer, model: Option<&Tokenizer>| match Wanted::new(None, base, spec, model) {
-        Ok(wanted) => Ok(wanted.learn(["é"].into_iter())),
-        Err(error) => Err(error.to_string()),
-    };
+    let wanted =
+        |spec: &job::Tokenizer, model: Option<&Tokenizer>| match Wanted::new(&Files::default(), base, spec, model) {
+            Ok(wanted) => Ok(wanted.learn(["é"].into_iter())),
+            Err(error) => Err(error.to_string()),
+        };
     assert!(wanted(&file, None).unwrap_err().contains("there is no file `tokenizer.json`"));
     assert_eq!(wanted(&file, Some(&known)), Ok(known.clone()));
     let write = |json: Value| std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();

@@ -1,0 +1,197 @@
+//! Who may do what: the certificate that a peer has shown, or its join token, against what it asks for.
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+};
+use std::sync::Arc;
+use tonic::Status;
+use tonic::metadata::MetadataMap;
+use unisono_proto::identity::{CA, CERTIFICATE, Identity, IdentityError, KEY, Role, Token};
+
+/// How a coordinator proves who it is, and finds out who others are.
+pub struct Tls {
+    pub config: Arc<ServerConfig>,
+    verifier: Arc<dyn ClientCertVerifier>,
+    /// Lets workers in that have no certificate.
+    pub token: Option<Token>,
+}
+
+/// What is known of a peer by its connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// The coordinator asks nobody who it is.
+    Anybody,
+    /// It has shown no certificate.
+    Stranger,
+    /// It has shown one that is not accepted.
+    Refused(String),
+    /// It has shown one with these roles.
+    Known(Vec<Role>),
+}
+
+impl Tls {
+    /// From an identity that has a certificate.
+    ///
+    /// # Errors
+    /// Files that hold something else, and none where one is needed.
+    pub fn new(identity: &Identity) -> Result<Tls, IdentityError> {
+        let Some(pem) = &identity.certificate else {
+            return Err(identity.wrong(CERTIFICATE, "a coordinator needs a certificate, and there is none"));
+        };
+        let certificates = |file, pem: &[u8]| -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+            let all = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
+            let all = all.map_err(|e| identity.wrong(file, e))?;
+            if all.is_empty() { Err(identity.wrong(file, "it holds no certificate")) } else { Ok(all) }
+        };
+        let mut roots = RootCertStore::empty();
+        for ca in certificates(CA, &identity.ca)? {
+            roots.add(ca).map_err(|e| identity.wrong(CA, e))?;
+        }
+        let chain = certificates(CERTIFICATE, &pem.chain)?;
+        let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|e| identity.wrong(KEY, e))?;
+        let mut provider = rustls::crypto::ring::default_provider();
+        // The shorter key is as safe, and faster.
+        provider.cipher_suites.sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+        let provider = Arc::new(provider);
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
+        let verifier = verifier.build().map_err(|e| identity.wrong(CA, e))?;
+        let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]);
+        let config = config.map_err(|e| identity.wrong(CERTIFICATE, e))?;
+        let config = config.with_client_cert_verifier(Arc::new(Later(verifier.clone())));
+        let mut config = config.with_single_cert(chain, key).map_err(|e| identity.wrong(KEY, e))?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.ignore_client_order = true;
+        // Each connection shows its certificate anew.
+        config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(Tls { config: Arc::new(config), verifier, token: identity.token.clone() })
+    }
+
+    /// What the certificates of a finished handshake say.
+    pub fn standing(&self, certificates: Option<&[CertificateDer<'static>]>) -> Standing {
+        let Some((own, between)) = certificates.and_then(<[_]>::split_first) else { return Standing::Stranger };
+        if let Err(e) = self.verifier.verify_client_cert(own, between, UnixTime::now()) {
+            return Standing::Refused(plain(&e));
+        }
+        let Ok(own) = webpki::EndEntityCert::try_from(own) else {
+            return Standing::Refused("the certificate cannot be read".into());
+        };
+        let is = |role: &Role| {
+            let name = ServerName::try_from(role.name());
+            name.is_ok_and(|name| own.verify_is_valid_for_subject_name(&name).is_ok())
+        };
+        Standing::Known([Role::Worker, Role::Operator].into_iter().filter(is).collect())
+    }
+}
+
+/// What is wrong with a peer's certificate, and what to do.
+fn plain(e: &rustls::Error) -> String {
+    use CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext, UnknownIssuer};
+    const ANOTHER: &str = "make another with `unisono cert`, in the folder of the same CA";
+    match e {
+        rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. }) => {
+            format!("the certificate has expired: {ANOTHER}")
+        }
+        rustls::Error::InvalidCertificate(NotValidYet | NotValidYetContext { .. }) => {
+            "the certificate is not valid yet: compare the clocks of both machines".into()
+        }
+        rustls::Error::InvalidCertificate(UnknownIssuer) => {
+            format!("the certificate is of another CA than the coordinator's: {ANOTHER}")
+        }
+        other => format!("the certificate is not accepted ({other}): {ANOTHER}"),
+    }
+}
+
+/// Accepts any certificate whose key the peer has, for the time of the handshake: who it is, is found out after it
+/// ([`Tls::standing`]), and then the peer can be told what is wrong.
+#[derive(Debug)]
+struct Later(Arc<dyn ClientCertVerifier>);
+
+impl ClientCertVerifier for Later {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[] // so that a client of another CA shows its certificate, too
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+}
+
+const HOW: &str = "give the folder of one that `unisono cert` made with --identity";
+
+/// Whether a peer may do what needs `role` (`None`: what anybody may who is let in), and if not, why.
+pub fn check(
+    standing: &Standing,
+    token: Option<&Token>,
+    metadata: &MetadataMap,
+    role: Option<Role>,
+) -> Result<(), Status> {
+    let shown = metadata.get("authorization");
+    let has_token = match (token, shown) {
+        (Some(token), Some(shown)) => token.is(shown.as_encoded_bytes()),
+        _ => false,
+    };
+    match standing {
+        Standing::Anybody => Ok(()),
+        Standing::Known(roles) if role.map_or(!roles.is_empty(), |role| roles.contains(&role)) => Ok(()),
+        _ if has_token && role != Some(Role::Operator) => Ok(()),
+        Standing::Known(roles) => {
+            let roles: Vec<String> = roles.iter().map(|role| format!("{role}'s")).collect();
+            let mine = if roles.is_empty() { "neither worker's nor operator's".into() } else { roles.join(" and ") };
+            let role = role.map_or("worker's or operator's".into(), |role| format!("{role}'s"));
+            Err(Status::permission_denied(format!(
+                "this needs a certificate that is a {role}, and the one shown is {mine}: {HOW}"
+            )))
+        }
+        Standing::Refused(why) => Err(Status::unauthenticated(why.clone())),
+        Standing::Stranger if has_token => Err(Status::permission_denied(format!(
+            "a join token lets workers in; this needs an operator's certificate: {HOW}"
+        ))),
+        Standing::Stranger if shown.is_some() => Err(Status::unauthenticated(match token {
+            Some(_) => "the join token is not this coordinator's: copy its `token` file anew",
+            None => "this coordinator takes no join tokens, because its --identity has none: show a certificate",
+        })),
+        Standing::Stranger => {
+            let role = role.map_or("worker's or operator's".into(), |role| format!("{role}'s"));
+            let token = if token.is_some() && role != "operator's" { " or the join token" } else { "" };
+            Err(Status::unauthenticated(format!(
+                "this coordinator asks for a {role} certificate{token}, and none was shown: {HOW}"
+            )))
+        }
+    }
+}

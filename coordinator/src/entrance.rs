@@ -1,0 +1,384 @@
+//! Where connections come in: how many there may be, who has shown what, and who has to go.
+//!
+//! A connection is one of a stranger until a request on it was admitted. Strangers are few: the oldest gives way to the next, and
+//! none stays long. So connections that say nothing, or nonsense, hold little memory, and keep nobody out.
+
+use crate::access::{self, Standing, Tls};
+use crate::lock;
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, IoSlice};
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::metadata::MetadataMap;
+use tonic::transport::server::Connected;
+use tonic::{Request, Status};
+use unisono_proto::identity::{Identity, IdentityError, Role};
+
+/// Connections at once, at most: two of each of some thousand workers.
+const MOST: usize = 8192;
+/// Of them, strangers'.
+const STRANGERS: usize = 256;
+/// A stranger's time: for the handshake, and then for a request that is admitted.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// New connections of one address: so many at once, and so many a second after them.
+const CONNECTIONS: Rate = Rate { burst: 2500.0, each_second: 100.0 };
+/// Requests on one connection.
+const REQUESTS: Rate = Rate { burst: 2000.0, each_second: 1000.0 };
+/// Log lines about those who are turned away.
+const LINES: Rate = Rate { burst: 20.0, each_second: 1.0 };
+/// Addresses whose rates are remembered.
+const ADDRESSES: usize = 4096;
+
+/// How often something may happen.
+#[derive(Clone, Copy)]
+struct Rate {
+    burst: f64,
+    each_second: f64,
+}
+
+/// What is left of a rate: a bucket that fills with time.
+struct Bucket {
+    left: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    fn new(rate: Rate, now: Instant) -> Bucket {
+        Bucket { left: rate.burst, at: now }
+    }
+
+    /// Whether it may happen once more.
+    fn take(&mut self, rate: Rate, now: Instant) -> bool {
+        let more = now.saturating_duration_since(self.at).as_secs_f64() * rate.each_second;
+        (self.left, self.at) = ((self.left + more).min(rate.burst), now);
+        let may = self.left >= 1.0;
+        if may {
+            self.left -= 1.0;
+        }
+        may
+    }
+
+    fn is_full(&self, rate: Rate, now: Instant) -> bool {
+        self.left + now.saturating_duration_since(self.at).as_secs_f64() * rate.each_second >= rate.burst
+    }
+}
+
+/// Says who was turned away, but not as often as somebody may want it.
+struct Complaints(Mutex<(Bucket, u64)>);
+
+impl Complaints {
+    fn say(&self, address: SocketAddr, why: &str) {
+        let mut state = lock(&self.0);
+        let (bucket, silent) = &mut *state;
+        if !bucket.take(LINES, Instant::now()) {
+            *silent += 1;
+            return;
+        }
+        let others = match std::mem::take(silent) {
+            0 => String::new(),
+            n => format!(" (and {n} others since the last such line)"),
+        };
+        tracing::warn!("turned away {}: {why}{others}", address.ip().to_canonical());
+    }
+}
+
+/// What all connections share.
+struct Hall {
+    tls: Option<Tls>,
+    count: AtomicUsize,
+    next: AtomicU64,
+    /// In the order in which they came.
+    strangers: Mutex<VecDeque<(u64, CancellationToken)>>,
+    addresses: Mutex<HashMap<IpAddr, Bucket>>,
+    complaints: Complaints,
+}
+
+impl Hall {
+    /// Whether an address opens connections too fast.
+    fn is_hasty(&self, address: IpAddr) -> bool {
+        let (mut all, now) = (lock(&self.addresses), Instant::now());
+        if all.len() >= ADDRESSES && !all.contains_key(&address) {
+            all.retain(|_, bucket| !bucket.is_full(CONNECTIONS, now));
+            if all.len() >= ADDRESSES {
+                return true;
+            }
+        }
+        !all.entry(address).or_insert_with(|| Bucket::new(CONNECTIONS, now)).take(CONNECTIONS, now)
+    }
+
+    /// Lets a stranger in; the oldest goes where there are too many.
+    fn enter(self: &Arc<Self>, address: SocketAddr) -> (Pass, CancellationToken) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let (id, gone) = (self.next.fetch_add(1, Ordering::Relaxed), CancellationToken::new());
+        let mut strangers = lock(&self.strangers);
+        strangers.push_back((id, gone.clone()));
+        if strangers.len() > STRANGERS
+            && let Some((_, oldest)) = strangers.pop_front()
+        {
+            oldest.cancel();
+        }
+        drop(strangers);
+        (Pass { hall: self.clone(), id, address }, gone)
+    }
+
+    fn forget(&self, id: u64) {
+        lock(&self.strangers).retain(|(other, _)| *other != id);
+    }
+}
+
+/// A place in the hall, as long as its connection.
+struct Pass {
+    hall: Arc<Hall>,
+    id: u64,
+    address: SocketAddr,
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.hall.forget(self.id);
+        self.hall.count.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Who is at the other end of a connection; what a request's extensions hold.
+#[derive(Clone)]
+pub struct Peer(Arc<Known>);
+
+struct Known {
+    pass: Pass,
+    standing: Standing,
+    /// Whether one of its requests was admitted.
+    admitted: AtomicBool,
+    requests: Mutex<Bucket>,
+}
+
+impl Peer {
+    /// [`admit`], of this peer; the log has its address, where it may not.
+    fn admit(&self, metadata: &MetadataMap, role: Option<Role>) -> Result<(), Status> {
+        let Known { pass, standing, admitted, requests } = &*self.0;
+        let checked = if lock(requests).take(REQUESTS, Instant::now()) {
+            let token = pass.hall.tls.as_ref().and_then(|tls| tls.token.as_ref());
+            access::check(standing, token, metadata, role)
+        } else {
+            Err(Status::resource_exhausted("there are too many requests on this connection: wait between them"))
+        };
+        match &checked {
+            Ok(()) if admitted.swap(true, Ordering::Relaxed) => {}
+            Ok(()) => pass.hall.forget(pass.id),
+            Err(refused) => pass.hall.complaints.say(pass.address, refused.message()),
+        }
+        checked
+    }
+}
+
+/// Asks for a role before a service sees a request.
+pub fn asks(role: Option<Role>) -> impl Fn(Request<()>) -> Result<Request<()>, Status> + Clone {
+    move |request| admit(&request, role).map(|()| request)
+}
+
+/// Whether a request's peer may do what needs `role` (`None`: what anybody may who is let in).
+///
+/// # Errors
+/// Why not.
+pub fn admit<T>(request: &Request<T>, role: Option<Role>) -> Result<(), Status> {
+    let peer = request.extensions().get::<Peer>().ok_or_else(|| Status::internal("a request of nobody"))?;
+    peer.admit(request.metadata(), role)
+}
+
+/// What carries bytes.
+enum Wire {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// One connection.
+pub struct Connection {
+    wire: Wire,
+    peer: Peer,
+    /// That it has to go; until a request is admitted.
+    gone: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if let Some(gone) = &mut this.gone {
+            if this.peer.0.admitted.load(Ordering::Relaxed) {
+                this.gone = None;
+            } else if gone.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        }
+        match &mut this.wire {
+            Wire::Plain(wire) => Pin::new(wire).poll_read(cx, buf),
+            Wire::Tls(wire) => Pin::new(wire).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().wire {
+            Wire::Plain(wire) => Pin::new(wire).poll_write(cx, buf),
+            Wire::Tls(wire) => Pin::new(wire).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().wire {
+            Wire::Plain(wire) => Pin::new(wire).poll_write_vectored(cx, bufs),
+            Wire::Tls(wire) => Pin::new(wire).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.wire {
+            Wire::Plain(wire) => wire.is_write_vectored(),
+            Wire::Tls(wire) => wire.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().wire {
+            Wire::Plain(wire) => Pin::new(wire).poll_flush(cx),
+            Wire::Tls(wire) => Pin::new(wire).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().wire {
+            Wire::Plain(wire) => Pin::new(wire).poll_shutdown(cx),
+            Wire::Tls(wire) => Pin::new(wire).poll_shutdown(cx),
+        }
+    }
+}
+
+/// Where a coordinator listens, and whether by TLS.
+pub struct Entrance {
+    listener: TcpListener,
+    tls: Option<Tls>,
+}
+
+impl Entrance {
+    /// With an identity, by TLS and for those whom its authority knows; without, for anybody.
+    ///
+    /// # Errors
+    /// An identity that a coordinator cannot use.
+    pub fn new(listener: TcpListener, identity: Option<&Identity>) -> Result<Entrance, IdentityError> {
+        Ok(Entrance { listener, tls: identity.map(Tls::new).transpose()? })
+    }
+
+    /// The connections, for as long as somebody takes them.
+    pub(crate) fn open(self) -> ReceiverStream<io::Result<Connection>> {
+        let (send, receive) = mpsc::channel(16);
+        let hall = Arc::new(Hall {
+            tls: self.tls,
+            count: AtomicUsize::new(0),
+            next: AtomicU64::new(0),
+            strangers: Mutex::default(),
+            addresses: Mutex::default(),
+            complaints: Complaints(Mutex::new((Bucket::new(LINES, Instant::now()), 0))),
+        });
+        tokio::spawn(accept(self.listener, hall, send));
+        ReceiverStream::new(receive)
+    }
+}
+
+async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::Result<Connection>>) {
+    loop {
+        let (stream, address) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                // Its peer has gone, or there are too many open files: those that are there go on.
+                Err(e) => {
+                    tracing::debug!("a connection was not accepted: {e}");
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    continue;
+                }
+            },
+            () = send.closed() => return,
+        };
+        if hall.count.load(Ordering::Relaxed) >= MOST {
+            hall.complaints.say(address, "there are too many connections");
+        } else if hall.is_hasty(address.ip().to_canonical()) {
+            hall.complaints.say(address, "it opens connections too fast");
+        } else {
+            let (pass, gone) = hall.enter(address);
+            tokio::spawn(welcome(stream, pass, gone, send.clone()));
+        }
+    }
+}
+
+/// Shakes hands, and passes a connection on; sends it away when its time is over.
+async fn welcome(stream: TcpStream, pass: Pass, gone: CancellationToken, send: mpsc::Sender<io::Result<Connection>>) {
+    stream.set_nodelay(true).ok();
+    let (hall, id, address) = (pass.hall.clone(), pass.id, pass.address);
+    let (wire, standing) = match &hall.tls {
+        None => (Wire::Plain(stream), Standing::Anybody),
+        Some(tls) => {
+            let handshake = TlsAcceptor::from(tls.config.clone()).accept(stream);
+            let shaken = tokio::select! {
+                shaken = tokio::time::timeout(PATIENCE, handshake) => shaken,
+                () = gone.cancelled() => return hall.complaints.say(address, "others came, and it had said nothing"),
+            };
+            match shaken {
+                Ok(Ok(stream)) => {
+                    let standing = tls.standing(stream.get_ref().1.peer_certificates());
+                    (Wire::Tls(Box::new(stream)), standing)
+                }
+                Ok(Err(e)) => return hall.complaints.say(address, &format!("the TLS handshake failed: {e}")),
+                Err(_) => return hall.complaints.say(address, "no TLS handshake for 10 s"),
+            }
+        }
+    };
+    let requests = Mutex::new(Bucket::new(REQUESTS, Instant::now()));
+    let peer = Peer(Arc::new(Known { pass, standing, admitted: AtomicBool::new(false), requests }));
+    let waiting = Some(Box::pin(gone.clone().cancelled_owned()));
+    if send.send(Ok(Connection { wire, peer, gone: waiting })).await.is_err() {
+        return;
+    }
+    drop(send);
+    tokio::time::sleep(PATIENCE).await;
+    // Whoever was admitted listens to this no more, and whoever has left has no place to lose.
+    hall.forget(id);
+    gone.cancel();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_has_a_burst_and_fills_again() {
+        let rate = Rate { burst: 3.0, each_second: 2.0 };
+        let start = Instant::now();
+        let mut bucket = Bucket::new(rate, start);
+        let mut take = |ms| bucket.take(rate, start + Duration::from_millis(ms));
+        assert_eq!([take(0), take(0), take(0), take(0), take(400)], [true, true, true, false, false]);
+        assert_eq!([take(500), take(500), take(1000)], [true, false, true]);
+        assert_eq!([take(60_000), take(60_000), take(60_000), take(60_000)], [true, true, true, false]);
+    }
+}
