@@ -8,6 +8,7 @@ mod export;
 mod generate;
 mod local;
 mod operate;
+mod package;
 mod progress;
 mod recommend;
 mod show;
@@ -37,6 +38,7 @@ const DIGITS: &str = include_str!("../../examples/digits-mlp.toml");
 #[derive(Parser)]
 #[command(
     version,
+    long_version = package::version(),
     about = "Trains models on CPUs: the result does not depend on the number of workers, to the last bit"
 )]
 struct Cli {
@@ -140,6 +142,9 @@ impl From<Transport> for unisono_worker::Transport {
 #[derive(Subcommand)]
 enum Cmd {
     /// Trains on this machine: a coordinator and worker processes, which end with it
+    #[command(
+        after_help = "Examples:\n  unisono local\n  unisono local examples/mnist-mlp.toml --workers 4 --set train.epochs=5"
+    )]
     Local {
         /// The job file; without it, the embedded handwritten digits
         job: Option<PathBuf>,
@@ -153,6 +158,9 @@ enum Cmd {
         args: JobArgs,
     },
     /// Runs the coordinator alone; it ends when the job is done
+    #[command(
+        after_help = "Example:\n  unisono coordinator job.toml --listen 0.0.0.0:7070 --identity certs/coordinator"
+    )]
     Coordinator {
         /// The job file
         job: PathBuf,
@@ -168,6 +176,9 @@ enum Cmd {
         args: JobArgs,
     },
     /// Runs one worker; it may start at any time, and ends when the job does
+    #[command(
+        after_help = "Example:\n  unisono worker --coordinator https://train.example.org:7070 --identity certs/worker --threads 8"
+    )]
     Worker {
         #[command(flatten)]
         reach: Reach,
@@ -195,8 +206,14 @@ enum Cmd {
         verbose: bool,
     },
     /// Measures how fast this machine trains, and where the time of a step goes
+    #[command(
+        after_help = "Examples:\n  unisono bench mlp --workers 2\n  unisono bench mlp-wide --workers 2 --transport grpc --limits"
+    )]
     Bench(bench::Args),
     /// Evaluates a checkpoint on its test set, or on the data of another job
+    #[command(
+        after_help = "Examples:\n  unisono eval runs/mnist-mlp\n  unisono eval runs/mnist-mlp --confusion digits.svg"
+    )]
     Eval {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
         checkpoint: PathBuf,
@@ -213,6 +230,9 @@ enum Cmd {
         confusion: Option<PathBuf>,
     },
     /// Predicts for new inputs: CSV or JSON lines in, the same with `prediction` out, or with the best items for each user
+    #[command(
+        after_help = "Examples:\n  unisono predict runs/adult people.csv\n  unisono predict runs/movies users.csv --top-k 10\n  unisono predict runs/shakespeare --generate \"ROMEO:\" --temperature 0.8"
+    )]
     Predict {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
         checkpoint: PathBuf,
@@ -236,6 +256,9 @@ enum Cmd {
         with_seen: bool,
     },
     /// Writes a checkpoint for other programs: its weights with PyTorch's names and layouts, or the model as ONNX
+    #[command(
+        after_help = "Examples:\n  unisono export runs/mnist-mlp --out mlp.safetensors\n  unisono export runs/mnist-mlp --out mlp.onnx"
+    )]
     Export {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
         checkpoint: PathBuf,
@@ -250,6 +273,9 @@ enum Cmd {
         force: bool,
     },
     /// Shows where a running job stands
+    #[command(
+        after_help = "Example:\n  unisono status --coordinator https://train.example.org:7070 --identity certs/operator"
+    )]
     Status {
         #[command(flatten)]
         reach: Reach,
@@ -258,6 +284,9 @@ enum Cmd {
         json: bool,
     },
     /// Takes a worker out of a running job after its current step
+    #[command(
+        after_help = "Example:\n  unisono drain 3 --coordinator https://train.example.org:7070 --identity certs/operator"
+    )]
     Drain {
         /// The worker's id, as `status` shows it
         worker: u64,
@@ -265,12 +294,35 @@ enum Cmd {
         reach: Reach,
     },
     /// Ends a running job after its current step, with a checkpoint
+    #[command(
+        after_help = "Example:\n  unisono stop --coordinator https://train.example.org:7070 --identity certs/operator"
+    )]
     Stop {
         #[command(flatten)]
         reach: Reach,
     },
+    /// Prints what a shell needs to complete this program's commands and options
+    #[command(after_help = "Example:\n  unisono completions bash > ~/.local/share/bash-completion/completions/unisono")]
+    Completions { shell: clap_complete::Shell },
+    /// Writes manual pages, one for each command
+    #[command(after_help = "Example:\n  unisono man ~/.local/share/man/man1")]
+    Man {
+        /// The folder to write them to, which is made where there is none
+        dir: PathBuf,
+    },
     /// Makes certificates and a join token, for runs on several machines
     Cert(cert::Args),
+}
+
+impl Cmd {
+    /// Whether it is a coordinator that speaks TLS.
+    fn encrypts(&self) -> bool {
+        match self {
+            Cmd::Coordinator { identity, .. } => identity.identity.is_some(),
+            Cmd::Bench(args) => args.tls,
+            _ => false,
+        }
+    }
 }
 
 /// A mistake in the command line or the job: nothing was started.
@@ -454,6 +506,8 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         Cmd::Drain { worker, reach } => operate::drain(&reach.address()?, worker).await,
         Cmd::Stop { reach } => operate::stop(&reach.address()?).await,
         Cmd::Cert(args) => cert::run(args),
+        Cmd::Completions { shell } => Ok(package::completions(shell)),
+        Cmd::Man { dir } => package::man(&dir),
     }
 }
 
@@ -464,13 +518,14 @@ pub fn main(extensions: Extensions) -> ExitCode {
     raise_open_files();
     let cli = Cli::parse();
     // A worker's streams are its own, and one thread serves them without waking another. A coordinator has those of all
-    // workers, and leaves cores to the threads that reduce.
+    // workers, and leaves cores to the threads that reduce, unless it has to encrypt.
     let mut runtime = match cli.command {
         Cmd::Worker { .. } => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let runtime = match runtime.worker_threads((cores / 2).clamp(1, 8)).enable_all().build() {
+    let threads = if cli.command.encrypts() { cores } else { cores / 2 };
+    let runtime = match runtime.worker_threads(threads.clamp(1, 8)).enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
             eprintln!("unisono: cannot start: {e}");

@@ -483,3 +483,35 @@ fn a_text_classifier_reads_pairs_of_words() {
         refused(&run(dir.path(), &["predict", "runs/reader", text(&rows)]), words);
     }
 }
+
+/// The commands that `--help` lists.
+fn commands(dir: &Path) -> Vec<String> {
+    let help = run(dir, &["--help"]);
+    let help = String::from_utf8_lossy(&help.stdout).to_string();
+    let block = help.split("Commands:\n").nth(1).and_then(|rest| rest.split("\n\n").next()).expect("commands");
+    let names = block.lines().filter_map(|line| line.split_whitespace().next());
+    names.filter(|name| *name != "help").map(String::from).collect()
+}
+
+#[test]
+fn every_command_has_an_example_a_page_and_completions() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let commands = commands(dir.path());
+    assert!(["local", "coordinator", "worker", "stop"].iter().all(|name| commands.contains(&name.to_string())));
+    assert!(run(dir.path(), &["man", "pages"]).status.success());
+    let page = |name: &str| std::fs::read_to_string(dir.path().join("pages").join(name)).expect("a page");
+    assert!(page("unisono.1").contains("unisono\\-local(1)"), "{}", page("unisono.1"));
+    let completions = run(dir.path(), &["completions", "bash"]);
+    let completions = String::from_utf8_lossy(&completions.stdout);
+    for command in &commands {
+        let help = run(dir.path(), &[command, "--help"]);
+        let help = String::from_utf8_lossy(&help.stdout);
+        let example = help.split_once("Example").map(|(_, example)| example.contains(&format!("unisono {command}")));
+        assert_eq!(example, Some(true), "{command} --help has no example:\n{help}");
+        assert!(page(&format!("unisono-{command}.1")).contains(".SH SYNOPSIS"));
+        assert!(completions.contains(&format!("unisono,{command}")), "{command} is not completed");
+    }
+    let version = run(dir.path(), &["--version"]);
+    let version = String::from_utf8_lossy(&version.stdout).to_string();
+    assert!(["commit ", "features ", "vectors "].iter().all(|word| version.contains(word)), "{version}");
+}

@@ -113,7 +113,7 @@ pub struct Args {
     transport: Transport,
     /// Encrypts what travels by gRPC, with certificates made for the run
     #[arg(long)]
-    tls: bool,
+    pub tls: bool,
     /// Length of the measurement; what warms up comes before it
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
