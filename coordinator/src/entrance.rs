@@ -25,16 +25,16 @@ use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 use unisono_proto::identity::{Identity, IdentityError, Role};
 
-/// Connections at once, at most: two of each of some thousand workers.
+/// Connections at once, at most: two or three of each of some thousand workers.
 const MOST: usize = 8192;
 /// Of them, strangers'.
-const STRANGERS: usize = 256;
+const STRANGERS: usize = 1024;
 /// A stranger's time: for the handshake, and then for a request that is admitted.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// New connections of one address: so many at once, and so many a second after them.
-const CONNECTIONS: Rate = Rate { burst: 2500.0, each_second: 100.0 };
-/// Requests on one connection.
-const REQUESTS: Rate = Rate { burst: 2000.0, each_second: 1000.0 };
+const CONNECTIONS: Rate = Rate { burst: 4000.0, each_second: 100.0 };
+/// Requests on one connection; a worker that is sent its data asks for each partition.
+const REQUESTS: Rate = Rate { burst: 10_000.0, each_second: 1000.0 };
 /// Log lines about those who are turned away.
 const LINES: Rate = Rate { burst: 20.0, each_second: 1.0 };
 /// Addresses whose rates are remembered.

@@ -302,6 +302,9 @@ const STREAMS: u32 = 64;
 /// Bytes of a request's headers, at most.
 const HEADERS: u32 = 16 << 10;
 
+/// Bytes of a message of services that need few, at most: anybody asks for the health.
+const SHORT: usize = 4 << 10;
+
 /// A server with the wire's settings.
 pub fn server() -> tonic::transport::Server {
     tonic::transport::Server::builder()
@@ -408,10 +411,10 @@ pub async fn run(
         .context("cannot serve reflection")?;
     let coordinator = v1::coordinator_server::CoordinatorServer::new(service.clone())
         .max_decoding_message_size(unisono_proto::MAX_MESSAGE);
-    let operator = v1::operator_server::OperatorServer::new(service);
+    let operator = v1::operator_server::OperatorServer::new(service).max_decoding_message_size(SHORT);
     // Health is everybody's; what an operator may ask and what only it may do, its service knows.
     let server = server()
-        .add_service(health_service)
+        .add_service(health_service.max_decoding_message_size(SHORT))
         .add_service(InterceptedService::new(reflection, asks(None)))
         .add_service(InterceptedService::new(coordinator, asks(Some(Role::Worker))))
         .add_service(InterceptedService::new(parameters, asks(Some(Role::Worker))))

@@ -412,7 +412,8 @@ pub(crate) fn interruption() -> watch::Receiver<bool> {
 
 /// Whether a coordinator may listen there: beyond this machine only when it was `settled` who may join.
 async fn check_listen(listen: &str, settled: bool) -> Result<()> {
-    let wrong = |e| Wrong(anyhow::anyhow!("--listen is HOST:PORT, as 0.0.0.0:7070, and `{listen}` is none: {e}"));
+    let wrong =
+        |e| Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; write --listen as HOST:PORT, as in 0.0.0.0:7070"));
     let mut addresses = tokio::net::lookup_host(listen).await.map_err(wrong)?;
     if settled || addresses.all(|address| address.ip().to_canonical().is_loopback()) {
         return Ok(());

@@ -238,7 +238,11 @@ fn beyond_this_machine_nobody_listens_without_credentials() {
     for address in ["0.0.0.0", "[::]"] {
         fails(&listen(address, &[]), 2, &[address, "unisono cert", "--identity", "--insecure"]);
     }
-    fails(&run(dir.path(), &["coordinator", job, "--listen", "here"]), 2, &["--listen", "`here`", "HOST:PORT"]);
+    fails(
+        &run(dir.path(), &["coordinator", job, "--listen", "here"]),
+        2,
+        &["cannot listen on here", "--listen", "HOST:PORT"],
+    );
     fails(&listen("0.0.0.0", &["--identity", "nowhere"]), 2, &["no folder nowhere", "unisono cert"]);
     let certs = certs(dir.path(), "certs");
     let join = certs.join("join");
