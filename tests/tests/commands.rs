@@ -489,7 +489,9 @@ fn commands(dir: &Path) -> Vec<String> {
     let help = run(dir, &["--help"]);
     let help = String::from_utf8_lossy(&help.stdout).to_string();
     let block = help.split("Commands:\n").nth(1).and_then(|rest| rest.split("\n\n").next()).expect("commands");
-    let names = block.lines().filter_map(|line| line.split_whitespace().next());
+    // What goes on from the line before is further in.
+    let begins = block.lines().filter_map(|line| line.strip_prefix("  ").filter(|line| !line.starts_with(' ')));
+    let names = begins.filter_map(|line| line.split_whitespace().next());
     names.filter(|name| *name != "help").map(String::from).collect()
 }
 
