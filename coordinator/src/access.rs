@@ -166,6 +166,7 @@ pub fn check(
         (Some(token), Some(shown)) => token.is(shown.as_encoded_bytes()),
         _ => false,
     };
+    let asked: String = role.map_or("worker's or operator's".into(), |role| format!("{role}'s"));
     match standing {
         Standing::Anybody => Ok(()),
         Standing::Known(roles) if role.map_or(!roles.is_empty(), |role| roles.contains(&role)) => Ok(()),
@@ -173,9 +174,8 @@ pub fn check(
         Standing::Known(roles) => {
             let roles: Vec<String> = roles.iter().map(|role| format!("{role}'s")).collect();
             let mine = if roles.is_empty() { "neither worker's nor operator's".into() } else { roles.join(" and ") };
-            let role = role.map_or("worker's or operator's".into(), |role| format!("{role}'s"));
             Err(Status::permission_denied(format!(
-                "this needs a certificate that is a {role}, and the one shown is {mine}: {HOW}"
+                "this needs a certificate that is a {asked}, and the one shown is {mine}: {HOW}"
             )))
         }
         Standing::Refused(why) => Err(Status::unauthenticated(why.clone())),
@@ -187,10 +187,9 @@ pub fn check(
             None => "this coordinator takes no join tokens, because its --identity has none: show a certificate",
         })),
         Standing::Stranger => {
-            let role = role.map_or("worker's or operator's".into(), |role| format!("{role}'s"));
-            let token = if token.is_some() && role != "operator's" { " or the join token" } else { "" };
+            let token = if token.is_some() && role != Some(Role::Operator) { " or the join token" } else { "" };
             Err(Status::unauthenticated(format!(
-                "this coordinator asks for a {role} certificate{token}, and none was shown: {HOW}"
+                "this coordinator asks for a {asked} certificate{token}, and none was shown: {HOW}"
             )))
         }
     }

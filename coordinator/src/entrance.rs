@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use tokio::time::{Sleep, sleep};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::metadata::MetadataMap;
@@ -29,8 +29,12 @@ use unisono_proto::identity::{Identity, IdentityError, Role};
 const MOST: usize = 8192;
 /// Of them, strangers'.
 const STRANGERS: usize = 1024;
-/// A stranger's time: for the handshake, and then for a request that is admitted.
+/// A stranger's time, from the first byte to a request that is admitted.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes that are read from a stranger: its first request is short.
+const FIRST_BYTES: usize = 64 << 10;
+/// So long the other side may take nothing of what is written.
+const STALL: Duration = Duration::from_secs(30);
 /// New connections of one address: so many at once, and so many a second after them.
 const CONNECTIONS: Rate = Rate { burst: 4000.0, each_second: 100.0 };
 /// Requests on one connection; a worker that is sent its data asks for each partition.
@@ -78,6 +82,10 @@ impl Bucket {
 struct Complaints(Mutex<(Bucket, u64)>);
 
 impl Complaints {
+    fn new() -> Complaints {
+        Complaints(Mutex::new((Bucket::new(LINES, Instant::now()), 0)))
+    }
+
     fn say(&self, address: SocketAddr, why: &str) {
         let mut state = lock(&self.0);
         let (bucket, silent) = &mut *state;
@@ -101,6 +109,9 @@ struct Hall {
     /// In the order in which they came.
     strangers: Mutex<VecDeque<(u64, CancellationToken)>>,
     addresses: Mutex<HashMap<IpAddr, Bucket>>,
+    /// About those who ask for what they may not.
+    refusals: Complaints,
+    /// About connections.
     complaints: Complaints,
 }
 
@@ -164,22 +175,36 @@ struct Known {
 }
 
 impl Peer {
+    /// Whose request this is.
+    fn of<T>(request: &Request<T>) -> Result<&Peer, Status> {
+        request.extensions().get().ok_or_else(|| Status::internal("a request of nobody"))
+    }
+
+    /// Whether there are not too many requests.
+    fn count(&self) -> Result<(), Status> {
+        if lock(&self.0.requests).take(REQUESTS, Instant::now()) {
+            return Ok(());
+        }
+        Err(Status::resource_exhausted("there are too many requests on this connection: wait between them"))
+    }
+
     /// [`admit`], of this peer; the log has its address, where it may not.
     fn admit(&self, metadata: &MetadataMap, role: Option<Role>) -> Result<(), Status> {
-        let Known { pass, standing, admitted, requests } = &*self.0;
-        let checked = if lock(requests).take(REQUESTS, Instant::now()) {
-            let token = pass.hall.tls.as_ref().and_then(|tls| tls.token.as_ref());
-            access::check(standing, token, metadata, role)
-        } else {
-            Err(Status::resource_exhausted("there are too many requests on this connection: wait between them"))
-        };
+        let Known { pass, standing, admitted, .. } = &*self.0;
+        let token = pass.hall.tls.as_ref().and_then(|tls| tls.token.as_ref());
+        let checked = self.count().and_then(|()| access::check(standing, token, metadata, role));
         match &checked {
             Ok(()) if admitted.swap(true, Ordering::Relaxed) => {}
             Ok(()) => pass.hall.forget(pass.id),
-            Err(refused) => pass.hall.complaints.say(pass.address, refused.message()),
+            Err(refused) => pass.hall.refusals.say(pass.address, refused.message()),
         }
         checked
     }
+}
+
+/// Counts a request of what anybody may ask.
+pub fn counts(request: Request<()>) -> Result<Request<()>, Status> {
+    Peer::of(&request)?.count().map(|()| request)
 }
 
 /// Asks for a role before a service sees a request.
@@ -192,22 +217,59 @@ pub fn asks(role: Option<Role>) -> impl Fn(Request<()>) -> Result<Request<()>, S
 /// # Errors
 /// Why not.
 pub fn admit<T>(request: &Request<T>, role: Option<Role>) -> Result<(), Status> {
-    let peer = request.extensions().get::<Peer>().ok_or_else(|| Status::internal("a request of nobody"))?;
-    peer.admit(request.metadata(), role)
+    Peer::of(request)?.admit(request.metadata(), role)
 }
 
-/// What carries bytes.
-enum Wire {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
+/// What carries bytes: TCP, or TLS over it.
+trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
 
 /// One connection.
 pub struct Connection {
-    wire: Wire,
+    wire: Box<dyn Wire>,
     peer: Peer,
-    /// That it has to go; until a request is admitted.
-    gone: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    stranger: Option<Stranger>,
+    /// Ends when nothing that was written has left for long.
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+/// A connection none of whose requests was admitted yet.
+struct Stranger {
+    /// That it has to go.
+    gone: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Bytes that are still read from it. A whole frame is kept before anybody looks at it, and a frame may be long.
+    left: usize,
+}
+
+impl Connection {
+    /// Whether it may go on. A stranger is asked about it at each turn: one who takes no answers is never read from.
+    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let Some(stranger) = &mut self.stranger else { return Ok(()) };
+        if self.peer.0.admitted.load(Ordering::Relaxed) {
+            self.stranger = None;
+        } else if stranger.left == 0 || stranger.gone.as_mut().poll(cx).is_ready() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+
+    /// Does a part of the writing, unless it has to go, or the other side takes nothing for long.
+    fn write<T>(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        part: impl FnOnce(Pin<&mut dyn Wire>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        let this = self.get_mut();
+        this.check(cx)?;
+        let written = part(Pin::new(&mut *this.wire), cx);
+        if written.is_ready() {
+            this.stalled = None;
+        } else if this.stalled.get_or_insert_with(|| Box::pin(sleep(STALL))).as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        written
+    }
 }
 
 impl Connected for Connection {
@@ -221,26 +283,19 @@ impl Connected for Connection {
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if let Some(gone) = &mut this.gone {
-            if this.peer.0.admitted.load(Ordering::Relaxed) {
-                this.gone = None;
-            } else if gone.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-            }
+        this.check(cx)?;
+        let before = buf.filled().len();
+        let read = Pin::new(&mut *this.wire).poll_read(cx, buf);
+        if let Some(stranger) = &mut this.stranger {
+            stranger.left = stranger.left.saturating_sub(buf.filled().len() - before);
         }
-        match &mut this.wire {
-            Wire::Plain(wire) => Pin::new(wire).poll_read(cx, buf),
-            Wire::Tls(wire) => Pin::new(wire).poll_read(cx, buf),
-        }
+        read
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().wire {
-            Wire::Plain(wire) => Pin::new(wire).poll_write(cx, buf),
-            Wire::Tls(wire) => Pin::new(wire).poll_write(cx, buf),
-        }
+        self.write(cx, |wire, cx| wire.poll_write(cx, buf))
     }
 
     fn poll_write_vectored(
@@ -248,31 +303,19 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().wire {
-            Wire::Plain(wire) => Pin::new(wire).poll_write_vectored(cx, bufs),
-            Wire::Tls(wire) => Pin::new(wire).poll_write_vectored(cx, bufs),
-        }
+        self.write(cx, |wire, cx| wire.poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
-        match &self.wire {
-            Wire::Plain(wire) => wire.is_write_vectored(),
-            Wire::Tls(wire) => wire.is_write_vectored(),
-        }
+        self.wire.is_write_vectored()
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().wire {
-            Wire::Plain(wire) => Pin::new(wire).poll_flush(cx),
-            Wire::Tls(wire) => Pin::new(wire).poll_flush(cx),
-        }
+        self.write(cx, |wire, cx| wire.poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().wire {
-            Wire::Plain(wire) => Pin::new(wire).poll_shutdown(cx),
-            Wire::Tls(wire) => Pin::new(wire).poll_shutdown(cx),
-        }
+        self.write(cx, |wire, cx| wire.poll_shutdown(cx))
     }
 }
 
@@ -300,7 +343,8 @@ impl Entrance {
             next: AtomicU64::new(0),
             strangers: Mutex::default(),
             addresses: Mutex::default(),
-            complaints: Complaints(Mutex::new((Bucket::new(LINES, Instant::now()), 0))),
+            refusals: Complaints::new(),
+            complaints: Complaints::new(),
         });
         tokio::spawn(accept(self.listener, hall, send));
         ReceiverStream::new(receive)
@@ -334,20 +378,21 @@ async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::R
 
 /// Shakes hands, and passes a connection on; sends it away when its time is over.
 async fn welcome(stream: TcpStream, pass: Pass, gone: CancellationToken, send: mpsc::Sender<io::Result<Connection>>) {
+    let end = tokio::time::Instant::now() + PATIENCE;
     stream.set_nodelay(true).ok();
     let (hall, id, address) = (pass.hall.clone(), pass.id, pass.address);
-    let (wire, standing) = match &hall.tls {
-        None => (Wire::Plain(stream), Standing::Anybody),
+    let (wire, standing): (Box<dyn Wire>, _) = match &hall.tls {
+        None => (Box::new(stream), Standing::Anybody),
         Some(tls) => {
             let handshake = TlsAcceptor::from(tls.config.clone()).accept(stream);
             let shaken = tokio::select! {
-                shaken = tokio::time::timeout(PATIENCE, handshake) => shaken,
+                shaken = tokio::time::timeout_at(end, handshake) => shaken,
                 () = gone.cancelled() => return hall.complaints.say(address, "others came, and it had said nothing"),
             };
             match shaken {
                 Ok(Ok(stream)) => {
                     let standing = tls.standing(stream.get_ref().1.peer_certificates());
-                    (Wire::Tls(Box::new(stream)), standing)
+                    (Box::new(stream), standing)
                 }
                 Ok(Err(e)) => return hall.complaints.say(address, &format!("the TLS handshake failed: {e}")),
                 Err(_) => return hall.complaints.say(address, "no TLS handshake for 10 s"),
@@ -356,12 +401,12 @@ async fn welcome(stream: TcpStream, pass: Pass, gone: CancellationToken, send: m
     };
     let requests = Mutex::new(Bucket::new(REQUESTS, Instant::now()));
     let peer = Peer(Arc::new(Known { pass, standing, admitted: AtomicBool::new(false), requests }));
-    let waiting = Some(Box::pin(gone.clone().cancelled_owned()));
-    if send.send(Ok(Connection { wire, peer, gone: waiting })).await.is_err() {
+    let stranger = Some(Stranger { gone: Box::pin(gone.clone().cancelled_owned()), left: FIRST_BYTES });
+    if send.send(Ok(Connection { wire, peer, stranger, stalled: None })).await.is_err() {
         return;
     }
     drop(send);
-    tokio::time::sleep(PATIENCE).await;
+    tokio::time::sleep_until(end).await;
     // Whoever was admitted listens to this no more, and whoever has left has no place to lose.
     hall.forget(id);
     gone.cancel();

@@ -22,7 +22,7 @@ mod sum;
 use anyhow::{Context, Result, bail};
 use driver::{Driver, Learning};
 pub use entrance::Entrance;
-use entrance::asks;
+use entrance::{asks, counts};
 use measure::Measure;
 pub use measure::{Measured, Phases, Window};
 use pace::Pace;
@@ -414,7 +414,7 @@ pub async fn run(
     let operator = v1::operator_server::OperatorServer::new(service).max_decoding_message_size(SHORT);
     // Health is everybody's; what an operator may ask and what only it may do, its service knows.
     let server = server()
-        .add_service(health_service.max_decoding_message_size(SHORT))
+        .add_service(InterceptedService::new(health_service.max_decoding_message_size(SHORT), counts))
         .add_service(InterceptedService::new(reflection, asks(None)))
         .add_service(InterceptedService::new(coordinator, asks(Some(Role::Worker))))
         .add_service(InterceptedService::new(parameters, asks(Some(Role::Worker))))

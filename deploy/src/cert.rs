@@ -162,7 +162,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     println!("{dir}/{OPERATOR}     for drain and stop (status is for all)");
     println!("{dir}/{JOIN}         for workers, in place of {WORKER}: a join token, no certificate");
     println!("{dir}/ca           keep {CA_KEY} to yourself; with it this command makes new ones");
-    println!("valid until {}; run this command again before", end.date());
+    println!("valid until {}; run this command again before, with the same --host", end.date());
     println!();
     println!("unisono coordinator JOB --listen 0.0.0.0:7070 --identity {dir}/{COORDINATOR}");
     println!("unisono worker --coordinator https://HOST:7070 --identity {dir}/{WORKER}");

@@ -410,16 +410,17 @@ pub(crate) fn interruption() -> watch::Receiver<bool> {
     receive
 }
 
-/// Whether a coordinator may listen there: beyond this machine only when it was `settled` who may join.
-async fn check_listen(listen: &str, settled: bool) -> Result<()> {
-    let wrong =
-        |e| Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; write --listen as HOST:PORT, as in 0.0.0.0:7070"));
-    let mut addresses = tokio::net::lookup_host(listen).await.map_err(wrong)?;
-    if settled || addresses.all(|address| address.ip().to_canonical().is_loopback()) {
-        return Ok(());
+/// Binds a coordinator's address: beyond this machine only when it is `settled` who may join.
+async fn listen(address: &str, settled: bool) -> Result<tokio::net::TcpListener> {
+    let listener = tokio::net::TcpListener::bind(address).await.map_err(|e| {
+        let other = "choose another address with --listen, as HOST:PORT";
+        Wrong(anyhow::anyhow!("cannot listen on {address}: {e}; {other}"))
+    })?;
+    if settled || listener.local_addr()?.ip().to_canonical().is_loopback() {
+        return Ok(listener);
     }
     Err(Wrong(anyhow::anyhow!(
-        "{listen} can be reached from other machines: make certificates with `unisono cert certs` and add --identity \
+        "{address} can be reached from other machines: make certificates with `unisono cert certs` and add --identity \
          certs/coordinator, or add --insecure if whoever reaches it may join, stop the run, and read all that is sent"
     ))
     .into())
@@ -432,7 +433,10 @@ fn data_roots(named: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
     }
     if named.is_empty() {
         let data = std::env::var_os("UNISONO_DATA").filter(|dir| !dir.is_empty());
-        return Ok(data.into_iter().map(PathBuf::from).chain([".".into()]).collect());
+        // A service's working folder is often the root: that is no choice of anybody's.
+        let here =
+            Some(PathBuf::from(".")).filter(|here| here.canonicalize().is_ok_and(|here| here.parent().is_some()));
+        return Ok(data.into_iter().map(PathBuf::from).chain(here).collect());
     }
     Ok(named)
 }
@@ -449,15 +453,12 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
     unisono_common::kernels::isa().map_err(|e| Wrong(anyhow::anyhow!(e)))?;
     match command {
         Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args, started).await,
-        Cmd::Coordinator { job, listen, identity, insecure, args } => {
+        Cmd::Coordinator { job, listen: address, identity, insecure, args } => {
             let view = View::new(&args);
             let (job, options) = (read_job(Some(&job), &args.set)?, options(&args, started)?);
             let identity = identity.open()?;
-            check_listen(&listen, identity.is_some() || insecure).await?;
             let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
-            let listener = tokio::net::TcpListener::bind(&listen).await.map_err(|e| {
-                Wrong(anyhow::anyhow!("cannot listen on {listen}: {e}; choose another address with --listen"))
-            })?;
+            let listener = listen(&address, identity.is_some() || insecure).await?;
             if !args.quiet {
                 let scheme = if identity.is_some() { "https" } else { "http" };
                 eprintln!("listening on {scheme}://{}", listener.local_addr()?);

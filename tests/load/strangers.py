@@ -5,7 +5,8 @@ take: calm and disturbed in turns, medians.
     cargo build --release && tests/load/strangers.py
 
 Strangers come from a hundred addresses (127.0.1.*), so that no limit for one address helps. `silent` say nothing, `garbage` send
-random bytes, `slow` ask for the job by HTTP/2 and read no answer.
+random bytes, `slow` ask for the job by HTTP/2 and take no answer, `deaf` send pings by HTTP/2 and never read. With --tls the last
+two shake hands first, without a certificate.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import random
 import resource
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -65,10 +67,15 @@ def slow(host):
     return (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, settings) + frame(1, 4, 1, head) + frame(0, 1, 1, body))
 
 
-def strangers(kind, address, count):
+def deaf():
+    """Pings (RFC 9113, 6.7), each of which asks for an answer."""
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + 2000 * frame(6, 0, 0, bytes(8))
+
+
+def strangers(kind, address, count, tls):
     """Connections that stay open as long as what this returns."""
     host, port = address.split(":")
-    first = {"silent": b"", "garbage": random.Random(7).randbytes(4096), "slow": slow(address)}[kind]
+    first = {"silent": b"", "garbage": random.Random(7).randbytes(4096), "slow": slow(address), "deaf": deaf()}[kind]
     held = []
     for i in range(count):
         wire = socket.socket()
@@ -77,11 +84,18 @@ def strangers(kind, address, count):
         wire.settimeout(5)
         try:
             wire.connect((host, int(port)))
+            if tls and kind in ("slow", "deaf"):
+                wire = tls.wrap_socket(wire)
             wire.send(first)
         except OSError:
             pass  # it was turned away at once
         held.append(wire)
     return held
+
+
+def files(pid):
+    """Open files of a process."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def memory(pid):
@@ -105,8 +119,11 @@ def main():
         Path(folder, "job.toml").write_text(JOB)
         plain = {name: value for name, value in os.environ.items() if name != "UNISONO_IDENTITY"}
         identity = dict.fromkeys(("coordinator", "worker", "operator"), plain)
+        tls = None
         if args.tls:
             run("cert", "certs")
+            tls = ssl.create_default_context(cafile=Path(folder, "certs/worker/ca.crt"))
+            tls.check_hostname = False
             identity = {name: {**env, "UNISONO_IDENTITY": f"certs/{name}"} for name, env in identity.items()}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -119,32 +136,44 @@ def main():
         def steps():
             asked = subprocess.run([args.program, "status", "--json", "--coordinator", address], cwd=folder,
                                    env=identity["operator"], capture_output=True, text=True)
+            if asked.returncode != 0 and coordinator.poll() is not None:
+                sys.exit("the coordinator has ended: " + Path(folder, "log").read_text()[-2000:])
             return json.loads(asked.stdout)["steps"] if asked.returncode == 0 else None
+
+        def counted():
+            """Steps so far; the status has to be answered while strangers are there."""
+            now = steps()
+            if now is None:
+                sys.exit("the coordinator does not say where it stands")
+            return now
 
         def rate():
             """Steps a second."""
-            began, before = time.monotonic(), steps()
+            began, before = time.monotonic(), counted()
             time.sleep(args.seconds)
-            return (steps() - before) / (time.monotonic() - began)
+            return (counted() - before) / (time.monotonic() - began)
 
         try:
             while not steps():
                 time.sleep(0.2)
             time.sleep(1)
             print(f"{args.connections} connections, 2 workers by {args.transport}{' and TLS' if args.tls else ''}")
-            print(f"{'':8} {'calm steps/s':>14} {'disturbed':>10} {'kept':>6} {'calm MiB':>10} {'disturbed':>10}")
-            for kind in ("silent", "garbage", "slow"):
+            print(f"{'':8} {'calm steps/s':>14} {'disturbed':>10} {'kept':>6} {'calm MiB':>10} {'disturbed':>10} {'held':>6}")
+            for kind in ("silent", "garbage", "slow", "deaf"):
                 figures = []
                 for _ in range(args.rounds):
                     calm, calm_memory = rate(), memory(coordinator.pid)
-                    held = strangers(kind, address, args.connections)
+                    few = files(coordinator.pid)
+                    held = strangers(kind, address, args.connections, tls)
+                    open_now = files(coordinator.pid) - few
                     disturbed, more = rate(), memory(coordinator.pid)
                     for wire in held:
                         wire.close()
                     time.sleep(1)
-                    figures.append((calm, disturbed, disturbed / calm, calm_memory, more))
-                calm, disturbed, kept, calm_memory, more = map(statistics.median, zip(*figures))
-                print(f"{kind:8} {calm:14.0f} {disturbed:10.0f} {kept:6.2f} {calm_memory:10.1f} {more:10.1f}")
+                    figures.append((calm, disturbed, disturbed / calm, calm_memory, more, open_now))
+                calm, disturbed, kept, calm_memory, more, open_now = map(statistics.median, zip(*figures))
+                print(f"{kind:8} {calm:14.0f} {disturbed:10.0f} {kept:6.2f} {calm_memory:10.1f} {more:10.1f} {open_now:6.0f}",
+                      flush=True)
         finally:
             for process in [coordinator, *workers]:
                 process.kill()

@@ -14,7 +14,7 @@ use unisono_proto::shm::SlotSize;
 use unisono_proto::shm::door::Opened;
 use unisono_proto::{self as wire, v1};
 use unisono_tests::cluster::{Cluster, SHORT, same_result, undisturbed, undisturbed_of};
-use unisono_tests::{peak, wait_until};
+use unisono_tests::peak;
 
 /// Steps that take longer than all strangers together.
 const LONG: u64 = 40_000;
@@ -592,32 +592,4 @@ fn a_member_that_breaks_off_in_the_middle_of_a_node_changes_nothing() {
     let summary = cluster.end();
     assert!(summary["partitions_reissued"].as_u64() >= Some(1), "the stranger had no lease: {summary}");
     same_result(&summary, &undisturbed(SHORT));
-}
-
-/// Connections that say nothing, or nothing that is understood: most of them are closed at once, the others soon.
-#[test]
-#[cfg(target_os = "linux")]
-fn connections_that_nobody_vouches_for_are_few_and_short() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    const CONNECTIONS: usize = 3000;
-    let limit = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).expect("more open files");
-    let dir = tempfile::tempdir().expect("a folder");
-    let cluster = Cluster::start(dir.path(), LONG);
-    let coordinator = cluster.coordinator.as_ref().expect("it runs").id();
-    let open = || std::fs::read_dir(format!("/proc/{coordinator}/fd")).expect("its files").count();
-    let calm = open();
-    let connect = |i: usize| {
-        let mut wire = TcpStream::connect(&cluster.address).expect("a connection");
-        if i % 2 == 1 {
-            wire.write_all(&[0xab; 100]).ok();
-        }
-        wire
-    };
-    let held: Vec<TcpStream> = (0..CONNECTIONS).map(connect).collect();
-    wait_until("most to be closed", || open() <= calm + 1024 + 8);
-    assert!(cluster.step().is_some_and(|step| step < LONG), "status is answered meanwhile");
-    wait_until("all to be closed", || open() <= calm + 8);
-    drop(held);
-    same_result(&cluster.end(), &undisturbed(LONG));
 }

@@ -37,7 +37,7 @@ pub enum DataError {
     )]
     Missing { what: &'static str, path: String, tried: String },
     #[error(
-        "{path} is outside the folders that this worker reads ({only}): allow its folder with --data-root, or set \
+        "{path} is outside the folders that this worker reads ({only}, but no identities): allow its folder with --data-root, or set \
          data.ship = true in the job"
     )]
     Outside { path: String, only: String },

@@ -46,7 +46,7 @@ impl Files {
         // Joining an absolute path yields that path, from either folder.
         let first = self.root.as_ref().map(|root| root.join(path)).filter(|first| *first != there);
         if let Some(found) = first.iter().chain([&there]).find(|p| is(p)) {
-            return if self.may_be_read(found) { Ok(found.clone()) } else { Err(self.outside(found)) };
+            return self.check(found).map(|()| found.clone());
         }
         let tried = match (&first, &self.root) {
             (Some(first), _) => format!("{} and {}", first.display(), there.display()),
@@ -56,16 +56,19 @@ impl Files {
         Err(DataError::Missing { what, path: path.into(), tried })
     }
 
-    /// Whether a path, all links followed, is below one of the folders.
-    fn may_be_read(&self, path: &Path) -> bool {
-        let Some(only) = &self.only else { return true };
-        let Ok(path) = path.canonicalize() else { return false };
-        only.iter().any(|folder| folder.canonicalize().is_ok_and(|folder| path.starts_with(folder)))
-    }
-
-    fn outside(&self, path: &Path) -> DataError {
-        let only = self.only.iter().flatten().map(|folder| folder.display().to_string());
-        DataError::Outside { path: path.display().to_string(), only: only.collect::<Vec<_>>().join(", ") }
+    /// Whether a path, all links followed, is below one of the folders, and not in one with an authority's certificate: where
+    /// that is, there are keys.
+    pub(super) fn check(&self, path: &Path) -> Result<(), DataError> {
+        let Some(only) = &self.only else { return Ok(()) };
+        let is_inside = |path: PathBuf| {
+            let is_below = only.iter().any(|folder| folder.canonicalize().is_ok_and(|folder| path.starts_with(folder)));
+            is_below && !path.parent().is_some_and(|folder| folder.join("ca.crt").exists())
+        };
+        if path.canonicalize().is_ok_and(is_inside) {
+            return Ok(());
+        }
+        let only = only.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", ");
+        Err(DataError::Outside { path: path.display().to_string(), only })
     }
 }
 
@@ -119,8 +122,13 @@ mod tests {
         {
             assert!(find(inside).is_ok(), "{inside}: {:?}", find(inside));
         }
+        std::fs::create_dir(at("mine/worker")).unwrap();
+        std::fs::write(at("mine/worker/ca.crt"), "").unwrap();
+        std::fs::write(at("mine/worker/token"), "").unwrap();
         let absolute = at("secret");
-        for outside in ["../secret", "deep/../../secret", "link", "../mine-too/x", absolute.to_str().unwrap()] {
+        for outside in
+            ["../secret", "deep/../../secret", "link", "worker/token", "../mine-too/x", absolute.to_str().unwrap()]
+        {
             let error = find(outside).unwrap_err().to_string();
             assert!(error.contains("--data-root") && error.contains(mine.to_str().unwrap()), "{outside}: {error}");
         }

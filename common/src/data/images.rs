@@ -8,12 +8,16 @@ use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 
 /// What is in a folder and not hidden, by name.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, DataError> {
+///
+/// # Errors
+/// A folder that cannot be read, and in it links to what may not be.
+fn entries(allowed: &Files, folder: &Path) -> Result<Vec<PathBuf>, DataError> {
     let wrong = |e| DataError::read(&folder.display().to_string())(e);
     let mut all = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(wrong)? {
         let entry = entry.map_err(wrong)?;
         if !entry.file_name().as_encoded_bytes().starts_with(b".") {
+            allowed.check(&entry.path())?;
             all.push(entry.path());
         }
     }
@@ -26,10 +30,10 @@ fn name(path: &Path) -> String {
 }
 
 /// A split's classes, by name, and their files.
-fn classes(folder: &Path) -> Result<Vec<(String, Vec<PathBuf>)>, DataError> {
+fn classes(allowed: &Files, folder: &Path) -> Result<Vec<(String, Vec<PathBuf>)>, DataError> {
     let mut classes = Vec::new();
-    for class in entries(folder)?.into_iter().filter(|path| path.is_dir()) {
-        let files = entries(&class)?;
+    for class in entries(allowed, folder)?.into_iter().filter(|path| path.is_dir()) {
+        let files = entries(allowed, &class)?;
         if files.is_empty() {
             return Err(DataError::EmptyClass { path: class.display().to_string() });
         }
@@ -79,11 +83,11 @@ fn dataset(
 
 /// Reads both splits. The training set's folders are the classes; its pictures are in an order that the seed decides, so
 /// that each of its partitions has some of every class.
-pub(super) fn read(files: &Files, spec: &job::Images, seed: u64, on_error: job::OnError) -> Result<Raw, DataError> {
+pub(super) fn read(allowed: &Files, spec: &job::Images, seed: u64, on_error: job::OnError) -> Result<Raw, DataError> {
     let job::Images { base, train, test, holdout, size, channels } = spec;
-    let folder = |path| files.look_up(base, path, "folder", Path::is_dir);
+    let folder = |path| allowed.look_up(base, path, "folder", Path::is_dir);
     let train_folder = folder(train)?;
-    let (names, files): (Vec<String>, Vec<Vec<PathBuf>>) = classes(&train_folder)?.into_iter().unzip();
+    let (names, files): (Vec<String>, Vec<Vec<PathBuf>>) = classes(allowed, &train_folder)?.into_iter().unzip();
     if names.len() < 2 {
         return Err(DataError::NoClasses { path: train_folder.display().to_string(), found: names.len() });
     }
@@ -107,7 +111,7 @@ pub(super) fn read(files: &Files, spec: &job::Images, seed: u64, on_error: job::
     let (train, test) = match (test, holdout) {
         (Some(test), _) => {
             let mut files = Vec::new();
-            for (class, paths) in classes(&folder(test)?)? {
+            for (class, paths) in classes(allowed, &folder(test)?)? {
                 let Ok(at) = names.binary_search(&class) else {
                     let (path, train) = (paths[0].display().to_string(), train_folder.display().to_string());
                     return Err(DataError::OtherClass { path, class, train });
@@ -263,6 +267,22 @@ mod tests {
             (0..4).map(|_| read(&Files::default(), &spec(&folder), 1, STOP).err().unwrap().to_string()).collect();
         assert!(named.windows(2).all(|w| w[0] == w[1]), "{named:?}");
     }
+    #[test]
+    #[cfg(unix)]
+    fn links_out_of_what_may_be_read_are_not_followed() {
+        let (folder, elsewhere) = (three(), three());
+        let allowed = Files::below(vec![folder.path().into()]);
+        assert!(read(&allowed, &spec(&folder), 1, STOP).is_ok());
+        for (link, to) in [("train/dog/more.png", "train/cat/9.png"), ("train/fox", "train/cat")] {
+            let link = folder.path().join(link);
+            std::os::unix::fs::symlink(elsewhere.path().join(to), &link).unwrap();
+            let message = read(&allowed, &spec(&folder), 1, STOP).err().unwrap().to_string();
+            assert!(message.contains("--data-root") && message.contains(link.to_str().unwrap()), "{message}");
+            assert!(read(&Files::default(), &spec(&folder), 1, STOP).is_ok(), "one's own job may");
+            std::fs::remove_file(link).unwrap();
+        }
+    }
+
     #[test]
     fn pictures_that_are_left_out_might_as_well_not_be_there() {
         let (clean, dirty) = (three(), three());

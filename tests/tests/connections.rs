@@ -1,0 +1,78 @@
+//! Connections that nobody vouches for: they are few and short, hold little, and keep nobody out.
+#![cfg(target_os = "linux")]
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::io::Write;
+use std::net::TcpStream;
+use std::time::Duration;
+use unisono_tests::cluster::{Cluster, same_result, undisturbed};
+use unisono_tests::{peak, wait_until};
+
+/// Steps that take longer than the strangers are there.
+const LONG: u64 = 40_000;
+
+/// Strangers that may be there at once.
+const STRANGERS: usize = 1024;
+
+/// The open files of a cluster's coordinator.
+fn open(cluster: &Cluster<'_>) -> usize {
+    let id = cluster.coordinator.as_ref().expect("it runs").id();
+    std::fs::read_dir(format!("/proc/{id}/fd")).expect("its files").count()
+}
+
+/// Opens so many connections to the coordinator of a run, on each of which `say` is called with its number; then most of them
+/// must be closed soon, and all after their time, while others are answered and the run ends as it must.
+fn strangers(connections: usize, say: impl Fn(usize, &mut TcpStream)) {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).expect("more open files");
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(dir.path(), LONG);
+    let calm = open(&cluster);
+    let connect = |i: usize| {
+        let mut wire = TcpStream::connect(&cluster.address).expect("a connection");
+        wire.set_write_timeout(Some(Duration::from_millis(50))).expect("a time limit");
+        say(i, &mut wire);
+        wire
+    };
+    let held: Vec<TcpStream> = (0..connections).map(connect).collect();
+    wait_until("most to be closed", || open(&cluster) <= calm + STRANGERS + 8);
+    assert!(cluster.step().is_some_and(|step| step < LONG), "status is answered meanwhile");
+    wait_until("all to be closed", || open(&cluster) <= calm + 8);
+    let peak = cluster.coordinator.as_ref().and_then(peak);
+    assert!(peak.is_none_or(|peak| peak < 256.0), "the coordinator took {peak:?} MiB");
+    drop(held);
+    same_result(&cluster.end(), &undisturbed(LONG));
+}
+
+#[test]
+fn who_says_nothing_or_nothing_that_is_understood_has_to_go() {
+    strangers(3 * STRANGERS, |i, wire| {
+        if i % 2 == 1 {
+            wire.write_all(&[0xab; 100]).ok();
+        }
+    });
+}
+
+/// What HTTP/2 begins with (RFC 9113, 3.4), with empty settings.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+/// Each ping asks for an answer (RFC 9113, 6.7), and nobody takes it.
+#[test]
+fn who_takes_no_answers_has_to_go() {
+    let pings = [&b"\0\0\x08\x06\0\0\0\0\0"[..], &[7; 8]].concat().repeat(60_000);
+    strangers(200, |_, wire| {
+        wire.write_all(PREFACE).ok();
+        wire.write_all(&pings).ok();
+    });
+}
+
+/// One of almost 16 MiB, the longest that the coordinator's settings allow, of which a part comes.
+#[test]
+fn a_long_frame_is_not_kept() {
+    let part = vec![0; 8 << 20];
+    strangers(100, |_, wire| {
+        wire.write_all(PREFACE).ok();
+        wire.write_all(b"\xff\xff\xff\0\0\0\0\0\x01").ok();
+        wire.write_all(&part).ok();
+    });
+}
