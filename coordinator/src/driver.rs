@@ -175,7 +175,7 @@ impl Driver {
         match command {
             Command::Work { worker, step, generation, kind, nodes } => {
                 if let Some(measure) = &self.shared.measure {
-                    measure.ordered(worker, Instant::now());
+                    measure.ordered(worker, Instant::now(), nodes.iter().map(|node| node.len()).sum());
                 }
                 if let Some(lane) = self.lanes.get_mut(&worker) {
                     if !lane.order(&self.shared, step, generation, kind, &nodes) {
@@ -245,6 +245,9 @@ impl Driver {
                 } else {
                     self.transports[1] = true;
                 }
+                if let Some(measure) = &self.shared.measure {
+                    measure.joined(worker, &name);
+                }
                 lock(&self.shared.names).insert(worker, name);
                 self.sessions.insert(worker, to_worker);
                 self.joined += 1;
@@ -313,7 +316,8 @@ impl Driver {
                 let now = Instant::now();
                 self.pace.commit(now, sums.samples);
                 let measure = self.shared.measure.as_ref();
-                let turned = measure.is_some_and(|measure| measure.commit(now, sums.samples, &self.shared.store));
+                let turned = measure
+                    .is_some_and(|measure| measure.commit(now, sums.samples, self.sessions.len(), &self.shared.store));
                 if measure.is_some_and(|measure| measure.is_over(now)) {
                     self.total_steps = step.next().0;
                 }

@@ -11,6 +11,7 @@ mod lanes;
 mod measure;
 mod pace;
 mod parameters;
+mod probe;
 mod pulls;
 mod push;
 mod rows;
@@ -135,7 +136,7 @@ pub struct Options {
     /// Whether workers of this host are offered shared memory.
     pub shared_memory: bool,
     pub patience: Patience,
-    /// What is measured; the run ends after it, at its last step at the latest.
+    /// What is measured. A run that is measured ends after that, not at its last step, and evaluates nothing.
     pub window: Option<Window>,
 }
 
@@ -158,9 +159,26 @@ impl Ready {
         &self.job
     }
 
+    /// Its data.
+    pub fn data(&self) -> &data::Opened {
+        &self.opened
+    }
+
     /// Its model.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    fn steps_per_epoch(&self) -> u64 {
+        self.train_parts.steps_per_epoch(self.job.train.micro_batch) as u64
+    }
+
+    /// Steps that it takes.
+    pub fn total_steps(&self) -> u64 {
+        match self.job.train.length {
+            Length::Steps(n) => n,
+            Length::Epochs(n) => n * self.steps_per_epoch(),
+        }
     }
 }
 
@@ -325,13 +343,13 @@ pub async fn run(
     progress: watch::Sender<Progress>,
     interrupted: watch::Receiver<bool>,
 ) -> Result<Summary> {
+    let (steps_per_epoch, ready_steps) = (ready.steps_per_epoch(), ready.total_steps());
     let Ready { job, opened, model, train_parts, test_parts, groups, dir, from } = ready;
     let (dir, _lock) = dir.unzip();
     let layout = Arc::new(model.layout().clone());
-    let steps_per_epoch = train_parts.steps_per_epoch(job.train.micro_batch) as u64;
-    let mut total_steps = match job.train.length {
-        Length::Steps(n) => n,
-        Length::Epochs(n) => n * steps_per_epoch,
+    let (mut total_steps, test_parts) = match options.window {
+        Some(_) => (u64::MAX, None),
+        None => (ready_steps, test_parts),
     };
     let (weights, slots, rows, learning, last_saved) = match from {
         Some(Resumed { path, digest, weights, slots, rows, learning }) => {
@@ -416,6 +434,7 @@ pub async fn run(
     let server = server()
         .add_service(InterceptedService::new(health_service.max_decoding_message_size(SHORT), counts))
         .add_service(InterceptedService::new(reflection, asks(None)))
+        .add_service(InterceptedService::new(v1::probe_server::ProbeServer::new(probe::Probe::new()), asks(None)))
         .add_service(InterceptedService::new(coordinator, asks(Some(Role::Worker))))
         .add_service(InterceptedService::new(parameters, asks(Some(Role::Worker))))
         .add_service(operator)

@@ -13,11 +13,15 @@ use unisono_proto::shm::frame::Spent;
 /// A part of a run that is measured; the run ends after it.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
+    /// Workers that are there before anything counts, at least.
+    pub workers: usize,
     /// Steps that come before it, at least.
     pub warm_steps: u64,
     /// Time that comes before it, at least.
     pub warm: Duration,
-    /// How long it is.
+    /// Steps in it, at least.
+    pub steps: u64,
+    /// How long it is, at least.
     pub length: Duration,
     /// How long the run goes on after it.
     pub after: Duration,
@@ -91,16 +95,36 @@ pub struct Measured {
     pub optimizer_seconds: f64,
     /// Bytes of gradients that the critical worker encodes in the phase `encode`, a step.
     pub encoded: f64,
+    /// Nodes that workers pushed.
+    pub nodes: u64,
+    /// Seconds that a worker took for one of its partitions, data to encoding: a hundred and one evenly spaced quantiles.
+    pub compute_seconds: Vec<f64>,
+    /// Of this process, on all its threads.
+    pub cpu_seconds: f64,
+    /// Each commit of the run, before and after the window as well, and its samples.
+    pub commits: Vec<(Instant, u64)>,
+    /// When the first node of each worker came, by its name.
+    pub firsts: BTreeMap<String, Instant>,
 }
 
 /// What is known of a worker in the open step.
 #[derive(Clone, Copy)]
 struct Track {
     ordered: Instant,
+    /// Of its orders.
+    partitions: u32,
     /// When the last chunk of its last node came.
     arrived: Option<Instant>,
     /// Of all its nodes.
     spent: Spent,
+}
+
+impl Track {
+    fn seconds_of_a_partition(&self) -> f32 {
+        let Spent { data, forward, backward, encode, .. } = self.spent;
+        let nanos = [data, forward, backward, encode].into_iter().fold(0, u64::saturating_add);
+        nanos as f32 / 1e9 / self.partitions.max(1) as f32
+    }
 }
 
 /// Sums that only grow.
@@ -110,20 +134,38 @@ struct Totals {
     optimizer: Duration,
     bytes_pushed: u64,
     bytes_pulled: u64,
+    nodes: u64,
+    /// Processor time of this process.
+    cpu: Duration,
 }
 
 impl Totals {
-    fn of(store: &Store) -> Totals {
+    fn of(store: &Store, nodes: u64) -> Totals {
         let [reduce, optimizer] = store.timers.as_ref().map_or_else(Default::default, Timers::totals);
         let (pushed, pulled) = (&store.bytes_pushed, &store.bytes_pulled);
         let (bytes_pushed, bytes_pulled) = (pushed.load(Ordering::Relaxed), pulled.load(Ordering::Relaxed));
-        Totals { reduce, optimizer, bytes_pushed, bytes_pulled }
+        Totals { reduce, optimizer, bytes_pushed, bytes_pulled, nodes, cpu: cpu_time() }
     }
 }
+
+/// Processor time that this process has had.
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Times of partitions that are kept, at most.
+const KEPT: usize = 1 << 18;
 
 #[derive(Default)]
 struct State {
     workers: BTreeMap<WorkerId, Track>,
+    names: BTreeMap<WorkerId, String>,
+    firsts: BTreeMap<String, Instant>,
+    commits: Vec<(Instant, u64)>,
+    /// Seconds that workers took for a partition.
+    partitions: Vec<f32>,
+    nodes: u64,
     first: Option<Instant>,
     last: Option<Instant>,
     /// Steps so far, in all.
@@ -151,15 +193,25 @@ impl Measure {
         Measure { window, state: Mutex::default() }
     }
 
+    /// A worker is a member.
+    pub(crate) fn joined(&self, worker: WorkerId, name: &str) {
+        lock(&self.state).names.insert(worker, name.into());
+    }
+
     /// A worker is sent its first order of the open step, or another.
-    pub(crate) fn ordered(&self, worker: WorkerId, now: Instant) {
-        let track = Track { ordered: now, arrived: None, spent: Spent::default() };
-        lock(&self.state).workers.entry(worker).or_insert(track);
+    pub(crate) fn ordered(&self, worker: WorkerId, now: Instant, partitions: u32) {
+        let track = Track { ordered: now, partitions: 0, arrived: None, spent: Spent::default() };
+        lock(&self.state).workers.entry(worker).or_insert(track).partitions += partitions;
     }
 
     /// The last chunk of a node came.
     pub(crate) fn arrived(&self, worker: WorkerId, now: Instant, spent: Spent) {
-        if let Some(track) = lock(&self.state).workers.get_mut(&worker) {
+        let state = &mut *lock(&self.state);
+        state.nodes += 1;
+        if let Some(name) = state.names.remove(&worker) {
+            state.firsts.insert(name, now);
+        }
+        if let Some(track) = state.workers.get_mut(&worker) {
             track.arrived = Some(now);
             let sum = &mut track.spent;
             sum.data = sum.data.saturating_add(spent.data);
@@ -170,15 +222,19 @@ impl Measure {
         }
     }
 
-    /// The open step is committed. Gives whether the window has just begun or ended.
-    pub(crate) fn commit(&self, now: Instant, samples: u64, store: &Store) -> bool {
+    /// The open step is committed, with so many members. Gives whether the window has just begun or ended.
+    pub(crate) fn commit(&self, now: Instant, samples: u64, members: usize, store: &Store) -> bool {
         let mut state = lock(&self.state);
         let state = &mut *state;
-        let totals = Totals::of(store);
+        state.commits.push((now, samples));
+        let totals = Totals::of(store, state.nodes);
         let before = std::mem::replace(&mut state.totals, totals);
         let workers = std::mem::take(&mut state.workers);
-        let first = *state.first.get_or_insert(now);
         let last = state.last.replace(now).unwrap_or(now);
+        if state.first.is_none() && members < self.window.workers {
+            return false;
+        }
+        let first = *state.first.get_or_insert(now);
         state.steps += 1;
         let (window, began, ended) = (&self.window, &mut state.began, &mut state.ended);
         match (&began, &ended) {
@@ -192,10 +248,13 @@ impl Measure {
                 state.samples += samples;
                 state.step_ms.push(ms(now - last));
                 let adding = (totals.reduce - before.reduce, totals.optimizer - before.optimizer);
-                let critical = workers.into_values().filter(|track| track.arrived.is_some()).max_by_key(|t| t.arrived);
+                let arrived = || workers.values().filter(|track| track.arrived.is_some());
+                let room = KEPT.saturating_sub(state.partitions.len());
+                state.partitions.extend(arrived().take(room).map(Track::seconds_of_a_partition));
+                let critical = arrived().max_by_key(|t| t.arrived).copied();
                 state.phases = state.phases.map2(phases(last, now, critical, adding), |a, b| a + b);
                 state.encoded += critical.map_or(0, |track| track.spent.encoded);
-                if now - *at >= window.length {
+                if now - *at >= window.length && state.step_ms.len() as u64 >= window.steps {
                     *ended = Some((now, totals));
                 }
                 ended.is_some()
@@ -223,6 +282,9 @@ impl Measure {
         let each = |time: Duration| time.as_secs_f64() / steps;
         let mut step_ms = state.step_ms.clone();
         step_ms.sort_by(f64::total_cmp);
+        let mut partitions = state.partitions.clone();
+        partitions.sort_by(f32::total_cmp);
+        let quantile = |q: usize| Some(*partitions.get(partitions.len().saturating_sub(1) * q / 100)? as f64);
         Some(Measured {
             steps: state.step_ms.len() as u64,
             samples: state.samples,
@@ -234,6 +296,11 @@ impl Measure {
             reduce_seconds: each(after.reduce - before.reduce),
             optimizer_seconds: each(after.optimizer - before.optimizer),
             encoded: state.encoded as f64 / steps,
+            nodes: after.nodes - before.nodes,
+            compute_seconds: (0..=100).filter_map(quantile).collect(),
+            cpu_seconds: (after.cpu - before.cpu).as_secs_f64(),
+            commits: state.commits.clone(),
+            firsts: state.firsts.clone(),
         })
     }
 }
@@ -281,7 +348,7 @@ mod tests {
         let at = |ms: u64| start + Duration::from_millis(ms);
         let spent = |each: u64| Spent { data: each, forward: each, backward: each, encode: each, encoded: 1 };
         let track = |arrived: u64, each: u64| {
-            Some(Track { ordered: at(2), arrived: Some(at(arrived)), spent: spent(each * 1_000_000) })
+            Some(Track { ordered: at(2), partitions: 1, arrived: Some(at(arrived)), spent: spent(each * 1_000_000) })
         };
         let adding = (Duration::from_millis(1), Duration::from_millis(3));
         let got = phases(at(0), at(50), track(42, 5), adding);

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 use unisono_common::data::partition::Partitions;
@@ -260,6 +260,9 @@ impl Shared {
             loss: p.loss,
             samples_per_second: p.samples_per_second,
             workers,
+            version: wire::VERSION.into(),
+            fingerprint: self.fingerprint.to_vec().into(),
+            unix_ms: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64),
         }
     }
 }

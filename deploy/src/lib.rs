@@ -4,14 +4,17 @@
 mod bench;
 mod cert;
 mod confusion;
+mod doctor;
 mod export;
 mod generate;
+mod loadtest;
 mod local;
 mod operate;
 mod package;
 mod progress;
 mod recommend;
 mod show;
+mod simulate;
 mod trained;
 
 use anyhow::{Context, Result, bail};
@@ -191,6 +194,9 @@ enum Cmd {
         /// Gives up after this many seconds without a coordinator
         #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
         patience: f64,
+        /// Its name in logs and `status` [default: its host and process]
+        #[arg(long)]
+        name: Option<String>,
         /// Keeps the partitions that the coordinator sends in DIR, by digest, for the next run on the same data
         #[arg(long, value_name = "DIR")]
         cache: Option<PathBuf>,
@@ -210,6 +216,26 @@ enum Cmd {
         after_help = "Examples:\n  unisono bench mlp --workers 2\n  unisono bench mlp-wide --workers 2 --transport grpc --limits"
     )]
     Bench(bench::Args),
+    /// Measures how a job scales with its workers: what so many of them do, and what holds them up
+    #[command(
+        after_help = "Examples:\n  unisono loadtest job.toml --workers 1,2,4 --report scaling.html\n  unisono loadtest job.toml --workers 1..64 --transport grpc --simulated-workers --compute 40ms"
+    )]
+    Loadtest(loadtest::Args),
+    /// Predicts how a job scales on machines that one does not have yet, and what would move it
+    #[command(
+        after_help = "Examples:\n  unisono simulate job.toml --workers 1..4096 --link 25Gbit --rtt 0.2ms --compute 40ms\n  unisono simulate job.toml --workers 1..64 --from trace.json --stragglers 0.01x5 --failures 24h"
+    )]
+    Simulate(simulate::Args),
+    /// Holds the simulated workers of a load test
+    #[command(hide = true)]
+    SimulatedWorkers {
+        #[arg(long)]
+        coordinator: String,
+        #[arg(long, value_enum)]
+        transport: Transport,
+        #[arg(long)]
+        parent: u32,
+    },
     /// Evaluates a checkpoint on its test set, or on the data of another job
     #[command(
         after_help = "Examples:\n  unisono eval runs/mnist-mlp\n  unisono eval runs/mnist-mlp --confusion digits.svg"
@@ -310,6 +336,8 @@ enum Cmd {
         /// The folder to write them to, which is made where there is none
         dir: PathBuf,
     },
+    /// Looks at this machine, a job's data, credentials and a coordinator, and says what to change
+    Doctor(doctor::Args),
     /// Makes certificates and a join token, for runs on several machines
     Cert(cert::Args),
 }
@@ -473,7 +501,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             show::summary(&summary, args.json)?;
             Ok(show::exit_code(&summary, *interrupted.borrow()))
         }
-        Cmd::Worker { reach, threads, transport, patience, cache, data_root, parent, verbose } => {
+        Cmd::Worker { reach, threads, transport, patience, name, cache, data_root, parent, verbose } => {
             log(match (verbose, parent) {
                 (true, _) => Level::DEBUG,
                 (false, None) => Level::INFO,
@@ -482,17 +510,26 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             if let Some(parent) = parent {
                 local::end_with(parent)?;
             }
-            let name = format!("{}:{}", cert::hostname(), std::process::id());
+            let name = name.unwrap_or_else(|| format!("{}:{}", cert::hostname(), std::process::id()));
             let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
             unisono_worker::check_threads(threads).map_err(Wrong)?;
             let (coordinator, transport) = (reach.address()?, transport.into());
-            let (files, simulated) = (Files::below(data_roots(data_root)?), false);
+            let (files, simulated) = (Files::below(data_roots(data_root)?), None);
             let options =
                 unisono_worker::Options { coordinator, threads, transport, name, patience, cache, files, simulated };
             unisono_worker::run(options).await?;
             Ok(ExitCode::SUCCESS)
         }
+        Cmd::Doctor(args) => doctor::run(args).await,
         Cmd::Bench(args) => bench::run(args, started).await,
+        Cmd::Loadtest(args) => loadtest::run(args).await,
+        Cmd::Simulate(args) => simulate::run(&args),
+        Cmd::SimulatedWorkers { coordinator, transport, parent } => {
+            log(Level::WARN);
+            local::end_with(parent)?;
+            loadtest::fleet::serve(Address::new(&coordinator, None)?, transport.into()).await?;
+            Ok(ExitCode::SUCCESS)
+        }
         Cmd::Eval { checkpoint, job, set, json, confusion } => {
             trained::eval(&checkpoint, job.as_ref(), &set, json, confusion.as_ref())
         }

@@ -63,7 +63,8 @@ impl Workers {
         Ok(Workers { count, threads, transport, tls: false })
     }
 
-    fn spawn(&self, url: &str, identity: Option<&Path>) -> Result<Child> {
+    /// Starts one, whose name in the run is `name`, or its host and process.
+    pub fn spawn(&self, url: &str, identity: Option<&Path>, name: Option<&str>) -> Result<Child> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut command = Command::new(program);
         // Without TLS there is no identity, whatever the environment says.
@@ -75,6 +76,7 @@ impl Workers {
             .args(["worker", "--coordinator", url])
             .args(["--data-root", "/", "--transport", self.transport.name()])
             .args(["--threads", &self.threads.to_string(), "--parent", &std::process::id().to_string()])
+            .args(name.iter().flat_map(|name| ["--name", *name]))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .kill_on_drop(true)
@@ -91,7 +93,7 @@ impl Workers {
         ids: watch::Sender<Vec<u32>>,
     ) -> Result<std::convert::Infallible> {
         let mut children =
-            (0..self.count).map(|_| self.spawn(&url, identity.as_deref())).collect::<Result<Vec<_>>>()?;
+            (0..self.count).map(|_| self.spawn(&url, identity.as_deref(), None)).collect::<Result<Vec<_>>>()?;
         let tell = |children: &[Child]| ids.send_replace(children.iter().filter_map(Child::id).collect());
         tell(&children);
         let mut died = VecDeque::new();
@@ -114,7 +116,7 @@ impl Workers {
                     );
                 }
                 tracing::warn!("a worker died ({status}); starting another");
-                children[i] = self.spawn(&url, identity.as_deref())?;
+                children[i] = self.spawn(&url, identity.as_deref(), None)?;
                 tell(&children);
             }
         }

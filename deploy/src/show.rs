@@ -1,4 +1,4 @@
-//! What a person sees: the summary's table or JSON.
+//! What a person sees: the summary's table or JSON, and what other tables have in common.
 
 use anyhow::Result;
 use std::process::ExitCode;
@@ -38,4 +38,37 @@ pub fn summary(s: &Summary, json: bool) -> Result<()> {
 /// 0 where the job is done, 130 where it was interrupted.
 pub fn exit_code(s: &Summary, interrupted: bool) -> ExitCode {
     if s.status != "done" && interrupted { ExitCode::from(130) } else { ExitCode::SUCCESS }
+}
+
+/// A number with commas.
+pub fn thousands(n: f64) -> String {
+    let digits = format!("{n:.0}");
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// A number of things.
+pub fn count(n: usize, what: &str) -> String {
+    format!("{} {what}{}", thousands(n as f64), if n == 1 { "" } else { "s" })
+}
+
+/// The processor's name, and how many threads it runs at once.
+pub fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name =
+        info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()));
+    let isa = isa().map(|isa| format!(", {isa}")).unwrap_or_default();
+    format!("{}, {}{isa}", name.unwrap_or(std::env::consts::ARCH), count(cores, "logical core"))
+}
+
+/// The instruction set that the kernels use.
+pub fn isa() -> Option<&'static str> {
+    unisono_common::kernels::isa().ok().map(|isa| isa.name())
 }

@@ -2,11 +2,12 @@
 
 mod passes;
 
+use crate::Simulated;
 use crate::link::{Announcement, Link, Order};
 use crate::rows::{Asked, Source};
 use crate::samples::Samples;
 use crate::weights::Reading;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -53,8 +54,6 @@ pub struct Compute {
     places: Vec<u32>,
     /// Gradients of passes that are to be added to others.
     spare: Vec<Vec<f32>>,
-    /// Whether gradients are zeros, and not computed.
-    simulated: bool,
 }
 
 /// What came of an order.
@@ -93,7 +92,6 @@ impl Compute {
             first: model.rows().first(job.seed),
             places: Vec::new(),
             spare: Vec::new(),
-            simulated: false,
             workspace: None,
             no_sums: EvalSums::new(EvalKind::of(&prepared, job.train.top_k)),
             feeder: Feeder::new(train_parts.clone(), job.seed, job.train.micro_batch),
@@ -107,14 +105,17 @@ impl Compute {
         })
     }
 
-    /// Writes zeros instead of computing a gradient, where `simulated`.
-    pub fn simulating(self, simulated: bool) -> Compute {
-        Compute { simulated, ..self }
-    }
-
     /// Counts confusions of classes in evaluations as well.
     pub fn counting_confusions(self) -> Compute {
         Compute { no_sums: self.no_sums.with_confusions(), ..self }
+    }
+
+    /// How long it takes where it only pretends to compute.
+    fn simulated(&self) -> Option<&Simulated> {
+        match &self.samples {
+            Samples::Simulated(simulated) => Some(simulated),
+            Samples::Read(_) | Samples::Sent(_) => None,
+        }
     }
 
     fn workspace(&mut self, rows: usize) -> &mut Workspace {
@@ -160,7 +161,10 @@ impl Compute {
 
     /// Asks for the rows of the next step before this one is computed, where they have to be asked for.
     fn ask_ahead(&mut self, step: u64, node: Node, rows: &Source) {
-        if !rows.is_pulled() || self.simulated || self.ahead.as_ref().is_some_and(|ahead| ahead.step == step + 1) {
+        if !rows.is_pulled()
+            || self.simulated().is_some()
+            || self.ahead.as_ref().is_some_and(|ahead| ahead.step == step + 1)
+        {
             return;
         }
         let now = self.filled.take();
@@ -179,7 +183,7 @@ impl Compute {
     /// come.
     fn prepare(&mut self, step: u64, node: Node, rows: &Source) -> Option<Duration> {
         let began = Instant::now();
-        if self.simulated {
+        if self.simulated().is_some() {
             return Some(Duration::ZERO);
         }
         self.fill(step, node, rows);
@@ -204,11 +208,16 @@ impl Compute {
         d_rows: &mut [f32],
         ready: &mut dyn FnMut(usize, Final<'_>),
     ) -> Option<(LossSums, Spent)> {
-        if self.simulated {
+        if let Some(Simulated { partition, seed }) = self.simulated() {
             weights.get(0..out.len())?;
+            let key = Key::new(*seed, Purpose::Synthetic).with(step);
+            let seconds = |p: u32| partition[key.below(p as u64, partition.len() as u64) as usize];
+            let forward = Duration::from_secs_f64((node.lo..node.hi).map(seconds).sum());
+            std::thread::sleep(forward);
             out.fill(0.0);
             let samples = (node.lo..node.hi).map(|p| self.feeder.positions(step, p).len() as u64).sum();
-            return Some((LossSums { loss: 0.0, weight: samples as f64, samples }, Spent::default()));
+            let spent = Spent { forward: forward.as_nanos() as u64, ..Spent::default() };
+            return Some((LossSums { loss: 0.0, weight: samples as f64, samples }, spent));
         }
         let rows = node.len() as usize * self.job.train.micro_batch * self.prepared.rows_of_a_sample(false);
         let rows = rows.max(self.eval_rows());
@@ -300,7 +309,7 @@ impl Compute {
         // The first node of the last step is most likely that of the next one.
         let mut first: Option<(u64, Node)> = None;
         while let Some(order) = link.next(|| {
-            if let Some((step, node)) = first {
+            if let Some((step, node)) = first.filter(|_| self.simulated().is_none()) {
                 self.fill(step + 1, node, link.rows());
             }
         }) {
@@ -310,6 +319,7 @@ impl Compute {
             let average = order.evaluate && self.job.train.ema.is_some();
             let Some(weights) = link.weights(&order, average) else { continue };
             if order.evaluate {
+                ensure!(self.simulated().is_none(), "a worker that computes nothing cannot evaluate");
                 let Some(all) = weights.get(0..self.model.layout().len()) else { continue };
                 let width = self.model.rows().width();
                 let mut places = Vec::new();

@@ -13,7 +13,7 @@ mod weights;
 use anyhow::{Result, bail};
 pub use connect::{Address, Channel};
 use session::{End, Kept};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use unisono_common::data::Files;
 
@@ -49,7 +49,15 @@ pub struct Options {
     /// What a job may make it read.
     pub files: Files,
     /// Computes no gradients and pushes zeros, to measure what the rest can do: alone among these it changes the result.
-    pub simulated: bool,
+    pub simulated: Option<Simulated>,
+}
+
+/// How long a worker takes that only pretends to compute.
+#[derive(Clone, Debug)]
+pub struct Simulated {
+    /// Seconds of a partition, at evenly spaced quantiles; one of them is drawn for each.
+    pub partition: Arc<[f64]>,
+    pub seed: u64,
 }
 
 /// Locks a mutex whose holders leave what they guard as it should be, whatever happens to them.

@@ -1,5 +1,6 @@
 //! The samples that a worker computes on: read from the job's paths, or sent by the coordinator.
 
+use crate::Simulated;
 use crate::cache::Cache;
 use crate::connect::Client;
 use anyhow::{Context, Result, bail};
@@ -20,6 +21,8 @@ pub enum Samples {
     Read(Box<Opened>),
     /// The coordinator sends the partitions of the worker's leases; they are kept for the next time.
     Sent(Sent),
+    /// There are none: this is how long they would take.
+    Simulated(Simulated),
 }
 
 /// Partitions that came over the wire.
@@ -144,6 +147,7 @@ impl Samples {
                 let draw = draw.map(|draw| draw.of_partition(parts, of.0));
                 batch.fill(&data, prepared, positions, draw, true);
             }
+            Samples::Simulated(_) => panic!("there are no samples"),
         }
     }
 }

@@ -81,7 +81,9 @@ async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Res
     let job: Job = serde_json::from_str(&reply.job).context("the coordinator's job cannot be read")?;
     let cache = options.cache.as_ref();
     let sent = Samples::Sent(Sent::new(cache.map(|folder| Cache::new(folder.clone(), &job, &prepared))));
-    let samples = if job.data.ship == Some(true) {
+    let samples = if let Some(simulated) = &options.simulated {
+        Samples::Simulated(simulated.clone())
+    } else if job.data.ship == Some(true) {
         sent
     } else {
         let (files, data, seed) = (options.files.clone(), job.data.clone(), job.seed);
@@ -283,7 +285,7 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     }
 
     let fetcher = match &samples {
-        Samples::Read(_) => None,
+        Samples::Read(_) | Samples::Simulated(_) => None,
         Samples::Sent(sent) => Some(Fetcher {
             client: client.clone(),
             session: joined.session.clone(),
@@ -332,11 +334,10 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     let (fetched_in, mut fetched) = mpsc::unbounded_channel();
     let (over, mut compute_over) = mpsc::channel::<()>(1);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(*threads).build()?;
-    let (session_out, simulated) = (to_coordinator.clone(), options.simulated);
+    let session_out = to_coordinator.clone();
     std::thread::Builder::new().name("compute".into()).spawn(move || {
         let _over = over;
-        let ended = pool
-            .install(|| Compute::new(job, samples, prepared, model)?.simulating(simulated).serve(link, session_out));
+        let ended = pool.install(|| Compute::new(job, samples, prepared, model)?.serve(link, session_out));
         if let Err(e) = ended {
             tracing::debug!("compute ended: {e:#}");
         }

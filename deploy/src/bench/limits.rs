@@ -16,6 +16,7 @@ use unisono_common::kernels::{Mat, gemm};
 use unisono_common::layout::CHUNK;
 use unisono_coordinator::{Options, Window};
 use unisono_proto::v1;
+use unisono_worker::Simulated;
 
 /// The best of several rounds each.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -190,14 +191,21 @@ async fn exchange() -> Result<f64> {
         patience: Duration::from_secs(10),
         cache: None,
         files: Default::default(),
-        simulated: true,
+        simulated: Some(Simulated { partition: [0.0].into(), seed: 0 }),
     };
     let options = Options {
         started: Instant::now(),
         threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         shared_memory: false,
         patience: Default::default(),
-        window: Some(Window { warm_steps: 2, warm: ROUND, length: ROUND * ROUNDS as u32, after: Duration::ZERO }),
+        window: Some(Window {
+            workers: 1,
+            warm_steps: 2,
+            warm: ROUND,
+            steps: 1,
+            length: ROUND * ROUNDS as u32,
+            after: Duration::ZERO,
+        }),
     };
     let (progress, _) = watch::channel(Default::default());
     let (_interrupt, interrupted) = watch::channel(false);

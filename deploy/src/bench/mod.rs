@@ -159,8 +159,10 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
         shared_memory: args.transport != Transport::Grpc,
         patience: Default::default(),
         window: Some(Window {
+            workers: workers.count,
             warm_steps: WARM_STEPS,
             warm: WARM,
+            steps: 1,
             length: Duration::from_secs_f64(args.seconds),
             after: AFTER,
         }),

@@ -2,6 +2,7 @@
 
 use super::limits::Limits;
 use crate::local::Workers;
+use crate::show::{count, isa, machine, thousands};
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -68,43 +69,12 @@ pub struct Report<'a> {
     limits: Option<Limits>,
 }
 
-fn thousands(n: f64) -> String {
-    let digits = format!("{n:.0}");
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
-fn count(n: usize, what: &str) -> String {
-    format!("{} {what}{}", thousands(n as f64), if n == 1 { "" } else { "s" })
-}
-
 fn gigabytes(bytes: f64) -> String {
     match bytes {
         1e9.. => format!("{:.2} GB", bytes / 1e9),
         1e6.. => format!("{:.1} MB", bytes / 1e6),
         _ => format!("{:.1} kB", bytes / 1e3),
     }
-}
-
-/// The processor's name, and how many threads it runs at once.
-fn machine() -> String {
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name =
-        info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()));
-    let isa = isa().map(|isa| format!(", {isa}")).unwrap_or_default();
-    format!("{}, {}{isa}", name.unwrap_or(std::env::consts::ARCH), count(cores, "logical core"))
-}
-
-/// The instruction set that the kernels use.
-fn isa() -> Option<&'static str> {
-    unisono_common::kernels::isa().ok().map(|isa| isa.name())
 }
 
 fn line(name: &str, value: String) {
