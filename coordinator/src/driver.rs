@@ -70,6 +70,8 @@ pub(crate) struct Driver {
     /// The step of the checkpoint that is being written, or was written last.
     pub saved_at: Option<Step>,
     pub stop: bool,
+    /// Whether it stops because this process is to end: somebody may go on with the run.
+    pub interrupted: bool,
     pub started: Instant,
     pub pace: Pace,
     /// When the last log line said where the run stands.
@@ -84,7 +86,7 @@ impl Driver {
     pub(crate) fn run(mut self) -> Result<Summary> {
         let ended = self.serve();
         if let Err(e) = &ended {
-            self.dismiss(&format!("the run failed: {e:#}"));
+            self.dismiss(&v1::Goodbye { reason: format!("the run failed: {e:#}"), rejoin: false });
             self.settle();
         }
         ended
@@ -229,7 +231,7 @@ impl Driver {
             // The run ends where its last checkpoint is; what comes now is too late.
             Input::Applied(_) | Input::Diverged { .. } if self.finishing => {}
             Input::Join { to_worker, .. } if self.finishing => {
-                let goodbye = v1::Goodbye { reason: "the run is over".into(), rejoin: false };
+                let goodbye = self.goodbye();
                 to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Goodbye(goodbye)) })).ok();
             }
             Input::Join { worker, threads, name, isa, to_worker, lane } => {
@@ -337,9 +339,10 @@ impl Driver {
             Input::Drain { worker } => self.machine(Event::Drain { worker }),
             Input::Stop => self.stop = true,
             Input::Interrupted => {
+                self.interrupted = true;
                 if !std::mem::replace(&mut self.stop, true) {
                     let step = if self.sessions.is_empty() { "" } else { " after this step" };
-                    tracing::warn!("stopping{step}; once more to end at once");
+                    tracing::warn!("stopping{step}; Ctrl-C once more ends at once");
                 }
                 self.stop_alone()?;
             }
@@ -550,16 +553,24 @@ impl Driver {
         Ok(())
     }
 
-    /// Sends all workers home.
-    fn dismiss(&self, reason: &str) {
+    /// What workers are told at the end. Those of an interrupted run wait for who goes on with it.
+    fn goodbye(&self) -> v1::Goodbye {
+        if self.interrupted && self.learning.step.0 < self.total_steps {
+            v1::Goodbye { reason: "the coordinator was interrupted".into(), rejoin: true }
+        } else {
+            v1::Goodbye { reason: "the run is over".into(), rejoin: false }
+        }
+    }
+
+    /// Sends all workers away.
+    fn dismiss(&self, goodbye: &v1::Goodbye) {
         for &worker in self.sessions.keys() {
-            let goodbye = v1::Goodbye { reason: reason.into(), rejoin: false };
-            self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
+            self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye.clone()));
         }
     }
 
     fn finish(&mut self) -> Result<Summary> {
-        self.dismiss("the run is over");
+        self.dismiss(&self.goodbye());
         let shared = &self.shared;
         let layout = shared.store.layout();
         let (reissued, lost) = lock(&shared.machine).losses();

@@ -201,15 +201,32 @@ fn hex(digest: [u8; 32]) -> String {
     blake3::Hash::from_bytes(digest).to_hex().to_string()
 }
 
+/// Where a run begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// At its first step; checkpoints of an earlier run are set aside.
+    Afresh,
+    /// At the newest whole checkpoint, which must be there.
+    Resumed,
+    /// At the newest whole checkpoint, or at the first step where there are no checkpoints. Where there are some and none is
+    /// whole, somebody has to look: that is an error.
+    Either,
+}
+
 /// Reads the data, builds the model, and finds the checkpoint to resume from: errors here are the job's or the command
 /// line's, nothing was started.
-pub fn prepare(job: Job, resume: bool) -> Result<Ready> {
+pub fn prepare(job: Job, begin: Begin) -> Result<Ready> {
     let ready = prepare_unkept(job)?;
     let dir = PathBuf::from(&ready.job.checkpoint.dir);
-    if resume && !dir.exists() {
+    if begin == Begin::Resumed && !dir.exists() {
         bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display());
     }
     let lock = files::check(&dir)?;
+    let resume = match begin {
+        Begin::Afresh => false,
+        Begin::Resumed => true,
+        Begin::Either => !files::list(&dir).is_empty(),
+    };
     let Ready { job, opened, model, groups, .. } = &ready;
     let from = if resume { Some(find(job, &opened.prepared, &dir, model, groups.optimizer())?) } else { None };
     Ok(Ready { dir: Some((dir, lock)), from, ..ready })
@@ -456,6 +473,7 @@ pub async fn run(
         saved_at: last_saved.as_ref().map(|_| first),
         last_saved,
         stop: false,
+        interrupted: false,
         started: options.started,
         pace,
         said: Instant::now(),
@@ -483,6 +501,16 @@ pub async fn run(
         }
         never = interruptions(&shared, interrupted) => match never {},
     }
+}
+
+/// Answers who asks for the health, when the run is done and until `interrupted` turns true: what watches over this process
+/// need not start it again.
+pub async fn linger(entrance: Entrance, mut interrupted: watch::Receiver<bool>) -> Result<()> {
+    let (_health, service) = tonic_health::server::health_reporter();
+    let served = server()
+        .add_service(service.max_decoding_message_size(SHORT))
+        .serve_with_incoming_shutdown(entrance.open(), async move { drop(interrupted.wait_for(|now| *now).await) });
+    served.await.context("the gRPC server ended")
 }
 
 /// Ends the driver when nobody waits for it.

@@ -132,6 +132,7 @@ impl v1::coordinator_server::Coordinator for Service {
             while let Some(Ok(message)) = incoming.next().await {
                 match message.kind {
                     Some(v1::from_worker::Kind::Heartbeat(_)) => shared.heard(worker, Instant::now()),
+                    Some(v1::from_worker::Kind::Leave(_)) => shared.input(Input::Drain { worker }),
                     Some(v1::from_worker::Kind::EvalDone(done)) => {
                         let (step, Ok(node)) = (Step(done.step), wire::node(done.node, partitions)) else { break };
                         if shared.owes(worker, step, Kind::Evaluate, node) {

@@ -31,7 +31,7 @@ pub use unisono_common as common;
 use unisono_common::data::Files;
 pub use unisono_common::extend::Extensions;
 use unisono_common::job::{self, Job, JobText};
-use unisono_coordinator::Entrance;
+use unisono_coordinator::{Begin, Entrance};
 use unisono_proto::identity::Identity;
 use unisono_worker::Address;
 
@@ -54,9 +54,9 @@ pub(crate) struct JobArgs {
     /// Overrides a key of the job, as in train.steps=200 (VALUE is TOML; a bare word is a string); repeatable
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Continues from the newest whole checkpoint
-    #[arg(long)]
-    resume: bool,
+    /// Continues from the newest whole checkpoint; with =auto, begins where there are none
+    #[arg(long, value_enum, value_name = "auto", num_args = 0..=1, require_equals = true, default_missing_value = "always", hide_possible_values = true)]
+    resume: Option<Resume>,
     /// Prints the summary as one JSON object on the last line of stdout
     #[arg(long)]
     json: bool,
@@ -74,8 +74,28 @@ pub(crate) struct JobArgs {
     transport: Transport,
 }
 
+/// When a run goes on from a checkpoint.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Resume {
+    Always,
+    Auto,
+}
+
+impl JobArgs {
+    pub(crate) fn begin(&self) -> Begin {
+        match self.resume {
+            None => Begin::Afresh,
+            Some(Resume::Always) => Begin::Resumed,
+            Some(Resume::Auto) => Begin::Either,
+        }
+    }
+}
+
 /// The environment variable that names the folder of an identity.
 pub(crate) const IDENTITY: &str = "UNISONO_IDENTITY";
+
+/// The environment variable that says where the coordinator is.
+const COORDINATOR: &str = "UNISONO_COORDINATOR";
 
 /// The folder of an identity, as the command line or the environment names it.
 #[derive(Args, Clone)]
@@ -97,7 +117,7 @@ impl IdentityArg {
 #[derive(Args, Clone)]
 pub(crate) struct Reach {
     /// The coordinator's URL, as https://HOST:PORT, or http://HOST:PORT without TLS
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", env = COORDINATOR)]
     coordinator: String,
     #[command(flatten)]
     identity: IdentityArg,
@@ -162,7 +182,7 @@ enum Cmd {
     },
     /// Runs the coordinator alone; it ends when the job is done
     #[command(
-        after_help = "Example:\n  unisono coordinator job.toml --listen 0.0.0.0:7070 --identity certs/coordinator"
+        after_help = "Examples:\n  unisono coordinator job.toml --listen 0.0.0.0:7070 --identity certs/coordinator\n  unisono coordinator job.toml --listen 0.0.0.0:7070 --identity certs/coordinator --resume=auto --linger"
     )]
     Coordinator {
         /// The job file
@@ -175,6 +195,10 @@ enum Cmd {
         /// Listens beyond this machine without TLS: whoever reaches the address can join, stop the run, and read all that is sent
         #[arg(long, conflicts_with = "identity")]
         insecure: bool,
+        /// Stays when the job is done, and answers `health` until it is interrupted: for services that are started again when they
+        /// end
+        #[arg(long)]
+        linger: bool,
         #[command(flatten)]
         args: JobArgs,
     },
@@ -309,6 +333,17 @@ enum Cmd {
         #[arg(long)]
         json: bool,
     },
+    /// Finds out whether a coordinator serves, which needs no certificate: the status is 0, else 1
+    #[command(
+        after_help = "Examples:\n  unisono health\n  unisono health --coordinator https://train.example.org:7070 --identity certs/worker"
+    )]
+    Health {
+        /// The coordinator's URL
+        #[arg(long, value_name = "URL", env = COORDINATOR, default_value = "127.0.0.1:7070")]
+        coordinator: String,
+        #[command(flatten)]
+        identity: IdentityArg,
+    },
     /// Takes a worker out of a running job after its current step
     #[command(
         after_help = "Example:\n  unisono drain 3 --coordinator https://train.example.org:7070 --identity certs/operator"
@@ -418,7 +453,8 @@ pub(crate) fn options(args: &JobArgs, started: Instant) -> Result<unisono_coordi
     })
 }
 
-/// Turns true at the first Ctrl-C or SIGTERM; the second one ends the process at once.
+/// Turns true at the first Ctrl-C or SIGTERM; a second Ctrl-C ends the process at once. A second SIGTERM does not: what
+/// manages processes may send it to each of them and to all.
 pub(crate) fn interruption() -> watch::Receiver<bool> {
     let (send, receive) = watch::channel(false);
     tokio::spawn(async move {
@@ -426,13 +462,12 @@ pub(crate) fn interruption() -> watch::Receiver<bool> {
         let (Ok(mut int), Ok(mut term)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
             return;
         };
-        for n in 0.. {
-            tokio::select! { _ = int.recv() => {}, _ = term.recv() => {} }
-            if n > 0 {
-                eprintln!("unisono: ended at once, without another checkpoint");
+        loop {
+            let at_keyboard = tokio::select! { _ = int.recv() => true, _ = term.recv() => false };
+            if send.send_replace(true) && at_keyboard {
+                eprintln!("unisono: ended at once");
                 std::process::exit(130);
             }
-            send.send_replace(true);
         }
     });
     receive
@@ -481,11 +516,11 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
     unisono_common::kernels::isa().map_err(|e| Wrong(anyhow::anyhow!(e)))?;
     match command {
         Cmd::Local { job, workers, threads, args } => local::run(job, workers, threads, args, started).await,
-        Cmd::Coordinator { job, listen: address, identity, insecure, args } => {
+        Cmd::Coordinator { job, listen: address, identity, insecure, linger, args } => {
             let view = View::new(&args);
             let (job, options) = (read_job(Some(&job), &args.set)?, options(&args, started)?);
             let identity = identity.open()?;
-            let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
+            let ready = unisono_coordinator::prepare(job, args.begin()).map_err(Wrong)?;
             let listener = listen(&address, identity.is_some() || insecure).await?;
             if !args.quiet {
                 let scheme = if identity.is_some() { "https" } else { "http" };
@@ -499,6 +534,10 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             shown.end();
             let summary = summary?;
             show::summary(&summary, args.json)?;
+            if linger && summary.status == "done" && !*interrupted.borrow() {
+                let listener = listen(&address, true).await.context("cannot stay to answer")?;
+                unisono_coordinator::linger(Entrance::new(listener, identity.as_ref())?, interrupted.clone()).await?;
+            }
             Ok(show::exit_code(&summary, *interrupted.borrow()))
         }
         Cmd::Worker { reach, threads, transport, patience, name, cache, data_root, parent, verbose } => {
@@ -507,9 +546,11 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
                 (false, None) => Level::INFO,
                 (false, Some(_)) => Level::ERROR,
             });
-            if let Some(parent) = parent {
-                local::end_with(parent)?;
-            }
+            // A local run's workers leave when their coordinator says so.
+            let leave = match parent {
+                Some(parent) => local::end_with(parent).map(|()| watch::channel(false).1)?,
+                None => interruption(),
+            };
             let name = name.unwrap_or_else(|| format!("{}:{}", cert::hostname(), std::process::id()));
             let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
             unisono_worker::check_threads(threads).map_err(Wrong)?;
@@ -517,8 +558,8 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             let (files, simulated) = (Files::below(data_roots(data_root)?), None);
             let options =
                 unisono_worker::Options { coordinator, threads, transport, name, patience, cache, files, simulated };
-            unisono_worker::run(options).await?;
-            Ok(ExitCode::SUCCESS)
+            unisono_worker::run(options, leave.clone()).await?;
+            Ok(if *leave.borrow() { ExitCode::from(130) } else { ExitCode::SUCCESS })
         }
         Cmd::Doctor(args) => doctor::run(args).await,
         Cmd::Bench(args) => bench::run(args, started).await,
@@ -542,6 +583,11 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         }
         Cmd::Export { checkpoint, format, out, force } => export::export(&checkpoint, format, &out, force),
         Cmd::Status { reach, json } => operate::status(&reach.address()?, json).await,
+        Cmd::Health { coordinator, identity } => {
+            // Its authority is enough; a coordinator's own certificate is none to come with.
+            let known = identity.open()?.map(|mine| Identity { certificate: None, token: None, ..mine });
+            operate::health(&Address::new(&coordinator, known.as_ref()).map_err(Wrong)?).await
+        }
         Cmd::Drain { worker, reach } => operate::drain(&reach.address()?, worker).await,
         Cmd::Stop { reach } => operate::stop(&reach.address()?).await,
         Cmd::Cert(args) => cert::run(args),

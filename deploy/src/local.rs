@@ -164,7 +164,7 @@ pub async fn run(
         tracing::warn!("{} workers share {partitions} partitions: {idle} will have none", workers.count);
     }
     let options = options(&args, started)?;
-    let ready = unisono_coordinator::prepare(job, args.resume).map_err(Wrong)?;
+    let ready = unisono_coordinator::prepare(job, args.begin()).map_err(Wrong)?;
     let (progress, watching) = watch::channel(Progress::default());
     let shown = view.show(watching);
     let trained = workers.train(ready, options, progress, watch::Sender::default()).await;

@@ -1,10 +1,12 @@
 //! Asking and steering a running job.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 use std::process::ExitCode;
 use std::time::Duration;
 use tonic::Status;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use unisono_proto::v1;
 use unisono_worker::{Address, Channel};
 
@@ -13,10 +15,13 @@ type Client = v1::operator_client::OperatorClient<Channel>;
 /// How long a coordinator may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
 
-async fn client(address: &Address) -> Result<Client> {
+async fn connect(address: &Address) -> Result<Channel> {
     let connected = tokio::time::timeout(LIMIT, address.connect()).await;
-    let nothing = || format!("cannot reach a coordinator at {}: nothing answers", address.url());
-    Ok(Client::new(connected.with_context(nothing)??))
+    connected.with_context(|| format!("cannot reach a coordinator at {}: nothing answers", address.url()))?
+}
+
+async fn client(address: &Address) -> Result<Client> {
+    Ok(Client::new(connect(address).await?))
 }
 
 /// The answer to a call, or an error where none comes.
@@ -53,6 +58,17 @@ pub async fn status(address: &Address, json: bool) -> Result<ExitCode> {
             w.worker_id, w.rank, w.threads, w.partitions, w.silent_ms, w.name
         );
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Asks the health service.
+pub async fn health(address: &Address) -> Result<ExitCode> {
+    let mut client = HealthClient::new(connect(address).await?);
+    let status = answer(address, client.check(HealthCheckRequest::default())).await?.status();
+    if status != ServingStatus::Serving {
+        bail!("the coordinator at {} is {}", address.url(), status.as_str_name());
+    }
+    println!("serving");
     Ok(ExitCode::SUCCESS)
 }
 

@@ -15,6 +15,7 @@ pub use connect::{Address, Channel};
 use session::{End, Kept};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
+use tokio::sync::watch;
 use unisono_common::data::Files;
 
 /// Pauses between attempts to join.
@@ -77,19 +78,21 @@ pub fn check_threads(threads: usize) -> Result<()> {
     Ok(())
 }
 
-/// Serves the coordinator until its job ends; joins again after every break.
-pub async fn run(options: Options) -> Result<()> {
+/// Serves the coordinator until its job ends, or until `leave` turns true and its share of the open step is done; joins again
+/// after every break.
+pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<()> {
     let mut kept = Kept::default();
     let mut alone_since = tokio::time::Instant::now();
     let (mut pause, mut said) = (SHORTEST, false);
     loop {
         let began = tokio::time::Instant::now();
-        match session::session(&options, &mut kept).await {
+        match session::session(&options, &mut kept, &mut leave).await {
             Ok(End::Done(why)) => {
                 tracing::info!("{why}");
                 return Ok(());
             }
             Ok(End::Refused(why)) => bail!("{why}"),
+            Ok(End::Again(_)) | Err(_) if *leave.borrow() => return Ok(()),
             Ok(End::Again(why)) => {
                 tracing::warn!("{why}; joining again");
                 said = false;
@@ -108,7 +111,10 @@ pub async fn run(options: Options) -> Result<()> {
                 }
             }
         }
-        tokio::time::sleep(pause).await;
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = session::asked(&mut leave) => return Ok(()),
+        }
         pause = (pause * 2).min(LONGEST);
     }
 }

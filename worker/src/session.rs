@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use http_body_util::Full;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::body::Body;
@@ -224,8 +224,15 @@ async fn receive_chunk(
     Ok(true)
 }
 
+/// Waits until `leave` turns true; for ever where nobody can turn it.
+pub(crate) async fn asked(leave: &mut watch::Receiver<bool>) {
+    if leave.wait_for(|now| *now).await.is_err() {
+        std::future::pending().await
+    }
+}
+
 /// Runs one membership.
-pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
+pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Receiver<bool>) -> Result<End> {
     let Options { coordinator, threads, transport, name, .. } = options;
     let channel = coordinator.connect().await?;
     let mut client = Client::new(channel.clone()).max_decoding_message_size(wire::MAX_MESSAGE);
@@ -344,6 +351,7 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
     })?;
 
     let mut heartbeat = tokio::time::interval(Duration::from_millis(joined.heartbeat_ms.clamp(10, 60_000) as u64));
+    let mut leaving = false;
     let end = loop {
         let event = tokio::select! {
             message = incoming.message() => match message {
@@ -382,6 +390,15 @@ pub async fn session(options: &Options, kept: &mut Kept) -> Result<End> {
                 continue;
             }
             _ = compute_over.recv() => break End::Again("the compute thread ended".into()),
+            () = asked(leave), if !leaving => {
+                leaving = true;
+                tracing::info!("leaving after this step");
+                let leave = v1::FromWorker { kind: Some(v1::from_worker::Kind::Leave(v1::Leave {})) };
+                if to_coordinator.send(leave).is_err() {
+                    break End::Again("the session ended".into());
+                }
+                continue;
+            }
             _ = heartbeat.tick() => {
                 let beat = v1::FromWorker { kind: Some(v1::from_worker::Kind::Heartbeat(v1::Heartbeat {})) };
                 if to_coordinator.send(beat).is_err() {

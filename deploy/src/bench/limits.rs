@@ -216,7 +216,7 @@ async fn exchange() -> Result<f64> {
         progress,
         interrupted,
     );
-    let (summary, ()) = tokio::try_join!(coordinator, unisono_worker::run(worker))?;
+    let (summary, ()) = tokio::try_join!(coordinator, unisono_worker::run(worker, watch::channel(false).1))?;
     let measured = summary.measured.context("the run ended too soon")?;
     Ok((measured.bytes_pushed + measured.bytes_pulled) as f64 / 2.0 / measured.seconds)
 }

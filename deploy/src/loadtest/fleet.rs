@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use unisono_worker::{Address, Simulated, Transport};
 
@@ -139,7 +140,7 @@ pub async fn serve(coordinator: Address, transport: Transport) -> Result<()> {
                     }),
                 };
                 let worker = async move {
-                    if let Err(e) = unisono_worker::run(options).await {
+                    if let Err(e) = unisono_worker::run(options, watch::channel(false).1).await {
                         tracing::warn!("simulated worker {number}: {e:#}");
                     }
                 };
