@@ -23,7 +23,7 @@ const SKEW: Duration = Duration::hours(1);
 /// Folders below the one that is asked for.
 pub const COORDINATOR: &str = "coordinator";
 pub const WORKER: &str = "worker";
-const OPERATOR: &str = "operator";
+pub const OPERATOR: &str = "operator";
 const JOIN: &str = "join";
 
 #[derive(clap::Args)]
@@ -169,14 +169,14 @@ pub fn run(args: Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Identities for one run on this machine, in a folder that goes with it.
+/// Identities for one run, in a folder that goes with it.
 pub struct Temporary(tempfile::TempDir);
 
 impl Temporary {
-    /// New ones.
-    pub fn new() -> Result<Temporary> {
+    /// New ones, as [`make`] makes them.
+    pub fn new(hosts: &[String], days: u16) -> Result<Temporary> {
         let folder = tempfile::tempdir().context("cannot make a folder for certificates")?;
-        make(folder.path(), &[], 1)?;
+        make(folder.path(), hosts, days)?;
         Ok(Temporary(folder))
     }
 

@@ -7,6 +7,7 @@ mod confusion;
 mod doctor;
 mod export;
 mod generate;
+mod launch;
 mod loadtest;
 mod local;
 mod operate;
@@ -231,10 +232,18 @@ enum Cmd {
         /// Ends when this process, which must be the parent, ends
         #[arg(long, hide = true)]
         parent: Option<u32>,
+        /// Takes the identity from stdin, and ends when that does
+        #[arg(long, hide = true, conflicts_with = "parent")]
+        identity_stdin: bool,
+        /// Prints only warnings
+        #[arg(long, conflicts_with = "verbose")]
+        quiet: bool,
         /// Prints more
         #[arg(short, long)]
         verbose: bool,
     },
+    /// Trains on several machines: the coordinator here, and workers on the hosts of a file by ssh, which end with it
+    Launch(launch::Args),
     /// Measures how fast this machine trains, and where the time of a step goes
     #[command(
         after_help = "Examples:\n  unisono bench mlp --workers 2\n  unisono bench mlp-wide --workers 2 --transport grpc --limits"
@@ -382,6 +391,7 @@ impl Cmd {
     fn encrypts(&self) -> bool {
         match self {
             Cmd::Coordinator { identity, .. } => identity.identity.is_some(),
+            Cmd::Launch(_) => true,
             Cmd::Bench(args) => args.tls,
             _ => false,
         }
@@ -540,9 +550,22 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             }
             Ok(show::exit_code(&summary, *interrupted.borrow()))
         }
-        Cmd::Worker { reach, threads, transport, patience, name, cache, data_root, parent, verbose } => {
+        Cmd::Worker {
+            reach,
+            threads,
+            transport,
+            patience,
+            name,
+            cache,
+            data_root,
+            parent,
+            identity_stdin,
+            quiet,
+            verbose,
+        } => {
             log(match (verbose, parent) {
                 (true, _) => Level::DEBUG,
+                (false, None) if quiet => Level::WARN,
                 (false, None) => Level::INFO,
                 (false, Some(_)) => Level::ERROR,
             });
@@ -554,7 +577,11 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             let name = name.unwrap_or_else(|| format!("{}:{}", cert::hostname(), std::process::id()));
             let patience = Duration::from_secs_f64(patience.clamp(0.0, 1e9));
             unisono_worker::check_threads(threads).map_err(Wrong)?;
-            let (coordinator, transport) = (reach.address()?, transport.into());
+            let coordinator = match identity_stdin {
+                true => Address::new(&reach.coordinator, Some(&launch::take()?))?,
+                false => reach.address()?,
+            };
+            let transport = transport.into();
             let (files, simulated) = (Files::below(data_roots(data_root)?), None);
             let options =
                 unisono_worker::Options { coordinator, threads, transport, name, patience, cache, files, simulated };
@@ -571,6 +598,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             loadtest::fleet::serve(Address::new(&coordinator, None)?, transport.into()).await?;
             Ok(ExitCode::SUCCESS)
         }
+        Cmd::Launch(args) => launch::run(args, started).await,
         Cmd::Eval { checkpoint, job, set, json, confusion } => {
             trained::eval(&checkpoint, job.as_ref(), &set, json, confusion.as_ref())
         }

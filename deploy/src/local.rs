@@ -132,7 +132,7 @@ impl Workers {
         ids: watch::Sender<Vec<u32>>,
     ) -> Result<(Summary, bool)> {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-        let (scheme, certs) = if self.tls { ("https", Some(cert::Temporary::new()?)) } else { ("http", None) };
+        let (scheme, certs) = if self.tls { ("https", Some(cert::Temporary::new(&[], 1)?)) } else { ("http", None) };
         let identity = certs.as_ref().map(|certs| Identity::open(&certs.identity(cert::COORDINATOR))).transpose()?;
         let of_workers = certs.as_ref().map(|certs| certs.identity(cert::WORKER));
         let url = format!("{scheme}://{}", listener.local_addr()?);

@@ -14,6 +14,7 @@ use unisono_coordinator::Progress;
 /// How a run is shown.
 pub struct View {
     lines: bool,
+    level: Level,
 }
 
 /// The progress lines of this process, which log lines must not break.
@@ -32,12 +33,18 @@ impl View {
     /// By the terminal and the options; starts the log.
     pub fn new(args: &JobArgs) -> View {
         let lines = std::io::stderr().is_terminal() && !args.quiet && !args.verbose;
-        crate::log(match (args.quiet || lines, args.verbose) {
+        let level = match (args.quiet || lines, args.verbose) {
             (_, true) => Level::DEBUG,
             (true, false) => Level::WARN,
             (false, false) => Level::INFO,
-        });
-        View { lines }
+        };
+        crate::log(level);
+        View { lines, level }
+    }
+
+    /// What the log shows.
+    pub fn level(&self) -> Level {
+        self.level
     }
 
     /// Begins to draw.

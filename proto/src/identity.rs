@@ -18,6 +18,8 @@ pub const KEY: &str = "tls.key";
 pub const TOKEN: &str = "token";
 /// The environment variable that holds a join token instead of the file.
 pub const TOKEN_VARIABLE: &str = "UNISONO_TOKEN";
+/// A DNS name of a coordinator's certificate, for workers that are told its address beside it: it is the same at whatever address.
+pub const COORDINATOR_NAME: &str = "coordinator.unisono";
 /// Characters of a token, at least.
 const LEAST: usize = 16;
 
@@ -109,6 +111,8 @@ pub struct Identity {
     pub ca: Vec<u8>,
     pub certificate: Option<Certificate>,
     pub token: Option<Token>,
+    /// The name that the coordinator must prove, where it is not the host of its URL.
+    pub coordinator: Option<&'static str>,
 }
 
 /// Why an identity cannot be used.
@@ -158,7 +162,8 @@ impl Identity {
             _ => None,
         };
         let token = token.map(|(text, place)| Token::new(&text).map_err(|why| IdentityError::Token { place, why }));
-        let identity = Identity { folder: folder.into(), ca, certificate, token: token.transpose()? };
+        let identity =
+            Identity { folder: folder.into(), ca, certificate, token: token.transpose()?, coordinator: None };
         if identity.certificate.is_none() && identity.token.is_none() {
             return Err(IdentityError::Nothing(folder.into()));
         }
@@ -189,6 +194,7 @@ mod tests {
             ca: Vec::new(),
             certificate: Some(Certificate { chain: b"chain".to_vec(), key: b"secret-key".to_vec() }),
             token: Some(token),
+            coordinator: None,
         };
         let shown = format!("{identity:?} {identity:#?}");
         assert!(!shown.contains("0123456789") && !shown.contains("115, 101, 99"), "{shown}");

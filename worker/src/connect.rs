@@ -55,6 +55,9 @@ impl Address {
                 if let Some(mine) = &identity.certificate {
                     tls = tls.identity(transport::Identity::from_pem(&mine.chain, &mine.key));
                 }
+                if let Some(name) = identity.coordinator {
+                    tls = tls.domain_name(name);
+                }
                 let file = if identity.certificate.is_some() { CERTIFICATE } else { CA };
                 endpoint = endpoint.tls_config(tls).map_err(|e| identity.wrong(file, last_cause(&e)))?;
                 if let Some(mine) = &identity.token {

@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn a_certificate_says_whose_it_is_and_how_long() {
-        let certs = cert::Temporary::new().expect("certificates");
+        let certs = cert::Temporary::new(&[], 1).expect("certificates");
         let chain = |name: &str| std::fs::read(certs.identity(name).join(CERTIFICATE)).expect("a certificate");
         let now = OffsetDateTime::now_utc();
         // They are for a day: long before that they are well, and close to their end they are not.

@@ -1,0 +1,272 @@
+//! `unisono launch`: the coordinator in this process, workers on other hosts by the system's ssh.
+
+mod handed;
+mod hosts;
+mod slot;
+mod ssh;
+
+use crate::progress::View;
+use crate::{JobArgs, Wrong, cert, interruption, options, read_job, show};
+use anyhow::{Result, anyhow};
+pub use handed::take;
+use hosts::Host;
+use slot::{Event, Known, Slot};
+use ssh::{Facts, Failure, Ssh};
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio::task::JoinSet;
+use tracing::Level;
+use unisono_coordinator::{Entrance, Progress};
+use unisono_proto::identity::{COORDINATOR_NAME, Identity};
+
+/// Seconds that a worker tries to reach the coordinator before it is taken for failed.
+const PATIENCE: u32 = 60;
+/// Days that the certificates of a run are valid: a run is shorter.
+const DAYS: u16 = 365;
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  unisono launch --hosts hosts examples/mnist-mlp.toml
+  unisono launch --hosts hosts job.toml --listen 0.0.0.0:7070 --ssh \"ssh -p 2222 -i key\"
+
+The hosts file has a line for each host; all but the host may be left out:
+  # worker processes, and compute threads of each [default: one process, and all cores]
+  node1
+  me@node2  slots=2 threads=4
+  10.0.0.7  binary=/opt/unisono/bin/unisono  # is there already; otherwise this program is copied to ~/.cache/unisono")]
+pub struct Args {
+    /// The job file; without it, the embedded handwritten digits
+    job: Option<PathBuf>,
+    /// The file that names the hosts, as below
+    #[arg(long, value_name = "FILE")]
+    hosts: PathBuf,
+    /// Address to listen on; port 0 is any free one
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:0")]
+    listen: String,
+    /// The name or address under which hosts reach this machine [default: where their ssh connections come from]
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+    /// The program that reaches hosts, with first options, as in "ssh -p 2222 -i key"
+    #[arg(long, value_name = "COMMAND", default_value = "ssh")]
+    ssh: String,
+    /// Keeps the run's certificates in DIR, for `status`, `drain`, `stop`, and workers that join by hand
+    #[arg(long, value_name = "DIR")]
+    certs: Option<PathBuf>,
+    #[command(flatten)]
+    args: JobArgs,
+}
+
+/// What the workers of a run have in common.
+pub struct Run {
+    hosts: Vec<Host>,
+    ssh: Ssh,
+    listening: SocketAddr,
+    advertise: Option<String>,
+    /// Options of every worker.
+    options: Vec<String>,
+    /// What hands the identity over.
+    identity: String,
+    /// Whether stderr shows colours.
+    colours: bool,
+}
+
+impl Run {
+    /// Under which URL a host reaches the coordinator.
+    async fn url(&self, host: &Host, facts: &Facts) -> Result<String, Failure> {
+        let port = self.listening.port();
+        let url = |ip: IpAddr| format!("https://{}", SocketAddr::new(ip, port));
+        if let Some(name) = &self.advertise {
+            return Ok(name.parse().map_or_else(|_| format!("https://{name}:{port}"), url));
+        }
+        let bound = self.listening.ip();
+        if !bound.is_unspecified() {
+            return Ok(url(bound));
+        }
+        // The host may see another machine's address, as behind a jump host.
+        let reachable = |ip: &IpAddr| bound.is_ipv6() || ip.is_ipv4();
+        if let Some(ours) = facts.ours.filter(reachable)
+            && UdpSocket::bind((ours, 0)).await.is_ok()
+        {
+            return Ok(url(ours));
+        }
+        let named = tokio::net::lookup_host((host.name(), 9)).await.into_iter().flatten().map(|address| address.ip());
+        for its in facts.its.into_iter().chain(named).filter(reachable) {
+            // Which address packets to it would leave from; none is sent.
+            let socket =
+                UdpSocket::bind(SocketAddr::new(if its.is_ipv4() { [0; 4].into() } else { [0; 16].into() }, 0)).await;
+            if let Ok(socket) = socket
+                && socket.connect((its, 9)).await.is_ok()
+                && let Ok(ours) = socket.local_addr()
+            {
+                return Ok(url(ours.ip()));
+            }
+        }
+        let how = "name it with --advertise, and listen on [::]:0 where it is of IPv6";
+        Err(Failure::new(format!("it is not known by which address {} reaches this machine: {how}", host.name())))
+    }
+
+    /// What a worker's lines begin with.
+    fn prefix(&self, slot: &Slot) -> String {
+        match self.colours {
+            true => format!("\x1b[{}m{}|\x1b[0m ", 32 + slot.host % 5, slot.name),
+            false => format!("{}| ", slot.name),
+        }
+    }
+
+    /// The slots of all hosts.
+    fn slots(&self) -> Vec<Slot> {
+        let slots =
+            self.hosts.iter().enumerate().flat_map(|(host, Host { slots, .. })| (1..=*slots).map(move |n| (host, n)));
+        let slots = slots.enumerate().map(|(index, (host, n))| {
+            let name = self.hosts[host].name();
+            let name = if self.hosts[host].slots == 1 { name.into() } else { format!("{name}/{n}") };
+            Slot { index, host, name }
+        });
+        slots.collect()
+    }
+
+    /// Why no host works, host by host.
+    fn hopeless(&self, slots: &[(usize, String)], failed: &BTreeMap<usize, Failure>) -> anyhow::Error {
+        let mut lines = String::new();
+        let mut hosts: Vec<usize> = Vec::new();
+        for (slot, failure) in failed {
+            let (host, name) = &slots[*slot];
+            if !hosts.contains(host) {
+                hosts.push(*host);
+                lines += &format!("\n  {name} ({}): {}", self.hosts[*host].at, failure.why);
+            }
+        }
+        anyhow!("no host works:{lines}")
+    }
+
+    /// Keeps workers on all hosts until the run is `over`, or ends with an error where none works from the start.
+    async fn supervise(
+        self: Arc<Self>,
+        over: watch::Receiver<bool>,
+        mut progress: watch::Receiver<Progress>,
+    ) -> Result<()> {
+        let known: Arc<Vec<Mutex<Known>>> = Arc::new(self.hosts.iter().map(|_| Mutex::default()).collect());
+        let slots = self.slots();
+        let names: Vec<(usize, String)> =
+            slots.iter().map(|slot| (slot.host, self.hosts[slot.host].name().into())).collect();
+        let (events, mut happens) = mpsc::unbounded_channel();
+        let mut living = JoinSet::new();
+        for slot in slots {
+            let (run, known, events, over) = (self.clone(), known.clone(), events.clone(), over.clone());
+            living.spawn(async move { slot.live(&run, &known, events, over).await });
+        }
+        drop(events);
+        let mut failed = BTreeMap::new();
+        let mut joined = false;
+        loop {
+            tokio::select! {
+                _ = progress.wait_for(|progress| !progress.workers.is_empty()), if !joined => joined = true,
+                event = happens.recv() => match event {
+                    Some(Event::Started(slot)) => { failed.remove(&slot); }
+                    Some(Event::Failed(slot, failure)) => {
+                        failed.insert(slot, failure);
+                        let hopeless = failed.len() == names.len() && (!joined || failed.values().all(|failure| failure.last));
+                        if hopeless && !*over.borrow() {
+                            return Err(self.hopeless(&names, &failed));
+                        }
+                    }
+                    None => break,
+                },
+            }
+        }
+        // Nobody lives any more: all have done their part, or said why not.
+        while living.join_next().await.is_some() {}
+        Ok(())
+    }
+}
+
+/// `unisono launch`.
+pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
+    let Args { job, hosts, listen, advertise, ssh, certs, args } = args;
+    let view = View::new(&args);
+    let hosts = hosts::read(&hosts)?;
+    let job = read_job(job.as_ref(), &args.set)?;
+    let (slots, partitions) = (hosts.iter().map(|host| host.slots).sum::<usize>(), job.train.partitions as usize);
+    if slots > partitions {
+        tracing::warn!("{slots} workers share {partitions} partitions: {} will have none", slots - partitions);
+    }
+    let options = options(&args, started)?;
+    let ssh = Ssh::new(&ssh)?;
+    let ready = unisono_coordinator::prepare(job, args.begin()).map_err(Wrong)?;
+    let listener = TcpListener::bind(&listen).await.map_err(|e| {
+        Wrong(anyhow!("cannot listen on {listen}: {e}; write --listen as HOST:PORT, as in 0.0.0.0:7070"))
+    })?;
+    let listening = listener.local_addr()?;
+    let names = [Some(COORDINATOR_NAME.to_string()), advertise.clone()].into_iter().flatten().collect::<Vec<_>>();
+    let open = |dir: PathBuf| Identity::open(&dir);
+    let (coordinator, worker) = match &certs {
+        Some(dir) => {
+            cert::make(dir, &names, DAYS)?;
+            (open(dir.join(cert::COORDINATOR))?, open(dir.join(cert::WORKER))?)
+        }
+        // What is on the disk is gone when both are read.
+        None => {
+            let made = cert::Temporary::new(&names, DAYS)?;
+            (open(made.identity(cert::COORDINATOR))?, open(made.identity(cert::WORKER))?)
+        }
+    };
+    if !args.quiet {
+        eprintln!("listening on https://{listening} for {slots} workers on {} hosts", hosts.len());
+        if let Some(dir) = &certs {
+            let (dir, port) = (dir.join(cert::OPERATOR), listening.port());
+            eprintln!(
+                "steer it with `unisono status --coordinator https://localhost:{port} --identity {}`",
+                dir.display()
+            );
+        }
+    }
+    let mut worker_options = vec!["--identity-stdin".into(), "--data-root".into(), "/".into()];
+    worker_options
+        .extend(["--transport", args.transport.name(), "--patience", &PATIENCE.to_string()].map(String::from));
+    worker_options.extend(match view.level() {
+        Level::DEBUG | Level::TRACE => Some("--verbose".into()),
+        Level::INFO => None,
+        _ => Some("--quiet".into()),
+    });
+    let run = Arc::new(Run {
+        hosts,
+        ssh,
+        listening,
+        advertise,
+        options: worker_options,
+        identity: handed::line(&worker)?,
+        colours: std::io::stderr().is_terminal(),
+    });
+    let entrance = Entrance::new(listener, Some(&coordinator))?;
+    let (progress, watching) = watch::channel(Progress::default());
+    let joining = progress.subscribe();
+    let shown = view.show(watching);
+    let interrupted = interruption();
+    let (end, over) = watch::channel(false);
+    let mut workers = tokio::spawn(run.supervise(over, joining));
+    let mut training =
+        std::pin::pin!(unisono_coordinator::run(ready, options, entrance, progress, interrupted.clone()));
+    let trained = tokio::select! {
+        trained = &mut training => trained,
+        ended = &mut workers => match ended? {
+            Err(hopeless) => Err(hopeless),
+            // Workers may hear first that the run is over; those that left before have done what they were asked.
+            Ok(()) => training.await,
+        },
+    };
+    shown.end();
+    end.send_replace(true);
+    if !workers.is_finished() {
+        workers.await??;
+    }
+    let summary = trained?;
+    show::summary(&summary, args.json)?;
+    Ok(show::exit_code(&summary, *interrupted.borrow()))
+}
