@@ -189,9 +189,9 @@ impl Run {
 
 /// `unisono launch`.
 pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
-    let Args { job, hosts, listen, advertise, ssh, certs, args } = args;
+    let Args { job, hosts: file, listen, advertise, ssh, certs, args } = args;
     let view = View::new(&args);
-    let hosts = hosts::read(&hosts)?;
+    let hosts = hosts::read(&file)?;
     let job = read_job(job.as_ref(), &args.set)?;
     let (slots, partitions) = (hosts.iter().map(|host| host.slots).sum::<usize>(), job.train.partitions as usize);
     if slots > partitions {
@@ -199,11 +199,11 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
     }
     let options = options(&args, started)?;
     let ssh = Ssh::new(&ssh)?;
-    let ready = unisono_coordinator::prepare(job, args.begin()).map_err(Wrong)?;
     let listener = TcpListener::bind(&listen).await.map_err(|e| {
         Wrong(anyhow!("cannot listen on {listen}: {e}; write --listen as HOST:PORT, as in 0.0.0.0:7070"))
     })?;
     let listening = listener.local_addr()?;
+    let ready = unisono_coordinator::prepare(job, args.begin()).map_err(Wrong)?;
     let names = [Some(COORDINATOR_NAME.to_string()), advertise.clone()].into_iter().flatten().collect::<Vec<_>>();
     let open = |dir: PathBuf| Identity::open(&dir);
     let (coordinator, worker) = match &certs {
@@ -218,7 +218,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
         }
     };
     if !args.quiet {
-        eprintln!("listening on https://{listening} for {slots} workers on {} hosts", hosts.len());
+        eprintln!("listening on https://{listening} for the workers of {}", file.display());
         if let Some(dir) = &certs {
             let (dir, port) = (dir.join(cert::OPERATOR), listening.port());
             eprintln!(

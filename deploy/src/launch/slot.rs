@@ -78,13 +78,13 @@ impl Slot {
             let next =
                 if failure.last { "not tried again".into() } else { format!("trying again in {} s", pause.as_secs()) };
             tracing::warn!("{}: {}; {next}", self.name, failure.why);
-            // Whatever was known of the host may be wrong: it may be another one since.
-            known[self.host].lock().await.facts = None;
             let last = failure.last;
             events.send(Event::Failed(self.index, failure)).ok();
             if last {
                 return;
             }
+            // What was known of the host may be wrong: it may have begun anew.
+            known[self.host].lock().await.facts = None;
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 _ = over.wait_for(|over| *over) => return,

@@ -232,7 +232,7 @@ fn checked(host: &Host, output: std::io::Result<Output>) -> Result<Output, Failu
 
 /// What ssh says, and what to do about it.
 pub fn with_hint(host: &Host, said: &str) -> String {
-    let Host { target, at, .. } = host;
+    let (Host { target, at, .. }, said) = (host, said.trim_end_matches('.'));
     let hint = if said.contains("Permission denied") {
         format!("let this user's key in there, as with `ssh-copy-id {target}`")
     } else if said.contains("Host key verification failed") {
