@@ -17,8 +17,10 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); }
 th:last-child, td:last-child { text-align: left; }
+td { white-space: nowrap; }
+figure { margin: 0; }
 .wide { overflow-x: auto; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; }
 ";
 
@@ -240,6 +242,7 @@ where
         .label_style(font(13))
         .axis_desc_style(font(13))
         .x_desc("workers")
+        .y_labels(6)
         .x_label_formatter(&number)
         .y_label_formatter(&number)
         .draw()
