@@ -12,7 +12,7 @@ pub use handed::take;
 use hosts::Host;
 use slot::{Event, Known, Slot};
 use ssh::{Facts, Failure, Ssh};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -163,13 +163,13 @@ impl Run {
             living.spawn(async move { slot.live(&run, &known, events, over).await });
         }
         drop(events);
-        let mut failed = BTreeMap::new();
-        let mut joined = false;
+        // Who has failed; a worker that is started for the first time is waited for.
+        let (mut failed, mut tried, mut joined) = (BTreeMap::new(), BTreeSet::new(), false);
         loop {
             tokio::select! {
                 _ = progress.wait_for(|progress| !progress.workers.is_empty()), if !joined => joined = true,
                 event = happens.recv() => match event {
-                    Some(Event::Started(slot)) => { failed.remove(&slot); }
+                    Some(Event::Started(slot)) => if tried.insert(slot) { failed.remove(&slot); },
                     Some(Event::Failed(slot, failure)) => {
                         failed.insert(slot, failure);
                         let hopeless = failed.len() == names.len() && (!joined || failed.values().all(|failure| failure.last));
