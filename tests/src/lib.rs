@@ -16,7 +16,15 @@ pub fn program() -> &'static Path {
     PROGRAM.get_or_init(|| {
         let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
         // With the tests' own profile and features: `cargo test` alone is enough, and has built all but the program.
-        let built = Command::new(cargo)
+        let mut command = Command::new(cargo);
+        // What cargo tells a test of its package would have crates built anew that ask for it.
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"].iter().any(|own| name.starts_with(own)) {
+                command.env_remove(&*name);
+            }
+        }
+        let built = command
             .args(["build", "--workspace", "--all-targets", "--profile", "test", "--message-format=json"])
             .current_dir(root())
             .stderr(Stdio::inherit())
