@@ -70,8 +70,9 @@ pub(crate) struct Driver {
     /// The step of the checkpoint that is being written, or was written last.
     pub saved_at: Option<Step>,
     pub stop: bool,
-    /// Whether it stops because this process is to end: somebody may go on with the run.
+    /// Whether it stops because this process is to end, and whether somebody goes on with the run then.
     pub interrupted: bool,
+    pub is_resumed: bool,
     pub started: Instant,
     pub pace: Pace,
     /// When the last log line said where the run stands.
@@ -555,7 +556,7 @@ impl Driver {
 
     /// What workers are told at the end. Those of an interrupted run wait for who goes on with it.
     fn goodbye(&self) -> v1::Goodbye {
-        if self.interrupted && self.learning.step.0 < self.total_steps {
+        if self.interrupted && self.is_resumed && self.learning.step.0 < self.total_steps {
             v1::Goodbye { reason: "the coordinator was interrupted".into(), rejoin: true }
         } else {
             v1::Goodbye { reason: "the run is over".into(), rejoin: false }

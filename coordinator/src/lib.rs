@@ -136,6 +136,8 @@ pub struct Options {
     /// Whether workers of this host are offered shared memory.
     pub shared_memory: bool,
     pub patience: Patience,
+    /// Whether somebody goes on with the run where it is interrupted: then its workers wait, otherwise they go home.
+    pub is_resumed: bool,
     /// What is measured. A run that is measured ends after that, not at its last step, and evaluates nothing.
     pub window: Option<Window>,
 }
@@ -167,6 +169,16 @@ impl Ready {
     /// Its model.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// The same, which is tested where it has a test set.
+    ///
+    /// # Errors
+    /// Fewer samples in it than partitions.
+    fn tested(self) -> Result<Ready> {
+        let partitions = self.job.train.partitions;
+        let parts = self.opened.test.as_ref().map(|test| Partitions::new(test.samples(), partitions, None));
+        Ok(Ready { test_parts: parts.transpose().context("the test set")?, ..self })
     }
 
     fn steps_per_epoch(&self) -> u64 {
@@ -216,7 +228,7 @@ pub enum Begin {
 /// Reads the data, builds the model, and finds the checkpoint to resume from: errors here are the job's or the command
 /// line's, nothing was started.
 pub fn prepare(job: Job, begin: Begin) -> Result<Ready> {
-    let ready = prepare_unkept(job)?;
+    let ready = prepare_unkept(job)?.tested()?;
     let dir = PathBuf::from(&ready.job.checkpoint.dir);
     if begin == Begin::Resumed && !dir.exists() {
         bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display());
@@ -232,7 +244,7 @@ pub fn prepare(job: Job, begin: Begin) -> Result<Ready> {
     Ok(Ready { dir: Some((dir, lock)), from, ..ready })
 }
 
-/// The same for a run that writes no checkpoints.
+/// The same for a run that writes no checkpoints and evaluates nothing.
 pub fn prepare_unkept(job: Job) -> Result<Ready> {
     let opened = data::open(&data::Files::any(), &job.data, job.seed)?;
     if let Some(warning) = opened.skipped.as_ref().and_then(Skipped::warning) {
@@ -246,10 +258,6 @@ pub fn prepare_unkept(job: Job) -> Result<Ready> {
     }
     let p = job.train.partitions;
     let train_parts = Partitions::new(opened.train.samples(), p, job.data.hashed.then_some(job.seed))?;
-    let test_parts = match &opened.test {
-        Some(test) => Some(Partitions::new(test.samples(), p, None).context("the test set")?),
-        None => None,
-    };
     let kind = EvalKind::of(&opened.prepared, job.train.top_k);
     if let Some(top) = job.train.top_k
         && !matches!(kind, EvalKind::Classes { classes, .. } if classes > top as usize)
@@ -268,7 +276,7 @@ pub fn prepare_unkept(job: Job) -> Result<Ready> {
     };
     let early = job.train.early_stopping.as_ref().map(|early| ("train.early_stopping", early.metric));
     for (key, metric) in plateau.into_iter().chain(early) {
-        if test_parts.is_none() {
+        if opened.test.is_none() {
             bail!("{key} follows a metric of the test set, and there is none: set data.test, or leave {key} out");
         }
         if !kind.metrics().contains(&metric) {
@@ -278,7 +286,7 @@ pub fn prepare_unkept(job: Job) -> Result<Ready> {
     }
     let optimizer = Optimizer::new(&job.train.optimizer, job.train.ema);
     let groups = Groups::new(optimizer, &job.train.groups, model.layout())?;
-    Ok(Ready { job, opened, model, train_parts, test_parts, groups, dir: None, from: None })
+    Ok(Ready { job, opened, model, train_parts, test_parts: None, groups, dir: None, from: None })
 }
 
 const AFRESH: &str = "there is nothing to resume from; leave --resume out to start afresh";
@@ -451,7 +459,7 @@ pub async fn run(
     let server = server()
         .add_service(InterceptedService::new(health_service.max_decoding_message_size(SHORT), counts))
         .add_service(InterceptedService::new(reflection, asks(None)))
-        .add_service(InterceptedService::new(v1::probe_server::ProbeServer::new(probe::Probe::new()), asks(None)))
+        .add_service(InterceptedService::new(probe::Probe::server(), asks(None)))
         .add_service(InterceptedService::new(coordinator, asks(Some(Role::Worker))))
         .add_service(InterceptedService::new(parameters, asks(Some(Role::Worker))))
         .add_service(operator)
@@ -473,6 +481,7 @@ pub async fn run(
         saved_at: last_saved.as_ref().map(|_| first),
         last_saved,
         stop: false,
+        is_resumed: options.is_resumed,
         interrupted: false,
         started: options.started,
         pace,

@@ -209,7 +209,7 @@ impl Measure {
         let state = &mut *lock(&self.state);
         state.nodes += 1;
         if let Some(name) = state.names.remove(&worker) {
-            state.firsts.insert(name, now);
+            state.firsts.entry(name).or_insert(now);
         }
         if let Some(track) = state.workers.get_mut(&worker) {
             track.arrived = Some(now);

@@ -6,13 +6,15 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use unisono_proto::v1::probe_server::ProbeServer;
 use unisono_proto::v1::{self, DownloadRequest, Filler, UploadReply};
 
 /// Bytes of one call, at most, and of a message.
 const MOST: u64 = 64 << 20;
 const PIECE: usize = 256 << 10;
-/// How long a call waits for its turn, and for the other side.
+/// How long a call waits for its turn, and how long it lasts at most.
 const PATIENCE: Duration = Duration::from_secs(10);
+const LONGEST: Duration = Duration::from_secs(15);
 
 /// The service `Probe` of the proto file.
 pub struct Probe {
@@ -21,8 +23,10 @@ pub struct Probe {
 }
 
 impl Probe {
-    pub fn new() -> Probe {
-        Probe { turn: Arc::new(Semaphore::new(1)) }
+    /// The service, as a server has it.
+    pub fn server() -> ProbeServer<Probe> {
+        let probe = Probe { turn: Arc::new(Semaphore::new(1)) };
+        ProbeServer::new(probe).max_decoding_message_size(PIECE + (1 << 10))
     }
 
     async fn turn(&self) -> Result<OwnedSemaphorePermit, Status> {
@@ -46,13 +50,16 @@ impl v1::probe_server::Probe for Probe {
         tokio::spawn(async move {
             let _turn = turn;
             let zeros = Bytes::from(vec![0; PIECE]);
-            while left > 0 {
-                let bytes = zeros.slice(..PIECE.min(left as usize));
-                left -= bytes.len() as u64;
-                if send.send_timeout(Ok(Filler { bytes }), PATIENCE).await.is_err() {
-                    return;
+            let sending = async {
+                while left > 0 {
+                    let bytes = zeros.slice(..PIECE.min(left as usize));
+                    left -= bytes.len() as u64;
+                    if send.send(Ok(Filler { bytes })).await.is_err() {
+                        return;
+                    }
                 }
-            }
+            };
+            tokio::time::timeout(LONGEST, sending).await.ok();
         });
         Ok(Response::new(ReceiverStream::new(receive)))
     }
@@ -60,13 +67,16 @@ impl v1::probe_server::Probe for Probe {
     async fn upload(&self, request: Request<Streaming<Filler>>) -> Result<Response<UploadReply>, Status> {
         let _turn = self.turn().await?;
         let (mut pieces, mut bytes) = (request.into_inner(), 0);
-        let silent = |_| Status::deadline_exceeded("nothing came for 10 s");
-        while let Some(piece) = tokio::time::timeout(PATIENCE, pieces.message()).await.map_err(silent)?? {
-            bytes += piece.bytes.len() as u64;
-            if bytes >= MOST {
-                break;
+        let taking = async {
+            while let Some(piece) = pieces.message().await? {
+                bytes += piece.bytes.len() as u64;
+                if bytes >= MOST {
+                    break;
+                }
             }
-        }
-        Ok(Response::new(UploadReply { bytes }))
+            Ok(Response::new(UploadReply { bytes }))
+        };
+        let late = |_| Status::deadline_exceeded("the bytes did not come within 15 s");
+        tokio::time::timeout(LONGEST, taking).await.map_err(late)?
     }
 }

@@ -54,6 +54,9 @@ impl Service {
         if !(1..=wire::MAX_THREADS).contains(&join.threads) {
             return Err(wire::WireError::Range { field: "threads", value: join.threads.to_string() }.into());
         }
+        if join.simulated && s.measure.is_none() {
+            return refuse("this worker only pretends to compute, and this run is not a measurement".into());
+        }
         if wire::digest("job_digest", &join.job_digest)? != s.job.digest() {
             return refuse("this worker read another job than the coordinator's".into());
         }

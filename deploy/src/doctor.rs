@@ -3,7 +3,7 @@
 mod here;
 mod there;
 
-use crate::{IdentityArg, Wrong, data_roots, log, read_job};
+use crate::{IdentityArg, data_roots, log, read_job};
 use anyhow::{Result, anyhow};
 use serde_json::json;
 use std::path::PathBuf;
@@ -84,8 +84,10 @@ pub async fn run(args: Args) -> Result<ExitCode> {
         if args.identity.identity.is_some() && identity.is_none() {
             lines.change("coordinator", "not asked: the credentials above come first");
         } else {
-            let address = unisono_worker::Address::new(url, identity.as_ref()).map_err(Wrong)?;
-            there::coordinator(&mut lines, &address, roots).await;
+            match unisono_worker::Address::new(url, identity.as_ref()) {
+                Ok(address) => there::coordinator(&mut lines, &address, roots).await,
+                Err(e) => lines.change("coordinator", format!("{e:#}")),
+            }
         }
     }
     let sick = lines.0.iter().filter(|line| !line.is_well).count();

@@ -459,6 +459,7 @@ pub(crate) fn options(args: &JobArgs, started: Instant) -> Result<unisono_coordi
         threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         shared_memory: args.transport != Transport::Grpc,
         patience: unisono_common::protocol::Patience { silence, ..Default::default() },
+        is_resumed: false,
         window: None,
     })
 }
@@ -529,6 +530,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         Cmd::Coordinator { job, listen: address, identity, insecure, linger, args } => {
             let view = View::new(&args);
             let (job, options) = (read_job(Some(&job), &args.set)?, options(&args, started)?);
+            let options = unisono_coordinator::Options { is_resumed: true, ..options };
             let identity = identity.open()?;
             let ready = unisono_coordinator::prepare(job, args.begin()).map_err(Wrong)?;
             let listener = listen(&address, identity.is_some() || insecure).await?;

@@ -62,6 +62,7 @@ async fn honest_join(client: &mut Client) -> (Job, Layout, v1::Join) {
         name: "stranger\u{7}".into(),
         shared_memory: false,
         isa: "none\u{7}".into(),
+        simulated: false,
     };
     (job, model.layout().clone(), join)
 }
@@ -138,6 +139,7 @@ async fn wrong_joins(client: &mut Client) {
     let fingerprint = hex(&good.fingerprint);
     let precondition: &[(v1::Join, &[&str])] = &[
         (v1::Join { version: "0.0.0-old".into(), ..good.clone() }, &["0.0.0-old", wire::VERSION, "same version"]),
+        (v1::Join { simulated: true, ..good.clone() }, &["pretends", "not a measurement"]),
         (v1::Join { job_digest: other(), ..good.clone() }, &["another job"]),
         (v1::Join { layout_digest: other(), ..good.clone() }, &["another model"]),
         (v1::Join { fingerprint: other(), ..good.clone() }, &["abababab", &fingerprint, "other bits"]),

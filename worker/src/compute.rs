@@ -79,10 +79,8 @@ impl Compute {
     pub fn new(job: Job, samples: Samples, prepared: Prepared, model: Arc<Model>) -> Result<Compute> {
         let p = job.train.partitions;
         let train_parts = Partitions::new(prepared.train_samples as usize, p, job.data.hashed.then_some(job.seed))?;
-        let test_parts = match prepared.test_samples as usize {
-            0 => None,
-            test => Some(Partitions::new(test, p, None).context("the test set")?),
-        };
+        // The coordinator knows whether it is divided into as many.
+        let test_parts = Partitions::new(prepared.test_samples as usize, p, None).ok();
         let loss = Loss::new(&job.train.loss, model.outputs())?;
         Ok(Compute {
             batch: Batch::empty(),

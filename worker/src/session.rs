@@ -250,6 +250,7 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
         threads: *threads as u32,
         name: name.clone(),
         shared_memory: *transport != Transport::Grpc,
+        simulated: options.simulated.is_some(),
         isa: kernels::isa().map(|isa| isa.name().into()).unwrap_or_default(),
     };
     let (to_coordinator, outgoing) = mpsc::unbounded_channel();

@@ -198,6 +198,7 @@ async fn exchange() -> Result<f64> {
         threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         shared_memory: false,
         patience: Default::default(),
+        is_resumed: false,
         window: Some(Window {
             workers: 1,
             warm_steps: 2,

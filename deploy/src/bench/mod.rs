@@ -158,6 +158,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
         threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         shared_memory: args.transport != Transport::Grpc,
         patience: Default::default(),
+        is_resumed: false,
         window: Some(Window {
             workers: workers.count,
             warm_steps: WARM_STEPS,

@@ -80,7 +80,7 @@ fn memory_mib() -> Option<(u64, u64)> {
     }
 }
 
-/// An identity, whether others would let it in, and how long; `None` where it cannot be used.
+/// An identity, what it is for, and until when; `None` where it cannot be used.
 pub fn identity(lines: &mut Lines, folder: &Path) -> Option<Identity> {
     let identity = match Identity::open(folder) {
         Ok(identity) => identity,

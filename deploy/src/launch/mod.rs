@@ -56,7 +56,7 @@ pub struct Args {
     /// The program that reaches hosts, with first options, as in "ssh -p 2222 -i key"
     #[arg(long, value_name = "COMMAND", default_value = "ssh")]
     ssh: String,
-    /// Keeps the run's certificates in DIR, for `status`, `drain`, `stop`, and workers that join by hand
+    /// Keeps the run's certificates in DIR, which is made, for `status`, `drain`, `stop`, and workers that join by hand
     #[arg(long, value_name = "DIR")]
     certs: Option<PathBuf>,
     #[command(flatten)]
@@ -208,6 +208,14 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
     let open = |dir: PathBuf| Identity::open(&dir);
     let (coordinator, worker) = match &certs {
         Some(dir) => {
+            // Whoever has copied certificates from there would be shut out.
+            if dir.exists() {
+                return Err(Wrong(anyhow!(
+                    "--certs {0}: {0} is there already; name a folder that is not",
+                    dir.display()
+                ))
+                .into());
+            }
             cert::make(dir, &names, DAYS)?;
             (open(dir.join(cert::COORDINATOR))?, open(dir.join(cert::WORKER))?)
         }

@@ -147,7 +147,7 @@ impl Churn {
             samples_per_second: samples as f64 / seconds.max(f64::MIN_POSITIVE),
             joins: moves.starts.len(),
             leaves: moves.stops.len(),
-            join_ms: Quantiles::of(moves.starts.iter().map(took).collect()),
+            join_ms: Quantiles::of(moves.starts.iter().filter(|(_, at)| *at < end).map(took).collect()),
             leave_ms: Quantiles::of(moves.stops.iter().filter(|at| **at < end).map(next).collect()),
             step_ms: Quantiles::of_moments(&points),
         })
@@ -177,6 +177,9 @@ pub struct Size {
     /// What `simulate` expects, calibrated by the size that says so.
     pub predicted: Option<f64>,
     pub calibrates: bool,
+    /// Whether the simulation knows all that such a run does.
+    #[serde(skip)]
+    pub is_modelled: bool,
     pub churn: Option<Churn>,
     #[serde(skip)]
     pub trace: Trace,
@@ -186,6 +189,7 @@ impl Size {
     pub fn new(
         scaling: Scaling,
         workers: usize,
+        work: String,
         simulated: bool,
         used: Used,
         moves: &Moves,
@@ -197,6 +201,7 @@ impl Size {
         let busy = Busy { coordinator: m.cpu_seconds / seconds, workers: used.workers_cpu_seconds / seconds, cores };
         let trace = Trace {
             job: summary.job.clone(),
+            work,
             transport: summary.transport.clone(),
             workers: workers as u32,
             partitions: summary.partitions,
@@ -230,6 +235,7 @@ impl Size {
             bottleneck: Bottleneck::of(workers, summary.partitions, busy, m.phases),
             predicted: None,
             calibrates: false,
+            is_modelled: true,
             churn: Churn::of(moves, m),
             trace,
         }

@@ -79,7 +79,10 @@ impl Fleet {
     /// Ends one as a crash would.
     pub async fn stop(&mut self, number: usize) -> Result<()> {
         if let Fleet::Processes { running, .. } = self {
-            if let Some(mut child) = running.remove(&number) {
+            // One that has ended by itself, as all do at the run's end, is none to end.
+            if let Some(mut child) = running.remove(&number)
+                && child.try_wait()?.is_none()
+            {
                 child.kill().await.context("cannot end a worker process")?;
             }
             return Ok(());

@@ -7,9 +7,10 @@ mod report;
 mod usage;
 
 use crate::local::Workers;
+use crate::simulate::Scaling;
 use crate::simulate::cluster;
+use crate::simulate::trace::{self, Trace};
 use crate::simulate::units::{Counts, Seconds};
-use crate::simulate::{Scaling, trace::Trace};
 use crate::{Transport, Wrong, interruption, read_job};
 use anyhow::{Context, Result, bail};
 use figures::{Moves, Size};
@@ -20,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::Level;
-use unisono_coordinator::{Entrance, Options, Progress, Window};
+use unisono_coordinator::{Entrance, Options, Progress, Ready, Window};
 
 /// What comes before the measured seconds, once all workers are there.
 const WARM_STEPS: u64 = 2;
@@ -31,6 +32,10 @@ const STEPS: u64 = 5;
 const APART: Duration = Duration::from_millis(2);
 /// The most workers of a run that calibrates the simulation.
 const CALIBRATES: usize = 8;
+/// Workers that are started in a second, at most: a coordinator lets no more of one address in.
+const MOST_CHURN: f64 = 50.0;
+/// While fewer workers are there than were started, another comes within this time.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Simulated workers, at most: they share one process.
 const MOST_SIMULATED: usize = 1000;
 
@@ -114,19 +119,30 @@ pub async fn run(args: Args) -> Result<ExitCode> {
         }
     };
     let pretence = pretence.map(|compute_seconds| Pretence { compute_seconds, seed });
+    // What cannot be measured is found before the first measurement.
+    for &scaling in &scalings {
+        let most = counts[counts.len() - 1];
+        let run = Run { args: &args, scaling, fewest: counts[0], workers: most, pretence: None, churn: 0.0 };
+        run.prepare().map_err(|e| Wrong(e.context(format!("{} scaling to {most} workers", scaling.name()))))?;
+    }
     let mut all = Vec::new();
-    for scaling in scalings {
+    let mut failed = None;
+    'all: for scaling in scalings {
         let mut sizes: Vec<Size> = Vec::new();
         for &workers in counts {
-            let run = Run {
-                args: &args,
-                scaling,
-                fewest: counts[0],
-                workers,
-                pretence: pretence.as_ref(),
-                churn: args.churn,
+            let (pretence, churn) = (pretence.as_ref(), args.churn);
+            let run = Run { args: &args, scaling, fewest: counts[0], workers, pretence, churn };
+            let mut size = match run.measure().await {
+                Ok(Some(size)) => size,
+                Ok(None) => return Ok(interrupted()),
+                // What was measured is not lost.
+                Err(e) => {
+                    failed = Some(e.context(format!("{} scaling with {workers} workers", scaling.name())));
+                    predict(&mut sizes);
+                    all.extend(sizes);
+                    break 'all;
+                }
             };
-            let Some(mut size) = run.measure().await? else { return Ok(interrupted()) };
             let (fewest, rate) =
                 sizes.first().map_or((workers, size.samples_per_second), |s| (s.workers, s.samples_per_second));
             size.efficiency = size.samples_per_second / rate * fewest as f64 / workers as f64;
@@ -156,7 +172,7 @@ pub async fn run(args: Args) -> Result<ExitCode> {
         std::fs::write(path, report.html()?).with_context(|| format!("cannot write {}", path.display()))?;
     }
     report.print()?;
-    Ok(ExitCode::SUCCESS)
+    failed.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
 fn interrupted() -> ExitCode {
@@ -173,12 +189,15 @@ fn check(args: &Args) -> Result<()> {
     if !(args.seconds > 0.0 && args.seconds <= 86_400.0) {
         bail!("--seconds must be above 0, and a day at most, not {}", args.seconds);
     }
-    if !(0.0..=1000.0).contains(&args.churn) {
-        bail!("--churn must be from 0 to 1000 workers a second, not {}", args.churn);
+    if !(0.0..=MOST_CHURN).contains(&args.churn) {
+        bail!("--churn must be from 0 to {MOST_CHURN} workers a second, not {}", args.churn);
     }
     let most = args.workers.0[args.workers.0.len() - 1];
     if args.simulated_workers && most > MOST_SIMULATED {
         bail!("--workers: {most} simulated workers are too many for one process; {MOST_SIMULATED} at most");
+    }
+    if args.trace.is_some() && args.threads > 1 {
+        bail!("--trace is for workers of one thread: leave --threads out");
     }
     if args.trace.is_some() && args.workers.0[0] > CALIBRATES {
         bail!("--trace needs a run with {CALIBRATES} workers or fewer: add one to --workers");
@@ -195,40 +214,50 @@ fn check(args: &Args) -> Result<()> {
 
 /// Adds what the simulation expects of each size, calibrated by the largest of the small ones.
 fn predict(sizes: &mut [Size]) {
-    let Some(at) = sizes.iter().rposition(|size| size.workers <= CALIBRATES) else { return };
+    let Some(at) = sizes.iter().rposition(|size| size.workers <= CALIBRATES && size.is_modelled) else { return };
     let trace = sizes[at].trace.clone();
     let load = trace.load();
     sizes[at].calibrates = true;
     for size in sizes {
         let load = load.with_partitions(size.partitions);
         let outcome = cluster::run(&load, &trace.host(), size.workers as u32, 50, 0);
-        size.predicted = Some(outcome.samples_per_second);
+        size.predicted = outcome.map(|outcome| outcome.samples_per_second);
     }
 }
 
 impl Run<'_> {
-    /// Trains for a while, with all workers there; `None` where somebody at the keyboard ended it.
-    async fn measure(self) -> Result<Option<Size>> {
-        let Run { args, scaling, fewest, workers, pretence, churn } = self;
+    /// The job of this size.
+    fn prepare(&self) -> Result<Ready> {
+        let Run { args, scaling, fewest, workers, .. } = *self;
         let mut set = args.set.clone();
         if scaling == Scaling::Weak {
             let partitions = read_job(Some(&args.job), &args.set)?.train.partitions;
             set.push(format!("train.partitions={}", scaling.partitions(partitions, fewest, workers)));
         }
-        let ready = unisono_coordinator::prepare_unkept(read_job(Some(&args.job), &set)?).map_err(Wrong)?;
+        unisono_coordinator::prepare_unkept(read_job(Some(&args.job), &set)?)
+    }
+
+    /// Trains for a while, with all workers there; `None` where somebody at the keyboard ended it.
+    async fn measure(self) -> Result<Option<Size>> {
+        let Run { args, scaling, workers, pretence, churn, .. } = self;
+        let ready = self.prepare()?;
+        let is_modelled = args.threads == 1 && ready.model().rows().is_empty();
+        let work = trace::work(ready.job());
         let length = Duration::from_secs_f64(args.seconds);
         let options = Options {
             started: Instant::now(),
             threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
             shared_memory: args.transport != Transport::Grpc,
             patience: Default::default(),
+            is_resumed: false,
             window: Some(Window {
                 workers,
                 warm_steps: WARM_STEPS,
                 warm: WARM,
                 steps: STEPS,
                 length,
-                after: if churn > 0.0 { length } else { Duration::ZERO },
+                // Who comes last has time to come to something.
+                after: if churn > 0.0 { length + (length / 2).max(Duration::from_secs(1)) } else { Duration::ZERO },
             }),
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
@@ -239,17 +268,20 @@ impl Run<'_> {
         let fleet =
             Fleet::new(Workers::new(Some(workers), usize::MAX, args.threads, args.transport)?, url, pretence).await?;
         let moves = Arc::new(Mutex::new(Moves::default()));
+        let interrupted = interruption();
         let lead = lead(fleet, workers, (churn, length), watching, ids, moves.clone());
         let coordinator =
-            unisono_coordinator::run(ready, options, Entrance::new(listener, None)?, progress, interruption());
+            unisono_coordinator::run(ready, options, Entrance::new(listener, None)?, progress, interrupted.clone());
         let summary = tokio::select! {
             summary = coordinator => summary?,
             failed = lead => match failed? {},
         };
         let used = usage.end();
-        let Some(measured) = &summary.measured else { return Ok(None) };
+        let Some(measured) = summary.measured.as_ref().filter(|_| !*interrupted.borrow()) else { return Ok(None) };
         let moves = moves.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Ok(Some(Size::new(scaling, workers, pretence.is_some(), used, &moves, &summary, measured)))
+        let simulated = pretence.is_some();
+        let size = Size::new(scaling, workers, work, simulated, used, &moves, &summary, measured);
+        Ok(Some(Size { is_modelled, ..size }))
     }
 }
 
@@ -268,12 +300,23 @@ async fn lead(
         ids.send_replace(fleet.ids());
         tokio::time::sleep(APART).await;
     }
+    let (mut there, mut since) = (0, Instant::now());
     for open in [true, false] {
         while progress.borrow_and_update().measuring != open {
             tokio::select! {
-                // Whoever showed the progress is gone: so is the run.
-                Err(_) = progress.changed() => std::future::pending().await,
+                changed = progress.changed() => if changed.is_err() {
+                    // Whoever showed the progress is gone: so is the run.
+                    std::future::pending::<()>().await;
+                },
                 () = tokio::time::sleep(Duration::from_millis(100)) => fleet.check()?,
+            }
+            let now = progress.borrow().workers.len();
+            if now != there || now >= workers {
+                (there, since) = (now, Instant::now());
+            } else if since.elapsed() > PATIENCE {
+                bail!(
+                    "{there} of {workers} workers are there, and no other has come for 120 s: are there enough memory, open files and threads?"
+                );
             }
         }
     }

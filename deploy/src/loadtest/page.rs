@@ -114,7 +114,7 @@ fn table(sizes: &[&Size]) -> String {
             size.partitions.to_string(),
             format!("{:.0}", size.samples_per_second),
             match size.predicted {
-                Some(_) if size.calibrates => "calibrates".into(),
+                Some(rate) if size.calibrates => format!("{rate:.0} (calibrates)"),
                 Some(rate) => format!("{rate:.0}"),
                 None => "".into(),
             },

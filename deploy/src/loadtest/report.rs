@@ -79,7 +79,7 @@ impl Report<'_> {
             );
             for size in &sizes {
                 let predicted = match size.predicted {
-                    Some(_) if size.calibrates => "calibrates".into(),
+                    Some(rate) if size.calibrates => format!("{rate:.0}*"),
                     Some(rate) => format!("{rate:.0}"),
                     None => String::new(),
                 };
@@ -96,6 +96,9 @@ impl Report<'_> {
                     size.coordinator_memory_mib,
                     size.bottleneck.text()
                 );
+            }
+            if sizes.iter().any(|size| size.calibrates) {
+                println!("  * calibrates the predictions");
             }
             if sizes.iter().any(|size| size.churn.is_some()) {
                 println!(

@@ -1,7 +1,7 @@
 //! A run in virtual time: the coordinator's own machine, over a model of hosts, links, stragglers and failures.
 
 use super::resource::{Resource, Timers};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 use unisono_common::ids::{Step, WorkerId};
 use unisono_common::protocol::{Command, Event, Kind, Machine, Patience};
@@ -106,24 +106,25 @@ const WARM: u64 = 2;
 /// How often the machine looks at its clock.
 const TICK: f64 = 0.1;
 
-/// Nodes that a worker was asked for.
-#[derive(Clone, Debug)]
+/// A node that a worker was asked for, in a step.
+#[derive(Clone, Copy, Debug)]
 struct Task {
     worker: WorkerId,
     step: u64,
-    nodes: Vec<Node>,
+    node: Node,
 }
 
 /// What ends, or happens.
 #[derive(Debug)]
 enum Happened {
-    /// A worker has its order.
+    /// The coordinator has given the weights of a step to its link, they have left it, they are with a worker's host, and the worker
+    /// has them.
+    Sent(WorkerId, u64),
+    Left(WorkerId, u64),
+    Delivered(WorkerId, u64),
+    Ready(WorkerId, u64),
+    /// A worker has its order, the gradient, and has given that to its link.
     Ordered(Task),
-    /// The coordinator has given the weights to its link, and that to the worker's host.
-    Sent(Task),
-    Delivered(Task),
-    /// The worker has the weights, the gradient of its first node, and has given that to its link.
-    Ready(Task),
     Computed(Task),
     Pushed(Task),
     /// The node reaches the coordinator's link, is with its host, and is added up.
@@ -139,8 +140,11 @@ enum Happened {
     Tick,
 }
 
-/// Runs so many steps.
-pub fn run(load: &Load, hosts: &Hosts, workers: u32, steps: u64, seed: u64) -> Outcome {
+/// What happens in one step at most for each worker and partition, before it is given up.
+const PATIENCE: u64 = 10_000;
+
+/// Runs so many steps; `None` where one does not come to its end, because no worker lives long enough for its share.
+pub fn run(load: &Load, hosts: &Hosts, workers: u32, steps: u64, seed: u64) -> Option<Outcome> {
     let mut run = Run {
         load,
         hosts,
@@ -166,11 +170,20 @@ pub fn run(load: &Load, hosts: &Hosts, workers: u32, steps: u64, seed: u64) -> O
     run.timers.add(TICK, Happened::Tick);
     run.open();
     let mut before = [0.0; 4];
+    let most = PATIENCE * (u64::from(workers) + u64::from(load.partitions));
+    let mut turns = 0;
     while (run.commits.len() as u64) < WARM + steps {
         let commits = run.commits.len();
         run.turn();
-        if commits as u64 + 1 == WARM && run.commits.len() > commits {
-            before = run.given();
+        turns += 1;
+        if run.commits.len() > commits {
+            turns = 0;
+            if run.commits.len() as u64 == WARM {
+                before = run.given();
+            }
+        }
+        if turns > most {
+            return None;
         }
     }
     let counted = &run.commits[WARM as usize - 1..];
@@ -178,14 +191,24 @@ pub fn run(load: &Load, hosts: &Hosts, workers: u32, steps: u64, seed: u64) -> O
     let mut each: Vec<f64> = counted.windows(2).map(|two| two[1] - two[0]).collect();
     each.sort_by(f64::total_cmp);
     let [cores, out, inward, computed] = std::array::from_fn(|i| (run.given()[i] - before[i]) / seconds);
-    Outcome {
+    Some(Outcome {
         samples_per_second: load.samples * steps as f64 / seconds,
         steps: each,
         cores: cores / hosts.cores,
         out: out / hosts.link,
         inward: inward / hosts.link,
         computing: computed / workers as f64,
-    }
+    })
+}
+
+/// A worker.
+#[derive(Default)]
+struct Member {
+    /// The step whose weights it has.
+    has: Option<u64>,
+    /// What it was asked for in the open step, and has not begun.
+    owes: VecDeque<Node>,
+    is_busy: bool,
 }
 
 struct Run<'a> {
@@ -200,8 +223,7 @@ struct Run<'a> {
     cores: Resource<Happened>,
     out: Resource<Happened>,
     inward: Resource<Happened>,
-    /// The step whose weights each worker has.
-    members: BTreeMap<WorkerId, Option<u64>>,
+    members: BTreeMap<WorkerId, Member>,
     joined: u64,
     step: u64,
     missing: u32,
@@ -237,7 +259,9 @@ impl Run<'_> {
         for command in self.machine.handle(now, event) {
             match command {
                 Command::Work { worker, step, nodes, .. } => {
-                    self.after(self.hosts.rtt / 2.0, Happened::Ordered(Task { worker, step: step.0, nodes }));
+                    for node in nodes {
+                        self.after(self.hosts.rtt / 2.0, Happened::Ordered(Task { worker, step: step.0, node }));
+                    }
                 }
                 Command::Evict { worker, .. } => {
                     self.members.remove(&worker);
@@ -264,7 +288,10 @@ impl Run<'_> {
     fn join(&mut self) {
         let worker = WorkerId(self.joined);
         self.joined += 1;
-        self.members.insert(worker, None);
+        self.members.insert(worker, Member::default());
+        if self.missing > 0 {
+            self.send(worker);
+        }
         self.machine(Event::Joined { worker, threads: 1 });
         if let Some(Failures { between, .. }) = self.hosts.failures {
             // The time to a failure is exponential.
@@ -273,58 +300,86 @@ impl Run<'_> {
         }
     }
 
+    /// Every worker is sent the weights of every step, whatever it is asked for.
+    fn send(&mut self, worker: WorkerId) {
+        self.cores.add(self.now, self.load.weights * self.load.bytes.coordinator, Happened::Sent(worker, self.step));
+    }
+
     fn open(&mut self) {
         self.missing = self.load.partitions;
+        for member in self.members.values_mut() {
+            member.owes.clear();
+        }
+        for worker in self.members.keys().copied().collect::<Vec<_>>() {
+            self.send(worker);
+        }
         self.machine(Event::Open { step: Step(self.step), kind: Kind::Train });
     }
 
-    /// A worker begins with the first of its nodes.
-    fn compute(&mut self, task: Task) {
-        let Some(node) = task.nodes.first() else { return };
-        let load = self.load;
-        let at = self.key("compute", task.worker).with(self.step).below(node.lo as u64, load.compute.len() as u64);
-        let mut seconds = load.compute[at as usize] * node.len() as f64;
+    /// A worker begins with the next of its nodes, if it can.
+    fn compute(&mut self, worker: WorkerId) {
+        let (load, step) = (self.load, self.step);
+        let Some(member) = self.members.get_mut(&worker) else { return };
+        if member.is_busy || member.has != Some(step) {
+            return;
+        }
+        let Some(node) = member.owes.pop_front() else { return };
+        member.is_busy = true;
+        let key = self.key.named("compute").with(step);
+        let draw = |partition| load.compute[key.below(u64::from(partition), load.compute.len() as u64) as usize];
+        let mut seconds: f64 = (node.lo..node.hi).map(draw).sum();
         if let Some(Stragglers { share, factor }) = self.hosts.stragglers
-            && (self.key("straggler", task.worker).uniform(self.step) as f64) < share
+            && (self.key("straggler", worker).uniform(step) as f64) < share
         {
             seconds *= factor;
         }
         self.computed += seconds;
-        let then = Happened::Computed(task);
+        let then = Happened::Computed(Task { worker, step, node });
         if load.computes { self.work(seconds, then) } else { self.after(seconds, then) }
+    }
+
+    /// Whether it still matters what a worker does for a step.
+    fn counts(&self, worker: WorkerId, step: u64) -> bool {
+        step == self.step && self.members.contains_key(&worker)
     }
 
     fn happened(&mut self, happened: Happened) {
         let Load { weights, gradient, bytes, .. } = *self.load;
-        // What was asked of workers that are gone, or for a step that is over, is nothing to anybody.
-        if let Happened::Ordered(task) | Happened::Sent(task) | Happened::Delivered(task) | Happened::Ready(task) =
-            &happened
-            && (task.step != self.step || !self.members.contains_key(&task.worker))
-        {
-            return;
-        }
         match happened {
-            Happened::Ordered(task) if self.members[&task.worker] == Some(task.step) => self.compute(task),
-            Happened::Ordered(task) => self.cores.add(self.now, weights * bytes.coordinator, Happened::Sent(task)),
-            Happened::Sent(task) if self.hosts.together => self.happened(Happened::Delivered(task)),
-            Happened::Sent(task) => self.out.add(self.now, weights, Happened::Delivered(task)),
-            Happened::Delivered(task) => self.work(weights * bytes.worker, Happened::Ready(task)),
-            Happened::Ready(task) => {
-                self.members.insert(task.worker, Some(task.step));
-                self.compute(task);
+            Happened::Sent(worker, step) | Happened::Delivered(worker, step) if !self.counts(worker, step) => {}
+            Happened::Sent(worker, step) if self.hosts.together => self.happened(Happened::Delivered(worker, step)),
+            Happened::Sent(worker, step) => self.out.add(self.now, weights, Happened::Left(worker, step)),
+            Happened::Left(worker, step) => self.after(self.hosts.rtt / 2.0, Happened::Delivered(worker, step)),
+            Happened::Delivered(worker, step) => self.work(weights * bytes.worker, Happened::Ready(worker, step)),
+            Happened::Ready(worker, step) => {
+                if let Some(member) = self.members.get_mut(&worker) {
+                    member.has = Some(step);
+                    self.compute(worker);
+                }
             }
-            Happened::Computed(mut task) => {
-                // The next node is computed while this one is on its way.
-                let others = task.nodes.split_off(1);
-                let next = Task { nodes: others, ..task.clone() };
-                self.work(gradient * bytes.worker, Happened::Pushed(task));
-                self.compute(next);
+            Happened::Ordered(Task { worker, step, node }) => {
+                if let Some(member) = self.members.get_mut(&worker).filter(|_| step == self.step) {
+                    member.owes.push_back(node);
+                    self.compute(worker);
+                }
             }
+            Happened::Computed(task) => {
+                if let Some(member) = self.members.get_mut(&task.worker) {
+                    member.is_busy = false;
+                    // The next node is computed while this one is on its way.
+                    self.work(gradient * bytes.worker, Happened::Pushed(task));
+                    self.compute(task.worker);
+                }
+            }
+            Happened::Pushed(Task { worker, step, .. })
+            | Happened::Coming(Task { worker, step, .. })
+            | Happened::Arrived(Task { worker, step, .. })
+                if !self.counts(worker, step) => {}
             Happened::Pushed(task) if self.hosts.together => self.happened(Happened::Arrived(task)),
             Happened::Pushed(task) => self.after(self.hosts.rtt / 2.0, Happened::Coming(task)),
             Happened::Coming(task) => self.inward.add(self.now, gradient, Happened::Arrived(task)),
             Happened::Arrived(task) => self.cores.add(self.now, gradient * bytes.coordinator, Happened::Taken(task)),
-            Happened::Taken(Task { worker, step, nodes }) => self.taken(worker, Step(step), nodes[0]),
+            Happened::Taken(Task { worker, step, node }) => self.taken(worker, Step(step), node),
             Happened::Updated => {
                 self.updating -= 1;
                 if self.updating == 0 {

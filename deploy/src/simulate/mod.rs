@@ -12,7 +12,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use trace::Trace;
-use unisono_common::job::Job;
+use unisono_common::job::{Job, Length};
 use units::{BytesPerSecond, Counts, Seconds};
 
 /// What grows with the workers.
@@ -119,39 +119,41 @@ struct Plan {
 }
 
 impl Plan {
-    fn run(&self, workers: usize) -> Predicted {
+    fn run(&self, workers: usize) -> Result<Predicted> {
         let partitions = self.scaling.partitions(self.load.partitions, self.fewest, workers);
         let load = self.load.with_partitions(partitions);
-        Predicted {
-            workers,
-            partitions,
-            outcome: cluster::run(&load, &self.hosts, workers as u32, self.steps, self.seed),
-        }
+        let outcome = cluster::run(&load, &self.hosts, workers as u32, self.steps, self.seed);
+        let outcome = outcome.with_context(|| {
+            format!(
+                "with {workers} workers none lives long enough for its share: raise --failures, or train.partitions"
+            )
+        })?;
+        Ok(Predicted { workers, partitions, outcome })
     }
 
     /// What would move the run with so many workers: each resource doubled in turn, and how many times as fast that makes it. What
     /// helps most comes first, and last what makes it another job.
-    fn remedies(&self, workers: usize, now: f64) -> Vec<(&'static str, f64)> {
+    fn remedies(&self, workers: usize, now: f64) -> Result<Vec<(&'static str, f64)>> {
         let variant = |what: &'static str, change: &dyn Fn(&mut Load, &mut Hosts)| {
             let (mut load, mut hosts) = (self.load.clone(), self.hosts);
             change(&mut load, &mut hosts);
-            let run = Plan { load, hosts, ..*self }.run(workers);
-            (what, run.outcome.samples_per_second / now)
+            let run = Plan { load, hosts, ..*self }.run(workers)?;
+            Ok::<_, anyhow::Error>((what, run.outcome.samples_per_second / now))
         };
         let mut all = vec![
-            variant("a link twice as fast", &|_, hosts| hosts.link *= 2.0),
-            variant("twice the coordinator's cores", &|_, hosts| hosts.cores *= 2.0),
-            variant("half the round-trip time", &|_, hosts| hosts.rtt /= 2.0),
-            variant("workers that compute twice as fast", &|load, _| load.compute.iter_mut().for_each(|s| *s /= 2.0)),
+            variant("a link twice as fast", &|_, hosts| hosts.link *= 2.0)?,
+            variant("twice the coordinator's cores", &|_, hosts| hosts.cores *= 2.0)?,
+            variant("half the round-trip time", &|_, hosts| hosts.rtt /= 2.0)?,
+            variant("workers that compute twice as fast", &|load, _| load.compute.iter_mut().for_each(|s| *s /= 2.0))?,
         ];
         if self.hosts.stragglers.is_some() {
-            all.push(variant("no stragglers", &|_, hosts| hosts.stragglers = None));
+            all.push(variant("no stragglers", &|_, hosts| hosts.stragglers = None)?);
         }
         all.sort_by(|a, b| b.1.total_cmp(&a.1));
         all.push(variant("twice the partitions, and so the global batch", &|load, _| {
             *load = load.with_partitions(load.partitions * 2);
-        }));
-        all
+        })?);
+        Ok(all)
     }
 }
 
@@ -177,22 +179,35 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let hosts =
         Hosts { cores, together: false, link: args.link.0, rtt: args.rtt.0, stragglers: args.stragglers, failures };
     let ready = unisono_coordinator::prepare_unkept(job).map_err(Wrong)?;
+    if !ready.model().rows().is_empty() {
+        return Err(Wrong(anyhow!(
+            "the model has sparse tables, whose rows are not simulated: measure it with `unisono loadtest`"
+        ))
+        .into());
+    }
     let load = match (&args.from, args.compute) {
-        (Some(path), _) => from_trace(&Trace::read(path).map_err(Wrong)?, ready.job()).map_err(Wrong)?,
+        (Some(path), _) => Trace::read(path).and_then(|trace| from_trace(&trace, ready.job())).map_err(Wrong)?,
         (None, compute) => trace::load(&ready, compute.context("clap asks for one of them")?.0),
     };
     let counts = &args.workers.0;
     let plan = Plan { load, hosts, scaling: args.scaling, fewest: counts[0], steps: args.steps, seed: args.seed };
-    let all: Vec<Predicted> = counts.iter().map(|workers| plan.run(*workers)).collect();
+    let all = counts.iter().map(|workers| plan.run(*workers)).collect::<Result<Vec<_>>>()?;
     let rates: Vec<(usize, f64)> = all.iter().map(|p| (p.workers, p.outcome.samples_per_second)).collect();
     let knee = knee(&rates);
     let (at, rate) = rates[(knee + 1).min(rates.len() - 1)];
-    let remedies = plan.remedies(at, rate);
-    let samples = ready.total_steps() as f64 * plan.load.samples;
+    let remedies = plan.remedies(at, rate)?;
+    // A job of so many steps has more samples where there are more partitions.
+    let samples = |p: &Predicted| {
+        let partitions = match ready.job().train.length {
+            Length::Steps(_) => p.partitions,
+            Length::Epochs(_) => plan.load.partitions,
+        };
+        ready.total_steps() as f64 * plan.load.with_partitions(partitions).samples
+    };
     if args.json {
         let size = |p: &Predicted| {
             let Outcome { samples_per_second, steps, cores, out, inward, computing } = &p.outcome;
-            let seconds = samples / samples_per_second;
+            let seconds = samples(p) / samples_per_second;
             json!({ "workers": p.workers, "partitions": p.partitions, "samples_per_second": samples_per_second,
                     "efficiency": efficiency(rates[0], p), "step_ms": { "p50": p.ms(0.5), "p99": p.ms(0.99) },
                     "seconds": seconds, "worker_hours": seconds * p.workers as f64 / 3600.0, "steps": steps.len(),
@@ -219,7 +234,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     );
     for p in &all {
         let Outcome { samples_per_second, cores, out, inward, computing, .. } = &p.outcome;
-        let hours = samples / samples_per_second / 3600.0;
+        let hours = samples(p) / samples_per_second / 3600.0;
         let percent = |share: &f64| format!("{:>4.0}%", share * 100.0);
         let busy = [cores, out, inward, computing].map(percent).join(" ");
         println!(
@@ -263,8 +278,8 @@ impl Predicted {
 
 /// A trace's load, if it is this job's.
 fn from_trace(trace: &Trace, job: &Job) -> Result<Load> {
-    if trace.job != job.name {
-        bail!("the trace is of the job \"{}\", and this is \"{}\": trace this one", trace.job, job.name);
+    if trace.work != trace::work(job) {
+        bail!("the trace is of the job \"{}\" as it was then: trace this one as it is now", trace.job);
     }
     if trace.transport != "grpc" {
         bail!("the trace is of workers that shared memory with the coordinator: trace with --transport grpc");
@@ -296,12 +311,12 @@ mod tests {
     }
 
     fn rate(load: &Load, hosts: &Hosts, workers: u32) -> f64 {
-        cluster::run(load, hosts, workers, 50, 0).samples_per_second
+        cluster::run(load, hosts, workers, 50, 0).expect("it ends").samples_per_second
     }
 
     #[test]
     fn what_is_alone_takes_the_sum_of_its_parts() {
-        let outcome = cluster::run(&load(1), &hosts(), 1, 50, 0);
+        let outcome = cluster::run(&load(1), &hosts(), 1, 50, 0).expect("it ends");
         // Order and push, weights out and a gradient in by the link, four times its bytes' work, computing, the update on 4 cores.
         let want = 0.0002 + 2.0 * 1e6 / 1.25e9 + 4.0 * 1e6 * 0.5e-9 + 0.040 + 0.001 / 4.0;
         assert!(outcome.steps.iter().all(|step| (step - want).abs() < 1e-6), "{:?}, not {want}", outcome.steps);
@@ -314,7 +329,7 @@ mod tests {
         let (one, eight) = (rate(&load(64), &hosts, 1), rate(&load(64), &hosts, 8));
         assert!((7.0..=8.01).contains(&(eight / one)), "{}", eight / one);
         // 256 MB out and in a step: no less than 0.2 s each, however many compute.
-        let slow = cluster::run(&load(256), &hosts, 256, 20, 0);
+        let slow = cluster::run(&load(256), &hosts, 256, 20, 0).expect("it ends");
         let seconds = 256.0 * 64.0 / slow.samples_per_second;
         assert!(
             seconds > 2.0 * 256e6 / 1.25e9 && (slow.out * seconds / (256e6 / 1.25e9) - 1.0).abs() < 1e-3,
@@ -329,15 +344,24 @@ mod tests {
     }
 
     #[test]
+    fn who_has_no_partition_is_sent_the_weights_all_the_same() {
+        let hosts = Hosts { link: 1.25e7, ..hosts() };
+        let (all, idle) = (rate(&load(8), &hosts, 8), rate(&load(8), &hosts, 64));
+        assert!(idle < all / 4.0, "{all} {idle}");
+    }
+
+    #[test]
     fn stragglers_and_failures_cost_something_and_no_sample() {
         let calm = rate(&load(16), &hosts(), 16);
         let slow = Hosts { stragglers: Some(Stragglers { share: 0.05, factor: 5.0 }), ..hosts() };
         assert!(rate(&load(16), &slow, 16) < 0.8 * calm);
         let failing = Hosts { failures: Some(Failures { between: 2.0, restart: 1.0 }), ..hosts() };
-        let got = cluster::run(&load(16), &failing, 16, 200, 3);
+        let got = cluster::run(&load(16), &failing, 16, 200, 3).expect("it ends");
         assert!(got.steps.len() == 200 && got.samples_per_second < 0.9 * calm, "{}", got.samples_per_second);
-        let again = cluster::run(&load(16), &failing, 16, 200, 3);
+        let again = cluster::run(&load(16), &failing, 16, 200, 3).expect("it ends");
         assert_eq!(got.steps, again.steps, "time is virtual");
+        let hopeless = Hosts { failures: Some(Failures { between: 0.001, restart: 0.001 }), ..hosts() };
+        assert!(cluster::run(&load(1), &hopeless, 1, 1, 3).is_none(), "nobody lives for 40 ms");
     }
 
     #[test]
@@ -351,11 +375,15 @@ mod tests {
     #[test]
     fn a_remedy_is_what_was_scarce() {
         let plan = |hosts| Plan { load: load(64), hosts, scaling: Scaling::Strong, fewest: 1, steps: 20, seed: 0 };
-        let best = |plan: Plan, workers| plan.remedies(workers, plan.run(workers).outcome.samples_per_second)[0].0;
+        let remedies = |plan: &Plan, workers| {
+            let now = plan.run(workers).expect("it ends").outcome.samples_per_second;
+            plan.remedies(workers, now).expect("they end")
+        };
+        let best = |plan: Plan, workers| remedies(&plan, workers)[0].0;
         assert_eq!(best(plan(Hosts { link: 1.25e7, ..hosts() }), 64), "a link twice as fast");
         assert_eq!(best(plan(hosts()), 1), "workers that compute twice as fast");
         let idle = plan(Hosts { link: 1e12, ..hosts() });
-        let (what, times) = idle.remedies(128, idle.run(128).outcome.samples_per_second).pop().expect("the last one");
+        let (what, times) = remedies(&idle, 128).pop().expect("the last one");
         assert!(what.contains("partitions") && times > 1.5, "half of them have none: {times}");
     }
 }

@@ -4,6 +4,7 @@ use super::cluster::{self, Bytes, Hosts, Load};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+use unisono_common::job::{Job, Length};
 use unisono_coordinator::Ready;
 
 /// What moving a byte costs each side by gRPC where nothing was measured, in processor seconds.
@@ -14,6 +15,8 @@ const BYTES: Bytes = Bytes { coordinator: 0.5e-9, worker: 0.5e-9 };
 #[serde(deny_unknown_fields)]
 pub struct Trace {
     pub job: String,
+    /// What a partition's step is: see [`work`].
+    pub work: String,
     pub transport: String,
     pub workers: u32,
     pub partitions: u32,
@@ -36,6 +39,13 @@ pub struct Trace {
     pub coordinator_cpu_seconds: f64,
     pub update_cpu_seconds: f64,
     pub workers_cpu_seconds: f64,
+}
+
+/// The digest of a job but for what scaling changes: its partitions and its length.
+pub fn work(job: &Job) -> String {
+    let mut job = job.clone();
+    (job.train.partitions, job.train.length) = (1, Length::Steps(1));
+    blake3::Hash::from_bytes(job.digest()).to_hex()[..16].to_string()
 }
 
 impl Trace {
@@ -85,7 +95,8 @@ impl Trace {
             rest: 0.0,
         };
         let explained = cluster::run(&load, &self.host(), self.workers, 50, 0);
-        load.rest = (self.step_seconds - load.samples / explained.samples_per_second).max(0.0);
+        let explained = explained.map_or(0.0, |outcome| load.samples / outcome.samples_per_second);
+        load.rest = (self.step_seconds - explained).max(0.0);
         load
     }
 
@@ -120,6 +131,7 @@ mod tests {
     fn a_trace_explains_the_run_that_it_was_taken_of() {
         let trace = Trace {
             job: "a job".into(),
+            work: "0123".into(),
             transport: "grpc".into(),
             workers: 8,
             partitions: 8,
@@ -137,7 +149,7 @@ mod tests {
             workers_cpu_seconds: 0.012,
         };
         let load = trace.load();
-        let again = cluster::run(&load, &trace.host(), 8, 200, 1);
+        let again = cluster::run(&load, &trace.host(), 8, 200, 1).expect("it ends");
         let seconds = load.samples / again.samples_per_second;
         assert!((seconds / 0.050 - 1.0).abs() < 0.02, "{seconds}");
         assert!((load.bytes.coordinator - 0.010 / 16e6).abs() < 1e-15);
