@@ -99,8 +99,8 @@ fn processes_are_measured_strong_and_weak_and_their_trace_is_for_simulate() {
     for size in sizes {
         assert!((number(&size["worker_hours"]) / hours(size) - 1.0).abs() < 1e-6, "{size}");
     }
-    let alike = number(&sizes[2]["samples_per_second"]) / number(&sizes[3]["samples_per_second"]);
-    assert!((alike - 1.0).abs() < 0.02, "4 of 8 have none: {alike}");
+    let more = number(&sizes[3]["samples_per_second"]) / number(&sizes[2]["samples_per_second"]);
+    assert!(more <= 1.001, "4 of 8 have no partition: {more}");
     assert_eq!(got["sizes"], simulate(&["--seed", "0"])["sizes"], "time is virtual");
     let slow = simulate(&["--rtt", "50ms"]);
     assert!(number(&slow["sizes"][0]["samples_per_second"]) < number(&sizes[0]["samples_per_second"]) / 2.0, "{slow}");
