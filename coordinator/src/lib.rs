@@ -247,6 +247,11 @@ pub fn prepare(job: Job, begin: Begin) -> Result<Ready> {
 /// The same for a run that writes no checkpoints and evaluates nothing.
 pub fn prepare_unkept(job: Job) -> Result<Ready> {
     let opened = data::open(&data::Files::any(), &job.data, job.seed)?;
+    prepare_opened(job, opened)
+}
+
+/// The same where the job's data were opened already.
+pub fn prepare_opened(job: Job, opened: data::Opened) -> Result<Ready> {
     if let Some(warning) = opened.skipped.as_ref().and_then(Skipped::warning) {
         tracing::warn!("{warning}");
     }

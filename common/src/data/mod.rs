@@ -38,7 +38,7 @@ mod implicit;
 mod interactions;
 pub mod libsvm;
 pub mod partition;
-mod picture;
+pub mod picture;
 mod ratings;
 mod synthetic;
 pub mod table;
@@ -498,7 +498,7 @@ impl Prepared {
 }
 
 /// Opens a file, and unpacks it on the way where it is gzipped.
-fn reader(path: &Path) -> io::Result<Box<dyn Read>> {
+pub fn reader(path: &Path) -> io::Result<Box<dyn Read>> {
     let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
     let gzipped = file.fill_buf()?.starts_with(&[0x1f, 0x8b]);
     Ok(if gzipped { Box::new(flate2::bufread::MultiGzDecoder::new(file)) } else { Box::new(file) })

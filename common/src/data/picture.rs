@@ -86,11 +86,7 @@ fn middle([height, width]: Size, [to_height, to_width]: Size) -> (Size, Size) {
     ([(height - size[0]) / 2, (width - size[1]) / 2], size)
 }
 
-/// Writes the picture in `bytes` to `out`: `(channels, height, width)`.
-///
-/// # Errors
-/// Why it cannot be read.
-pub(super) fn read(bytes: &[u8], size: Size, channels: usize, out: &mut [u8]) -> Result<(), String> {
+fn decode(bytes: &[u8]) -> Result<Decoded, String> {
     let picture = match bytes {
         [0x89, b'P', b'N', b'G', ..] => png(bytes)?,
         [0xff, 0xd8, ..] => jpeg(bytes)?,
@@ -99,6 +95,25 @@ pub(super) fn read(bytes: &[u8], size: Size, channels: usize, out: &mut [u8]) ->
     if picture.size.contains(&0) {
         return Err("it has no pixels".into());
     }
+    Ok(picture)
+}
+
+/// Height and width of the picture in `bytes`, and whether all of it is grey.
+///
+/// # Errors
+/// Why it cannot be read.
+pub fn measure(bytes: &[u8]) -> Result<([usize; 2], bool), String> {
+    let picture = decode(bytes)?;
+    let grey = |pixel: &[u8]| pixel.len() < 3 || (pixel[0] == pixel[1] && pixel[1] == pixel[2]);
+    Ok((picture.size, picture.bytes.chunks_exact(picture.channels).all(grey)))
+}
+
+/// Writes the picture in `bytes` to `out`: `(channels, height, width)`.
+///
+/// # Errors
+/// Why it cannot be read.
+pub(super) fn read(bytes: &[u8], size: Size, channels: usize, out: &mut [u8]) -> Result<(), String> {
+    let picture = decode(bytes)?;
     let [height, width] = size;
     let ([top, left], [rows, columns]) = middle(picture.size, size);
     let (down, across) = (weights(top, rows, height), weights(left, columns, width));

@@ -195,6 +195,21 @@ impl<'a> Table<'a> {
     }
 }
 
+/// Tells `row` of all rows of a table's training file, of which nothing is known yet but its form: their cells, or what is wrong with
+/// them; gives the names of the columns.
+///
+/// # Errors
+/// What `row` gives back; a file that is no such table.
+pub fn look(
+    files: &Files,
+    spec: &job::Table,
+    mut row: impl FnMut(Result<&StringRecord, DataError>) -> Result<(), DataError>,
+) -> Result<Vec<String>, DataError> {
+    let table = Table::open(files, spec, &spec.train, None, true)?;
+    table.file.each(&mut |_, cells| row(cells))?;
+    Ok(table.names().into())
+}
+
 /// Reads both splits; everything that is learnt is learnt from the training set.
 pub(super) fn read(
     files: &Files,
