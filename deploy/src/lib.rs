@@ -9,6 +9,7 @@ mod export;
 mod generate;
 mod launch;
 mod loadtest;
+mod init;
 mod local;
 mod operate;
 mod package;
@@ -244,6 +245,8 @@ enum Cmd {
     },
     /// Trains on several machines: the coordinator here, and workers on the hosts of a file by ssh, which end with it
     Launch(launch::Args),
+    /// Writes a job file for your data: format, columns, task and model are guessed, and each guess is explained
+    Init(init::Args),
     /// Measures how fast this machine trains, and where the time of a step goes
     #[command(
         after_help = "Examples:\n  unisono bench mlp --workers 2\n  unisono bench mlp-wide --workers 2 --transport grpc --limits"
@@ -601,6 +604,8 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Cmd::Launch(args) => launch::run(args, started).await,
+        Cmd::Init(args) => init::run(&args),
+        Cmd::Bench(args) => bench::run(args, started).await,
         Cmd::Eval { checkpoint, job, set, json, confusion } => {
             trained::eval(&checkpoint, job.as_ref(), &set, json, confusion.as_ref())
         }
