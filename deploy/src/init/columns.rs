@@ -34,7 +34,8 @@ pub struct Column {
     /// How often each value comes; when there were too many, how many cells had been filled.
     values: BTreeMap<String, usize>,
     full_at: Option<usize>,
-    last: Option<f64>,
+    /// The first and the last number.
+    ends: Option<[f64; 2]>,
     /// Whether each number is one more than that before it.
     counts: bool,
 }
@@ -82,8 +83,8 @@ impl Column {
             Some(number) => {
                 self.numbers += 1;
                 self.whole += usize::from(number.fract() == 0.0);
-                self.counts = self.last.map_or(self.filled == 1, |last| self.counts && number == last + 1.0);
-                self.last = Some(number);
+                self.counts = self.ends.map_or(self.filled == 1, |[_, last]| self.counts && number == last + 1.0);
+                self.ends = Some([self.ends.map_or(number, |[first, _]| first), number]);
             }
             None => self.dates += usize::from(is_date(cell)),
         }
@@ -97,6 +98,14 @@ impl Column {
         } else {
             self.full_at.get_or_insert(self.filled);
         }
+    }
+
+    /// Takes the cell that stands before all others.
+    fn take_before(&mut self, cell: &str) {
+        let follows = |[first, _]: [f64; 2]| cell.parse() == Ok(first - 1.0);
+        let counts = self.counts && self.ends.is_some_and(follows);
+        self.take(cell);
+        self.counts = counts;
     }
 
     /// Takes back the cells that stand for a missing value.
@@ -281,7 +290,8 @@ impl Table {
             *columns = columns.take().filter(|_| !*has);
         }
         if let (Some(first), false) = (&first, header.is_some()) {
-            table.take(first);
+            table.rows += 1;
+            table.columns.iter_mut().zip(first).for_each(|(column, cell)| column.take_before(cell));
         }
         for (column, name) in table.columns.iter_mut().zip(names) {
             column.name = name;

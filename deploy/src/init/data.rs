@@ -88,7 +88,7 @@ pub fn quote(text: &str) -> String {
 pub fn note(text: &str) -> String {
     let mut lines = vec![String::from("#")];
     for word in text.split(' ') {
-        if lines.last().is_some_and(|line| line.len() + word.len() > 118) {
+        if lines.last().is_some_and(|line| line.len() + word.len() > 126) {
             lines.push("#".into());
         }
         if let Some(line) = lines.last_mut() {
@@ -246,7 +246,8 @@ fn rated(files: &Pair<PathBuf>, place: &Place, separator: &str, cells: &str) -> 
     let separator = if separator == "," { String::new() } else { format!("separator = {}\n", quote(separator)) };
     let train = place.key("train", &files.train)?;
     let section = Section::new(Kind::Ratings, about, "ratings", &train, separator + cells);
-    let section = section.say("data", "ratings of items by users").say("target", "the rating");
+    let section =
+        section.say("data", "ratings of items by users (with --target COLUMN, a table)").say("target", "the rating");
     Ok(section.test(place, files.test.as_deref())?.fifth())
 }
 
@@ -376,7 +377,7 @@ fn rows(table: &Table, files: &Pair<PathBuf>, place: &Place, target: Option<&str
     }
     if plan.without > 0 {
         let what = plan.text.map_or(String::new(), |text| format!(" or `{}`", text.name));
-        section = section.say("empty", format!("{} rows without `{}`{what}, left out", plan.without, plan.target.name));
+        section = section.say("empty rows", format!("{}, left out: no `{}`{what}", plan.without, plan.target.name));
     }
     Ok(section.test(place, files.test.as_deref())?.fifth())
 }

@@ -138,8 +138,10 @@ fn file(path: &Path) -> Result<Found> {
         return Ok(Found::Colons(with_test(path.into())));
     }
     let name = name(path).to_lowercase();
-    let named = [".csv", ".tsv", ".tab"].iter().any(|end| name.trim_end_matches(".gz").ends_with(end));
+    let named = [".csv", ".tsv", ".tab", ".data"].iter().any(|end| name.trim_end_matches(".gz").ends_with(end));
     match separator(text, if named { 1 } else { 2 }) {
+        // Prose may have as many commas in each line, but has spaces behind them.
+        Some((',', _)) if !named && text.contains(", ") => Ok(Found::Text(with_test(path.into()))),
         Some((separator, cells)) => form(csv(separator, true), cells),
         None if named => bail!(
             "{shown} has one column, or not as many cells in each line; a table needs a column to predict and others to learn from: \

@@ -112,7 +112,7 @@ fn write(args: &Args) -> Result<Written> {
         quote(&name)
     );
     let nothing = || "nothing was written";
-    let (text, opened) = opened(args, &place, &head, &mut section).context("nothing was written")?;
+    let (text, opened) = opened(args, &place, &head, &mut section).with_context(nothing)?;
     let (rest, model) = model::sections(&section.kind, &opened).with_context(nothing)?;
     section.says.push(("model", model));
     let toml = format!("{text}\n{rest}");
