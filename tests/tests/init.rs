@@ -4,7 +4,8 @@ use flate2::{Compression, Crc, write::ZlibEncoder};
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
-use unisono_tests::{run, summary};
+use std::process::Command;
+use unisono_tests::{program, run, summary};
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into()
@@ -92,6 +93,40 @@ fn a_job_in_another_folder_finds_the_same_file() {
     let done = summary(&run(dir.path(), &["local", "jobs/a.toml", "--quiet", "--json"]));
     // Values between 1 and 8, whose deviation is 2.
     assert!(done["eval"]["rmse"].as_f64() < Some(1.5), "{done}");
+}
+
+#[test]
+fn a_file_at_hand_is_meant_and_not_its_namesake() {
+    let (dir, data) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    put(data.path(), "flowers.csv", "x,y\n1,2\n");
+    put(data.path(), "other.csv", flowers());
+    put(dir.path(), "flowers.csv", flowers());
+    let run = |args: &[&str]| {
+        let mut command = Command::new(program());
+        command.args(args).current_dir(dir.path()).env("UNISONO_DATA", data.path());
+        command.output().expect("the program starts")
+    };
+    for name in ["flowers.csv", "other.csv"] {
+        let out = run(&["init", name, "--force"]);
+        assert!(text(&out.stdout).contains("150 rows and 4 columns"), "{}", text(&out.stderr));
+        let done = summary(&run(&["local", "job.toml", "--quiet", "--json", "--set", "train.epochs=1"]));
+        assert_eq!(
+            (&done["job"], done["samples"].as_u64() > Some(100)),
+            (&name[..name.len() - 4].into(), true),
+            "{done}"
+        );
+    }
+}
+
+#[test]
+fn small_numbers_are_learnt() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let row = |i: u64| format!("{i},{:.3},{:.6}\n", chance(i, 0), 0.01 * chance(i, 0) + 0.001 * chance(i, 1));
+    put(dir.path(), "small.csv", format!(",x,y\n{}", (0..300).map(row).collect::<String>()));
+    let (says, _) = init(dir.path(), &["small.csv"]);
+    assert!(says.contains("one without a name (the rows' own numbers)"), "{says}");
+    // Their deviation is 0.0029.
+    assert!(trained(dir.path(), "rmse", &[]) < 0.002);
 }
 
 /// Prices of houses, with a number for each row, dates, gaps and words.

@@ -192,6 +192,7 @@ pub struct Table {
     pub missing: &'static str,
 }
 
+/// `path` is absolute: another is looked for below UNISONO_DATA first.
 fn spec(form: &Form, path: &Path, ignore: &[String]) -> Spec {
     let none = Vec::new;
     Spec {
@@ -248,6 +249,7 @@ impl Table {
             *columns = Some((1..=cells).map(|i| format!("c{i}")).collect());
         }
         let of_lines = matches!(form, Form::Csv { .. });
+        let path = &std::path::absolute(path)?;
         let mut nested = Vec::new();
         let (names, mut table, first) = loop {
             let mut table = Table {

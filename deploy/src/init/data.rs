@@ -356,7 +356,8 @@ fn rows(table: &Table, files: &Pair<PathBuf>, place: &Place, target: Option<&str
         Task::Classification => format!("one of {} classes", plan.target.different()),
         Task::Regression => "a number".into(),
     };
-    section = section.say("target", format!("{} ({}), {what}", plan.target.name, plan.because));
+    let other = if target.is_none() { "; another: --target COLUMN" } else { "" };
+    section = section.say("target", format!("{} ({}), {what}{other}", plan.target.name, plan.because));
     section = match plan.text {
         Some(text) => section.say("text", &*text.name),
         None => {
@@ -365,6 +366,7 @@ fn rows(table: &Table, files: &Pair<PathBuf>, place: &Place, target: Option<&str
         }
     };
     let why = |(column, role): &(&Column, Role)| match role {
+        Role::Out(why) if column.name.is_empty() => Some(format!("one without a name ({why})")),
         Role::Out(why) => Some(format!("{} ({why})", column.name)),
         Role::Number | Role::Category | Role::Id | Role::Text => None,
     };

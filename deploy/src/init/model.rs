@@ -20,12 +20,12 @@ fn partitions(opened: &Opened) -> usize {
     [8, 4, 2].into_iter().find(|p| *p <= least).unwrap_or(1)
 }
 
-/// The root of the mean square of the values to predict, where they are far from 1.
+/// The root of the mean square of the values to predict, where they are much larger than what a model begins with.
 fn scale(opened: &Opened) -> Option<f64> {
     let Targets::Value(values) = &opened.train.targets else { return None };
     let square: f64 = values.iter().map(|value| f64::from(*value).powi(2)).sum();
     let scale = (square / values.len() as f64).sqrt();
-    (scale > 0.0 && !(0.2..5.0).contains(&scale)).then_some(scale)
+    (scale > 5.0).then_some(scale)
 }
 
 /// Layers for pictures of `[channels, height, width]`: each stage halves them.
