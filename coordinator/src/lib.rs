@@ -175,7 +175,7 @@ impl Ready {
     ///
     /// # Errors
     /// Fewer samples in it than partitions.
-    fn tested(self) -> Result<Ready> {
+    pub fn tested(self) -> Result<Ready> {
         let partitions = self.job.train.partitions;
         let parts = self.opened.test.as_ref().map(|test| Partitions::new(test.samples(), partitions, None));
         Ok(Ready { test_parts: parts.transpose().context("the test set")?, ..self })

@@ -7,9 +7,9 @@ mod confusion;
 mod doctor;
 mod export;
 mod generate;
+mod init;
 mod launch;
 mod loadtest;
-mod init;
 mod local;
 mod operate;
 mod package;
@@ -605,7 +605,6 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         }
         Cmd::Launch(args) => launch::run(args, started).await,
         Cmd::Init(args) => init::run(&args),
-        Cmd::Bench(args) => bench::run(args, started).await,
         Cmd::Eval { checkpoint, job, set, json, confusion } => {
             trained::eval(&checkpoint, job.as_ref(), &set, json, confusion.as_ref())
         }

@@ -117,7 +117,7 @@ fn write(args: &Args) -> Result<Written> {
     section.says.push(("model", model));
     let toml = format!("{text}\n{rest}");
     let job = parse(args, &place, &toml).with_context(nothing)?;
-    unisono_coordinator::prepare_opened(job, opened).with_context(nothing)?;
+    unisono_coordinator::prepare_opened(job, opened).and_then(|ready| ready.tested()).with_context(nothing)?;
     let mut file = OpenOptions::new();
     file.write(true);
     match args.force {
