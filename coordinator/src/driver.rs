@@ -73,6 +73,8 @@ pub(crate) struct Driver {
     /// Whether it stops because this process is to end, and whether somebody goes on with the run then.
     pub interrupted: bool,
     pub is_resumed: bool,
+    /// Whether the first step of a measurement is not open yet.
+    pub waiting: bool,
     pub started: Instant,
     pub pace: Pace,
     /// When the last log line said where the run stands.
@@ -256,6 +258,9 @@ impl Driver {
                 self.joined += 1;
                 self.machine(Event::Joined { worker, threads });
                 self.most_workers = self.most_workers.max(self.sessions.len());
+                if self.waiting {
+                    self.next()?;
+                }
             }
             Input::Left { worker } => {
                 if self.forget(worker) {
@@ -452,9 +457,14 @@ impl Driver {
         self.next()
     }
 
-    /// Opens the next training step, or ends where there is none.
+    /// Opens the next training step, or ends where there is none. The first one of a measurement waits for its workers.
     fn next(&mut self) -> Result<()> {
         let step = self.learning.step;
+        let waits = |measure: &Measure| self.pace.quantile(0.5).is_none() && measure.waits(self.sessions.len());
+        self.waiting = self.shared.measure.as_ref().is_some_and(waits);
+        if self.waiting {
+            return Ok(());
+        }
         if step.0 >= self.total_steps {
             self.finishing = true;
             return self.save();

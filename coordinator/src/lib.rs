@@ -487,6 +487,7 @@ pub async fn run(
         last_saved,
         stop: false,
         is_resumed: options.is_resumed,
+        waiting: false,
         interrupted: false,
         started: options.started,
         pace,

@@ -193,6 +193,11 @@ impl Measure {
         Measure { window, state: Mutex::default() }
     }
 
+    /// Whether so few members are too few to begin with: the first would be leased what all are to share.
+    pub(crate) fn waits(&self, members: usize) -> bool {
+        members < self.window.workers
+    }
+
     /// A worker is a member.
     pub(crate) fn joined(&self, worker: WorkerId, name: &str) {
         lock(&self.state).names.insert(worker, name.into());
