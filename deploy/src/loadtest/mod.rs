@@ -12,7 +12,7 @@ use crate::simulate::cluster;
 use crate::simulate::trace::{self, Trace};
 use crate::simulate::units::{Counts, Seconds};
 use crate::{Transport, Wrong, interruption, read_job};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use figures::{Moves, Size};
 use fleet::{Fleet, Pretence};
 use std::path::PathBuf;
@@ -123,7 +123,11 @@ pub async fn run(args: Args) -> Result<ExitCode> {
     for &scaling in &scalings {
         let most = counts[counts.len() - 1];
         let run = Run { args: &args, scaling, fewest: counts[0], workers: most, pretence: None, churn: 0.0 };
-        run.prepare().map_err(|e| Wrong(e.context(format!("{} scaling to {most} workers", scaling.name()))))?;
+        let ready = run.prepare();
+        let ready = ready.map_err(|e| Wrong(e.context(format!("{} scaling to {most} workers", scaling.name()))))?;
+        if args.trace.is_some() && !ready.model().rows().is_empty() {
+            return Err(Wrong(anyhow!("--trace: sparse tables are not simulated: leave --trace out")).into());
+        }
     }
     let mut all = Vec::new();
     let mut failed = None;
