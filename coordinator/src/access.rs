@@ -11,6 +11,7 @@ use std::sync::Arc;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 use unisono_proto::identity::{CA, CERTIFICATE, Identity, IdentityError, KEY, Role, Token};
+use webpki::KeyUsage;
 
 /// How a coordinator proves who it is, and finds out who others are.
 pub struct Tls {
@@ -42,16 +43,11 @@ impl Tls {
         let Some(pem) = &identity.certificate else {
             return Err(identity.wrong(CERTIFICATE, "a coordinator needs a certificate, and there is none"));
         };
-        let certificates = |file, pem: &[u8]| -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-            let all = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
-            let all = all.map_err(|e| identity.wrong(file, e))?;
-            if all.is_empty() { Err(identity.wrong(file, "it holds no certificate")) } else { Ok(all) }
-        };
         let mut roots = RootCertStore::empty();
-        for ca in certificates(CA, &identity.ca)? {
+        for ca in certificates(identity, CA, &identity.ca)? {
             roots.add(ca).map_err(|e| identity.wrong(CA, e))?;
         }
-        let chain = certificates(CERTIFICATE, &pem.chain)?;
+        let chain = certificates(identity, CERTIFICATE, &pem.chain)?;
         let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|e| identity.wrong(KEY, e))?;
         let mut provider = rustls::crypto::ring::default_provider();
         // The shorter key is as safe, and faster.
@@ -85,6 +81,38 @@ impl Tls {
             name.is_ok_and(|name| own.verify_is_valid_for_subject_name(&name).is_ok())
         };
         Standing::Known([Role::Worker, Role::Operator].into_iter().filter(is).collect())
+    }
+}
+
+fn certificates(identity: &Identity, file: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let all = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
+    let all = all.map_err(|e| identity.wrong(file, e))?;
+    if all.is_empty() { Err(identity.wrong(file, "it holds no certificate")) } else { Ok(all) }
+}
+
+/// Finds out whether the files of an identity belong together: whether its key is the certificate's, and whether its authority has
+/// signed that, as a coordinator's or as a peer's.
+///
+/// # Errors
+/// The file that does not fit.
+pub fn check_identity(identity: &Identity) -> Result<(), IdentityError> {
+    let Some(pem) = &identity.certificate else {
+        certificates(identity, CA, &identity.ca)?;
+        return Ok(());
+    };
+    Tls::new(identity)?;
+    let authorities = certificates(identity, CA, &identity.ca)?;
+    let anchors = authorities.iter().map(webpki::anchor_from_trusted_cert).collect::<Result<Vec<_>, _>>();
+    let anchors = anchors.map_err(|e| identity.wrong(CA, e))?;
+    let chain = certificates(identity, CERTIFICATE, &pem.chain)?;
+    let own = webpki::EndEntityCert::try_from(&chain[0]).map_err(|e| identity.wrong(CERTIFICATE, e))?;
+    let signed = [KeyUsage::client_auth(), KeyUsage::server_auth()].map(|usage| {
+        let (algorithms, between) = (webpki::ALL_VERIFICATION_ALGS, &chain[1..]);
+        own.verify_for_usage(algorithms, &anchors, between, UnixTime::now(), usage, None, None).map(drop)
+    });
+    match signed {
+        [Err(e), Err(_)] => Err(identity.wrong(CERTIFICATE, format!("{CA} beside it has not signed it ({e})"))),
+        _ => Ok(()),
     }
 }
 

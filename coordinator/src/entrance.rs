@@ -1,7 +1,9 @@
 //! Where connections come in: how many there may be, who has shown what, and who has to go.
 //!
-//! A connection is one of a stranger until a request on it was admitted. Strangers are few: the oldest gives way to the next, and
-//! none stays long. So connections that say nothing, or nonsense, hold little memory, and keep nobody out.
+//! A connection is a stranger's until a request on it was admitted. Strangers are few: the oldest gives way to the next, and
+//! none stays long. Where nobody is asked who he is, a request makes a guest, who may stay and say more, but gives way like a
+//! stranger until he has joined the run. So connections that say nothing, or nonsense, or take no answer hold little memory, and
+//! keep nobody out.
 
 use crate::access::{self, Standing, Tls};
 use crate::lock;
@@ -9,7 +11,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -27,7 +29,7 @@ use unisono_proto::identity::{Identity, IdentityError, Role};
 
 /// Connections at once, at most: two or three of each of some thousand workers.
 const MOST: usize = 8192;
-/// Of them, strangers'.
+/// Of them, those of strangers and guests.
 const STRANGERS: usize = 1024;
 /// A stranger's time, from the first byte to a request that is admitted.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -162,6 +164,11 @@ impl Drop for Pass {
     }
 }
 
+/// None of its requests was admitted; one was, as anybody's would be; it is known to be one that may be here.
+const STRANGER: u8 = 0;
+const GUEST: u8 = 1;
+const KNOWN: u8 = 2;
+
 /// Who is at the other end of a connection; what a request's extensions hold.
 #[derive(Clone)]
 pub struct Peer(Arc<Known>);
@@ -169,14 +176,14 @@ pub struct Peer(Arc<Known>);
 struct Known {
     pass: Pass,
     standing: Standing,
-    /// Whether one of its requests was admitted.
-    admitted: AtomicBool,
+    /// [`STRANGER`], [`GUEST`] or [`KNOWN`].
+    trust: AtomicU8,
     requests: Mutex<Bucket>,
 }
 
 impl Peer {
     /// Whose request this is.
-    fn of<T>(request: &Request<T>) -> Result<&Peer, Status> {
+    pub fn of<T>(request: &Request<T>) -> Result<&Peer, Status> {
         request.extensions().get().ok_or_else(|| Status::internal("a request of nobody"))
     }
 
@@ -188,14 +195,25 @@ impl Peer {
         Err(Status::resource_exhausted("there are too many requests on this connection: wait between them"))
     }
 
+    /// It has shown that it belongs to a member of the run.
+    pub fn belongs(&self) {
+        self.trust(KNOWN);
+    }
+
+    fn trust(&self, now: u8) {
+        let Known { pass, trust, .. } = &*self.0;
+        if trust.fetch_max(now, Ordering::Relaxed) < KNOWN && now == KNOWN {
+            pass.hall.forget(pass.id);
+        }
+    }
+
     /// [`admit`], of this peer; the log has its address, where it may not.
     fn admit(&self, metadata: &MetadataMap, role: Option<Role>) -> Result<(), Status> {
-        let Known { pass, standing, admitted, .. } = &*self.0;
+        let Known { pass, standing, .. } = &*self.0;
         let token = pass.hall.tls.as_ref().and_then(|tls| tls.token.as_ref());
         let checked = self.count().and_then(|()| access::check(standing, token, metadata, role));
         match &checked {
-            Ok(()) if admitted.swap(true, Ordering::Relaxed) => {}
-            Ok(()) => pass.hall.forget(pass.id),
+            Ok(()) => self.trust(if *standing == Standing::Anybody { GUEST } else { KNOWN }),
             Err(refused) => pass.hall.refusals.say(pass.address, refused.message()),
         }
         checked
@@ -234,22 +252,24 @@ pub struct Connection {
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
-/// A connection none of whose requests was admitted yet.
+/// A connection of somebody who is not known yet.
 struct Stranger {
     /// That it has to go.
     gone: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// Bytes that are still read from it. A whole frame is kept before anybody looks at it, and a frame may be long.
+    /// Bytes that are still read from it, unless it is a guest. A whole frame is kept before anybody looks at it, and a frame may be long.
     left: usize,
 }
 
 impl Connection {
-    /// Whether it may go on. A stranger is asked about it at each turn: one who takes no answers is never read from.
+    /// Whether it may go on. Who is not known is asked about it at each turn: one who takes no answers is never read from.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Some(stranger) = &mut self.stranger else { return Ok(()) };
-        if self.peer.0.admitted.load(Ordering::Relaxed) {
-            self.stranger = None;
-        } else if stranger.left == 0 || stranger.gone.as_mut().poll(cx).is_ready() {
-            return Err(io::ErrorKind::TimedOut.into());
+        match self.peer.0.trust.load(Ordering::Relaxed) {
+            KNOWN => self.stranger = None,
+            trust if trust == STRANGER && stranger.left == 0 || stranger.gone.as_mut().poll(cx).is_ready() => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -400,16 +420,18 @@ async fn welcome(stream: TcpStream, pass: Pass, gone: CancellationToken, send: m
         }
     };
     let requests = Mutex::new(Bucket::new(REQUESTS, Instant::now()));
-    let peer = Peer(Arc::new(Known { pass, standing, admitted: AtomicBool::new(false), requests }));
+    let peer = Peer(Arc::new(Known { pass, standing, trust: AtomicU8::new(STRANGER), requests }));
+    let known = Arc::downgrade(&peer.0);
     let stranger = Some(Stranger { gone: Box::pin(gone.clone().cancelled_owned()), left: FIRST_BYTES });
     if send.send(Ok(Connection { wire, peer, stranger, stalled: None })).await.is_err() {
         return;
     }
     drop(send);
     tokio::time::sleep_until(end).await;
-    // Whoever was admitted listens to this no more, and whoever has left has no place to lose.
-    hall.forget(id);
-    gone.cancel();
+    if known.upgrade().is_some_and(|known| known.trust.load(Ordering::Relaxed) == STRANGER) {
+        hall.forget(id);
+        gone.cancel();
+    }
 }
 
 #[cfg(test)]

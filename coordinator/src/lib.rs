@@ -20,6 +20,7 @@ mod shared;
 mod store;
 mod sum;
 
+pub use access::check_identity;
 use anyhow::{Context, Result, bail};
 use driver::{Driver, Learning};
 pub use entrance::Entrance;

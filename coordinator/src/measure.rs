@@ -2,6 +2,7 @@
 
 use crate::lock;
 use crate::store::{Store, Timers};
+use rustix::time::ClockId;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -90,7 +91,8 @@ pub struct Measured {
     pub bytes_pulled: u64,
     /// Means of the steps.
     pub phases: Phases,
-    /// Seconds that a step takes to add gradients up, and to update weights, on all threads together.
+    /// Seconds that a step takes to add gradients up, and to update weights: of all threads together, processor time but for
+    /// the rows of tables.
     pub reduce_seconds: f64,
     pub optimizer_seconds: f64,
     /// Bytes of gradients that the critical worker encodes in the phase `encode`, a step.
@@ -144,13 +146,17 @@ impl Totals {
         let [reduce, optimizer] = store.timers.as_ref().map_or_else(Default::default, Timers::totals);
         let (pushed, pulled) = (&store.bytes_pushed, &store.bytes_pulled);
         let (bytes_pushed, bytes_pulled) = (pushed.load(Ordering::Relaxed), pulled.load(Ordering::Relaxed));
-        Totals { reduce, optimizer, bytes_pushed, bytes_pulled, nodes, cpu: cpu_time() }
+        Totals { reduce, optimizer, bytes_pushed, bytes_pulled, nodes, cpu: cpu_time(PROCESS) }
     }
 }
 
-/// Processor time that this process has had.
-fn cpu_time() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+/// Whose processor time is asked for.
+pub(crate) const PROCESS: ClockId = ClockId::ProcessCPUTime;
+pub(crate) const THREAD: ClockId = ClockId::ThreadCPUTime;
+
+/// Processor time that this process, or this thread of it, has had.
+pub(crate) fn cpu_time(of: ClockId) -> Duration {
+    let time = rustix::time::clock_gettime(of);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 

@@ -1,6 +1,7 @@
 //! Gradients in and weights out, as a gRPC service by hand: a generated one would copy each chunk on its way. Here a chunk of
 //! a gradient is added up from the memory it came in, and all streams send the same bytes of a chunk of weights.
 
+use crate::entrance::Peer;
 use crate::push::{Chunk, Push, check_keys};
 use crate::rows::RowGradient;
 use crate::shared::{Input, Shared};
@@ -57,11 +58,13 @@ impl Service<Request<Body>> for Parameters {
 
 async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Result<Response<Body>, Status> {
     let (send, receive) = mpsc::channel(AHEAD);
+    let peer = request.extensions().get::<Peer>().cloned();
+    let member = |session: &[u8]| shared.member(session).inspect(|_| peer.iter().for_each(Peer::belongs));
     match request.uri().path() {
         "/unisono.v1.Parameters/Broadcast" => {
             let mut reader = Reader::new(request.into_body());
             let asked: v1::BroadcastRequest = first(reader.short()).await?;
-            shared.member(&asked.session)?;
+            member(&asked.session)?;
             tokio::spawn(broadcast(shared, asked.session, send));
         }
         "/unisono.v1.Parameters/Push" => {
@@ -69,7 +72,7 @@ async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Result<Response<
             let Part::Short(v1::push_part::Kind::Session(session)) = first(reader.part()).await? else {
                 return Err(Status::invalid_argument("the first message of a push must be the session"));
             };
-            let worker = shared.member(&session)?;
+            let worker = member(&session)?;
             let taken = take(&shared, worker, reader).await;
             // A worker that cannot push is of no use: it leaves, and what it owes is done by others.
             let why = taken.as_ref().err().map_or("its pushes ended", |e| e.message()).to_string();

@@ -1,6 +1,6 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
-use crate::entrance::admit;
+use crate::entrance::{Peer, admit};
 use crate::pulls;
 use crate::shared::{Input, Shared, Token};
 use std::pin::Pin;
@@ -96,6 +96,7 @@ impl v1::coordinator_server::Coordinator for Service {
         &self,
         request: Request<Streaming<v1::FromWorker>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        let peer = Peer::of(&request)?.clone();
         let mut incoming = request.into_inner();
         let first = tokio::time::timeout(Duration::from_secs(10), incoming.message())
             .await
@@ -104,6 +105,7 @@ impl v1::coordinator_server::Coordinator for Service {
             return Err(Status::invalid_argument("the first message of a session must be Join"));
         };
         self.check_join(&join)?;
+        peer.belongs();
         let shared = self.0.clone();
         let (worker, token) = shared.enter().map_err(|e| Status::internal(e.to_string()))?;
         let (to_worker, outgoing) = mpsc::unbounded_channel();

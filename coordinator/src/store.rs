@@ -6,6 +6,7 @@
 //! of a chunk is written by the update that would replace it.
 
 use crate::lock;
+use crate::measure::{THREAD, cpu_time};
 use crate::rows::{Failed, RowGradient, Tables};
 use crate::sum::{Gradient, Part, Spare};
 use anyhow::Context;
@@ -335,14 +336,14 @@ impl Store {
         if chunk.step != step || chunk.reduced.is_some() || chunk.open.holds(node) {
             return; // late, or there already
         }
-        let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
+        let began = self.timers.as_ref().map(|timers| (timers, cpu_time(THREAD)));
         let gradient = if chunk.open.merges(node) { gradient } else { self.spare.keep(gradient) };
         let part = Part { gradient, sums, partitions: node.len() };
         // The last addition of all is a part of the update's pass.
         let add = |l, r| self.spare.add(l, r, self.partitions);
         let offered = chunk.open.offer(node, part, add);
         if let Some((timers, began)) = began {
-            timers.add(began.elapsed(), Duration::ZERO);
+            timers.add(cpu_time(THREAD) - began, Duration::ZERO);
         }
         if offered != Offer::Complete {
             return;
@@ -486,7 +487,7 @@ impl Store {
         let (streams, copies) = (self.changed.receiver_count(), Arc::strong_count(&self.spare) - 1);
         let wanted = streams > 0 && copies < COPIES;
         let mut copy = wanted.then(|| Copying::of(Version::of(step.next()), range.len(), &self.spare));
-        let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
+        let began = self.timers.as_ref().map(|timers| (timers, cpu_time(THREAD)));
         let mut done = |at: Range<usize>, finite: bool, new: &[f32]| {
             if !finite {
                 let mut read = vec![0.0; at.len()];
@@ -518,7 +519,7 @@ impl Store {
         }
         if let Some((timers, began)) = began {
             // One pass does both: its time goes to each by the bytes that it moves.
-            let (halves, whole) = (1 + usize::from(gradient.halves(0..0).1.is_some()), began.elapsed());
+            let (halves, whole) = (1 + usize::from(gradient.halves(0..0).1.is_some()), cpu_time(THREAD) - began);
             let reduce = whole.mul_f64(halves as f64 / (halves + 2 + 2 * slots.len()) as f64);
             timers.add(reduce, whole - reduce);
         }

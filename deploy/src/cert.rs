@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use time::{Duration, OffsetDateTime};
 use unisono_proto::identity::{CA, CERTIFICATE, KEY, Role, TOKEN};
+use x509_parser::pem::Pem;
 
 /// The authority's key, beside its certificate.
 const CA_KEY: &str = "ca.key";
@@ -78,8 +79,14 @@ fn authority(dir: &Path, now: OffsetDateTime) -> Result<(Issuer<'static, KeyPair
         };
         let (pem, key_pem) = (read(&certificate)?, read(&key)?);
         let key = KeyPair::from_pem(&key_pem).with_context(|| format!("{} is no key", key.display()))?;
+        let public = key.public_key_raw().to_vec();
         let issuer = Issuer::from_ca_cert_pem(&pem, key);
-        return Ok((issuer.with_context(|| format!("{} is no certificate", certificate.display()))?, pem));
+        let issuer = issuer.with_context(|| format!("{} is no certificate", certificate.display()))?;
+        if public_key(&pem).is_none_or(|its| its != public) {
+            let (certificate, hint) = (certificate.display(), "bring both back, or choose another folder");
+            return Err(Wrong(anyhow!("{CA_KEY} is not the key of {certificate}: {hint}")).into());
+        }
+        return Ok((issuer, pem));
     }
     folder(dir)?;
     let pair = KeyPair::generate()?;
@@ -92,6 +99,12 @@ fn authority(dir: &Path, now: OffsetDateTime) -> Result<(Issuer<'static, KeyPair
     put(&key, &pair.serialize_pem(), true)?;
     put(&certificate, &pem, false)?;
     Ok((Issuer::new(params, pair), pem))
+}
+
+/// The public key in a certificate.
+fn public_key(pem: &str) -> Option<Vec<u8>> {
+    let pem = Pem::iter_from_buffer(pem.as_bytes()).next()?.ok()?;
+    Some(pem.parse_x509().ok()?.public_key().subject_public_key.data.to_vec())
 }
 
 /// A new join token: 32 random bytes.
@@ -107,6 +120,11 @@ pub fn hostname() -> String {
     name.trim().to_string()
 }
 
+/// Whether this may be a name or an address, without scheme and port.
+pub fn is_host(name: &str) -> bool {
+    !name.contains([':', '/']) || name.parse::<std::net::IpAddr>().is_ok()
+}
+
 /// Makes or renews all identities of a folder, for a coordinator with these names; gives those, and when the identities end.
 pub fn make(dir: &Path, hosts: &[String], days: u16) -> Result<(Vec<String>, OffsetDateTime)> {
     let now = OffsetDateTime::now_utc();
@@ -115,8 +133,7 @@ pub fn make(dir: &Path, hosts: &[String], days: u16) -> Result<(Vec<String>, Off
     names.retain(|name| !name.is_empty());
     names.sort();
     names.dedup();
-    if let Some(bad) = hosts.iter().find(|name| name.contains([':', '/']) && name.parse::<std::net::IpAddr>().is_err())
-    {
+    if let Some(bad) = hosts.iter().find(|name| !is_host(name)) {
         return Err(Wrong(anyhow!("--host is a name or an address without scheme and port, not `{bad}`")).into());
     }
     let role = |role: Role| vec![role.name().to_string()];

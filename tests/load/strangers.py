@@ -157,12 +157,14 @@ def main():
             while not steps():
                 time.sleep(0.2)
             time.sleep(1)
+            # What an allocator keeps of those who have gone is theirs.
+            calm_memory = memory(coordinator.pid)
             print(f"{args.connections} connections, 2 workers by {args.transport}{' and TLS' if args.tls else ''}")
             print(f"{'':8} {'calm steps/s':>14} {'disturbed':>10} {'kept':>6} {'calm MiB':>10} {'disturbed':>10} {'held':>6}")
             for kind in ("silent", "garbage", "slow", "deaf"):
                 figures = []
                 for _ in range(args.rounds):
-                    calm, calm_memory = rate(), memory(coordinator.pid)
+                    calm = rate()
                     few = files(coordinator.pid)
                     held = strangers(kind, address, args.connections, tls)
                     open_now = files(coordinator.pid) - few
@@ -170,8 +172,8 @@ def main():
                     for wire in held:
                         wire.close()
                     time.sleep(1)
-                    figures.append((calm, disturbed, disturbed / calm, calm_memory, more, open_now))
-                calm, disturbed, kept, calm_memory, more, open_now = map(statistics.median, zip(*figures))
+                    figures.append((calm, disturbed, disturbed / calm, more, open_now))
+                calm, disturbed, kept, more, open_now = map(statistics.median, zip(*figures))
                 print(f"{kind:8} {calm:14.0f} {disturbed:10.0f} {kept:6.2f} {calm_memory:10.1f} {more:10.1f} {open_now:6.0f}",
                       flush=True)
         finally:

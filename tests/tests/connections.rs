@@ -86,6 +86,35 @@ fn who_takes_no_answers_has_to_go() {
     });
 }
 
+/// A header field without indexing (RFC 7541, 6.2.2).
+fn field(name: &str, value: &str) -> Vec<u8> {
+    [&[0, name.len() as u8], name.as_bytes(), &[value.len() as u8], value.as_bytes()].concat()
+}
+
+/// A call of GetJob, which anybody may make here, whose answer may not be sent: the window is 0 (RFC 9113, 6.5.2).
+#[test]
+fn who_asks_but_does_not_join_gives_way() {
+    let fields = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/unisono.v1.Coordinator/GetJob"),
+        (":authority", "localhost"),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+    ];
+    let head = fields.map(|(name, value)| field(name, value)).concat();
+    let version = unisono_proto::VERSION.as_bytes();
+    let message = [&[0, 0, 0, 0, 2 + version.len() as u8, 0x0a, version.len() as u8], version].concat();
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        [&[0, 0, payload.len() as u8, kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    let settings = frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]);
+    let call = [&PREFACE[..24], &settings, &frame(1, 4, 1, &head), &frame(0, 1, 1, &message)].concat();
+    strangers(3 * STRANGERS, |_, wire| {
+        wire.write_all(&call).ok();
+    });
+}
+
 /// One of almost 16 MiB, the longest that the coordinator's settings allow, of which a part comes.
 #[test]
 fn a_long_frame_is_not_kept() {

@@ -99,4 +99,16 @@ fn what_is_to_be_changed_is_said() {
     std::fs::set_permissions(&key, PermissionsExt::from_mode(0o644)).expect("its owner may");
     let (lines, _) = doctor(dir.path(), &["--identity", "certs/worker"]);
     assert!(!lines["credentials"].0 && lines["credentials"].1.contains("chmod 600"), "{lines:?}");
+
+    // Files that do not belong together.
+    let (lines, status) = doctor(dir.path(), &["--identity", "certs/coordinator"]);
+    assert!(status == Some(0) && lines["credentials"].1.contains("a coordinator's"), "{lines:?}");
+    for (file, words) in [("tls.key", "tls.key cannot be used"), ("ca.crt", "ca.crt beside it has not signed it")] {
+        assert!(run(dir.path(), &["cert", file]).status.success());
+        std::fs::copy(dir.path().join("certs/worker").join(file), dir.path().join(file).join("worker").join(file))
+            .expect("copied");
+        let (lines, _) = doctor(dir.path(), &["--identity", &format!("{file}/worker")]);
+        let (is_well, text) = &lines["credentials"];
+        assert!(!is_well && text.contains(words) && text.contains("unisono cert"), "{text}");
+    }
 }

@@ -236,6 +236,41 @@ fn where_no_host_works_each_is_named_with_a_way_out() {
     );
 }
 
+/// What asks for shared memory where the run has none, and so is refused.
+const REFUSED: &str = r#"#!/bin/sh
+for a; do shift; if [ "$a" = grpc ]; then a=shm; fi; set -- "$@" "$a"; done
+exec PROGRAM "$@"
+"#;
+
+#[test]
+fn a_worker_that_is_refused_is_not_tried_again() {
+    let hosts = Hosts::new("one binary=~/refused\n", &["one"]);
+    let refused = hosts.dir().join("one/refused");
+    fs::write(&refused, REFUSED.replace("PROGRAM", program().to_str().expect("UTF-8"))).expect("written");
+    fs::set_permissions(&refused, PermissionsExt::from_mode(0o700)).expect("its own");
+    let out = hosts.launch(LONG);
+    let error = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{error}");
+    assert!(error.contains("the coordinator offers no shared memory") && error.contains("not tried again"), "{error}");
+    assert!(error.contains("no host works:\n  one (hosts:1): the worker ended"), "{error}");
+    // Others go on.
+    fs::write(hosts.dir().join("hosts"), "one binary=~/refused\ntwo\n").expect("written");
+    hosts.up("two");
+    let out = hosts.launch(&["--set", &format!("train.steps={SHORT}")]);
+    same_result(&summary(&out), &undisturbed(SHORT));
+}
+
+#[test]
+fn whoever_drains_all_workers_is_told_so() {
+    let hosts = Hosts::new("one\n", &["one"]);
+    let launch = hosts.start(LONG);
+    let worker = launch.has("one", 1)[0];
+    signal_id(worker, Signal::TERM);
+    wait_until("it to be said", || hosts.log().contains("no host has a worker any more"));
+    launch.signal(Signal::INT);
+    assert_eq!(launch.end().status.code(), Some(130));
+}
+
 #[test]
 fn mistakes_of_the_command_line_start_nothing() {
     let hosts = Hosts::new("one\ntwo slot=2\n", &["one", "two"]);
@@ -251,6 +286,7 @@ fn mistakes_of_the_command_line_start_nothing() {
     let out = run(hosts.dir(), &["launch", "--hosts", "hosts", "--ssh", " "]);
     assert_eq!(out.status.code(), Some(2), "{}", text(&out.stderr));
     assert!(text(&out.stderr).contains("--ssh names no program"), "{}", text(&out.stderr));
+    wrong(&["--advertise", "here:7070"], &["--advertise is a name or an address", "`here:7070`", "--listen"]);
     wrong(&["nothing.toml"], &["nothing.toml"]);
     fs::remove_file(hosts.dir().join("hosts")).expect("removed");
     wrong(&[], &["hosts file hosts"]);

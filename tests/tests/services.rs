@@ -102,7 +102,14 @@ fn a_worker_that_is_told_to_end_does_its_share_first() {
 fn a_worker_that_has_not_joined_ends_at_once() {
     let mut place = Place::new();
     place.keep(place.worker("auto"));
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    #[cfg(target_os = "linux")]
+    wait_until("it to listen to signals", || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", place.children[0].id())).expect("it runs");
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).expect("proc_pid_status(5)");
+        u64::from_str_radix(caught.trim(), 16).expect("a mask") & 1 << (Signal::TERM.as_raw() - 1) != 0
+    });
+    #[cfg(not(target_os = "linux"))]
+    std::thread::sleep(std::time::Duration::from_secs(2));
     signal(&place.children[0], Signal::TERM);
     assert_eq!(place.take().wait_with_output().expect("it ends").status.code(), Some(130));
 }

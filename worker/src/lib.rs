@@ -61,6 +61,11 @@ pub struct Simulated {
     pub seed: u64,
 }
 
+/// The coordinator does not want this worker, and will not want it the next time.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(String);
+
 /// Locks a mutex whose holders leave what they guard as it should be, whatever happens to them.
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
@@ -91,7 +96,7 @@ pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<(
                 tracing::info!("{why}");
                 return Ok(());
             }
-            Ok(End::Refused(why)) => bail!("{why}"),
+            Ok(End::Refused(why)) => return Err(Refused(why).into()),
             Ok(End::Again(_)) | Err(_) if *leave.borrow() => return Ok(()),
             Ok(End::Again(why)) => {
                 tracing::warn!("{why}; joining again");

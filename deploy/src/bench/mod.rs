@@ -1,6 +1,6 @@
 //! `unisono bench`: how fast this machine trains, and where the time of a step goes.
 
-mod limits;
+pub mod limits;
 mod memory;
 mod report;
 

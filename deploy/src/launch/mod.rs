@@ -197,6 +197,12 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
     if slots > partitions {
         tracing::warn!("{slots} workers share {partitions} partitions: {} will have none", slots - partitions);
     }
+    if let Some(bad) = advertise.as_ref().filter(|name| !cert::is_host(name)) {
+        let hint = "the port is that of --listen";
+        return Err(
+            Wrong(anyhow!("--advertise is a name or an address without scheme and port, not `{bad}`: {hint}")).into()
+        );
+    }
     let options = options(&args, started)?;
     let ssh = Ssh::new(&ssh)?;
     let listener = TcpListener::bind(&listen).await.map_err(|e| {
@@ -265,8 +271,14 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
         trained = &mut training => trained,
         ended = &mut workers => match ended? {
             Err(hopeless) => Err(hopeless),
-            // Workers may hear first that the run is over; those that left before have done what they were asked.
-            Ok(()) => training.await,
+            // Workers may hear first that the run is over.
+            Ok(()) => match tokio::time::timeout(slot::GOODBYE, &mut training).await {
+                Ok(trained) => trained,
+                Err(_) => {
+                    tracing::warn!("no host has a worker any more: all have left; end the run with Ctrl-C, and go on with --resume");
+                    training.await
+                }
+            },
         },
     };
     shown.end();

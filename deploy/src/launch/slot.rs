@@ -14,7 +14,7 @@ const LONGEST: Duration = Duration::from_secs(30);
 /// A worker that lasted so long was no failed attempt.
 const LONG: Duration = Duration::from_secs(60);
 /// What a worker may take to say goodbye when the run is over, and to end when its launcher goes.
-const GOODBYE: Duration = Duration::from_secs(10);
+pub const GOODBYE: Duration = Duration::from_secs(10);
 const END: Duration = Duration::from_secs(3);
 /// Bytes of a line, at most.
 const LINE: u64 = 16 << 10;

@@ -1,5 +1,6 @@
 //! What one number of workers came to, and what held it up.
 
+use super::bytes::Cost;
 use super::usage::Used;
 use crate::simulate::Scaling;
 use crate::simulate::trace::Trace;
@@ -170,6 +171,8 @@ pub struct Size {
     pub busy: Busy,
     /// The coordinator's processor time for a worker and step, in microseconds.
     pub coordinator_us: f64,
+    /// Of them, what is beyond moving the same bytes through as many connections with nothing behind them; by gRPC.
+    pub own_us: Option<f64>,
     pub coordinator_memory_mib: f64,
     /// Milliseconds of a step on its critical path.
     pub phases: Phases,
@@ -192,12 +195,18 @@ impl Size {
         work: String,
         simulated: bool,
         used: Used,
+        moving: Option<Cost>,
         moves: &Moves,
         summary: &Summary,
         m: &Measured,
     ) -> Size {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;
         let (steps, seconds) = (m.steps as f64, m.seconds);
+        let coordinator_us = m.cpu_seconds / steps / workers as f64 * 1e6;
+        let own_us = moving.map(|Cost { pushed, pulled }| {
+            let moved = m.bytes_pushed as f64 * pushed + m.bytes_pulled as f64 * pulled;
+            coordinator_us - moved / steps / workers as f64 * 1e6
+        });
         let busy = Busy { coordinator: m.cpu_seconds / seconds, workers: used.workers_cpu_seconds / seconds, cores };
         let trace = Trace {
             job: summary.job.clone(),
@@ -229,7 +238,8 @@ impl Size {
             bytes_pushed_per_second: m.bytes_pushed as f64 / seconds,
             bytes_pulled_per_second: m.bytes_pulled as f64 / seconds,
             busy,
-            coordinator_us: m.cpu_seconds / steps / workers as f64 * 1e6,
+            coordinator_us,
+            own_us,
             coordinator_memory_mib: used.memory_mib,
             phases: m.phases,
             bottleneck: Bottleneck::of(workers, summary.partitions, busy, m.phases),

@@ -1,5 +1,6 @@
 //! `unisono loadtest`: how a job scales with its workers, measured.
 
+mod bytes;
 mod figures;
 pub mod fleet;
 mod page;
@@ -13,6 +14,7 @@ use crate::simulate::trace::{self, Trace};
 use crate::simulate::units::{Counts, Seconds};
 use crate::{Transport, Wrong, interruption, read_job};
 use anyhow::{Context, Result, anyhow, bail};
+use bytes::Cost;
 use figures::{Moves, Size};
 use fleet::{Fleet, Pretence};
 use std::path::PathBuf;
@@ -284,7 +286,11 @@ impl Run<'_> {
         let Some(measured) = summary.measured.as_ref().filter(|_| !*interrupted.borrow()) else { return Ok(None) };
         let moves = moves.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let simulated = pretence.is_some();
-        let size = Size::new(scaling, workers, work, simulated, used, &moves, &summary, measured);
+        let moving = match summary.transport == "grpc" {
+            true => Some(Cost::measure(workers).await?),
+            false => None,
+        };
+        let size = Size::new(scaling, workers, work, simulated, used, moving, &moves, &summary, measured);
         Ok(Some(Size { is_modelled, ..size }))
     }
 }

@@ -105,6 +105,7 @@ fn table(sizes: &[&Size]) -> String {
         "MB/s out",
         "coordinator, cores",
         "µs a worker and step",
+        "beyond bytes",
         "MiB",
         "held up by",
     ];
@@ -125,6 +126,7 @@ fn table(sizes: &[&Size]) -> String {
             format!("{:.1}", size.bytes_pulled_per_second / 1e6),
             format!("{:.2}", size.busy.coordinator),
             format!("{:.0}", size.coordinator_us),
+            size.own_us.map_or("-".into(), |us| format!("{us:.0}")),
             format!("{:.0}", size.coordinator_memory_mib),
             size.bottleneck.text().into(),
         ]

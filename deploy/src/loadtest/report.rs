@@ -65,7 +65,7 @@ impl Report<'_> {
                 continue;
             }
             println!(
-                "\n  {name} scaling\n  {:>7} {:>11} {:>11} {:>10} {:>9} {:>9} {:>9} {:>9} {:>12} {:>9}  held up by",
+                "\n  {name} scaling\n  {:>7} {:>11} {:>11} {:>10} {:>9} {:>9} {:>9} {:>9} {:>12} {:>7} {:>9}  held up by",
                 "workers",
                 "samples/s",
                 "predicted",
@@ -75,6 +75,7 @@ impl Report<'_> {
                 "MB/s in",
                 "out",
                 "coordinator",
+                "own",
                 "MiB"
             );
             for size in &sizes {
@@ -83,8 +84,9 @@ impl Report<'_> {
                     Some(rate) => format!("{rate:.0}"),
                     None => String::new(),
                 };
+                let own = size.own_us.map_or("-".into(), |us| format!("{us:.0}"));
                 println!(
-                    "  {:>7} {:>11.0} {predicted:>11} {:>9.0}% {:>9.2} {:>9.2} {:>9.1} {:>9.1} {:>6.0} us/w {:>9.0}  {}",
+                    "  {:>7} {:>11.0} {predicted:>11} {:>9.0}% {:>9.2} {:>9.2} {:>9.1} {:>9.1} {:>7.0} us/w {own:>7} {:>9.0}  {}",
                     size.workers,
                     size.samples_per_second,
                     size.efficiency * 100.0,
