@@ -1,9 +1,9 @@
 //! Where connections come in: how many there may be, who has shown what, and who has to go.
 //!
-//! A connection is a stranger's until a request on it was admitted. Strangers are few: the oldest gives way to the next, and
-//! none stays long. Where nobody is asked who he is, a request makes a guest, who may stay and say more, but gives way like a
-//! stranger until he has joined the run. So connections that say nothing, or nonsense, or take no answer hold little memory, and
-//! keep nobody out.
+//! Whoever comes is a stranger until he has shown a certificate that is accepted, or a token with a request. Strangers are few: the
+//! oldest gives way to the next, and none stays long. Fewer still are those who have got as far as to HTTP/2, which takes memory.
+//! Where nobody is asked who he is, a request makes a guest, who may stay and say more, but gives way like a stranger until he has
+//! joined the run. So connections that say nothing, or nonsense, or take no answer hold little memory, and keep nobody out.
 
 use crate::access::{self, Standing, Tls};
 use crate::lock;
@@ -17,7 +17,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Sleep, sleep};
 use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,6 +31,8 @@ use unisono_proto::identity::{Identity, IdentityError, Role};
 const MOST: usize = 8192;
 /// Of them, those of strangers and guests.
 const STRANGERS: usize = 1024;
+/// Of these, those which speak HTTP/2: each takes about 50 to 100 KiB.
+const SPEAKING: usize = 128;
 /// A stranger's time, from the first byte to a request that is admitted.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that are read from a stranger: its first request is short.
@@ -103,13 +105,44 @@ impl Complaints {
     }
 }
 
+/// Some, in the order in which they came: where there are too many, the oldest gives way.
+struct Queue {
+    most: usize,
+    all: Mutex<VecDeque<(u64, CancellationToken)>>,
+}
+
+impl Queue {
+    fn new(most: usize) -> Queue {
+        Queue { most, all: Mutex::default() }
+    }
+
+    /// Gives what is cancelled when it has to go.
+    fn enter(&self, id: u64) -> CancellationToken {
+        let (mut all, gone) = (lock(&self.all), CancellationToken::new());
+        all.push_back((id, gone.clone()));
+        if all.len() > self.most
+            && let Some((_, oldest)) = all.pop_front()
+        {
+            oldest.cancel();
+        }
+        gone
+    }
+
+    fn leave(&self, id: u64) {
+        lock(&self.all).retain(|(other, _)| *other != id);
+    }
+}
+
 /// What all connections share.
 struct Hall {
     tls: Option<Tls>,
     count: AtomicUsize,
     next: AtomicU64,
-    /// In the order in which they came.
-    strangers: Mutex<VecDeque<(u64, CancellationToken)>>,
+    /// Who has not said anything, and who speaks and is not known.
+    silent: Queue,
+    speaking: Queue,
+    /// A place is free when the memory of who had it is.
+    places: Arc<Semaphore>,
     addresses: Mutex<HashMap<IpAddr, Bucket>>,
     /// About those who ask for what they may not.
     refusals: Complaints,
@@ -130,23 +163,10 @@ impl Hall {
         !all.entry(address).or_insert_with(|| Bucket::new(CONNECTIONS, now)).take(CONNECTIONS, now)
     }
 
-    /// Lets a stranger in; the oldest goes where there are too many.
-    fn enter(self: &Arc<Self>, address: SocketAddr) -> (Pass, CancellationToken) {
+    /// Lets somebody in.
+    fn enter(self: &Arc<Self>, address: SocketAddr) -> Pass {
         self.count.fetch_add(1, Ordering::Relaxed);
-        let (id, gone) = (self.next.fetch_add(1, Ordering::Relaxed), CancellationToken::new());
-        let mut strangers = lock(&self.strangers);
-        strangers.push_back((id, gone.clone()));
-        if strangers.len() > STRANGERS
-            && let Some((_, oldest)) = strangers.pop_front()
-        {
-            oldest.cancel();
-        }
-        drop(strangers);
-        (Pass { hall: self.clone(), id, address }, gone)
-    }
-
-    fn forget(&self, id: u64) {
-        lock(&self.strangers).retain(|(other, _)| *other != id);
+        Pass { hall: self.clone(), id: self.next.fetch_add(1, Ordering::Relaxed), address }
     }
 }
 
@@ -159,7 +179,8 @@ struct Pass {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.hall.forget(self.id);
+        self.hall.silent.leave(self.id);
+        self.hall.speaking.leave(self.id);
         self.hall.count.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -203,7 +224,7 @@ impl Peer {
     fn trust(&self, now: u8) {
         let Known { pass, trust, .. } = &*self.0;
         if trust.fetch_max(now, Ordering::Relaxed) < KNOWN && now == KNOWN {
-            pass.hall.forget(pass.id);
+            pass.hall.speaking.leave(pass.id);
         }
     }
 
@@ -258,6 +279,7 @@ struct Stranger {
     gone: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Bytes that are still read from it, unless it is a guest. A whole frame is kept before anybody looks at it, and a frame may be long.
     left: usize,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Connection {
@@ -361,7 +383,9 @@ impl Entrance {
             tls: self.tls,
             count: AtomicUsize::new(0),
             next: AtomicU64::new(0),
-            strangers: Mutex::default(),
+            silent: Queue::new(STRANGERS - SPEAKING),
+            speaking: Queue::new(SPEAKING),
+            places: Arc::new(Semaphore::new(SPEAKING)),
             addresses: Mutex::default(),
             refusals: Complaints::new(),
             complaints: Complaints::new(),
@@ -390,46 +414,75 @@ async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::R
         } else if hall.is_hasty(address.ip().to_canonical()) {
             hall.complaints.say(address, "it opens connections too fast");
         } else {
-            let (pass, gone) = hall.enter(address);
+            let pass = hall.enter(address);
+            let gone = hall.silent.enter(pass.id);
             tokio::spawn(welcome(stream, pass, gone, send.clone()));
         }
     }
 }
 
-/// Shakes hands, and passes a connection on; sends it away when its time is over.
+/// What HTTP/2 begins with (RFC 9113, 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Waits for the first word of a connection, which is TLS's handshake or HTTP/2's preface.
+///
+/// # Errors
+/// Why it is sent away.
+async fn hear(stream: TcpStream, tls: Option<&Tls>) -> Result<(Box<dyn Wire>, Standing), String> {
+    let Some(tls) = tls else {
+        let mut first = [0; PREFACE.len()];
+        let n = stream.peek(&mut first).await.map_err(|e| e.to_string())?;
+        return match first[..n] == PREFACE[..n] {
+            true if n > 0 => Ok((Box::new(stream), Standing::Anybody)),
+            _ => Err("it does not speak HTTP/2 without TLS".into()),
+        };
+    };
+    let shaken = TlsAcceptor::from(tls.config.clone()).accept(stream).await;
+    let stream = shaken.map_err(|e| format!("the TLS handshake failed: {e}"))?;
+    let standing = tls.standing(stream.get_ref().1.peer_certificates());
+    Ok((Box::new(stream), standing))
+}
+
+/// Passes a connection on when it has said who it is, or has got a place among those who have not; sends it away when its time is
+/// over.
 async fn welcome(stream: TcpStream, pass: Pass, gone: CancellationToken, send: mpsc::Sender<io::Result<Connection>>) {
     let end = tokio::time::Instant::now() + PATIENCE;
     stream.set_nodelay(true).ok();
     let (hall, id, address) = (pass.hall.clone(), pass.id, pass.address);
-    let (wire, standing): (Box<dyn Wire>, _) = match &hall.tls {
-        None => (Box::new(stream), Standing::Anybody),
-        Some(tls) => {
-            let handshake = TlsAcceptor::from(tls.config.clone()).accept(stream);
-            let shaken = tokio::select! {
-                shaken = tokio::time::timeout_at(end, handshake) => shaken,
-                () = gone.cancelled() => return hall.complaints.say(address, "others came, and it had said nothing"),
-            };
-            match shaken {
-                Ok(Ok(stream)) => {
-                    let standing = tls.standing(stream.get_ref().1.peer_certificates());
-                    (Box::new(stream), standing)
-                }
-                Ok(Err(e)) => return hall.complaints.say(address, &format!("the TLS handshake failed: {e}")),
-                Err(_) => return hall.complaints.say(address, "no TLS handshake for 10 s"),
-            }
-        }
+    let heard = tokio::select! {
+        heard = tokio::time::timeout_at(end, hear(stream, hall.tls.as_ref())) => heard,
+        () = gone.cancelled() => return hall.complaints.say(address, "others came, and it had said nothing"),
     };
+    let (wire, standing) = match heard {
+        Ok(Ok(heard)) => heard,
+        Ok(Err(why)) => return hall.complaints.say(address, &why),
+        Err(_) => return hall.complaints.say(address, "it has said nothing for 10 s"),
+    };
+    hall.silent.leave(id);
+    let is_known = matches!(&standing, Standing::Known(roles) if !roles.is_empty());
+    let (trust, mut stranger, mut gone) = (if is_known { KNOWN } else { STRANGER }, None, None);
+    if !is_known {
+        let token = hall.speaking.enter(id);
+        // Who gives way to it takes a moment.
+        let place = tokio::select! {
+            place = tokio::time::timeout_at(end, hall.places.clone().acquire_owned()) => place,
+            () = token.cancelled() => return hall.complaints.say(address, "others came while it waited"),
+        };
+        let Ok(Ok(place)) = place else { return };
+        stranger = Some(Stranger { gone: Box::pin(token.clone().cancelled_owned()), left: FIRST_BYTES, _place: place });
+        gone = Some(token);
+    }
     let requests = Mutex::new(Bucket::new(REQUESTS, Instant::now()));
-    let peer = Peer(Arc::new(Known { pass, standing, trust: AtomicU8::new(STRANGER), requests }));
+    let peer = Peer(Arc::new(Known { pass, standing, trust: AtomicU8::new(trust), requests }));
     let known = Arc::downgrade(&peer.0);
-    let stranger = Some(Stranger { gone: Box::pin(gone.clone().cancelled_owned()), left: FIRST_BYTES });
     if send.send(Ok(Connection { wire, peer, stranger, stalled: None })).await.is_err() {
         return;
     }
     drop(send);
+    let Some(gone) = gone else { return };
     tokio::time::sleep_until(end).await;
     if known.upgrade().is_some_and(|known| known.trust.load(Ordering::Relaxed) == STRANGER) {
-        hall.forget(id);
+        hall.speaking.leave(id);
         gone.cancel();
     }
 }

@@ -26,8 +26,9 @@ every_steps = 0
 /// More than any run here gets to.
 const ENDLESS: u64 = 1_000_000_000;
 
-/// Strangers that may be there at once.
+/// Strangers that may be there at once, and those of them that speak HTTP/2.
 const STRANGERS: usize = 1024;
+const SPEAKING: usize = 128;
 
 /// The open files of a cluster's coordinator.
 fn open(cluster: &Cluster<'_>) -> usize {
@@ -35,9 +36,9 @@ fn open(cluster: &Cluster<'_>) -> usize {
     std::fs::read_dir(format!("/proc/{id}/fd")).expect("its files").count()
 }
 
-/// Opens so many connections to the coordinator of a run, on each of which `say` is called with its number; then most of them
-/// must be closed soon, and all after their time, while others are answered and the run ends as it must.
-fn strangers(connections: usize, say: impl Fn(usize, &mut TcpStream)) {
+/// Opens so many connections to the coordinator of a run, on each of which `say` is called with its number; then all but `most`
+/// must be closed soon, and these after their time, while others are answered and the run ends as it must.
+fn strangers(connections: usize, most: usize, say: impl Fn(usize, &mut TcpStream)) {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).expect("more open files");
     let dir = tempfile::tempdir().expect("a folder");
@@ -53,7 +54,7 @@ fn strangers(connections: usize, say: impl Fn(usize, &mut TcpStream)) {
         wire
     };
     let held: Vec<TcpStream> = (0..connections).map(connect).collect();
-    wait_until("most to be closed", || open(&cluster) <= calm + STRANGERS + 8);
+    wait_until("most to be closed", || open(&cluster) <= calm + most + 8);
     assert!(cluster.step().is_some(), "status is answered meanwhile");
     wait_until("all to be closed", || open(&cluster) <= calm + 8);
     let peak = cluster.coordinator.as_ref().and_then(peak);
@@ -66,7 +67,7 @@ fn strangers(connections: usize, say: impl Fn(usize, &mut TcpStream)) {
 
 #[test]
 fn who_says_nothing_or_nothing_that_is_understood_has_to_go() {
-    strangers(3 * STRANGERS, |i, wire| {
+    strangers(3 * STRANGERS, STRANGERS, |i, wire| {
         if i % 2 == 1 {
             wire.write_all(&[0xab; 100]).ok();
         }
@@ -80,7 +81,7 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 #[test]
 fn who_takes_no_answers_has_to_go() {
     let pings = [&b"\0\0\x08\x06\0\0\0\0\0"[..], &[7; 8]].concat().repeat(60_000);
-    strangers(200, |_, wire| {
+    strangers(200, SPEAKING, |_, wire| {
         wire.write_all(PREFACE).ok();
         wire.write_all(&pings).ok();
     });
@@ -110,7 +111,7 @@ fn who_asks_but_does_not_join_gives_way() {
     };
     let settings = frame(4, 0, 0, &[0, 4, 0, 0, 0, 0]);
     let call = [&PREFACE[..24], &settings, &frame(1, 4, 1, &head), &frame(0, 1, 1, &message)].concat();
-    strangers(3 * STRANGERS, |_, wire| {
+    strangers(3 * STRANGERS, SPEAKING, |_, wire| {
         wire.write_all(&call).ok();
     });
 }
@@ -119,7 +120,7 @@ fn who_asks_but_does_not_join_gives_way() {
 #[test]
 fn a_long_frame_is_not_kept() {
     let part = vec![0; 8 << 20];
-    strangers(100, |_, wire| {
+    strangers(100, SPEAKING, |_, wire| {
         wire.write_all(PREFACE).ok();
         wire.write_all(b"\xff\xff\xff\0\0\0\0\0\x01").ok();
         wire.write_all(&part).ok();

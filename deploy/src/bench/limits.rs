@@ -210,7 +210,7 @@ async fn streams() -> Result<f64> {
 
 /// Gradients up and weights down in a run of mlp-wide, whose one worker computes nothing: bytes a second each way.
 async fn exchange() -> Result<f64> {
-    let ready = unisono_coordinator::prepare_unkept(Workload::MlpWide.job(1)?)?;
+    let ready = unisono_coordinator::prepare_unkept(Workload::MlpWide.job(1, super::BATCHES)?)?;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let worker = unisono_worker::Options {
         coordinator: unisono_worker::Address::new(&format!("http://{}", listener.local_addr()?), None)?,

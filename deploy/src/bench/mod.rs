@@ -9,6 +9,7 @@ use crate::{Transport, Wrong};
 use anyhow::{Result, anyhow};
 use limits::Limits;
 use report::Report;
+use std::num::NonZeroU16;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -83,14 +84,18 @@ impl Workload {
         }
     }
 
-    /// The job for so many partitions, each of which gives one batch to a step.
-    fn job(self, partitions: usize) -> Result<Job> {
+    /// Batches of each worker thread, where the command line names no number.
+    fn batches(self) -> usize {
+        if self == Workload::DlrmLarge { MANY_BATCHES } else { BATCHES }
+    }
+
+    /// The job for so many partitions, each of which gives one of so many batches to a step.
+    fn job(self, partitions: usize, batches: usize) -> Result<Job> {
         let with = |overrides| -> Result<Job> {
             let (file, toml) = (format!("the workload {}", self.name()), self.toml().into());
             Ok(job::parse(JobText { file, base: ".".into(), toml, overrides })?)
         };
         let batch = with(vec![])?.train.micro_batch;
-        let batches = if self == Workload::DlrmLarge { MANY_BATCHES } else { BATCHES };
         let samples = batches * batch * partitions;
         let mut overrides = vec![format!("train.partitions={partitions}"), format!("data.samples={samples}")];
         overrides.extend((self == Workload::DlrmLarge).then(|| "data.vocabulary=769231".to_string()));
@@ -114,6 +119,9 @@ pub struct Args {
     /// Encrypts what travels by gRPC, with certificates made for the run
     #[arg(long)]
     pub tls: bool,
+    /// Batches of synthetic data for each worker thread: an epoch is so many steps [default: 8; 256 for dlrm-large]
+    #[arg(long)]
+    batches: Option<NonZeroU16>,
     /// Length of the measurement; what warms up comes before it
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
@@ -142,7 +150,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
     }
     let prepared = match args.workload {
         Some(workload) => {
-            let job = workload.job(threads).map_err(Wrong)?;
+            let job = workload.job(threads, args.batches.map_or(workload.batches(), usize::from)).map_err(Wrong)?;
             Some((workload, unisono_coordinator::prepare_unkept(job).map_err(Wrong)?))
         }
         None => None,
@@ -189,24 +197,24 @@ mod tests {
     fn workloads_are_the_peers() {
         let parameters = [7_850, 535_818, 20_037_642, 1_199_882, 818_176];
         for (workload, parameters) in Workload::ALL.into_iter().zip(parameters) {
-            let job = workload.job(3).expect("a job");
+            let job = workload.job(3, BATCHES).expect("a job");
             assert_eq!((job.train.partitions, job.name), (3, format!("bench-{}", workload.name())));
-            let ready =
-                unisono_coordinator::prepare_unkept(workload.job(1).expect("a job")).expect("it can be trained");
+            let ready = unisono_coordinator::prepare_unkept(workload.job(1, BATCHES).expect("a job"))
+                .expect("it can be trained");
             assert_eq!(ready.model().layout().trainable(), parameters, "{}", workload.name());
         }
         // (784 x 512 + 512 x 256 + 256 x 10) forward; backward both gradients, but not the first layer's input's.
-        let ready =
-            unisono_coordinator::prepare_unkept(Workload::Mlp.job(1).expect("a job")).expect("it can be trained");
+        let ready = unisono_coordinator::prepare_unkept(Workload::Mlp.job(1, BATCHES).expect("a job"))
+            .expect("it can be trained");
         assert_eq!(ready.model().multiply_adds(), [535_040, 2 * 535_040 - 784 * 512]);
         // 26 x 26 x 9 x 32 + (12 x 12 tiles) x 16 x 32 x 64 + 9216 x 128 + 128 x 10.
-        let ready =
-            unisono_coordinator::prepare_unkept(Workload::Cnn.job(1).expect("a job")).expect("it can be trained");
+        let ready = unisono_coordinator::prepare_unkept(Workload::Cnn.job(1, BATCHES).expect("a job"))
+            .expect("it can be trained");
         let (first, forward) = (194_688, 194_688 + 4_718_592 + 1_179_648 + 1_280);
         assert_eq!(ready.model().multiply_adds(), [forward, 2 * forward - first]);
         // Twelve matrices of 128 x 128 a layer and position, and 64 x 64 products of 128 values twice; then the head.
-        let ready =
-            unisono_coordinator::prepare_unkept(Workload::Gpt.job(1).expect("a job")).expect("it can be trained");
+        let ready = unisono_coordinator::prepare_unkept(Workload::Gpt.job(1, BATCHES).expect("a job"))
+            .expect("it can be trained");
         let forward = 4 * (12 * 128 * 128 * 64 + 2 * 64 * 64 * 128) + 128 * 65 * 64;
         assert_eq!(ready.model().multiply_adds(), [forward, 2 * forward]);
     }
