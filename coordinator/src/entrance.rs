@@ -12,7 +12,7 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -31,12 +31,14 @@ use unisono_proto::identity::{Identity, IdentityError, Role};
 const MOST: usize = 8192;
 /// Of them, those of strangers and guests.
 const STRANGERS: usize = 1024;
-/// Of these, those which speak HTTP/2: each takes about 50 to 100 KiB.
+/// Of these, those which speak HTTP/2, half of them guests: each takes about 50 to 100 KiB.
 const SPEAKING: usize = 128;
 /// A stranger's time, from the first byte to a request that is admitted.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Bytes that are read from a stranger: its first request is short.
+/// Bytes that are read from a stranger or a guest: its requests are short.
 const FIRST_BYTES: usize = 64 << 10;
+/// How often a guest is sent the job: the answers wait until it takes them.
+const JOBS: usize = 4;
 /// So long the other side may take nothing of what is written.
 const STALL: Duration = Duration::from_secs(30);
 /// New connections of one address: so many at once, and so many a second after them.
@@ -116,16 +118,14 @@ impl Queue {
         Queue { most, all: Mutex::default() }
     }
 
-    /// Gives what is cancelled when it has to go.
-    fn enter(&self, id: u64) -> CancellationToken {
-        let (mut all, gone) = (lock(&self.all), CancellationToken::new());
-        all.push_back((id, gone.clone()));
+    fn enter(&self, pass: &Pass) {
+        let mut all = lock(&self.all);
+        all.push_back((pass.id, pass.gone.clone()));
         if all.len() > self.most
             && let Some((_, oldest)) = all.pop_front()
         {
             oldest.cancel();
         }
-        gone
     }
 
     fn leave(&self, id: u64) {
@@ -138,11 +138,14 @@ struct Hall {
     tls: Option<Tls>,
     count: AtomicUsize,
     next: AtomicU64,
-    /// Who has not said anything, and who speaks and is not known.
+    /// Who has not said anything, who speaks, and who was admitted as anybody is.
     silent: Queue,
     speaking: Queue,
+    guests: Queue,
     /// A place is free when the memory of who had it is.
     places: Arc<Semaphore>,
+    /// Who may send more.
+    allowed: Mutex<Weak<Known>>,
     addresses: Mutex<HashMap<IpAddr, Bucket>>,
     /// About those who ask for what they may not.
     refusals: Complaints,
@@ -166,7 +169,8 @@ impl Hall {
     /// Lets somebody in.
     fn enter(self: &Arc<Self>, address: SocketAddr) -> Pass {
         self.count.fetch_add(1, Ordering::Relaxed);
-        Pass { hall: self.clone(), id: self.next.fetch_add(1, Ordering::Relaxed), address }
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        Pass { hall: self.clone(), id, address, gone: CancellationToken::new() }
     }
 }
 
@@ -175,12 +179,20 @@ struct Pass {
     hall: Arc<Hall>,
     id: u64,
     address: SocketAddr,
+    /// That it has to go.
+    gone: CancellationToken,
+}
+
+impl Pass {
+    fn complain(&self, why: &str) {
+        self.hall.complaints.say(self.address, why);
+    }
 }
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.hall.silent.leave(self.id);
-        self.hall.speaking.leave(self.id);
+        let Hall { silent, speaking, guests, .. } = &*self.hall;
+        [silent, speaking, guests].iter().for_each(|queue| queue.leave(self.id));
         self.hall.count.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -199,6 +211,11 @@ struct Known {
     standing: Standing,
     /// [`STRANGER`], [`GUEST`] or [`KNOWN`].
     trust: AtomicU8,
+    /// Bytes that are still read from it while it is not known. A whole frame is kept before anybody looks at it, and a frame may be
+    /// long.
+    left: AtomicUsize,
+    /// How often it was sent the job.
+    jobs: AtomicUsize,
     requests: Mutex<Bucket>,
 }
 
@@ -223,9 +240,36 @@ impl Peer {
 
     fn trust(&self, now: u8) {
         let Known { pass, trust, .. } = &*self.0;
-        if trust.fetch_max(now, Ordering::Relaxed) < KNOWN && now == KNOWN {
-            pass.hall.speaking.leave(pass.id);
+        let hall = &pass.hall;
+        match (trust.fetch_max(now, Ordering::Relaxed), now) {
+            (STRANGER, GUEST) => {
+                hall.speaking.leave(pass.id);
+                hall.guests.enter(pass);
+            }
+            (STRANGER | GUEST, KNOWN) => [&hall.speaking, &hall.guests].iter().for_each(|queue| queue.leave(pass.id)),
+            _ => {}
         }
+    }
+
+    /// Whether it may be sent the job once more.
+    pub fn take_job(&self) -> Result<(), Status> {
+        let Known { trust, jobs, .. } = &*self.0;
+        if jobs.fetch_add(1, Ordering::Relaxed) < JOBS || trust.load(Ordering::Relaxed) == KNOWN {
+            return Ok(());
+        }
+        Err(Status::resource_exhausted(format!(
+            "this connection was sent the job {JOBS} times: join the run, or open another"
+        )))
+    }
+
+    /// Lets it send so many bytes more: one at a time, so that whoever was let before is not any more.
+    pub fn allow(&self, bytes: u64) {
+        let mut allowed = lock(&self.0.pass.hall.allowed);
+        if let Some(before) = allowed.upgrade() {
+            before.left.store(FIRST_BYTES, Ordering::Relaxed);
+        }
+        self.0.left.store(FIRST_BYTES + bytes as usize, Ordering::Relaxed);
+        *allowed = Arc::downgrade(&self.0);
     }
 
     /// [`admit`], of this peer; the log has its address, where it may not.
@@ -277,23 +321,27 @@ pub struct Connection {
 struct Stranger {
     /// That it has to go.
     gone: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// Bytes that are still read from it, unless it is a guest. A whole frame is kept before anybody looks at it, and a frame may be long.
-    left: usize,
-    _place: OwnedSemaphorePermit,
+    /// One with a certificate needs none.
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
     /// Whether it may go on. Who is not known is asked about it at each turn: one who takes no answers is never read from.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Some(stranger) = &mut self.stranger else { return Ok(()) };
-        match self.peer.0.trust.load(Ordering::Relaxed) {
-            KNOWN => self.stranger = None,
-            trust if trust == STRANGER && stranger.left == 0 || stranger.gone.as_mut().poll(cx).is_ready() => {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            _ => {}
-        }
-        Ok(())
+        let Known { trust, left, pass, .. } = &*self.peer.0;
+        let why = if trust.load(Ordering::Relaxed) == KNOWN {
+            self.stranger = None;
+            return Ok(());
+        } else if left.load(Ordering::Relaxed) == 0 {
+            "it has sent 64 KiB, and is not known yet"
+        } else if stranger.gone.as_mut().poll(cx).is_ready() {
+            "others came, or its 10 s were over, and it is not known yet"
+        } else {
+            return Ok(());
+        };
+        pass.complain(why);
+        Err(io::ErrorKind::TimedOut.into())
     }
 
     /// Does a part of the writing, unless it has to go, or the other side takes nothing for long.
@@ -328,8 +376,9 @@ impl AsyncRead for Connection {
         this.check(cx)?;
         let before = buf.filled().len();
         let read = Pin::new(&mut *this.wire).poll_read(cx, buf);
-        if let Some(stranger) = &mut this.stranger {
-            stranger.left = stranger.left.saturating_sub(buf.filled().len() - before);
+        if this.stranger.is_some() {
+            let (left, came) = (&this.peer.0.left, buf.filled().len() - before);
+            left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(came))).ok();
         }
         read
     }
@@ -384,8 +433,10 @@ impl Entrance {
             count: AtomicUsize::new(0),
             next: AtomicU64::new(0),
             silent: Queue::new(STRANGERS - SPEAKING),
-            speaking: Queue::new(SPEAKING),
+            speaking: Queue::new(SPEAKING / 2),
+            guests: Queue::new(SPEAKING / 2),
             places: Arc::new(Semaphore::new(SPEAKING)),
+            allowed: Mutex::default(),
             addresses: Mutex::default(),
             refusals: Complaints::new(),
             complaints: Complaints::new(),
@@ -415,8 +466,8 @@ async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::R
             hall.complaints.say(address, "it opens connections too fast");
         } else {
             let pass = hall.enter(address);
-            let gone = hall.silent.enter(pass.id);
-            tokio::spawn(welcome(stream, pass, gone, send.clone()));
+            hall.silent.enter(&pass);
+            tokio::spawn(welcome(stream, pass, send.clone()));
         }
     }
 }
@@ -424,65 +475,73 @@ async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::R
 /// What HTTP/2 begins with (RFC 9113, 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Waits for the first word of a connection, which is TLS's handshake or HTTP/2's preface.
+/// Waits for the first words of a connection, which are TLS's handshake or HTTP/2's preface. `None` where nobody is there any more.
 ///
 /// # Errors
 /// Why it is sent away.
-async fn hear(stream: TcpStream, tls: Option<&Tls>) -> Result<(Box<dyn Wire>, Standing), String> {
+async fn hear(stream: TcpStream, tls: Option<&Tls>) -> Result<Option<(Box<dyn Wire>, Standing)>, String> {
     let Some(tls) = tls else {
-        let mut first = [0; PREFACE.len()];
-        let n = stream.peek(&mut first).await.map_err(|e| e.to_string())?;
-        return match first[..n] == PREFACE[..n] {
-            true if n > 0 => Ok((Box::new(stream), Standing::Anybody)),
-            _ => Err("it does not speak HTTP/2 without TLS".into()),
-        };
+        let (mut first, mut pause) = ([0; PREFACE.len()], Duration::from_millis(1));
+        loop {
+            match stream.peek(&mut first).await {
+                Ok(0) | Err(_) => return Ok(None),
+                Ok(n) if first[..n] != PREFACE[..n] => return Err("it does not speak HTTP/2 without TLS".into()),
+                Ok(n) if n == PREFACE.len() => return Ok(Some((Box::new(stream), Standing::Anybody))),
+                // What is there stays there: nothing tells when more comes.
+                Ok(_) => tokio::time::sleep(pause).await,
+            }
+            pause *= 2;
+        }
     };
     let shaken = TlsAcceptor::from(tls.config.clone()).accept(stream).await;
     let stream = shaken.map_err(|e| format!("the TLS handshake failed: {e}"))?;
     let standing = tls.standing(stream.get_ref().1.peer_certificates());
-    Ok((Box::new(stream), standing))
+    Ok(Some((Box::new(stream), standing)))
 }
 
 /// Passes a connection on when it has said who it is, or has got a place among those who have not; sends it away when its time is
 /// over.
-async fn welcome(stream: TcpStream, pass: Pass, gone: CancellationToken, send: mpsc::Sender<io::Result<Connection>>) {
+async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Connection>>) {
     let end = tokio::time::Instant::now() + PATIENCE;
     stream.set_nodelay(true).ok();
-    let (hall, id, address) = (pass.hall.clone(), pass.id, pass.address);
+    let (hall, gone) = (pass.hall.clone(), pass.gone.clone());
     let heard = tokio::select! {
         heard = tokio::time::timeout_at(end, hear(stream, hall.tls.as_ref())) => heard,
-        () = gone.cancelled() => return hall.complaints.say(address, "others came, and it had said nothing"),
+        () = gone.cancelled() => return pass.complain("others came, and it had said nothing"),
     };
     let (wire, standing) = match heard {
-        Ok(Ok(heard)) => heard,
-        Ok(Err(why)) => return hall.complaints.say(address, &why),
-        Err(_) => return hall.complaints.say(address, "it has said nothing for 10 s"),
+        Ok(Ok(Some(heard))) => heard,
+        Ok(Ok(None)) => return,
+        Ok(Err(why)) => return pass.complain(&why),
+        Err(_) => return pass.complain("it has said nothing for 10 s"),
     };
-    hall.silent.leave(id);
-    let is_known = matches!(&standing, Standing::Known(roles) if !roles.is_empty());
-    let (trust, mut stranger, mut gone) = (if is_known { KNOWN } else { STRANGER }, None, None);
-    if !is_known {
-        let token = hall.speaking.enter(id);
+    hall.silent.leave(pass.id);
+    let mut place = None;
+    if !matches!(&standing, Standing::Known(roles) if !roles.is_empty()) {
+        hall.speaking.enter(&pass);
         // Who gives way to it takes a moment.
-        let place = tokio::select! {
-            place = tokio::time::timeout_at(end, hall.places.clone().acquire_owned()) => place,
-            () = token.cancelled() => return hall.complaints.say(address, "others came while it waited"),
+        place = tokio::select! {
+            place = hall.places.clone().acquire_owned() => place.ok(),
+            () = gone.cancelled() => return pass.complain("others came while it waited"),
+            () = tokio::time::sleep_until(end) => return pass.complain("there was no place for it within 10 s"),
         };
-        let Ok(Ok(place)) = place else { return };
-        stranger = Some(Stranger { gone: Box::pin(token.clone().cancelled_owned()), left: FIRST_BYTES, _place: place });
-        gone = Some(token);
     }
-    let requests = Mutex::new(Bucket::new(REQUESTS, Instant::now()));
-    let peer = Peer(Arc::new(Known { pass, standing, trust: AtomicU8::new(trust), requests }));
+    let stranger = Some(Stranger { gone: Box::pin(gone.clone().cancelled_owned()), _place: place });
+    let peer = Peer(Arc::new(Known {
+        pass,
+        standing,
+        trust: AtomicU8::new(STRANGER),
+        left: AtomicUsize::new(FIRST_BYTES),
+        jobs: AtomicUsize::new(0),
+        requests: Mutex::new(Bucket::new(REQUESTS, Instant::now())),
+    }));
     let known = Arc::downgrade(&peer.0);
     if send.send(Ok(Connection { wire, peer, stranger, stalled: None })).await.is_err() {
         return;
     }
     drop(send);
-    let Some(gone) = gone else { return };
     tokio::time::sleep_until(end).await;
     if known.upgrade().is_some_and(|known| known.trust.load(Ordering::Relaxed) == STRANGER) {
-        hall.speaking.leave(id);
         gone.cancel();
     }
 }

@@ -3,6 +3,7 @@
 //! [`run`] takes a listener and an interruption signal, so a test binds port 0.
 
 mod access;
+mod bare;
 mod door;
 mod driver;
 mod entrance;
@@ -22,6 +23,7 @@ mod sum;
 
 pub use access::check_identity;
 use anyhow::{Context, Result, bail};
+pub use bare::Bare;
 use driver::{Driver, Learning};
 pub use entrance::Entrance;
 use entrance::{asks, counts};

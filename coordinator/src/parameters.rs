@@ -31,7 +31,7 @@ use unisono_proto::{self as wire, WireError, v1};
 const AT_ONCE: usize = 8;
 
 /// Frames that wait for one broadcast's socket, at most: four chunks.
-const AHEAD: usize = 8;
+pub const AHEAD: usize = 8;
 
 /// The service `Parameters` of the proto file, over the shared state of one run.
 #[derive(Clone)]
@@ -83,9 +83,14 @@ async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Result<Response<
         }
         _ => return Err(Status::unimplemented("the service Parameters has two methods, Push and Broadcast")),
     }
-    let mut response = Response::new(Body::new(StreamBody::new(ReceiverStream::new(receive))));
+    Ok(streamed(receive))
+}
+
+/// The response whose frames these are.
+pub fn streamed(frames: mpsc::Receiver<Result<Frame<Bytes>, Status>>) -> Response<Body> {
+    let mut response = Response::new(Body::new(StreamBody::new(ReceiverStream::new(frames))));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-    Ok(response)
+    response
 }
 
 /// The first message of a request, which must come soon.
@@ -96,7 +101,7 @@ async fn first<M>(message: impl Future<Output = Result<Option<M>, Status>>) -> R
 }
 
 /// Ends a stream well.
-async fn finish(send: &mpsc::Sender<Result<Frame<Bytes>, Status>>) {
+pub async fn finish(send: &mpsc::Sender<Result<Frame<Bytes>, Status>>) {
     let mut status = HeaderMap::new();
     status.insert(Status::GRPC_STATUS, HeaderValue::from_static("0"));
     send.send(Ok(Frame::trailers(status))).await.ok();

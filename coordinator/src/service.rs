@@ -82,6 +82,7 @@ impl Service {
 #[tonic::async_trait]
 impl v1::coordinator_server::Coordinator for Service {
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::GetJobReply>, Status> {
+        Peer::of(&request)?.take_job()?;
         check_version(&request.into_inner().version)?;
         let json = |e: serde_json::Error| Status::internal(e.to_string());
         Ok(Response::new(v1::GetJobReply {

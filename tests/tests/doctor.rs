@@ -101,6 +101,7 @@ fn what_is_to_be_changed_is_said() {
     assert!(!lines["credentials"].0 && lines["credentials"].1.contains("chmod 600"), "{lines:?}");
 
     // Files that do not belong together.
+    std::fs::set_permissions(&key, PermissionsExt::from_mode(0o600)).expect("its owner may");
     let (lines, status) = doctor(dir.path(), &["--identity", "certs/coordinator"]);
     assert!(status == Some(0) && lines["credentials"].1.contains("a coordinator's"), "{lines:?}");
     for (file, words) in [("tls.key", "tls.key cannot be used"), ("ca.crt", "ca.crt beside it has not signed it")] {

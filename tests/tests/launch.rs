@@ -107,6 +107,13 @@ impl Launch<'_> {
         self.hosts.workers(host)
     }
 
+    /// Where its coordinator listens.
+    fn url(&self) -> String {
+        let log = self.hosts.log();
+        let port = log.split("listening on https://0.0.0.0:").nth(1).and_then(|rest| rest.split_whitespace().next());
+        format!("https://127.0.0.1:{}", port.expect("it says where"))
+    }
+
     fn end(mut self) -> Output {
         self.child.take().expect("it runs").wait_with_output().expect("it ends")
     }
@@ -263,10 +270,11 @@ fn a_worker_that_is_refused_is_not_tried_again() {
 #[test]
 fn whoever_drains_all_workers_is_told_so() {
     let hosts = Hosts::new("one\n", &["one"]);
-    let launch = hosts.start(LONG);
-    let worker = launch.has("one", 1)[0];
-    signal_id(worker, Signal::TERM);
-    wait_until("it to be said", || hosts.log().contains("no host has a worker any more"));
+    let launch = hosts.start(&[&["--certs", "certs"], LONG].concat());
+    launch.has("one", 1);
+    let drained = run(hosts.dir(), &["drain", "1", "--coordinator", &launch.url(), "--identity", "certs/operator"]);
+    assert!(drained.status.success(), "{}", text(&drained.stderr));
+    wait_until("it to be said", || hosts.log().contains("none comes from any host"));
     launch.signal(Signal::INT);
     assert_eq!(launch.end().status.code(), Some(130));
 }
@@ -315,9 +323,7 @@ fn keys_are_in_no_log_no_list_of_processes_and_on_no_host() {
         assert!(files.iter().all(|file| file.file_name().is_some_and(|name| name == "unisono")), "{files:?}");
     }
     // Whoever has the operator's may steer it.
-    let log = hosts.log();
-    let url = log.split("listening on https://0.0.0.0:").nth(1).and_then(|rest| rest.split_whitespace().next());
-    let url = format!("https://127.0.0.1:{}", url.expect("it says where"));
+    let url = launch.url();
     wait_until("both to be seen by their names", || {
         let status = run(hosts.dir(), &["status", "--coordinator", &url, "--identity", "certs/operator"]);
         ["  one", "  two"].iter().all(|name| text(&status.stdout).contains(name))

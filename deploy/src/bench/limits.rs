@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use unisono_common::kernels::{Mat, gemm};
@@ -141,50 +140,21 @@ impl v1::parameters_server::Parameters for Peer {
     }
 }
 
-/// The coordinator's gRPC server with nothing behind it, for as long as this is held.
-pub struct Bare {
-    pub url: String,
-    /// Bytes of pushes so far.
-    pub came: Arc<AtomicU64>,
-    _server: JoinSet<Result<(), tonic::transport::Error>>,
-}
-
-impl Bare {
-    /// Listens on a free port of this machine.
-    ///
-    /// # Errors
-    /// Where there is none.
-    pub async fn listen() -> Result<Bare> {
-        let came = Arc::new(AtomicU64::new(0));
-        let peer = v1::parameters_server::ParametersServer::new(Peer { came: came.clone(), values: values() });
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-        let url = format!("http://{}", listener.local_addr()?);
-        let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
-        let server = unisono_coordinator::server().add_service(peer).serve_with_incoming(incoming);
-        Ok(Bare { url, came, _server: JoinSet::from_iter([server]) })
-    }
-}
-
-/// A chunk's.
-fn values() -> Bytes {
-    Bytes::from(vec![1; 4 * CHUNK])
-}
-
-/// A part of a push: a whole chunk.
-pub fn part() -> v1::PushPart {
-    let chunk = v1::GradientChunk { index: 0, crc: 0, values: values() };
-    v1::PushPart { kind: Some(v1::push_part::Kind::Chunk(chunk)) }
-}
-
 /// Chunks up and down at once, through one connection with the wire's settings: bytes a second each way.
 async fn streams() -> Result<f64> {
-    let bare = Bare::listen().await?;
-    let came = &bare.came;
-    let channel = unisono_worker::Address::new(&bare.url, None)?.connect().await?;
+    let values = Bytes::from(vec![1; 4 * CHUNK]);
+    let came = Arc::new(AtomicU64::new(0));
+    let peer = v1::parameters_server::ParametersServer::new(Peer { came: came.clone(), values: values.clone() });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+    let server = tokio::spawn(unisono_coordinator::server().add_service(peer).serve_with_incoming(incoming));
+    let channel = unisono_worker::Address::new(&url, None)?.connect().await?;
     let mut client = v1::parameters_client::ParametersClient::new(channel);
 
     let (send, parts) = mpsc::channel(4);
-    let part = part();
+    let kind = v1::push_part::Kind::Chunk(v1::GradientChunk { index: 0, crc: 0, values });
+    let part = v1::PushPart { kind: Some(kind) };
     let mut pushing = client.clone();
     let up = tokio::spawn(async move { pushing.push(ReceiverStream::new(parts)).await.map(|_| ()) });
     let feed = tokio::spawn(async move { while send.send(part.clone()).await.is_ok() {} });
@@ -205,6 +175,7 @@ async fn streams() -> Result<f64> {
         task.abort();
     }
     up.abort();
+    server.abort();
     Ok(best)
 }
 

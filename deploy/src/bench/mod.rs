@@ -1,6 +1,6 @@
 //! `unisono bench`: how fast this machine trains, and where the time of a step goes.
 
-pub mod limits;
+mod limits;
 mod memory;
 mod report;
 
@@ -150,7 +150,9 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
     }
     let prepared = match args.workload {
         Some(workload) => {
-            let job = workload.job(threads, args.batches.map_or(workload.batches(), usize::from)).map_err(Wrong)?;
+            let job = workload
+                .job(threads, args.batches.map_or(workload.batches(), |batches| batches.get().into()))
+                .map_err(Wrong)?;
             Some((workload, unisono_coordinator::prepare_unkept(job).map_err(Wrong)?))
         }
         None => None,

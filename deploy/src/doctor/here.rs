@@ -93,12 +93,12 @@ pub fn identity(lines: &mut Lines, folder: &Path) -> Option<Identity> {
     if let Some(certificate) = &identity.certificate {
         let found = certified(&certificate.chain, OffsetDateTime::now_utc());
         let found = found.with_context(|| folder.join(CERTIFICATE).display().to_string());
-        let found = found.and_then(|found| {
-            unisono_coordinator::check_identity(&identity)?;
-            Ok(found)
-        });
         whole = found.is_ok();
         lines.found("credentials", found);
+    }
+    if let Err(e) = unisono_coordinator::check_identity(&identity) {
+        whole = false;
+        lines.change("credentials", e.to_string());
     }
     if identity.token.is_some() {
         lines.well("join token", "is there; a coordinator says whether it is its own");

@@ -260,7 +260,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
     });
     let entrance = Entrance::new(listener, Some(&coordinator))?;
     let (progress, watching) = watch::channel(Progress::default());
-    let joining = progress.subscribe();
+    let (joining, there) = (progress.subscribe(), progress.subscribe());
     let shown = view.show(watching);
     let interrupted = interruption();
     let (end, over) = watch::channel(false);
@@ -275,7 +275,10 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
             Ok(()) => match tokio::time::timeout(slot::GOODBYE, &mut training).await {
                 Ok(trained) => trained,
                 Err(_) => {
-                    tracing::warn!("no host has a worker any more: all have left; end the run with Ctrl-C, and go on with --resume");
+                    // Others may have joined by hand.
+                    if there.borrow().workers.is_empty() {
+                        tracing::warn!("no worker is there, and none comes from any host: all have left or were refused; end the run with Ctrl-C, and go on with --resume");
+                    }
                     training.await
                 }
             },

@@ -1,6 +1,5 @@
 //! What one number of workers came to, and what held it up.
 
-use super::bytes::Cost;
 use super::usage::Used;
 use crate::simulate::Scaling;
 use crate::simulate::trace::Trace;
@@ -171,7 +170,7 @@ pub struct Size {
     pub busy: Busy,
     /// The coordinator's processor time for a worker and step, in microseconds.
     pub coordinator_us: f64,
-    /// Of them, what is beyond moving the same bytes through as many connections with nothing behind them; by gRPC.
+    /// Of them, what is beyond moving the same bytes through as many streams with nothing behind them; where it was measured.
     pub own_us: Option<f64>,
     pub coordinator_memory_mib: f64,
     /// Milliseconds of a step on its critical path.
@@ -195,7 +194,6 @@ impl Size {
         work: String,
         simulated: bool,
         used: Used,
-        moving: Option<Cost>,
         moves: &Moves,
         summary: &Summary,
         m: &Measured,
@@ -203,10 +201,6 @@ impl Size {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;
         let (steps, seconds) = (m.steps as f64, m.seconds);
         let coordinator_us = m.cpu_seconds / steps / workers as f64 * 1e6;
-        let own_us = moving.map(|Cost { pushed, pulled }| {
-            let moved = m.bytes_pushed as f64 * pushed + m.bytes_pulled as f64 * pulled;
-            coordinator_us - moved / steps / workers as f64 * 1e6
-        });
         let busy = Busy { coordinator: m.cpu_seconds / seconds, workers: used.workers_cpu_seconds / seconds, cores };
         let trace = Trace {
             job: summary.job.clone(),
@@ -239,7 +233,7 @@ impl Size {
             bytes_pulled_per_second: m.bytes_pulled as f64 / seconds,
             busy,
             coordinator_us,
-            own_us,
+            own_us: None,
             coordinator_memory_mib: used.memory_mib,
             phases: m.phases,
             bottleneck: Bottleneck::of(workers, summary.partitions, busy, m.phases),

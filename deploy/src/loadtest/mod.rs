@@ -12,7 +12,7 @@ use crate::simulate::Scaling;
 use crate::simulate::cluster;
 use crate::simulate::trace::{self, Trace};
 use crate::simulate::units::{Counts, Seconds};
-use crate::{Transport, Wrong, interruption, read_job};
+use crate::{Transport, Wrong, interruption, read_job, show};
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Cost;
 use figures::{Moves, Size};
@@ -173,6 +173,25 @@ pub async fn run(args: Args) -> Result<ExitCode> {
         std::fs::write(path, serde_json::to_string_pretty(trace)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
+    // After all sizes, whose memory is measured.
+    for &workers in counts {
+        let sizes = all.iter_mut().filter(|size| size.workers == workers && size.trace.transport == "grpc");
+        let mut sizes = sizes.peekable();
+        if sizes.peek().is_none() {
+            continue;
+        }
+        eprintln!("moving bytes through {} that do nothing else", show::count(workers, "connection"));
+        let mut interrupted = interruption();
+        let cost = tokio::select! {
+            cost = Cost::measure(workers) => cost,
+            _ = interrupted.wait_for(|now| *now) => break,
+        };
+        match cost {
+            Ok(cost) => sizes.for_each(|size| size.own_us = Some(cost.beyond(&size.trace))),
+            // What was measured is not lost.
+            Err(e) => eprintln!("unisono: it is not known what moving bytes costs: {e:#}"),
+        }
+    }
     let report = report::Report { job: &job, args: &args, sizes: &all, pretence: pretence.as_ref() };
     if let Some(path) = &args.report {
         std::fs::write(path, report.html()?).with_context(|| format!("cannot write {}", path.display()))?;
@@ -286,11 +305,7 @@ impl Run<'_> {
         let Some(measured) = summary.measured.as_ref().filter(|_| !*interrupted.borrow()) else { return Ok(None) };
         let moves = moves.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let simulated = pretence.is_some();
-        let moving = match summary.transport == "grpc" {
-            true => Some(Cost::measure(workers).await?),
-            false => None,
-        };
-        let size = Size::new(scaling, workers, work, simulated, used, moving, &moves, &summary, measured);
+        let size = Size::new(scaling, workers, work, simulated, used, &moves, &summary, measured);
         Ok(Some(Size { is_modelled, ..size }))
     }
 }

@@ -124,12 +124,12 @@ pub fn load(ready: &Ready, compute: f64) -> Load {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
-    #[test]
-    fn a_trace_explains_the_run_that_it_was_taken_of() {
-        let trace = Trace {
+    /// Of a run that nobody has made.
+    pub fn example() -> Trace {
+        Trace {
             job: "a job".into(),
             work: "0123".into(),
             transport: "grpc".into(),
@@ -147,7 +147,12 @@ mod tests {
             coordinator_cpu_seconds: 0.011,
             update_cpu_seconds: 0.001,
             workers_cpu_seconds: 0.012,
-        };
+        }
+    }
+
+    #[test]
+    fn a_trace_explains_the_run_that_it_was_taken_of() {
+        let trace = example();
         let load = trace.load();
         let again = cluster::run(&load, &trace.host(), 8, 200, 1).expect("it ends");
         let seconds = load.samples / again.samples_per_second;

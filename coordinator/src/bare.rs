@@ -1,0 +1,98 @@
+//! The streams of [`crate::parameters`] with nothing behind them: what moving bytes costs by itself.
+
+use crate::parameters::{AHEAD, finish, streamed};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Frame;
+use std::convert::Infallible;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Status, codegen::Service};
+use unisono_proto::stream::{self, ChunkHead, Part, Reader};
+use unisono_proto::v1;
+
+/// A server on this machine that takes chunks of gradients, and sends chunks of weights as fast as they are taken; it ends when
+/// this is dropped.
+pub struct Bare {
+    pub url: String,
+    /// Bytes of gradients so far.
+    pub came: Arc<AtomicU64>,
+    _server: JoinSet<Result<(), tonic::transport::Error>>,
+}
+
+impl Bare {
+    /// Listens on a free port; each chunk of weights has so many bytes.
+    ///
+    /// # Errors
+    /// Where there is no port.
+    pub async fn listen(chunk: usize) -> io::Result<Bare> {
+        let came = Arc::new(AtomicU64::new(0));
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let streams = Streams { came: came.clone(), values: vec![0; chunk].into() };
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let server = crate::server().add_service(streams).serve_with_incoming(incoming);
+        Ok(Bare { url, came, _server: JoinSet::from_iter([server]) })
+    }
+}
+
+#[derive(Clone)]
+struct Streams {
+    came: Arc<AtomicU64>,
+    values: Bytes,
+}
+
+impl NamedService for Streams {
+    const NAME: &'static str = crate::parameters::Parameters::NAME;
+}
+
+impl Service<Request<Body>> for Streams {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let streams = self.clone();
+        Box::pin(async move { Ok(streams.answer(request).await.unwrap_or_else(Status::into_http)) })
+    }
+}
+
+impl Streams {
+    async fn answer(self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let (send, receive) = mpsc::channel(AHEAD);
+        if request.uri().path().ends_with("/Broadcast") {
+            tokio::spawn(async move {
+                loop {
+                    for part in stream::weights(ChunkHead::default(), &self.values) {
+                        if send.send(Ok(Frame::data(part))).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            });
+        } else {
+            let mut reader = Reader::new(request.into_body());
+            while let Some(part) = reader.part().await? {
+                if let Part::Chunk(..) | Part::Rows(..) = part {
+                    self.came.fetch_add(reader.values().await?.len() as u64, Ordering::Relaxed);
+                }
+            }
+            send.send(Ok(Frame::data(stream::short(&v1::PushReply {})))).await.ok();
+            finish(&send).await;
+        }
+        Ok(streamed(receive))
+    }
+}
