@@ -62,7 +62,7 @@ impl Waiting {
     fn come(&self, connections: usize, say: &dyn Fn(usize, &mut TcpStream)) -> Vec<TcpStream> {
         let connect = |i: usize| {
             let mut wire = TcpStream::connect(&self.address).expect("a connection");
-            wire.set_write_timeout(Some(Duration::from_millis(50))).expect("a time limit");
+            wire.set_write_timeout(Some(Duration::from_millis(10))).expect("a time limit");
             say(i, &mut wire);
             wire
         };
