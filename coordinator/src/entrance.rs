@@ -31,8 +31,9 @@ use unisono_proto::identity::{Identity, IdentityError, Role};
 const MOST: usize = 8192;
 /// Of them, those of strangers and guests.
 const STRANGERS: usize = 1024;
-/// Of these, those which speak HTTP/2, half of them guests: each takes about 50 to 100 KiB.
-const SPEAKING: usize = 128;
+/// Of these, those which speak HTTP/2, each of which takes about 50 to 100 KiB: of strangers, and of guests.
+const SPEAKING: usize = 64;
+const GUESTS: usize = 256;
 /// A stranger's time, from the first byte to a request that is admitted.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that are read from a stranger or a guest: its requests are short.
@@ -432,10 +433,10 @@ impl Entrance {
             tls: self.tls,
             count: AtomicUsize::new(0),
             next: AtomicU64::new(0),
-            silent: Queue::new(STRANGERS - SPEAKING),
-            speaking: Queue::new(SPEAKING / 2),
-            guests: Queue::new(SPEAKING / 2),
-            places: Arc::new(Semaphore::new(SPEAKING)),
+            silent: Queue::new(STRANGERS - SPEAKING - GUESTS),
+            speaking: Queue::new(SPEAKING),
+            guests: Queue::new(GUESTS),
+            places: Arc::new(Semaphore::new(SPEAKING + GUESTS)),
             allowed: Mutex::default(),
             addresses: Mutex::default(),
             refusals: Complaints::new(),

@@ -11,10 +11,10 @@ use unisono_proto::{VERSION, v1};
 use unisono_tests::cluster::{same_result, undisturbed};
 use unisono_tests::{finish, free_port, peak, root, run, start, wait_until};
 
-/// Strangers that may be there at once; of them, those that speak HTTP/2, and those of these that have asked for nothing, or have.
-const STRANGERS: usize = 1024;
-const SPEAKING: usize = 128;
-const EACH: usize = SPEAKING / 2;
+/// Those who may be there at once and are not known: silent ones, those that speak HTTP/2, and those of whom a request was admitted.
+const SILENT: usize = 704;
+const SPEAKING: usize = 64;
+const GUESTS: usize = 256;
 
 /// So long a stranger may stay.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -103,13 +103,13 @@ fn strangers(most: usize, say: impl Fn(usize, &mut TcpStream)) {
 
 #[test]
 fn who_says_nothing_has_to_go() {
-    strangers(STRANGERS - SPEAKING, |_, _| ());
+    strangers(SILENT, |_, _| ());
 }
 
 /// Also who begins well.
 #[test]
 fn who_says_what_is_not_understood_has_to_go() {
-    strangers(STRANGERS - SPEAKING, |i, wire| {
+    strangers(SILENT, |i, wire| {
         let said = [&[0xab; 100][..], &PREFACE[..10], &PREFACE[..1], &[]][i % 4];
         wire.write_all(said).ok();
     });
@@ -133,7 +133,7 @@ fn hello() -> Vec<u8> {
 #[test]
 fn who_takes_no_answers_has_to_go() {
     let pings = frame(6, 0, 0, &[7; 8]).repeat(60_000);
-    strangers(EACH, |_, wire| {
+    strangers(SPEAKING, |_, wire| {
         wire.write_all(&hello()).ok();
         wire.write_all(&pings).ok();
     });
@@ -147,7 +147,7 @@ fn long_frame(wire: &mut TcpStream) {
 
 #[test]
 fn a_long_frame_is_not_kept() {
-    strangers(EACH, |_, wire| {
+    strangers(SPEAKING, |_, wire| {
         wire.write_all(&hello()).ok();
         long_frame(wire);
     });
@@ -177,7 +177,7 @@ fn calls(many: u8) -> Vec<u8> {
 #[test]
 fn who_asks_and_does_not_join_gives_way() {
     let calls = calls(60);
-    strangers(EACH, |_, wire| {
+    strangers(GUESTS, |_, wire| {
         wire.write_all(&calls).ok();
     });
 }
@@ -185,7 +185,7 @@ fn who_asks_and_does_not_join_gives_way() {
 #[test]
 fn a_long_frame_of_one_who_has_asked_is_not_kept_either() {
     let call = calls(1);
-    strangers(EACH, |_, wire| {
+    strangers(GUESTS, |_, wire| {
         wire.write_all(&call).ok();
         std::thread::sleep(Duration::from_millis(5)); // it is a guest then
         long_frame(wire);
@@ -202,8 +202,8 @@ async fn who_gave_way_may_come_again() {
     client.get_job(request()).await.expect("the job");
     let open = coordinator.open();
     let call = calls(1);
-    let others = coordinator.come(2 * EACH, &|_, wire: &mut TcpStream| wire.write_all(&call).expect("sent"));
-    wait_until("the oldest to go", || (open..=coordinator.calm + EACH).contains(&coordinator.open()));
+    let others = coordinator.come(2 * GUESTS, &|_, wire: &mut TcpStream| wire.write_all(&call).expect("sent"));
+    wait_until("the oldest to go", || (open..=coordinator.calm + GUESTS).contains(&coordinator.open()));
     let mut tries = 0;
     while let Err(e) = client.get_job(request()).await {
         tries += 1;

@@ -260,11 +260,12 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
         Err(e) if is_final(&e) => return Ok(End::Refused(e.message().into())),
         Err(e) => return Err(coordinator.plain(&e)),
     };
-    let joined = match answer(options, incoming.message()).await?.and_then(|m| m.kind) {
-        Some(v1::to_worker::Kind::Joined(joined)) => joined,
-        Some(v1::to_worker::Kind::Goodbye(bye)) => return Ok(End::Done(bye.reason)),
-        Some(v1::to_worker::Kind::Work(_)) | None => bail!("the coordinator did not answer the join"),
-    };
+    let joined =
+        match answer(options, incoming.message()).await.map_err(|e| coordinator.plain(&e))?.and_then(|m| m.kind) {
+            Some(v1::to_worker::Kind::Joined(joined)) => joined,
+            Some(v1::to_worker::Kind::Goodbye(bye)) => return Ok(End::Done(bye.reason)),
+            Some(v1::to_worker::Kind::Work(_)) | None => bail!("the coordinator did not answer the join"),
+        };
 
     let tables = job.train.tables();
     let width = model.rows().width();
@@ -319,7 +320,7 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
             let other = coordinator.connect().await?;
             let request = wire::stream::short(&v1::BroadcastRequest { session: joined.session.clone() });
             let broadcast = call(other, "Broadcast", Body::new(Full::new(request)));
-            let broadcast = answer(options, broadcast).await?;
+            let broadcast = answer(options, broadcast).await.map_err(|e| coordinator.plain(&e))?;
             let (coming, incoming) = Coming::new(&layout).context("no memory for the weights")?;
             let (rows, pulling) = if width > 0 {
                 let (ask, asks) = mpsc::unbounded_channel();
