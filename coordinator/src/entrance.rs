@@ -423,6 +423,8 @@ impl Entrance {
     /// # Errors
     /// An identity that a coordinator cannot use.
     pub fn new(listener: TcpListener, identity: Option<&Identity>) -> Result<Entrance, IdentityError> {
+        // Its connections have it from their beginning.
+        unisono_proto::steady(&listener).ok();
         Ok(Entrance { listener, tls: identity.map(Tls::new).transpose()? })
     }
 

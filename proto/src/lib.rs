@@ -38,6 +38,29 @@ pub const MAX_FRAME: u32 = (1 << 24) - 1;
 /// Each side asks the other this often whether it is there, and waits this long for the answer.
 pub const KEEPALIVE: std::time::Duration = std::time::Duration::from_secs(15);
 
+/// Has TCP send steadily: BBR all but stops a connection for 200 ms every 10 s (ProbeRTT, draft-cardwell-iccrg-bbr-congestion-control,
+/// 4.3.4), and a step waits for the slowest of all. Gives the congestion control that is used then.
+///
+/// # Errors
+/// A system that does not say, or does not let us choose.
+#[cfg(target_os = "linux")]
+pub fn steady(socket: impl std::os::fd::AsFd) -> std::io::Result<String> {
+    use rustix::net::sockopt::{set_tcp_congestion, tcp_congestion};
+    if tcp_congestion(&socket)? == "bbr" {
+        set_tcp_congestion(&socket, "cubic")?;
+    }
+    Ok(tcp_congestion(&socket)?)
+}
+
+/// Has TCP send steadily: there is nothing to choose on this system.
+///
+/// # Errors
+/// Always.
+#[cfg(not(target_os = "linux"))]
+pub fn steady(_: impl std::os::fd::AsFd) -> std::io::Result<String> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
 /// Compute threads of a worker, at most.
 pub const MAX_THREADS: u32 = 4096;
 

@@ -11,8 +11,11 @@ use unisono_tests::{free_port, run};
 /// Steps that take longer than the doctor does.
 const LONG: u64 = 40_000;
 
-/// What it found, and its exit status; the last word of several lines of one kind counts.
-fn doctor(dir: &Path, args: &[&str]) -> (BTreeMap<String, (bool, String)>, Option<i32>) {
+/// For each kind of line whether it is well, and its text.
+type Found = BTreeMap<String, (bool, String)>;
+
+/// What it found, of which the exit status says the same; the last word of several lines of one kind counts.
+fn doctor(dir: &Path, args: &[&str]) -> Found {
     let output = run(dir, &[&["doctor", "--json"], args].concat());
     let text = String::from_utf8_lossy(&output.stdout);
     let found: Value = serde_json::from_str(text.lines().last().expect("a line")).expect("JSON");
@@ -21,18 +24,23 @@ fn doctor(dir: &Path, args: &[&str]) -> (BTreeMap<String, (bool, String)>, Optio
         let text = |key: &str| line[key].as_str().expect("a text").to_string();
         (text("what"), (line["ok"].as_bool().expect("a flag"), text("text")))
     };
-    let lines: BTreeMap<_, _> = lines.iter().map(line).collect();
+    let lines: Found = lines.iter().map(line).collect();
     let all_well = lines.values().all(|(is_well, _)| *is_well);
     assert_eq!((found["ok"].as_bool(), output.status.code()), (Some(all_well), Some(i32::from(!all_well))), "{text}");
-    (lines, output.status.code())
+    lines
+}
+
+/// Whether nothing is to be changed, but how TCP sends, which is the machine's affair.
+fn well(lines: &Found) -> bool {
+    lines.iter().all(|(what, (is_well, _))| *is_well || what == "tcp")
 }
 
 #[test]
 fn a_machine_that_can_join_a_run_is_well() {
     let dir = tempfile::tempdir().expect("a folder");
     let cluster = Cluster::start(dir.path(), LONG);
-    let (lines, status) = doctor(dir.path(), &["--coordinator", &cluster.address]);
-    assert_eq!(status, Some(0), "{lines:?}");
+    let lines = doctor(dir.path(), &["--coordinator", &cluster.address]);
+    assert!(well(&lines), "{lines:?}");
     for what in [
         "machine",
         "memory",
@@ -65,8 +73,8 @@ fn the_same_data_have_the_same_digest_and_others_another() {
     std::fs::write(dir.path().join("job.toml"), job("y")).expect("written");
     let digest = |rows: &str| {
         std::fs::write(dir.path().join("a.csv"), format!("x,y\n{rows}")).expect("written");
-        let (lines, status) = doctor(dir.path(), &["job.toml"]);
-        assert_eq!(status, Some(0), "{lines:?}");
+        let lines = doctor(dir.path(), &["job.toml"]);
+        assert!(well(&lines), "{lines:?}");
         lines["data"].1.clone()
     };
     let first = digest("1,2\n3,4\n5,6\n");
@@ -74,7 +82,7 @@ fn the_same_data_have_the_same_digest_and_others_another() {
     assert_eq!(first, digest("1,2\n3,4\n5,6\n"));
     assert_ne!(first, digest("1,2\n3,4\n5,7\n"));
     std::fs::write(dir.path().join("job.toml"), job("z")).expect("written");
-    let (lines, _) = doctor(dir.path(), &["job.toml"]);
+    let lines = doctor(dir.path(), &["job.toml"]);
     assert!(!lines["data"].0 && lines["data"].1.contains('z'), "{lines:?}");
 }
 
@@ -83,32 +91,32 @@ fn what_is_to_be_changed_is_said() {
     let dir = tempfile::tempdir().expect("a folder");
     let port = free_port().to_string();
     let nobody = format!("127.0.0.1:{port}");
-    let (lines, _) = doctor(dir.path(), &["--coordinator", &nobody]);
+    let lines = doctor(dir.path(), &["--coordinator", &nobody]);
     assert!(!lines["coordinator"].0 && lines["coordinator"].1.contains(&nobody), "{lines:?}");
 
     assert!(run(dir.path(), &["cert", "soon", "--days", "1"]).status.success());
-    let (lines, _) = doctor(dir.path(), &["--identity", "soon/worker"]);
+    let lines = doctor(dir.path(), &["--identity", "soon/worker"]);
     let (is_well, text) = &lines["credentials"];
     assert!(!is_well && text.contains("expires in") && text.contains("unisono cert"), "{text}");
 
     assert!(run(dir.path(), &["cert", "certs"]).status.success());
-    let (lines, status) = doctor(dir.path(), &["--identity", "certs/worker"]);
+    let lines = doctor(dir.path(), &["--identity", "certs/worker"]);
     let (is_well, text) = &lines["credentials"];
-    assert!(status == Some(0) && *is_well && text.contains("worker's") && text.contains("unisono CA"), "{text}");
+    assert!(well(&lines) && *is_well && text.contains("worker's") && text.contains("unisono CA"), "{text}");
     let key = dir.path().join("certs/worker/tls.key");
     std::fs::set_permissions(&key, PermissionsExt::from_mode(0o644)).expect("its owner may");
-    let (lines, _) = doctor(dir.path(), &["--identity", "certs/worker"]);
+    let lines = doctor(dir.path(), &["--identity", "certs/worker"]);
     assert!(!lines["credentials"].0 && lines["credentials"].1.contains("chmod 600"), "{lines:?}");
 
     // Files that do not belong together.
     std::fs::set_permissions(&key, PermissionsExt::from_mode(0o600)).expect("its owner may");
-    let (lines, status) = doctor(dir.path(), &["--identity", "certs/coordinator"]);
-    assert!(status == Some(0) && lines["credentials"].1.contains("a coordinator's"), "{lines:?}");
+    let lines = doctor(dir.path(), &["--identity", "certs/coordinator"]);
+    assert!(well(&lines) && lines["credentials"].1.contains("a coordinator's"), "{lines:?}");
     for (file, words) in [("tls.key", "tls.key cannot be used"), ("ca.crt", "ca.crt beside it has not signed it")] {
         assert!(run(dir.path(), &["cert", file]).status.success());
         std::fs::copy(dir.path().join("certs/worker").join(file), dir.path().join(file).join("worker").join(file))
             .expect("copied");
-        let (lines, _) = doctor(dir.path(), &["--identity", &format!("{file}/worker")]);
+        let lines = doctor(dir.path(), &["--identity", &format!("{file}/worker")]);
         let (is_well, text) = &lines["credentials"];
         assert!(!is_well && text.contains(words) && text.contains("unisono cert"), "{text}");
     }

@@ -3,11 +3,14 @@
 use crate::Options;
 use anyhow::{Context, Result, anyhow, bail};
 use http::HeaderValue;
+use hyper_util::rt::TokioIo;
 use rustls::{CertificateError, InvalidMessage};
 use std::error::Error;
 use std::io;
+use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
+use tokio::net::{TcpSocket, TcpStream};
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::transport::channel::ResponseFuture;
@@ -75,8 +78,7 @@ impl Address {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(wire::STREAM_WINDOW)
             .initial_connection_window_size(wire::CONNECTION_WINDOW)
-            .max_frame_size(wire::MAX_FRAME)
-            .tcp_nodelay(true);
+            .max_frame_size(wire::MAX_FRAME);
         Ok(Address { url, endpoint, token })
     }
 
@@ -90,7 +92,7 @@ impl Address {
     /// # Errors
     /// Nobody there, or not whom the identity's authority knows.
     pub async fn connect(&self) -> Result<Channel> {
-        let wire = self.endpoint.connect().await.map_err(|e| self.unreachable(&e))?;
+        let wire = self.endpoint.connect_with_connector(Tcp).await.map_err(|e| self.unreachable(&e))?;
         Ok(Channel { wire, token: self.token.clone() })
     }
 
@@ -137,6 +139,38 @@ impl Address {
             }
             _ => anyhow!("{}", e.message()),
         }
+    }
+}
+
+/// Opens TCP connections, to the first address of a name that answers.
+#[derive(Clone)]
+struct Tcp;
+
+impl Service<http::Uri> for Tcp {
+    type Response = TokioIo<TcpStream>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: http::Uri) -> Self::Future {
+        Box::pin(async move {
+            let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+            let mut failed = io::Error::new(io::ErrorKind::NotFound, format!("{host} has no address"));
+            for address in tokio::net::lookup_host((host, uri.port_u16().unwrap_or_default())).await? {
+                let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+                // Before it is connected: what BBR sets up stays.
+                wire::steady(&socket).ok();
+                socket.set_nodelay(true)?;
+                match socket.connect(address).await {
+                    Ok(stream) => return Ok(TokioIo::new(stream)),
+                    Err(e) => failed = e,
+                }
+            }
+            Err(failed)
+        })
     }
 }
 

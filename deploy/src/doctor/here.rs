@@ -4,6 +4,7 @@ use super::Lines;
 use crate::show;
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::process::{Resource, getrlimit};
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use time::OffsetDateTime;
@@ -51,6 +52,23 @@ pub fn machine(lines: &mut Lines) {
         }
         Some(most) => lines.well("open files", format!("{most} at most")),
         None => lines.well("open files", "as many as there is memory for"),
+    }
+    if cfg!(target_os = "linux")
+        && let Ok(socket) = std::net::TcpListener::bind("127.0.0.1:0")
+    {
+        match unisono_proto::steady(&socket) {
+            Ok(control) => lines.well("tcp", format!("{control} against congestion")),
+            Err(e) if !matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::NotFound) => {
+                lines.well("tcp", "this system does not say");
+            }
+            Err(e) => lines.change(
+                "tcp",
+                format!(
+                    "bbr pauses each connection every 10 s, and this user may not choose another ({e}): \
+                     `sysctl -w net.ipv4.tcp_congestion_control=cubic` as root"
+                ),
+            ),
+        }
     }
     match Weights::create(1024) {
         Ok(_) => lines.well("shared memory", "works"),

@@ -24,14 +24,22 @@ pub struct Watch {
 
 /// How often. The window's ends are noticed so late at most.
 const EVERY: Duration = Duration::from_millis(20);
+/// At one of so many looks memory is looked at, too.
+const MEMORY: u64 = 10;
 
 impl Watch {
     pub fn new(progress: watch::Receiver<Progress>, workers: watch::Receiver<Vec<u32>>) -> Result<Watch> {
         let (stop, stopped) = mpsc::channel();
         let look = move || {
             let (mut used, mut measuring, mut before) = (Used::default(), false, 0.0);
-            while stopped.recv_timeout(EVERY) == Err(RecvTimeoutError::Timeout) {
-                used.memory_mib = used.memory_mib.max(memory_mib().unwrap_or(0.0));
+            // To look takes time of the process that is looked at.
+            for turn in 0u64.. {
+                if stopped.recv_timeout(EVERY) != Err(RecvTimeoutError::Timeout) {
+                    break;
+                }
+                if turn.is_multiple_of(MEMORY) {
+                    used.memory_mib = used.memory_mib.max(memory_mib().unwrap_or(0.0));
+                }
                 let now = progress.borrow().measuring;
                 if now != measuring {
                     let seconds: f64 = workers.borrow().iter().filter_map(|id| cpu_seconds(*id)).sum();
