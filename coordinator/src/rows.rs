@@ -116,7 +116,7 @@ pub enum Failed {
 }
 
 /// Rows of which is fetched what is known of them while others are worked on.
-const AHEAD: usize = 8;
+const AHEAD: usize = 24;
 
 /// Rows that a checkpoint takes at once; updates wait meanwhile.
 const BLOCK: usize = 16_384;

@@ -16,7 +16,10 @@ use unisono_common::kernels;
 const ENTRY: usize = 3;
 
 /// Entries and rows that are fetched while one is worked on.
-const AHEAD: usize = 8;
+const AHEAD: usize = 24;
+
+/// Rows that are looked for before they are copied: they stay in the caches that are close.
+const BLOCK: usize = 256;
 
 /// Entries of the first generation.
 const FIRST: usize = 1024;
@@ -193,20 +196,22 @@ impl Rows {
     /// Copies each key's row to `out`, `(keys, width)`; `absent` fills those of a row that nobody has
     /// touched. `places` is memory to work with.
     pub fn read(&self, keys: &[u64], places: &mut Vec<u32>, out: &mut [f32], mut absent: impl FnMut(u64, &mut [f32])) {
-        let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
-        places.clear();
-        places.extend(index.places(keys, self.capacity.rows).inspect(|place| self.come(*place)));
-        kernels::vectorized(
-            #[inline(always)]
-            || {
-                for ((key, place), out) in keys.iter().zip(places).zip(out.chunks_exact_mut(self.capacity.width)) {
-                    match *place {
-                        NOWHERE => absent(*key, out),
-                        place => kernels::copy(out, self.values(place)),
+        let (index, width) = (self.index(self.header()[GENERATION].load(Ordering::Acquire)), self.capacity.width);
+        for (keys, out) in keys.chunks(BLOCK).zip(out.chunks_mut(BLOCK * width)) {
+            places.clear();
+            places.extend(index.places(keys, self.capacity.rows).inspect(|place| self.come(*place)));
+            kernels::vectorized(
+                #[inline(always)]
+                || {
+                    for ((key, place), out) in keys.iter().zip(&*places).zip(out.chunks_exact_mut(width)) {
+                        match *place {
+                            NOWHERE => absent(*key, out),
+                            place => kernels::copy(out, self.values(place)),
+                        }
                     }
-                }
-            },
-        );
+                },
+            );
+        }
     }
 
     /// Says that a row is wanted soon: it is somewhere in a large memory, and others are looked for meanwhile.
