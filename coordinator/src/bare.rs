@@ -1,17 +1,19 @@
 //! The streams of [`crate::parameters`] with nothing behind them: what moving bytes costs by itself.
 
-use crate::parameters::{AHEAD, finish, streamed};
+use crate::lock;
+use crate::parameters::{AHEAD, finish, first, streamed};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Frame;
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tonic::body::Body;
 use tonic::server::NamedService;
@@ -20,8 +22,8 @@ use tonic::{Status, codegen::Service};
 use unisono_proto::stream::{self, ChunkHead, Part, Reader};
 use unisono_proto::v1;
 
-/// A server on this machine that takes chunks of gradients, and sends chunks of weights as fast as they are taken; it ends when
-/// this is dropped.
+/// A server on this machine that takes chunks of gradients, and sends each session a chunk of weights for each that came of it; it
+/// ends when this is dropped.
 pub struct Bare {
     pub url: String,
     /// Bytes of gradients so far.
@@ -30,15 +32,15 @@ pub struct Bare {
 }
 
 impl Bare {
-    /// Listens on a free port; each chunk of weights has so many bytes.
+    /// Listens on a free port; each chunk of weights has so many bytes, and so many go ahead.
     ///
     /// # Errors
     /// Where there is no port.
-    pub async fn listen(chunk: usize) -> io::Result<Bare> {
+    pub async fn listen(chunk: usize, ahead: usize) -> io::Result<Bare> {
         let came = Arc::new(AtomicU64::new(0));
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}", listener.local_addr()?);
-        let streams = Streams { came: came.clone(), values: vec![0; chunk].into() };
+        let streams = Streams { came: came.clone(), values: vec![0; chunk].into(), ahead, turns: Arc::default() };
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let server = crate::server().add_service(streams).serve_with_incoming(incoming);
         Ok(Bare { url, came, _server: JoinSet::from_iter([server]) })
@@ -49,6 +51,9 @@ impl Bare {
 struct Streams {
     came: Arc<AtomicU64>,
     values: Bytes,
+    ahead: usize,
+    /// Chunks that each session may still be sent.
+    turns: Arc<Mutex<HashMap<Bytes, Arc<Semaphore>>>>,
 }
 
 impl NamedService for Streams {
@@ -71,11 +76,21 @@ impl Service<Request<Body>> for Streams {
 }
 
 impl Streams {
+    fn turns(&self, session: Bytes) -> Arc<Semaphore> {
+        let turns = || Arc::new(Semaphore::new(self.ahead));
+        lock(&self.turns).entry(session).or_insert_with(turns).clone()
+    }
+
     async fn answer(self, request: Request<Body>) -> Result<Response<Body>, Status> {
         let (send, receive) = mpsc::channel(AHEAD);
-        if request.uri().path().ends_with("/Broadcast") {
+        let is_push = request.uri().path().ends_with("/Push");
+        let mut reader = Reader::new(request.into_body());
+        if !is_push {
+            let asked: v1::BroadcastRequest = first(reader.short()).await?;
             tokio::spawn(async move {
-                loop {
+                let turns = self.turns(asked.session);
+                while let Ok(turn) = turns.acquire().await {
+                    turn.forget();
                     for part in stream::weights(ChunkHead::default(), &self.values) {
                         if send.send(Ok(Frame::data(part))).await.is_err() {
                             return;
@@ -84,10 +99,14 @@ impl Streams {
                 }
             });
         } else {
-            let mut reader = Reader::new(request.into_body());
+            let Part::Short(v1::push_part::Kind::Session(session)) = first(reader.part()).await? else {
+                return Err(Status::invalid_argument("the first message of a push must be the session"));
+            };
+            let turns = self.turns(session);
             while let Some(part) = reader.part().await? {
                 if let Part::Chunk(..) | Part::Rows(..) = part {
                     self.came.fetch_add(reader.values().await?.len() as u64, Ordering::Relaxed);
+                    turns.add_permits(1);
                 }
             }
             send.send(Ok(Frame::data(stream::short(&v1::PushReply {})))).await.ok();

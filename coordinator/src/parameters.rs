@@ -94,7 +94,7 @@ pub fn streamed(frames: mpsc::Receiver<Result<Frame<Bytes>, Status>>) -> Respons
 }
 
 /// The first message of a request, which must come soon.
-async fn first<M>(message: impl Future<Output = Result<Option<M>, Status>>) -> Result<M, Status> {
+pub async fn first<M>(message: impl Future<Output = Result<Option<M>, Status>>) -> Result<M, Status> {
     let message = tokio::time::timeout(Duration::from_secs(10), message).await;
     let message = message.map_err(|_| Status::deadline_exceeded("no request came for 10 s"))??;
     message.ok_or_else(|| Status::invalid_argument("the request is empty"))

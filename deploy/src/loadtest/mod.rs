@@ -14,7 +14,6 @@ use crate::simulate::trace::{self, Trace};
 use crate::simulate::units::{Counts, Seconds};
 use crate::{Transport, Wrong, interruption, read_job, show};
 use anyhow::{Context, Result, anyhow, bail};
-use bytes::Cost;
 use figures::{Moves, Size};
 use fleet::{Fleet, Pretence};
 use std::path::PathBuf;
@@ -32,6 +31,8 @@ const WARM: Duration = Duration::from_millis(500);
 const STEPS: u64 = 5;
 /// Workers are started one after another, so long apart.
 const APART: Duration = Duration::from_millis(2);
+/// Workers that are started and not there yet, at most: a coordinator lets few in at once whom it does not know.
+const COMING: usize = 32;
 /// The most workers of a run that calibrates the simulation.
 const CALIBRATES: usize = 8;
 /// Workers that are started in a second, at most: a coordinator lets no more of one address in.
@@ -176,18 +177,16 @@ pub async fn run(args: Args) -> Result<ExitCode> {
     // After all sizes, whose memory is measured.
     for &workers in counts {
         let sizes = all.iter_mut().filter(|size| size.workers == workers && size.trace.transport == "grpc");
-        let mut sizes = sizes.peekable();
-        if sizes.peek().is_none() {
-            continue;
-        }
-        eprintln!("moving bytes through {} that do nothing else", show::count(workers, "connection"));
+        let mut sizes: Vec<&mut Size> = sizes.collect();
+        let Some(model) = sizes.first().map(|size| size.trace.bytes_pulled as usize / workers) else { continue };
+        eprintln!("moving the bytes of {} that do nothing else", show::count(workers, "worker"));
         let mut interrupted = interruption();
         let cost = tokio::select! {
-            cost = Cost::measure(workers) => cost,
+            cost = bytes::cost(workers, model) => cost,
             _ = interrupted.wait_for(|now| *now) => break,
         };
         match cost {
-            Ok(cost) => sizes.for_each(|size| size.own_us = Some(cost.beyond(&size.trace))),
+            Ok(cost) => sizes.iter_mut().for_each(|size| size.own_us = Some(bytes::beyond(cost, &size.trace))),
             // What was measured is not lost.
             Err(e) => eprintln!("unisono: it is not known what moving bytes costs: {e:#}"),
         }
@@ -310,6 +309,40 @@ impl Run<'_> {
     }
 }
 
+/// Waits until so many of all workers are there.
+async fn arrived(
+    fleet: &mut Fleet,
+    progress: &mut watch::Receiver<Progress>,
+    least: usize,
+    workers: usize,
+) -> Result<()> {
+    let (mut there, mut since) = (0, Instant::now());
+    loop {
+        let now = progress.borrow_and_update().workers.len();
+        if now >= least {
+            return Ok(());
+        }
+        if now != there {
+            (there, since) = (now, Instant::now());
+        } else if since.elapsed() > PATIENCE {
+            bail!(
+                "{there} of {workers} workers are there, and no other has come for 120 s: are there enough memory, open files and threads?"
+            );
+        }
+        turn(fleet, progress).await?;
+    }
+}
+
+/// Waits until something has changed in the run, or a moment, in which a worker may have ended.
+async fn turn(fleet: &mut Fleet, progress: &mut watch::Receiver<Progress>) -> Result<()> {
+    tokio::select! {
+        // Whoever showed the progress is gone: so is the run.
+        changed = progress.changed() => if changed.is_err() { std::future::pending().await },
+        () = tokio::time::sleep(Duration::from_millis(100)) => fleet.check()?,
+    }
+    Ok(())
+}
+
 /// Starts the workers; when the measurement is over, ends and starts some as often and as long as `churn` says, at times that were
 /// set before: a run that stalls is not spared any. Ends only with an error.
 async fn lead(
@@ -323,26 +356,13 @@ async fn lead(
     for number in 0..workers {
         fleet.start(number).await?;
         ids.send_replace(fleet.ids());
+        arrived(&mut fleet, &mut progress, (number + 1).saturating_sub(COMING), workers).await?;
         tokio::time::sleep(APART).await;
     }
-    let (mut there, mut since) = (0, Instant::now());
+    arrived(&mut fleet, &mut progress, workers, workers).await?;
     for open in [true, false] {
         while progress.borrow_and_update().measuring != open {
-            tokio::select! {
-                changed = progress.changed() => if changed.is_err() {
-                    // Whoever showed the progress is gone: so is the run.
-                    std::future::pending::<()>().await;
-                },
-                () = tokio::time::sleep(Duration::from_millis(100)) => fleet.check()?,
-            }
-            let now = progress.borrow().workers.len();
-            if now != there || now >= workers {
-                (there, since) = (now, Instant::now());
-            } else if since.elapsed() > PATIENCE {
-                bail!(
-                    "{there} of {workers} workers are there, and no other has come for 120 s: are there enough memory, open files and threads?"
-                );
-            }
+            turn(&mut fleet, &mut progress).await?;
         }
     }
     let began = Instant::now();
