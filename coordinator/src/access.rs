@@ -4,6 +4,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
 };
@@ -49,6 +50,11 @@ impl Tls {
         }
         let chain = certificates(identity, CERTIFICATE, &pem.chain)?;
         let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|e| identity.wrong(KEY, e))?;
+        let signed = |usage| is_signed(identity, &chain, usage).is_ok();
+        if signed(KeyUsage::client_auth()) && !signed(KeyUsage::server_auth()) {
+            let what = "it is a worker's or an operator's, and a coordinator needs its own, as in certs/coordinator";
+            return Err(identity.wrong(CERTIFICATE, what));
+        }
         let mut provider = rustls::crypto::ring::default_provider();
         // The shorter key is as safe, and faster.
         provider.cipher_suites.sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
@@ -90,30 +96,31 @@ fn certificates(identity: &Identity, file: &str, pem: &[u8]) -> Result<Vec<Certi
     if all.is_empty() { Err(identity.wrong(file, "it holds no certificate")) } else { Ok(all) }
 }
 
+/// Whether the authority of an identity has signed its certificate for this.
+fn is_signed(identity: &Identity, chain: &[CertificateDer<'_>], usage: KeyUsage) -> Result<(), IdentityError> {
+    let authorities = certificates(identity, CA, &identity.ca)?;
+    let anchors = authorities.iter().map(webpki::anchor_from_trusted_cert).collect::<Result<Vec<_>, _>>();
+    let anchors = anchors.map_err(|e| identity.wrong(CA, e))?;
+    let own = webpki::EndEntityCert::try_from(&chain[0]).map_err(|e| identity.wrong(CERTIFICATE, e))?;
+    let (algorithms, between) = (webpki::ALL_VERIFICATION_ALGS, &chain[1..]);
+    let signed = own.verify_for_usage(algorithms, &anchors, between, UnixTime::now(), usage, None, None);
+    let why = |e| identity.wrong(CERTIFICATE, format!("{CA} beside it has not signed it ({e})"));
+    signed.map(drop).map_err(why)
+}
+
 /// Finds out whether the files of an identity belong together: whether its key is the certificate's, and whether its authority has
 /// signed that, as a coordinator's or as a peer's.
 ///
 /// # Errors
 /// The file that does not fit.
 pub fn check_identity(identity: &Identity) -> Result<(), IdentityError> {
-    let Some(pem) = &identity.certificate else {
-        certificates(identity, CA, &identity.ca)?;
-        return Ok(());
-    };
-    Tls::new(identity)?;
-    let authorities = certificates(identity, CA, &identity.ca)?;
-    let anchors = authorities.iter().map(webpki::anchor_from_trusted_cert).collect::<Result<Vec<_>, _>>();
-    let anchors = anchors.map_err(|e| identity.wrong(CA, e))?;
+    let Some(pem) = &identity.certificate else { return certificates(identity, CA, &identity.ca).map(drop) };
     let chain = certificates(identity, CERTIFICATE, &pem.chain)?;
-    let own = webpki::EndEntityCert::try_from(&chain[0]).map_err(|e| identity.wrong(CERTIFICATE, e))?;
-    let signed = [KeyUsage::client_auth(), KeyUsage::server_auth()].map(|usage| {
-        let (algorithms, between) = (webpki::ALL_VERIFICATION_ALGS, &chain[1..]);
-        own.verify_for_usage(algorithms, &anchors, between, UnixTime::now(), usage, None, None).map(drop)
-    });
-    match signed {
-        [Err(e), Err(_)] => Err(identity.wrong(CERTIFICATE, format!("{CA} beside it has not signed it ({e})"))),
-        _ => Ok(()),
-    }
+    let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|e| identity.wrong(KEY, e))?;
+    let provider = rustls::crypto::ring::default_provider();
+    CertifiedKey::from_der(chain.clone(), key, &provider).map_err(|e| identity.wrong(KEY, e))?;
+    is_signed(identity, &chain, KeyUsage::client_auth())
+        .or_else(|_| is_signed(identity, &chain, KeyUsage::server_auth()))
 }
 
 /// What is wrong with a peer's certificate, and what to do.
@@ -194,16 +201,18 @@ pub fn check(
         (Some(token), Some(shown)) => token.is(shown.as_encoded_bytes()),
         _ => false,
     };
-    let asked: String = role.map_or("worker's or operator's".into(), |role| format!("{role}'s"));
+    let a = |role: &Role| format!("{} {role}'s", if *role == Role::Operator { "an" } else { "a" });
+    let asked = role.as_ref().map_or("a worker's or an operator's".into(), a);
     match standing {
         Standing::Anybody => Ok(()),
         Standing::Known(roles) if role.map_or(!roles.is_empty(), |role| roles.contains(&role)) => Ok(()),
         _ if has_token && role != Some(Role::Operator) => Ok(()),
         Standing::Known(roles) => {
-            let roles: Vec<String> = roles.iter().map(|role| format!("{role}'s")).collect();
-            let mine = if roles.is_empty() { "neither worker's nor operator's".into() } else { roles.join(" and ") };
+            let roles: Vec<String> = roles.iter().map(a).collect();
+            let mine =
+                if roles.is_empty() { "neither a worker's nor an operator's".into() } else { roles.join(" and ") };
             Err(Status::permission_denied(format!(
-                "this needs a certificate that is a {asked}, and the one shown is {mine}: {HOW}"
+                "this needs a certificate that is {asked}, and the one shown is {mine}: {HOW}"
             )))
         }
         Standing::Refused(why) => Err(Status::unauthenticated(why.clone())),

@@ -69,6 +69,8 @@ pub(crate) struct Driver {
     pub last_saved: Option<(PathBuf, String)>,
     /// The step of the checkpoint that is being written, or was written last.
     pub saved_at: Option<Step>,
+    /// Whether it began afresh and has not written a checkpoint yet: those of an earlier run are where they were.
+    pub is_new: bool,
     pub stop: bool,
     /// Whether it stops because this process is to end, and whether somebody goes on with the run then.
     pub interrupted: bool,
@@ -521,8 +523,29 @@ impl Driver {
             self.shared.input(Input::Saved(Ok(saved)));
             return Ok(());
         }
+        let step = self.learning.step;
+        if self.is_new && step.0 == 0 {
+            // Nothing was learnt, and what an earlier run has learnt keeps its place.
+            self.saving = true;
+            self.shared.input(Input::Saved(Ok((PathBuf::new(), self.shared.store.untrained(self.shared.job.seed)))));
+            return Ok(());
+        }
+        (self.saving, self.saved_at) = (true, Some(step));
+        if self.is_new {
+            match files::set_aside(&dir) {
+                Ok(Some(previous)) => {
+                    tracing::warn!("checkpoints of an earlier run are now in {}", previous.display());
+                }
+                Ok(None) => {}
+                Err(e) => {
+                    self.shared.input(Input::Saved(Err(e)));
+                    return Ok(());
+                }
+            }
+            self.is_new = false;
+        }
         let (shared, learning) = (self.shared.clone(), &self.learning);
-        let (job, step, layout) = (&shared.job, learning.step, shared.store.layout().clone());
+        let (job, layout) = (&shared.job, shared.store.layout().clone());
         let manifest = Manifest {
             digest: String::new(),
             format_version: files::FORMAT,
@@ -551,7 +574,7 @@ impl Driver {
                     // What a worker had sent before it left is being applied: the step must be finished, by whoever comes.
                     writing.abandon();
                     ensure!(self.finishing, "a step was open when a checkpoint was due");
-                    self.finishing = false;
+                    (self.finishing, self.saving, self.saved_at) = (false, false, None);
                     return Ok(());
                 }
                 std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
@@ -560,7 +583,6 @@ impl Driver {
                 })?;
             }
         }
-        (self.saving, self.saved_at) = (true, Some(step));
         Ok(())
     }
 

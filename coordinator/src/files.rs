@@ -322,6 +322,13 @@ pub fn newest(dir: &Path) -> (Option<Loaded>, Vec<String>) {
     (None, passed_over)
 }
 
+/// That there is no whole checkpoint in `dir`, and where those of an earlier run are.
+pub fn none_whole(dir: &Path) -> String {
+    let earlier = (1..).map(|n| dir.join(format!("previous-{n}"))).take_while(|path| path.exists()).last();
+    let earlier = earlier.map(|path| format!(" (those of an earlier run are in {})", path.display()));
+    format!("there is no whole checkpoint in {}{}", dir.display(), earlier.unwrap_or_default())
+}
+
 /// Moves the checkpoints of an earlier run into a folder of their own, `dir/previous-N`, and gives it.
 pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>> {
     let old = list(dir);

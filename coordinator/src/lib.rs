@@ -234,7 +234,7 @@ pub fn prepare(job: Job, begin: Begin) -> Result<Ready> {
     let ready = prepare_unkept(job)?.tested()?;
     let dir = PathBuf::from(&ready.job.checkpoint.dir);
     if begin == Begin::Resumed && !dir.exists() {
-        bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display());
+        bail!("{}: {AFRESH}", files::none_whole(&dir));
     }
     let lock = files::check(&dir)?;
     let resume = match begin {
@@ -307,7 +307,7 @@ fn find(job: &Job, prepared: &Prepared, dir: &Path, model: &Model, optimizer: &O
         tracing::warn!("passed over: {why}");
     }
     let Some(files::Loaded { path, manifest, weights, optimizer: slots, rows }) = found else {
-        bail!("there is no whole checkpoint in {}: {AFRESH}", dir.display())
+        bail!("{}: {AFRESH}", files::none_whole(dir))
     };
     if manifest.layout_digest != hex(model.digest()) {
         bail!(
@@ -396,14 +396,7 @@ pub async fn run(
             }
             (weights, slots, rows, learning, Some((path, digest)))
         }
-        None => {
-            if let Some(dir) = &dir
-                && let Some(previous) = files::set_aside(dir)?
-            {
-                tracing::warn!("checkpoints of an earlier run are now in {}", previous.display());
-            }
-            (layout.init(job.seed), Vec::new(), Vec::new(), Learning::default(), None)
-        }
+        None => (layout.init(job.seed), Vec::new(), Vec::new(), Learning::default(), None),
     };
     let first = learning.step;
     let pace = Pace::new(Instant::now(), total_steps.saturating_sub(first.0));
@@ -487,6 +480,7 @@ pub async fn run(
         saving: false,
         save_again: false,
         saved_at: last_saved.as_ref().map(|_| first),
+        is_new: last_saved.is_none(),
         last_saved,
         stop: false,
         is_resumed: options.is_resumed,

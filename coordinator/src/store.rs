@@ -23,7 +23,7 @@ use unisono_common::kernels;
 use unisono_common::layout::{Layout, Role, le_bytes};
 use unisono_common::loss::LossSums;
 use unisono_common::optim::{self, Lengths, MAX_SLOTS, Sums};
-use unisono_common::rows::RowBlock;
+use unisono_common::rows::{self, RowBlock};
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
 
@@ -373,6 +373,12 @@ impl Store {
         if let Some(sums) = tables.accept(step, node, sums, gradient) {
             self.one_less(step, sums);
         }
+    }
+
+    /// The digest of the weights before the first step.
+    pub fn untrained(&self, seed: u64) -> String {
+        let weights = self.layout.weights_digest(&self.layout.init(seed));
+        self.tables.as_ref().map_or(weights.clone(), |tables| rows::Digest::new(tables.layout()).finish(&weights))
     }
 
     /// A chunk, or the tables' gradient, is whole; the last one finishes the step.

@@ -330,6 +330,7 @@ pub enum Cmd {
     )]
     Drain {
         /// The worker's id, as `status` shows it
+        #[arg(value_parser = worker_id)]
         worker: u64,
         #[command(flatten)]
         reach: Reach,
@@ -367,4 +368,8 @@ impl Cmd {
             _ => false,
         }
     }
+}
+
+fn worker_id(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| "it is no worker's id: `unisono status` shows them in its first column".into())
 }

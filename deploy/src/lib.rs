@@ -83,6 +83,10 @@ pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
                 path.display()
             );
         }
+        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+        if ["csv", "tsv", "jsonl", "parquet", "svm", "libsvm"].contains(&ending) {
+            bail!("{0} looks like data, not like a job: `unisono init {0}` writes a job for it", path.display());
+        }
         let toml = match std::fs::read_to_string(path) {
             Err(e) if e.kind() == ErrorKind::InvalidData => bail!("{} is no text, so no job file", path.display()),
             read => read.with_context(|| format!("cannot read the job file {}", path.display()))?,

@@ -51,6 +51,10 @@ pub async fn status(address: &Address, json: bool) -> Result<ExitCode> {
         "{}: step {} of {}, epoch {}, loss {:.5}, {:.0} samples/s",
         s.job, s.step, s.total_steps, s.epoch, s.loss, s.samples_per_second
     );
+    if s.workers.is_empty() {
+        println!("no worker is there: it waits for one");
+        return Ok(ExitCode::SUCCESS);
+    }
     println!("{:>6} {:>5} {:>8} {:>11} {:>10}  name", "worker", "rank", "threads", "partitions", "silent ms");
     for w in s.workers {
         println!(

@@ -14,7 +14,8 @@ pub fn summary(s: &Summary, json: bool) -> Result<()> {
     let row = |name: &str, value: String| println!("  {name:<12} {value}");
     row("job", format!("{} ({}, {} parameters)", s.job, s.status, s.parameters));
     row("steps", format!("{} ({} epochs, {} samples)", s.steps, s.epochs, s.samples));
-    row("workers", format!("{} over {}, {} ({} lost)", s.workers, s.transport, s.isa, s.workers_lost));
+    let how = if s.workers > 0 { format!(" over {}, {}", s.transport, s.isa) } else { String::new() };
+    row("workers", format!("{}{how} ({} lost)", s.workers, s.workers_lost));
     let rate = s.samples_per_second.map(|rate| format!(", {rate:.0} samples/s")).unwrap_or_default();
     row("time", format!("{:.1} s{rate}", s.wall_seconds));
     if let Some(ms) = &s.step_ms {
@@ -31,7 +32,7 @@ pub fn summary(s: &Summary, json: bool) -> Result<()> {
         row("test", eval.to_string());
     }
     row("weights", s.weights_digest.clone());
-    row("checkpoint", s.checkpoint.clone());
+    row("checkpoint", if s.checkpoint.is_empty() { "none: nothing was trained".into() } else { s.checkpoint.clone() });
     Ok(())
 }
 

@@ -74,12 +74,15 @@ pub fn load(path: &Path) -> Result<Trained> {
     if !path.exists() {
         bail!("there is no {}; give a checkpoint (runs/NAME/step-...) or a run's folder (runs/NAME)", path.display());
     }
+    if path.extension().is_some_and(|ending| ending == "toml") && path.is_file() {
+        bail!("{} is a job; give the folder of its run, as in runs/NAME", path.display());
+    }
     let loaded = if path.join("manifest.json").exists() || !path.is_dir() {
         files::read(path)?
     } else {
         let (found, passed_over) = files::newest(path);
         passed_over.iter().for_each(|why| eprintln!("passed over: {why}"));
-        found.with_context(|| format!("there is no whole checkpoint in {}", path.display()))?
+        found.with_context(|| files::none_whole(path))?
     };
     let manifest = loaded.manifest.clone();
     let model = Model::build(&manifest.job.model, &manifest.prepared.signature(&manifest.job.train.loss))?;
@@ -353,7 +356,16 @@ pub fn predict(
     let done = match format {
         Format::Libsvm => predict_libsvm(&trained, &mut reader, &name, out),
         Format::Json => predict_json(&mut *answers, &mut reader, &name, out),
-        Format::Csv => predict_csv(&mut *answers, &mut reader, &name, out),
+        Format::Csv => {
+            let (separator, quoting) = match &trained.manifest.job.data.source {
+                Source::Table(table) => match table.form {
+                    Form::Csv { separator, quoting, .. } => (separator as u8, quoting),
+                    Form::JsonLines | Form::Parquet => (b',', true),
+                },
+                _ => (b',', true),
+            };
+            predict_csv(&mut *answers, reader, &name, out, (separator, quoting))
+        }
     };
     match done {
         // Who reads the answers has enough of them.
@@ -421,13 +433,26 @@ fn predict_json(answers: &mut dyn Answers, input: &mut dyn Read, name: &str, mut
     write(answers, &mut rows)
 }
 
-fn predict_csv(answers: &mut dyn Answers, input: &mut dyn Read, name: &str, out: impl Write) -> Result<()> {
-    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).flexible(true).from_reader(input);
+/// Rows with names in the first line, between which is what is between those of the training data, or else a comma.
+fn predict_csv(
+    answers: &mut dyn Answers,
+    input: impl Read,
+    name: &str,
+    out: impl Write,
+    (separator, quoting): (u8, bool),
+) -> Result<()> {
+    let mut input = BufReader::new(input);
+    let first = input.fill_buf().with_context(|| name.to_string())?;
+    let first = first.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let (separator, quoting) = if first.contains(&separator) { (separator, quoting) } else { (b',', true) };
+    let mut reader = csv::ReaderBuilder::new();
+    reader.delimiter(separator).quoting(quoting).trim(csv::Trim::All).flexible(true);
+    let mut reader = reader.from_reader(input);
     let header: Vec<String> = reader.headers().with_context(|| name.to_string())?.iter().map(Into::into).collect();
     if header.iter().all(|name| name.is_empty() || name.parse::<f64>().is_ok()) {
         bail!("{name}:1: the first line must name the columns");
     }
-    let mut out = csv::Writer::from_writer(out);
+    let mut out = csv::WriterBuilder::new().delimiter(separator).from_writer(out);
     out.write_record(header.iter().cloned().chain(answers.columns().into_iter().map(String::from)))?;
     let mut rows = Vec::new();
     let mut write = |answers: &mut dyn Answers, rows: &mut Vec<Row>| -> Result<()> {

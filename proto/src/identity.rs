@@ -120,8 +120,10 @@ pub struct Identity {
 pub enum IdentityError {
     #[error("there is no folder {0}: make one with `unisono cert`, or correct --identity")]
     NoFolder(PathBuf),
-    #[error("cannot read {path}: {source}; {hint}")]
-    Read { path: PathBuf, source: io::Error, hint: &'static str },
+    #[error("cannot read {path}: {why}; {hint}")]
+    Read { path: PathBuf, why: io::Error, hint: &'static str },
+    #[error("{0} holds several identities: name one of them, as in {0}/worker")]
+    Several(PathBuf),
     #[error(
         "{0} has neither {CERTIFICATE} with {KEY} nor {TOKEN}, and {TOKEN_VARIABLE} is not set: make one of them with `unisono cert`"
     )]
@@ -143,8 +145,11 @@ impl Identity {
         }
         let read = |name: &str, hint| {
             let path = folder.join(name);
-            std::fs::read(&path).map_err(|source| IdentityError::Read { path, source, hint })
+            std::fs::read(&path).map_err(|why| IdentityError::Read { path, why, hint })
         };
+        if !folder.join(CA).exists() && folder.join("worker").join(CA).exists() {
+            return Err(IdentityError::Several(folder.into()));
+        }
         let ca = read(CA, "it is the certificate of the authority that signed the others, which `unisono cert` makes")?;
         let has = |name: &str| folder.join(name).exists();
         let certificate = if has(CERTIFICATE) || has(KEY) {

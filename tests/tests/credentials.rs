@@ -250,6 +250,14 @@ fn beyond_this_machine_nobody_listens_without_credentials() {
     );
     fails(&listen("0.0.0.0", &["--identity", "nowhere"]), 2, &["no folder nowhere", "unisono cert"]);
     let certs = certs(dir.path(), "certs");
+    let worker = certs.join("worker");
+    let mine = listen("0.0.0.0", &["--identity", worker.to_str().expect("UTF-8")]);
+    fails(&mine, 2, &["worker/tls.crt", "it is a worker's or an operator's", "certs/coordinator"]);
+    fails(
+        &listen("0.0.0.0", &["--identity", certs.to_str().expect("UTF-8")]),
+        2,
+        &["several identities", "certs/worker"],
+    );
     let join = certs.join("join");
     fails(&listen("0.0.0.0", &["--identity", join.to_str().expect("UTF-8")]), 2, &["tls.crt", "needs a certificate"]);
     let broken =

@@ -79,6 +79,23 @@ fn a_table_of_ones_own_is_three_commands_from_predictions() {
     assert!(lines.len() == 3 && lines[1].contains("a,setosa,") && lines[2].contains("b,virginica,"), "{said}");
 }
 
+/// What is between the cells of the training data is between those of new rows, and of the answers; commas are understood as well.
+#[test]
+fn predictions_take_what_is_between_the_cells_of_the_training_data() {
+    let dir = tempfile::tempdir().expect("a folder");
+    put(dir.path(), "flowers.csv", flowers().replace(',', ";"));
+    let (_, job) = init(dir.path(), &["flowers.csv"]);
+    assert!(job.contains("separator = \";\""), "{job}");
+    trained(dir.path(), "accuracy", &[]);
+    let rows = "width,weight,length,note\n1.5,4,1.6,\"a, b\"\n";
+    put(dir.path(), "same.csv", rows.replace("a, b", "a; b").replace(',', ";"));
+    put(dir.path(), "commas.csv", rows);
+    for (file, want) in [("same.csv", "1.5;4;1.6;\"a; b\";setosa;"), ("commas.csv", "1.5,4,1.6,\"a, b\",setosa,")] {
+        let out = run(dir.path(), &["predict", "runs/flowers", file]);
+        assert!(text(&out.stdout).lines().nth(1).is_some_and(|line| line.starts_with(want)), "{out:?}");
+    }
+}
+
 #[test]
 fn a_job_in_another_folder_finds_the_same_file() {
     let dir = tempfile::tempdir().expect("a folder");

@@ -138,6 +138,36 @@ fn workers_wait_for_an_interrupted_coordinator_which_goes_on() {
 }
 
 #[test]
+fn a_run_that_has_trained_nothing_leaves_an_earlier_one_where_it_is() {
+    let mut place = Place::new();
+    let train = |place: &Place| {
+        let args = ["local", "--quiet", "--json", "--workers", "1", "--set", "train.steps=20"];
+        summary(&run(place.dir(), &args))
+    };
+    let before = train(&place);
+    let checkpoint = place.dir().join(before["checkpoint"].as_str().expect("a path"));
+    let previous = checkpoint.parent().expect("the run's folder").join("previous-1");
+    place.keep(place.coordinator(STEPS, &[]));
+    wait_until("it to listen", || place.health(&[]).status.success());
+    signal(&place.children[0], Signal::TERM);
+    let out = place.take().wait_with_output().expect("it ends");
+    assert_eq!(out.status.code(), Some(130), "{}", error(&out));
+    let stopped: serde_json::Value = serde_json::from_slice(&out.stdout).expect("a summary");
+    assert_eq!((&stopped["steps"], &stopped["checkpoint"]), (&0.into(), &"".into()));
+    assert!(checkpoint.is_dir() && !previous.exists());
+    // One that trains moves it, and says where what was there is.
+    assert_eq!(train(&place)["weights_digest"], before["weights_digest"]);
+    assert!(checkpoint.is_dir() && previous.is_dir());
+    std::fs::remove_dir_all(&checkpoint).expect("removed");
+    let out = run(place.dir(), &["local", "--resume", "--quiet", "--set", "train.steps=20"]);
+    assert!(
+        error(&out).contains("those of an earlier run are in") && error(&out).contains("previous-1"),
+        "{}",
+        error(&out)
+    );
+}
+
+#[test]
 fn damaged_checkpoints_are_no_reason_to_begin_afresh() {
     let dir = tempfile::tempdir().expect("a folder");
     let local = |more: &[&str]| {

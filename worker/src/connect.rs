@@ -122,6 +122,11 @@ impl Address {
                 format!("what listens at {url} speaks no TLS: start the coordinator with --identity")
             }
             Some(other) => format!("no TLS with {url}: {other}"),
+            None if url.starts_with("https:") && was_cut(e) => {
+                format!(
+                    "what listens at {url} ends the connection at once: if it speaks no TLS, write http:// and leave --identity out"
+                )
+            }
             None => format!("cannot reach a coordinator at {url}: {}", last_cause(e)),
         };
         anyhow!(why)
@@ -183,12 +188,24 @@ fn last_cause(e: &dyn Error) -> String {
     cause.to_string()
 }
 
+/// An error, and what caused it.
+fn causes<'a>(e: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    let source = |e: &&'a (dyn Error + 'static)| -> Option<&'a (dyn Error + 'static)> { Error::source(*e) };
+    std::iter::successors(Some(e), source)
+}
+
+/// Whether the other side has ended a connection that there was.
+fn was_cut(e: &(dyn Error + 'static)) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    let cut = |e: &io::Error| matches!(e.kind(), ConnectionReset | ConnectionAborted | BrokenPipe | UnexpectedEof);
+    causes(e).any(|e| e.downcast_ref().is_some_and(cut))
+}
+
 /// What is wrong with TLS, where that is why there is no connection.
 fn tls_error<'a>(e: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     let of_io =
         |e: &'a (dyn Error + 'static)| e.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref::<rustls::Error>();
-    let source = |e: &&'a (dyn Error + 'static)| -> Option<&'a (dyn Error + 'static)> { Error::source(*e) };
-    std::iter::successors(Some(e), source).find_map(|e| e.downcast_ref().or_else(|| of_io(e)))
+    causes(e).find_map(|e| e.downcast_ref().or_else(|| of_io(e)))
 }
 
 /// A connection to a coordinator, which shows the join token with every call, where there is one.

@@ -293,6 +293,8 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
         return Ok(End::Refused(format!("the coordinator offers no shared memory: {ELSEWHERE}")));
     }
 
+    let way = if shared.is_some() { "shared memory" } else { "gRPC" };
+    tracing::info!("joined {} as worker {} by {way}", coordinator.url(), joined.worker_id);
     let fetcher = match &samples {
         Samples::Read(_) | Samples::Simulated(_) => None,
         Samples::Sent(sent) => Some(Fetcher {

@@ -16,7 +16,7 @@ use crate::{Transport, Wrong, interruption, read_job, show};
 use anyhow::{Context, Result, anyhow, bail};
 use figures::{Moves, Size};
 use fleet::{Fleet, Pretence};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -171,8 +171,7 @@ pub async fn run(args: Args) -> Result<ExitCode> {
             .find(|size| size.calibrates)
             .map(|size| &size.trace)
             .context("there is no size of 8 workers or fewer")?;
-        std::fs::write(path, serde_json::to_string_pretty(trace)?)
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        write(path, &serde_json::to_string_pretty(trace)?)?;
     }
     // After all sizes, whose memory is measured.
     for &workers in counts {
@@ -193,10 +192,16 @@ pub async fn run(args: Args) -> Result<ExitCode> {
     }
     let report = report::Report { job: &job, args: &args, sizes: &all, pretence: pretence.as_ref() };
     if let Some(path) = &args.report {
-        std::fs::write(path, report.html()?).with_context(|| format!("cannot write {}", path.display()))?;
+        write(path, &report.html()?)?;
     }
     report.print()?;
     failed.map_or(Ok(ExitCode::SUCCESS), Err)
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    eprintln!("wrote {}", path.display());
+    Ok(())
 }
 
 fn interrupted() -> ExitCode {
@@ -219,6 +224,9 @@ fn check(args: &Args) -> Result<()> {
     let most = args.workers.0[args.workers.0.len() - 1];
     if args.simulated_workers && most > MOST_SIMULATED {
         bail!("--workers: {most} simulated workers are too many for one process; {MOST_SIMULATED} at most");
+    }
+    if args.trace.is_some() && args.transport != Transport::Grpc {
+        bail!("--trace is of workers by gRPC, as they are on other machines: add --transport grpc");
     }
     if args.trace.is_some() && args.threads > 1 {
         bail!("--trace is for workers of one thread: leave --threads out");

@@ -102,6 +102,9 @@ impl Report<'_> {
             if sizes.iter().any(|size| size.calibrates) {
                 println!("  * calibrates the predictions");
             }
+            println!(
+                "  coordinator: its processor time for a worker and step; own: of that, what moving the bytes does not explain"
+            );
             if sizes.iter().any(|size| size.churn.is_some()) {
                 println!(
                     "\n  ... while workers come and go: ms until a worker's first gradient, until the next step after one has gone, and of \

@@ -55,7 +55,7 @@ pub struct Args {
     #[arg(long, value_name = "TIME", default_value = "0.2ms")]
     rtt: Seconds,
     /// Time that the gradient of one partition takes
-    #[arg(long, value_name = "TIME", conflicts_with = "from", required_unless_present = "from")]
+    #[arg(long, value_name = "TIME", conflicts_with = "from")]
     compute: Option<Seconds>,
     /// Takes this, and what bytes cost, from a run that `unisono loadtest --trace FILE` has measured
     #[arg(long, value_name = "FILE")]
@@ -187,7 +187,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let load = match (&args.from, args.compute) {
         (Some(path), _) => Trace::read(path).and_then(|trace| from_trace(&trace, ready.job())).map_err(Wrong)?,
-        (None, compute) => trace::load(&ready, compute.context("clap asks for one of them")?.0),
+        (None, Some(Seconds(compute))) => trace::load(&ready, compute),
+        (None, None) => {
+            return Err(Wrong(anyhow!(
+                "it is not known how long a partition takes: say it, as with --compute 40ms, or measure it: `unisono loadtest JOB \
+                 --transport grpc --workers 4 --trace FILE`, and --from FILE"
+            ))
+            .into());
+        }
     };
     let counts = &args.workers.0;
     let plan = Plan { load, hosts, scaling: args.scaling, fewest: counts[0], steps: args.steps, seed: args.seed };
