@@ -524,7 +524,7 @@ impl Driver {
             return Ok(());
         }
         let step = self.learning.step;
-        if self.is_new && step.0 == 0 {
+        if self.is_new && step.0 == 0 && files::are_there(&dir) {
             // Nothing was learnt, and what an earlier run has learnt keeps its place.
             self.saving = true;
             self.shared.input(Input::Saved(Ok((PathBuf::new(), self.shared.store.untrained(self.shared.job.seed)))));

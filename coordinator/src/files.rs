@@ -322,6 +322,11 @@ pub fn newest(dir: &Path) -> (Option<Loaded>, Vec<String>) {
     (None, passed_over)
 }
 
+/// Whether there are checkpoints in `dir`, whole or not.
+pub fn are_there(dir: &Path) -> bool {
+    !list(dir).is_empty()
+}
+
 /// That there is no whole checkpoint in `dir`, and where those of an earlier run are.
 pub fn none_whole(dir: &Path) -> String {
     let earlier = (1..).map(|n| dir.join(format!("previous-{n}"))).take_while(|path| path.exists()).last();

@@ -152,10 +152,10 @@ fn only_who_shows_the_right_credentials_joins_and_steers() {
 
     // The right ones, for what is another's.
     for command in [&["stop"][..], &["drain", "1"]] {
-        fails(&run.ask("worker", command), 1, &["operator's", "the one shown is worker's", "--identity"]);
+        fails(&run.ask("worker", command), 1, &["operator's", "the one shown is a worker's", "--identity"]);
         fails(&run.ask("join", command), 1, &["a join token lets workers in", "operator's certificate"]);
     }
-    fails(&run.ask("operator", WORKER), 1, &["worker's", "the one shown is operator's"]);
+    fails(&run.ask("operator", WORKER), 1, &["worker's", "the one shown is an operator's"]);
     fails(&run.ask("coordinator", &["stop"]), 1, &["the certificate is not accepted", "unisono cert"]);
     for reader in ["worker", "operator", "join"] {
         assert!(run.ask(reader, &["status"]).status.success(), "status is for all who are let in: {reader}");
@@ -194,9 +194,14 @@ fn only_who_shows_the_right_credentials_joins_and_steers() {
 
     // Each refusal is in the coordinator's log, with where it came from; no secret is in any log or command line.
     let log = run.log("coordinator");
-    for word in
-        ["another CA", "expired", "join token", "the one shown is worker's", "the one shown is operator's", "handshake"]
-    {
+    for word in [
+        "another CA",
+        "expired",
+        "join token",
+        "the one shown is a worker's",
+        "the one shown is an operator's",
+        "handshake",
+    ] {
         let said = log.lines().any(|line| line.contains("turned away 127.0.0.1") && line.contains(word));
         assert!(said, "{word}:\n{log}");
     }

@@ -125,12 +125,16 @@ fn simulated_workers_have_sessions_and_bytes_and_wait_as_long_as_they_are_told()
 fn what_cannot_be_measured_or_simulated_is_said_before_anything_starts() {
     let dir = folder();
     std::fs::write(dir.path().join("other.json"), "{}").expect("written");
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (&["loadtest", "job.toml", "--workers", "0"], "1,2,4,8"),
         (&["loadtest", "job.toml", "--seconds", "0"], "--seconds"),
         (&["loadtest", "job.toml", "--churn", "1001"], "--churn"),
         (&["loadtest", "job.toml", "--simulated-workers", "--workers", "2000"], "1000 at most"),
-        (&["loadtest", "job.toml", "--workers", "16", "--trace", "t.json"], "8 workers or fewer"),
+        (
+            &["loadtest", "job.toml", "--workers", "16", "--transport", "grpc", "--trace", "t.json"],
+            "8 workers or fewer",
+        ),
+        (&["loadtest", "job.toml", "--trace", "t.json"], "--transport grpc"),
         (&["loadtest", "job.toml", "--report", "no/such/page.html"], "a folder that exists"),
         (&["simulate", "job.toml"], "--compute"),
         (&["simulate", "job.toml", "--compute", "40"], "40ms"),
