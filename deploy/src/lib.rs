@@ -182,11 +182,12 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             let identity = identity.open()?;
             let ready = unisono_coordinator::prepare(job, args.begin()).map_err(Wrong)?;
             let listener = listen(&address, identity.is_some() || insecure).await?;
+            let bound = listener.local_addr()?;
+            let entrance = Entrance::new(listener, identity.as_ref()).map_err(|e| Wrong(e.into()))?;
             if !args.quiet {
                 let scheme = if identity.is_some() { "https" } else { "http" };
-                eprintln!("listening on {scheme}://{}", listener.local_addr()?);
+                eprintln!("listening on {scheme}://{bound}");
             }
-            let entrance = Entrance::new(listener, identity.as_ref()).map_err(|e| Wrong(e.into()))?;
             let (progress, watching) = watch::channel(Default::default());
             let shown = view.show(watching);
             let interrupted = interruption();
