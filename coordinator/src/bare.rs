@@ -1,24 +1,20 @@
 //! The streams of [`crate::parameters`] with nothing behind them: what moving bytes costs by itself.
 
 use crate::lock;
-use crate::parameters::{AHEAD, finish, first, streamed};
+use crate::parameters::{AHEAD, Answer, Parameters, finish, first, streamed};
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Frame;
 use std::collections::HashMap;
-use std::convert::Infallible;
 use std::io;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tonic::Status;
 use tonic::body::Body;
-use tonic::server::NamedService;
 use tonic::transport::server::TcpIncoming;
-use tonic::{Status, codegen::Service};
 use unisono_proto::stream::{self, ChunkHead, Part, Reader};
 use unisono_proto::v1;
 
@@ -42,7 +38,7 @@ impl Bare {
         let url = format!("http://{}", listener.local_addr()?);
         let streams = Streams { came: came.clone(), values: vec![0; chunk].into(), ahead, turns: Arc::default() };
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        let server = crate::server().add_service(streams).serve_with_incoming(incoming);
+        let server = crate::server().add_service(Parameters(streams)).serve_with_incoming(incoming);
         Ok(Bare { url, came, _server: JoinSet::from_iter([server]) })
     }
 }
@@ -56,31 +52,14 @@ struct Streams {
     turns: Arc<Mutex<HashMap<Bytes, Arc<Semaphore>>>>,
 }
 
-impl NamedService for Streams {
-    const NAME: &'static str = crate::parameters::Parameters::NAME;
-}
-
-impl Service<Request<Body>> for Streams {
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let streams = self.clone();
-        Box::pin(async move { Ok(streams.answer(request).await.unwrap_or_else(Status::into_http)) })
-    }
-}
-
 impl Streams {
     fn turns(&self, session: Bytes) -> Arc<Semaphore> {
         let turns = || Arc::new(Semaphore::new(self.ahead));
         lock(&self.turns).entry(session).or_insert_with(turns).clone()
     }
+}
 
+impl Answer for Streams {
     async fn answer(self, request: Request<Body>) -> Result<Response<Body>, Status> {
         let (send, receive) = mpsc::channel(AHEAD);
         let is_push = request.uri().path().ends_with("/Push");

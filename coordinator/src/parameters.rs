@@ -33,15 +33,24 @@ const AT_ONCE: usize = 8;
 /// Frames that wait for one broadcast's socket, at most: four chunks.
 pub const AHEAD: usize = 8;
 
-/// The service `Parameters` of the proto file, over the shared state of one run.
-#[derive(Clone)]
-pub struct Parameters(pub Arc<Shared>);
+/// What answers the calls of the service.
+pub trait Answer: Clone + Send + 'static {
+    /// The response to one.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn answer(self, request: Request<Body>) -> impl Future<Output = Result<Response<Body>, Status>> + Send;
+}
 
-impl NamedService for Parameters {
+/// The service `Parameters` of the proto file, over the shared state of one run, or over nothing ([`crate::bare`]).
+#[derive(Clone)]
+pub struct Parameters<T>(pub T);
+
+impl<T> NamedService for Parameters<T> {
     const NAME: &'static str = "unisono.v1.Parameters";
 }
 
-impl Service<Request<Body>> for Parameters {
+impl<T: Answer> Service<Request<Body>> for Parameters<T> {
     type Response = Response<Body>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
@@ -51,8 +60,14 @@ impl Service<Request<Body>> for Parameters {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let shared = self.0.clone();
-        Box::pin(async move { Ok(answer(shared, request).await.unwrap_or_else(Status::into_http)) })
+        let answers = self.0.clone();
+        Box::pin(async move { Ok(answers.answer(request).await.unwrap_or_else(Status::into_http)) })
+    }
+}
+
+impl Answer for Arc<Shared> {
+    async fn answer(self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        answer(self, request).await
     }
 }
 

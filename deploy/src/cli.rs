@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{Wrong, bench, cert, doctor, export, generate, init, launch, loadtest, package, simulate, trained};
+use crate::{Wrong, bench, cert, doctor, export, generate, init, launch, loadtest, package, predict, simulate};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -275,7 +275,7 @@ pub enum Cmd {
         input: Option<PathBuf>,
         /// The format of rows from stdin, or of a file whose name does not say it
         #[arg(long)]
-        format: Option<trained::Format>,
+        format: Option<predict::Format>,
         /// Goes on with a text instead, as a language model was trained to
         #[arg(long, value_name = "PROMPT", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["input", "format"])]
         generate: Option<String>,

@@ -1,7 +1,8 @@
 //! `unisono predict --generate`: text that a language model goes on with.
 
 use crate::Wrong;
-use crate::trained::{Trained, is_broken_pipe, load};
+use crate::predict::is_broken_pipe;
+use crate::trained::{Trained, load};
 use anyhow::{Context, Result, anyhow};
 use std::io::Write;
 use std::path::Path;

@@ -14,6 +14,7 @@ mod loadtest;
 mod local;
 mod operate;
 mod package;
+mod predict;
 mod progress;
 mod recommend;
 mod show;
@@ -261,7 +262,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         }
         Cmd::Predict { checkpoint, input, format, sampling, with_seen, .. } => {
             let top = sampling.top_k.map(|k| recommend::Top { k, with_seen });
-            trained::predict(&checkpoint, input.as_ref(), format, top)
+            predict::predict(&checkpoint, input.as_ref(), format, top)
         }
         Cmd::Export { checkpoint, format, out, force } => export::export(&checkpoint, format, &out, force),
         Cmd::Status { reach, json } => operate::status(&reach.address()?, json).await,

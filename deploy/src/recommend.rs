@@ -1,6 +1,7 @@
 //! Which items a user is most likely to take, or to rate highest.
 
-use crate::trained::{Answers, Fields, Predictor, Row, Trained, cell};
+use crate::predict::{Answers, Fields, Predictor, Row, cell};
+use crate::trained::Trained;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use unisono_common::data::{self, DataError, Seen, Targets};
