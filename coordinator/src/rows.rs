@@ -6,7 +6,6 @@
 use crate::lock;
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::sync::watch;
 use unisono_common::ids::Step;
@@ -72,14 +71,11 @@ struct Held {
     step: Step,
     store: RowStore,
     keys: Vec<u64>,
-    /// For each row the step that comes after its last change.
-    changed: Vec<AtomicU64>,
     keeping: Option<Keeping>,
 }
 
 /// A checkpoint that has not taken all rows yet.
 struct Keeping {
-    step: Step,
     /// Rows that there were at its step, and those of them that it has taken.
     rows: usize,
     taken: usize,
@@ -115,9 +111,6 @@ pub enum Failed {
     Full(String),
 }
 
-/// Rows of which is fetched what is known of them while others are worked on.
-const AHEAD: usize = 24;
-
 /// Rows that a checkpoint takes at once; updates wait meanwhile.
 const BLOCK: usize = 16_384;
 
@@ -138,16 +131,15 @@ impl Tables {
         let width = layout.width();
         let capacity = Capacity::of_bytes(width, optimizer.state_len(), job.memory);
         let store = RowStore::create(capacity).context("no memory for the tables; lower train.tables.memory_mb")?;
-        let mut held = Held { step, store, keys: Vec::new(), changed: Vec::new(), keeping: None };
+        let mut held = Held { step, store, keys: Vec::new(), keeping: None };
         for block in rows {
             for (key, row) in block.keys.iter().zip(block.rows.chunks_exact(optimizer.row_len())) {
-                if held.store.place(*key, |to| to.copy_from_slice(row)).is_err() {
+                if held.store.place(*key, step.0, |to| to.copy_from_slice(row)).is_err() {
                     bail!("{}", full(capacity.rows, job.memory));
                 }
                 held.keys.push(*key);
             }
         }
-        held.changed = held.keys.iter().map(|_| AtomicU64::new(step.0)).collect();
         Ok(Tables {
             first: layout.first(seed),
             layout,
@@ -254,38 +246,31 @@ impl Tables {
         });
         let width = self.layout.width();
         let mut held = self.write();
-        let Held { step, store, keys: known, changed, keeping } = &mut *held;
+        let Held { step, store, keys: known, keeping } = &mut *held;
         let next = step.next();
-        let places = store.places(&keys).map_err(|_| Failed::Full(full(store.capacity().rows, self.memory)))?;
+        let places = store.places(&keys, next.0).map_err(|_| Failed::Full(full(store.capacity().rows, self.memory)))?;
         if known.len() < store.len() as usize {
             // Those that are new, in the order of their keys.
             let new = keys.iter().zip(places.as_slice()).filter(|(_, place)| **place as usize >= known.len());
             let new: Vec<u64> = new.map(|(key, _)| *key).collect();
-            changed.extend(new.iter().map(|_| AtomicU64::new(next.0)));
             known.extend(new);
         }
         if let Some(keeping) = keeping {
             for &place in places.as_slice() {
-                let at = place as usize;
-                if (keeping.taken..keeping.rows).contains(&at) && changed[at].load(Ordering::Relaxed) <= keeping.step.0
-                {
-                    keeping.old.insert(place, store.row(place).to_vec());
+                if (keeping.taken..keeping.rows).contains(&(place as usize)) {
+                    // Where it is there already, it was changed before.
+                    keeping.old.entry(place).or_insert_with(|| store.row(place).to_vec());
                 }
             }
         }
         let update = self.optimizer.at(next.0, lr);
         let bad = Mutex::new(None::<usize>);
-        let at = places.as_slice();
         store.change(&places, |some, mut rows| {
             let mut gradient = vec![0.0; width];
             kernels::vectorized(
                 #[inline(always)]
                 || {
                     for i in some {
-                        if let Some(ahead) = at.get(i + AHEAD) {
-                            kernels::fetch(changed, *ahead as usize);
-                        }
-                        changed[at[i] as usize].store(next.0, Ordering::Relaxed);
                         let is_new = rows.is_new(i);
                         let (values, state) = rows.row(i).split_at_mut(width);
                         if is_new {
@@ -325,8 +310,11 @@ impl Tables {
         let held = self.read();
         let (mut places, mut values) = (Vec::new(), Vec::new());
         for (i, key) in keys.iter().enumerate() {
-            let Some(place) = held.store.find(*key) else { continue };
-            if since.is_none_or(|since| held.changed[place as usize].load(Ordering::Relaxed) > since.0) {
+            let place = match since {
+                None => held.store.find(*key),
+                Some(since) => held.store.find_changed(*key, since.0),
+            };
+            if let Some(place) = place {
                 places.push(i as u32);
                 values.extend_from_slice(held.store.values(place));
             }
@@ -347,8 +335,8 @@ impl Tables {
     /// Promises that [`Tables::flush`] gives the rows as they are now.
     pub fn keep(&self) {
         let mut held = self.write();
-        let (step, rows) = (held.step, held.keys.len());
-        held.keeping = Some(Keeping { step, rows, taken: 0, old: HashMap::new() });
+        let rows = held.keys.len();
+        held.keeping = Some(Keeping { rows, taken: 0, old: HashMap::new() });
     }
 
     /// Gives away all rows that were promised, in the order in which they were first touched.

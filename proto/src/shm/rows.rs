@@ -5,15 +5,16 @@
 //! in the order of memory. It grows by generations, each twice as large as the one before, one behind another; rows stay
 //! where they are. The file behind the memory is as large as the rows may become, and takes no more than what was written.
 
-use super::memory::{Memory, PAGE, whole_pages};
+use super::memory::{HUGE, Memory, PAGE, whole_pages};
 use rayon::prelude::*;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use unisono_common::kernels;
 
-/// Words of an entry: the key's two halves, and one more than the row's place (0: nothing is there).
-const ENTRY: usize = 3;
+/// Words of an entry: the key's two halves, one more than the row's place (0: nothing is there), and the last 32 bits of the
+/// step that comes after the row's last change.
+const ENTRY: usize = 4;
 
 /// Entries and rows that are fetched while one is worked on.
 const AHEAD: usize = 24;
@@ -55,17 +56,18 @@ impl Capacity {
         (entries / FIRST).trailing_zeros() + 1
     }
 
-    fn index_bytes(self) -> usize {
-        whole_pages(FIRST * ((1 << self.generations()) - 1) * ENTRY * 4)
+    /// Where a generation of the index begins, and the one before it ends.
+    fn index_at(self, generation: u32) -> usize {
+        PAGE + FIRST * ((1 << generation) - 1) * ENTRY * 4
     }
 
     /// Bytes of the memory, most of which are never touched.
     pub fn bytes(self) -> usize {
-        PAGE + self.index_bytes() + whole_pages(self.rows as usize * self.record() * 4)
+        self.rows_at() + whole_pages(self.rows as usize * self.record() * 4)
     }
 
     fn rows_at(self) -> usize {
-        PAGE + self.index_bytes()
+        self.index_at(self.generations())
     }
 }
 
@@ -77,7 +79,8 @@ struct Index<'a> {
 
 /// What stands at a key's place.
 enum Found {
-    Row(u32),
+    /// A row, and the entry that says so.
+    Row(u32, usize),
     /// Nothing, in this entry.
     Free(usize),
 }
@@ -104,16 +107,16 @@ impl Index<'_> {
             }
             let half = |i: usize| entry[i].load(Ordering::Relaxed) as u64;
             if half(0) | half(1) << 32 == key {
-                return Found::Row(row - 1);
+                return Found::Row(row - 1, at);
             }
             at = (at + 1) % entries;
         }
         Found::Free(at)
     }
 
-    /// The places of keys' rows among so many, or [`NOWHERE`]; entries are somewhere in a large memory, and fetched while others are
-    /// looked at.
-    fn places(&self, keys: &[u64], rows: u32) -> impl Iterator<Item = u32> {
+    /// The places of keys' rows among so many, or [`NOWHERE`], and their entries; entries are somewhere in a large memory, and fetched
+    /// while others are looked at.
+    fn places(&self, keys: &[u64], rows: u32) -> impl Iterator<Item = (u32, usize)> {
         let fetch = |key: u64| kernels::fetch(self.words, self.start(key) * ENTRY);
         keys.iter().take(AHEAD).for_each(|key| fetch(*key));
         keys.iter().enumerate().map(move |(i, key)| {
@@ -121,16 +124,17 @@ impl Index<'_> {
                 fetch(*ahead);
             }
             match self.find(*key) {
-                Found::Row(row) if row < rows => row,
-                Found::Row(_) | Found::Free(_) => NOWHERE,
+                Found::Row(row, at) if row < rows => (row, at),
+                Found::Row(_, at) | Found::Free(at) => (NOWHERE, at),
             }
         })
     }
 
-    fn put(&self, at: usize, key: u64, row: u32) {
+    fn put(&self, at: usize, key: u64, row: u32, step: u32) {
         let entry = self.entry(at);
         entry[0].store(key as u32, Ordering::Relaxed);
         entry[1].store((key >> 32) as u32, Ordering::Relaxed);
+        entry[3].store(step, Ordering::Relaxed);
         entry[2].store(row + 1, Ordering::Release);
     }
 }
@@ -154,17 +158,25 @@ impl Rows {
     fn index(&self, generation: u32) -> Index<'_> {
         let generation = generation.min(self.capacity.generations() - 1);
         let bits = FIRST.trailing_zeros() + generation;
-        let before = FIRST * ((1 << generation) - 1) * ENTRY * 4;
-        Index { words: self.memory.read_words(PAGE + before, ENTRY << bits), bits }
+        Index { words: self.memory.read_words(self.capacity.index_at(generation), ENTRY << bits), bits }
     }
 
     /// The place of a key's row, where it has one.
     pub fn find(&self, key: u64) -> Option<u32> {
         let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
         match index.find(key) {
-            Found::Row(row) => Some(row).filter(|row| *row < self.capacity.rows),
+            Found::Row(row, _) => Some(row).filter(|row| *row < self.capacity.rows),
             Found::Free(_) => None,
         }
+    }
+
+    /// The place of a key's row, where it has one that has changed since it was that of step `since`. (One that has not changed for
+    /// 2^31 steps may be said to have.)
+    pub fn find_changed(&self, key: u64, since: u64) -> Option<u32> {
+        let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
+        let Found::Row(row, at) = index.find(key) else { return None };
+        let changed = index.entry(at)[3].load(Ordering::Relaxed);
+        Some(row).filter(|row| *row < self.capacity.rows && changed.wrapping_sub(since as u32).cast_signed() > 0)
     }
 
     /// How many rows there are.
@@ -199,7 +211,9 @@ impl Rows {
         let (index, width) = (self.index(self.header()[GENERATION].load(Ordering::Acquire)), self.capacity.width);
         for (keys, out) in keys.chunks(BLOCK).zip(out.chunks_mut(BLOCK * width)) {
             places.clear();
-            places.extend(index.places(keys, self.capacity.rows).inspect(|place| self.come(*place)));
+            places.extend(
+                index.places(keys, self.capacity.rows).map(|(place, _)| place).inspect(|place| self.come(*place)),
+            );
             kernels::vectorized(
                 #[inline(always)]
                 || {
@@ -232,13 +246,17 @@ const NOWHERE: u32 = u32::MAX;
 pub struct Full;
 
 /// The rows, for the one who writes them.
-pub struct RowStore(Rows);
+pub struct RowStore {
+    rows: Rows,
+    /// Up to where memory is there for rows.
+    backed: usize,
+}
 
 impl std::ops::Deref for RowStore {
     type Target = Rows;
 
     fn deref(&self) -> &Rows {
-        &self.0
+        &self.rows
     }
 }
 
@@ -248,7 +266,7 @@ impl RowStore {
     /// # Errors
     /// Where the system has not so much address space to give.
     pub fn create(capacity: Capacity) -> io::Result<RowStore> {
-        Ok(RowStore(Rows::of(Memory::create("unisono-rows", capacity.bytes(), true)?, capacity)))
+        Ok(RowStore::of(Memory::create("unisono-rows", capacity.bytes(), true)?, capacity))
     }
 
     /// No rows yet, in memory of this process alone.
@@ -256,35 +274,40 @@ impl RowStore {
     /// # Errors
     /// Where the system has not so much address space to give.
     pub fn private(capacity: Capacity) -> io::Result<RowStore> {
-        Ok(RowStore(Rows::of(Memory::private(capacity.bytes())?, capacity)))
+        Ok(RowStore::of(Memory::private(capacity.bytes())?, capacity))
+    }
+
+    fn of(memory: Memory, capacity: Capacity) -> RowStore {
+        // Few rows take no more than what they need.
+        RowStore { rows: Rows::of(memory, capacity), backed: (capacity.rows_at() + HUGE).next_multiple_of(HUGE) }
     }
 
     /// The memory, to give it away.
     pub fn memory(&self) -> &Memory {
-        &self.0.memory
+        &self.rows.memory
     }
 
     /// How large it may become.
     pub fn capacity(&self) -> Capacity {
-        self.0.capacity
+        self.capacity
     }
 
-    /// The place of a key's row; where it is new, `first` fills its values and its state.
+    /// The place of a key's row; where it is new, `first` fills its values and its state, as they are at `step`.
     ///
     /// # Errors
     /// No room for a new one.
-    pub fn place(&mut self, key: u64, first: impl FnOnce(&mut [f32])) -> Result<u32, Full> {
+    pub fn place(&mut self, key: u64, step: u64, first: impl FnOnce(&mut [f32])) -> Result<u32, Full> {
         let generation = self.header()[GENERATION].load(Ordering::Relaxed);
         let free = match self.index(generation).find(key) {
-            Found::Row(row) => return Ok(row),
+            Found::Row(row, _) => return Ok(row),
             Found::Free(at) => at,
         };
         let row = self.len();
-        if row == self.0.capacity.rows {
+        if row == self.capacity.rows {
             return Err(Full);
         }
         first(self.row_mut(row));
-        self.index(generation).put(free, key, row);
+        self.index(generation).put(free, key, row, step as u32);
         self.grow_to(row + 1);
         Ok(row)
     }
@@ -292,9 +315,14 @@ impl RowStore {
     /// Says that there are so many rows, in an index that is large enough.
     fn grow_to(&mut self, rows: u32) {
         let mut generation = self.header()[GENERATION].load(Ordering::Relaxed);
-        while 2 * rows as usize > FIRST << generation && generation + 1 < self.0.capacity.generations() {
+        while 2 * rows as usize > FIRST << generation && generation + 1 < self.capacity.generations() {
             self.grow(generation);
             generation += 1;
+        }
+        let end = self.capacity.rows_at() + rows as usize * self.capacity.record() * 4;
+        while self.backed < end {
+            self.memory().back(self.backed..self.backed + HUGE);
+            self.backed += HUGE;
         }
         self.memory().words(0, 2)[ROWS].store(rows, Ordering::Release);
     }
@@ -302,6 +330,7 @@ impl RowStore {
     /// Copies a generation's entries to the next one, which nobody looks at yet.
     fn grow(&mut self, generation: u32) {
         let (old, new) = (self.index(generation), self.index(generation + 1));
+        self.memory().back(self.capacity.index_at(generation + 1)..self.capacity.index_at(generation + 2));
         for at in 0..1usize << old.bits {
             let entry = old.entry(at);
             let row = entry[2].load(Ordering::Relaxed);
@@ -309,7 +338,7 @@ impl RowStore {
                 let half = |i: usize| entry[i].load(Ordering::Relaxed) as u64;
                 let key = half(0) | half(1) << 32;
                 if let Found::Free(free) = new.find(key) {
-                    new.put(free, key, row - 1);
+                    new.put(free, key, row - 1, entry[3].load(Ordering::Relaxed));
                 }
             }
         }
@@ -318,27 +347,33 @@ impl RowStore {
 
     #[allow(unsafe_code, reason = "shared memory")]
     fn row_mut(&mut self, place: u32) -> &mut [f32] {
-        let (len, rows) = (self.0.capacity.record(), self.0.capacity.rows);
+        let (len, rows) = (self.capacity.record(), self.capacity.rows);
         assert!(place < rows, "row {place} of {rows}");
         let at = place as usize * len;
         // SAFETY: this is the one who writes, and it is borrowed; nobody finds the row before it is in the index.
-        unsafe { self.memory().values_mut(self.0.capacity.rows_at(), at..at + len) }
+        unsafe { self.memory().values_mut(self.capacity.rows_at(), at..at + len) }
     }
 
-    /// The places of keys' rows, on the current thread pool. New rows hold anything until [`RowStore::change`] has changed them.
+    /// The places of keys' rows, which become those of `step`, on the current thread pool. New rows hold anything until
+    /// [`RowStore::change`] has changed them.
     ///
     /// # Errors
     /// No room for all that are new: then there are none.
     ///
     /// # Panics
     /// Where keys are not ascending.
-    pub fn places(&mut self, keys: &[u64]) -> Result<Places, Full> {
+    pub fn places(&mut self, keys: &[u64], step: u64) -> Result<Places, Full> {
         assert!(keys.is_sorted_by(|a, b| a < b), "keys are ascending");
-        let (rows, generation) = (self.0.capacity.rows, self.header()[GENERATION].load(Ordering::Relaxed));
+        let (rows, generation) = (self.capacity.rows, self.header()[GENERATION].load(Ordering::Relaxed));
         let (index, mut places) = (self.index(generation), vec![NOWHERE; keys.len()]);
         let each = each(keys.len());
         places.par_chunks_mut(each).zip(keys.par_chunks(each)).for_each(|(places, keys)| {
-            places.iter_mut().zip(index.places(keys, rows)).for_each(|(to, place)| *to = place);
+            for (to, (place, at)) in places.iter_mut().zip(index.places(keys, rows)) {
+                *to = place;
+                if place != NOWHERE {
+                    index.entry(at)[3].store(step as u32, Ordering::Relaxed);
+                }
+            }
         });
         let new = places.iter().filter(|place| **place == NOWHERE).count();
         let before = self.len();
@@ -351,7 +386,7 @@ impl RowStore {
         for (row, (place, key)) in (before..).zip(absent) {
             *place = row;
             if let Found::Free(free) = index.find(*key) {
-                index.put(free, *key, row);
+                index.put(free, *key, row, step as u32);
             }
         }
         Ok(Places { places, before })
@@ -389,7 +424,7 @@ impl Changing<'_> {
     #[inline(always)]
     #[allow(unsafe_code, reason = "shared memory")]
     pub fn row(&mut self, i: usize) -> &mut [f32] {
-        let (store, i) = (&self.store.0, i - self.first);
+        let (store, i) = (&self.store.rows, i - self.first);
         if let Some(ahead) = self.places.get(i + AHEAD) {
             store.come(*ahead);
         }
@@ -434,10 +469,10 @@ mod tests {
     fn rows_are_found_where_they_were_put_however_many_there_are() {
         let mut store = RowStore::create(capacity(5000)).expect("memory");
         for id in 0..5000u64 {
-            let place = store.place(key(id), |row| row.fill(id as f32)).expect("room");
-            assert_eq!((place as u64, store.place(key(id), |_| panic!("it is there"))), (id, Ok(place)));
+            let place = store.place(key(id), 0, |row| row.fill(id as f32)).expect("room");
+            assert_eq!((place as u64, store.place(key(id), 0, |_| panic!("it is there"))), (id, Ok(place)));
         }
-        assert_eq!((store.len(), store.place(key(5000), |_| ())), (5000, Err(Full)));
+        assert_eq!((store.len(), store.place(key(5000), 0, |_| ())), (5000, Err(Full)));
         let keys: Vec<u64> = [7, 6000, 4999].map(key).to_vec();
         let mut out = vec![9.0; 9];
         store.read(&keys, &mut Vec::new(), &mut out, |absent, row| {
@@ -448,7 +483,7 @@ mod tests {
         let mut ids: Vec<u64> = (0..4000).step_by(3).collect();
         ids.sort_by_key(|id| key(*id));
         let keys: Vec<u64> = ids.iter().copied().map(key).collect();
-        let places = store.places(&keys).expect("room");
+        let places = store.places(&keys, 1).expect("room");
         assert_eq!(places.as_slice().iter().map(|place| *place as u64).collect::<Vec<_>>(), ids);
         store.change(&places, |some, mut rows| some.for_each(|i| rows.row(i).fill(10_000.0 + ids[i] as f32)));
         for id in 0..5000 {
@@ -461,9 +496,9 @@ mod tests {
         ids.sort_by_key(|id| key(*id));
         let keys: Vec<u64> = ids.iter().copied().map(key).collect();
         for id in 0..700u64 {
-            store.place(key(id), |row| row.fill(id as f32)).expect("room");
+            store.place(key(id), 0, |row| row.fill(id as f32)).expect("room");
         }
-        let places = store.places(&keys).expect("room");
+        let places = store.places(&keys, 1).expect("room");
         store.change(&places, |some, mut rows| {
             for i in some {
                 assert_eq!(rows.is_new(i), ids[i] >= 700);
@@ -477,12 +512,12 @@ mod tests {
         assert!((0..3000u64).all(|id| store.find(key(id)).map(|place| store.row(place)) == Some(&[id as f32; 4][..])));
         // All have room, or none has.
         let more: Vec<u64> = (1..=2001).map(|i| i << 40).collect();
-        assert!(store.places(&more).is_err() && store.len() == 3000 && store.find(1 << 40).is_none());
-        assert!(store.places(&more[1..]).is_ok() && store.len() == 5000);
+        assert!(store.places(&more, 2).is_err() && store.len() == 3000 && store.find(1 << 40).is_none());
+        assert!(store.places(&more[1..], 2).is_ok() && store.len() == 5000);
         // Keys that begin alike, up to the end of the index and around it.
         let mut store = RowStore::private(capacity(5000)).expect("memory");
         for low in 0..600u64 {
-            assert_eq!(store.place(u64::MAX - low, |_| ()), Ok(low as u32));
+            assert_eq!(store.place(u64::MAX - low, 0, |_| ()), Ok(low as u32));
         }
         assert!((0..600u64).all(|low| store.find(u64::MAX - low) == Some(low as u32)));
         assert_eq!(store.find(5), None);
@@ -491,7 +526,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "keys are ascending")]
     fn no_row_is_changed_by_two() {
-        RowStore::private(capacity(10)).expect("memory").places(&[5, 5]).ok();
+        RowStore::private(capacity(10)).expect("memory").places(&[5, 5], 1).ok();
     }
 
     #[test]
@@ -503,6 +538,42 @@ mod tests {
         }
     }
 
+    /// Memory comes a huge page at a time, ahead of the rows: whoever has the memory mapped already sees what is put there, and
+    /// no more is taken than the rows need, and a huge page of each part.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn many_rows_are_read_by_others_and_take_what_they_need() {
+        let capacity = Capacity { width: 16, state: 0, rows: 1 << 20 };
+        let mut store = RowStore::create(capacity).expect("memory");
+        let file = store.memory().file().expect("a file").try_clone_to_owned().expect("a second handle");
+        let taken = |store: &RowStore| {
+            let file = store.memory().file().expect("a file");
+            512 * rustix::fs::fstat(file).expect("its size").st_blocks as usize
+        };
+        assert_eq!(taken(&store), 0);
+        let theirs = Rows::of(Memory::open(file, capacity.bytes(), false).expect("for reading"), capacity);
+        for id in 0..100_000u64 {
+            assert_eq!(theirs.find(key(id)), None);
+            store.place(key(id), id, |row| row.fill(id as f32)).expect("room");
+            assert_eq!(theirs.find(key(id)).map(|place| theirs.values(place)), Some(&[id as f32; 16][..]));
+            if id == 1000 {
+                assert!(taken(&store) < 1 << 20, "{} bytes for few rows", taken(&store));
+            }
+        }
+        assert!(
+            (0..100_000u64).all(|id| theirs.find(key(id)).map(|place| theirs.values(place)[15]) == Some(id as f32))
+        );
+        let (rows, index) = (100_000 * 64, capacity.index_at(9) - capacity.index_at(0));
+        let taken = taken(&store);
+        assert!(
+            (rows..rows + index + 2 * HUGE).contains(&taken),
+            "{taken} bytes for {rows} of rows and {index} of their index"
+        );
+        // Of each row it is known when it changed last.
+        let since = |since, id| store.find_changed(key(id), since).is_some();
+        assert!(since(41, 42) && !since(42, 42) && !since(1 << 31, 42) && !since(0, 200_000));
+    }
+
     #[cfg(target_os = "linux")]
     #[test]
     fn others_read_what_was_written() {
@@ -512,7 +583,7 @@ mod tests {
         let theirs = Rows::of(memory, capacity(3000));
         assert!(theirs.is_empty() && theirs.find(key(1)).is_none());
         for id in 0..3000u64 {
-            store.place(key(id), |row| row.fill(id as f32)).expect("room");
+            store.place(key(id), 0, |row| row.fill(id as f32)).expect("room");
         }
         assert!((0..3000u64).all(|id| theirs.values(theirs.find(key(id)).expect("a row"))[1] == id as f32));
     }
