@@ -428,6 +428,11 @@ impl Entrance {
         Ok(Entrance { listener, tls: identity.map(Tls::new).transpose()? })
     }
 
+    /// Whether all that comes and goes is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// The connections, for as long as somebody takes them.
     pub(crate) fn open(self) -> ReceiverStream<io::Result<Connection>> {
         let (send, receive) = mpsc::channel(16);

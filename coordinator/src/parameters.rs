@@ -142,7 +142,7 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 // Room first: a worker whose chunks wait is not read from.
                 let turn = turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
                 let values = reader.values().await?;
-                wire::check_chunk(layout, head, &values, |_, _| ())?;
+                wire::check_chunk(layout, head.summed(shared.store.needs_crc)?, &values, |_, _| ())?;
                 if let Some(chunk) = push.chunk(shared, head.index, spent)? {
                     add_up(shared.clone(), chunk, values, turn);
                 }
@@ -188,9 +188,11 @@ impl Coming {
         let Some(tables) = &shared.store.tables else { return wrong("the model has no sparse tables") };
         let width = tables.layout().width();
         let (each, rows) = (8 + 4 * width, values.len() / (8 + 4 * width));
-        let crc = wire::crc(values);
-        if crc != head.crc {
-            return Err(WireError::Checksum { index: head.index, got: crc, want: head.crc });
+        if let Some(want) = head.summed(shared.store.needs_crc)?.crc {
+            let got = wire::crc(values);
+            if got != want {
+                return Err(WireError::Checksum { index: head.index, got, want });
+            }
         }
         let all = self.sums.keys.len() + rows;
         let most = self.rows.min(shared.slots().rows);

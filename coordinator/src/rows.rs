@@ -425,6 +425,11 @@ mod tests {
         tables.update(1.0, 1.0, Some(0.25)).expect("finite");
         assert_eq!(tables.pull(&keys, Some(Step(6))).1, [1, 2]);
         assert!(near(value(&tables, 2), -1.25) && near(value(&tables, 9), -0.25));
+        // One that changes twice is kept as it was before both.
+        step(&tables, 7, [&[2], &[]]);
+        tables.update(1.0, 1.0, None).expect("finite");
+        assert_eq!(tables.pull(&keys, Some(Step(7))).1, [2]);
+        assert!(near(value(&tables, 2), -2.25));
         let mut kept = Vec::new();
         tables.flush(|block| kept.push(block.clone()));
         assert_eq!(kept.iter().map(|block| block.keys.len()).sum::<usize>(), 3, "the fourth is newer");

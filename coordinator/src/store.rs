@@ -37,7 +37,7 @@ const COPIES: usize = 16;
 struct Copy {
     version: Version,
     values: Vec<f32>,
-    crc: u32,
+    crc: Option<u32>,
     spare: Arc<Spare>,
 }
 
@@ -50,24 +50,25 @@ impl Drop for Copy {
 /// One that is being made, from the chunk's beginning to its end.
 struct Copying {
     copy: Copy,
-    crc: unisono_proto::Crc,
+    crc: Option<unisono_proto::Crc>,
 }
 
 impl Copying {
-    fn of(version: Version, len: usize, spare: &Arc<Spare>) -> Copying {
+    fn of(version: Version, len: usize, needs_crc: bool, spare: &Arc<Spare>) -> Copying {
         let mut values = spare.take(len);
         values.clear();
-        Copying { copy: Copy { version, values, crc: 0, spare: spare.clone() }, crc: unisono_proto::Crc::new() }
+        let copy = Copy { version, values, crc: None, spare: spare.clone() };
+        Copying { copy, crc: needs_crc.then(unisono_proto::Crc::new) }
     }
 
     fn add(&mut self, values: &[f32]) {
         self.copy.values.extend_from_slice(values);
-        self.crc.update(le_bytes(values));
+        self.crc.iter_mut().for_each(|crc| crc.update(le_bytes(values)));
     }
 
     fn end(self) -> Arc<Copy> {
         let Copying { mut copy, crc } = self;
-        copy.crc = crc.finalize();
+        copy.crc = crc.map(unisono_proto::Crc::finalize);
         Arc::new(copy)
     }
 }
@@ -83,7 +84,8 @@ impl AsRef<[u8]> for Shared {
 /// A chunk of weights that a stream sends.
 pub struct Sent {
     pub version: Version,
-    pub crc: u32,
+    /// CRC-32, where streams need one.
+    pub crc: Option<u32>,
     pub bytes: Bytes,
 }
 
@@ -144,11 +146,11 @@ impl Chunk {
     }
 
     /// The weights of `version`, for the wire.
-    fn send(&mut self, version: Version, spare: &Arc<Spare>) -> Sent {
+    fn send(&mut self, version: Version, needs_crc: bool, spare: &Arc<Spare>) -> Sent {
         let last = &mut self.copies[version.place() as usize % 2];
         let copy = last.upgrade().filter(|copy| copy.version == version).unwrap_or_else(|| {
             let values = self.piece.of_step(version.place());
-            let mut copy = Copying::of(version, values.len(), spare);
+            let mut copy = Copying::of(version, values.len(), needs_crc, spare);
             copy.add(values);
             let copy = copy.end();
             *last = Arc::downgrade(&copy);
@@ -231,6 +233,8 @@ pub struct Store {
     applied: Box<dyn Fn(Applied) + Send + Sync>,
     /// Threads that reduce and update.
     pub pool: rayon::ThreadPool,
+    /// Whether chunks for the wire need a checksum: what is encrypted has a better one.
+    pub needs_crc: bool,
     /// Where somebody wants to know.
     pub timers: Option<Timers>,
     /// Bytes of gradients accepted.
@@ -300,6 +304,7 @@ impl Store {
             changed: watch::Sender::new(0),
             applied,
             pool,
+            needs_crc: true,
             timers: None,
             bytes_pushed: AtomicU64::new(0),
             bytes_pulled: AtomicU64::new(0),
@@ -492,7 +497,7 @@ impl Store {
         // Each copy holds the spare buffers, beside this store.
         let (streams, copies) = (self.changed.receiver_count(), Arc::strong_count(&self.spare) - 1);
         let wanted = streams > 0 && copies < COPIES;
-        let mut copy = wanted.then(|| Copying::of(Version::of(step.next()), range.len(), &self.spare));
+        let mut copy = wanted.then(|| Copying::of(Version::of(step.next()), range.len(), self.needs_crc, &self.spare));
         let began = self.timers.as_ref().map(|timers| (timers, cpu_time(THREAD)));
         let mut done = |at: Range<usize>, finite: bool, new: &[f32]| {
             if !finite {
@@ -625,7 +630,7 @@ impl Store {
     fn next_of(&self, index: usize, than: Option<Version>) -> Option<Sent> {
         let mut chunk = lock(&self.chunks[index]);
         let next = chunk.after(than)?;
-        Some(chunk.send(next, &self.spare))
+        Some(chunk.send(next, self.needs_crc, &self.spare))
     }
 
     /// Whether the store is at the beginning of `step`, and no update of it has run.
@@ -720,7 +725,7 @@ mod tests {
         };
         let version = |index, than| {
             let sent = store.next_of(index, than)?;
-            assert_eq!(sent.crc, unisono_proto::crc(&sent.bytes));
+            assert_eq!(sent.crc, Some(unisono_proto::crc(&sent.bytes)));
             Some((sent.version, sent.bytes[..4].to_vec()))
         };
         let of = |step| Version::of(Step(step));

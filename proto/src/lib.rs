@@ -73,6 +73,8 @@ pub enum WireError {
     ChunkLength { index: u32, got: usize, want: usize },
     #[error("chunk {index} was damaged on the way: its checksum is {got:08x}, it should be {want:08x}")]
     Checksum { index: u32, got: u32, want: u32 },
+    #[error("chunk {index} has no checksum, and needs one where it is not encrypted")]
+    Unsummed { index: u32 },
     #[error("chunk {index} holds a value that is not finite, in tensor `{tensor}`")]
     NotFinite { index: u32, tensor: String },
     #[error("{lo}..{hi} is not a node of the tree over {partitions} partitions")]
@@ -161,26 +163,28 @@ const BLOCK: usize = 16 << 10;
 
 /// What a chunk's values are on the way.
 pub struct Look {
-    /// CRC-32
-    pub crc: u32,
+    /// CRC-32, where it was asked for.
+    pub crc: Option<u32>,
     /// Whether all are finite.
     pub finite: bool,
 }
 
 impl Look {
-    /// Looks at all `values`, in one pass over memory, in which `also` gets each block of them, and where it begins.
-    pub fn at(values: &[u8], mut also: impl FnMut(usize, &[u8])) -> Look {
-        let (mut crc, mut finite) = (Crc::new(), true);
+    /// Looks at all `values`, in one pass over memory, in which `also` gets each block of them, and where it begins; at their checksum
+    /// where they are `summed`.
+    pub fn at(values: &[u8], summed: bool, mut also: impl FnMut(usize, &[u8])) -> Look {
+        let (mut crc, mut finite) = (summed.then(Crc::new), true);
         for (n, block) in values.chunks(BLOCK).enumerate() {
             also(n * BLOCK, block);
-            crc.update(block);
+            crc.iter_mut().for_each(|crc| crc.update(block));
             finite &= kernels::all_finite_bytes(block);
         }
-        Look { crc: crc.finalize(), finite }
+        Look { crc: crc.map(Crc::finalize), finite }
     }
 }
 
-/// Checks a chunk that came in: its number, length, checksum, and that every value is finite; `also` as in [`Look::at`].
+/// Checks a chunk that came in: its number, length, checksum where it has one, and that every value is finite; `also` as in
+/// [`Look::at`].
 pub fn check_chunk(
     layout: &Layout,
     ChunkHead { index, crc, .. }: ChunkHead,
@@ -188,9 +192,11 @@ pub fn check_chunk(
     also: impl FnMut(usize, &[u8]),
 ) -> Result<(), WireError> {
     let range = layout.chunk(check_head(layout, index, values.len())?);
-    let look = Look::at(values, also);
-    if look.crc != crc {
-        return Err(WireError::Checksum { index, got: look.crc, want: crc });
+    let look = Look::at(values, crc.is_some(), also);
+    if let (Some(got), Some(want)) = (look.crc, crc)
+        && got != want
+    {
+        return Err(WireError::Checksum { index, got, want });
     }
     if !look.finite {
         let tensor = layout.tensor_at(range.start + first_not_finite(values)).map(|t| t.name.clone());
@@ -221,7 +227,7 @@ mod tests {
         }]);
         let good = encode_values(&[1.0, -2.0, 3.5]);
         let check = |index, crc, values: &[u8]| {
-            check_chunk(&layout, ChunkHead { index, crc, ..Default::default() }, values, |_, _| ())
+            check_chunk(&layout, ChunkHead { index, crc: Some(crc), ..Default::default() }, values, |_, _| ())
         };
         assert_eq!(check(0, crc(&good), &good), Ok(()));
         assert!(matches!(check(1, crc(&good), &good), Err(WireError::NoSuchChunk { .. })));
@@ -239,13 +245,13 @@ mod tests {
             bytes.extend(encode_values(&values));
             let bytes = &mut bytes[shift..];
             let mut copy = vec![0; bytes.len()];
-            let look = Look::at(bytes, |at, block| copy[at..at + block.len()].copy_from_slice(block));
-            assert!(copy == bytes && look.finite && look.crc == crc(bytes), "{shift}");
+            let look = Look::at(bytes, true, |at, block| copy[at..at + block.len()].copy_from_slice(block));
+            assert!(copy == bytes && look.finite && look.crc == Some(crc(bytes)), "{shift}");
             for at in [0, BLOCK / 4 - 1, BLOCK / 4, values.len() - 1] {
                 let place = &mut bytes[4 * at..4 * at + 4];
                 let good: [u8; 4] = place.try_into().expect("four bytes");
                 place.copy_from_slice(&f32::INFINITY.to_le_bytes());
-                assert!(!Look::at(bytes, |_, _| ()).finite && first_not_finite(bytes) == at, "{shift} {at}");
+                assert!(!Look::at(bytes, false, |_, _| ()).finite && first_not_finite(bytes) == at, "{shift} {at}");
                 bytes[4 * at..4 * at + 4].copy_from_slice(&good);
             }
         }

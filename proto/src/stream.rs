@@ -3,7 +3,7 @@
 //! The bytes are those of the proto file's messages, so any gRPC client can talk to it. A chunk's values must be its last
 //! field, which is where protobuf's encoders put them.
 
-use crate::v1;
+use crate::{WireError, v1};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http_body::{Body, Frame};
 use http_body_util::BodyExt;
@@ -23,7 +23,18 @@ pub struct ChunkHead {
     pub step: u64,
     pub average: bool,
     pub index: u32,
-    pub crc: u32,
+    /// CRC-32 of the values; none on an encrypted connection, whose own check is better.
+    pub crc: Option<u32>,
+}
+
+impl ChunkHead {
+    /// The same, where it has the checksum that it needs.
+    ///
+    /// # Errors
+    /// None where one is `needed`.
+    pub fn summed(self, needed: bool) -> Result<ChunkHead, WireError> {
+        if needed && self.crc.is_none() { Err(WireError::Unsummed { index: self.index }) } else { Ok(self) }
+    }
 }
 
 /// A message of either stream.
@@ -202,7 +213,7 @@ where
             match fields.key()? {
                 (1, WireType::Varint) => chunk.step = fields.varint()?,
                 (2, WireType::Varint) => chunk.index = fields.small()?,
-                (3, WireType::ThirtyTwoBit) => chunk.crc = fields.fixed()?,
+                (3, WireType::ThirtyTwoBit) => chunk.crc = Some(fields.fixed()?),
                 (4, WireType::Varint) => chunk.average = fields.varint()? != 0,
                 (5, WireType::LengthDelimited) => {
                     values = fields.small()? as usize;
@@ -237,7 +248,7 @@ where
         while !fields.0.is_empty() {
             match fields.key()? {
                 (1, WireType::Varint) => chunk.index = fields.small()?,
-                (2, WireType::ThirtyTwoBit) => chunk.crc = fields.fixed()?,
+                (2, WireType::ThirtyTwoBit) => chunk.crc = Some(fields.fixed()?),
                 (3, WireType::LengthDelimited) => {
                     values = fields.small()? as usize;
                     break;
@@ -357,9 +368,10 @@ mod tests {
     fn what_is_sent_is_read_and_is_what_generated_code_reads() {
         for (n, len) in VALUES.into_iter().enumerate() {
             let values: Bytes = (0..len).map(|i| i as u8).collect::<Vec<_>>().into();
-            for head in
-                [ChunkHead::default(), ChunkHead { step: u64::MAX, average: true, index: n as u32, crc: u32::MAX }]
-            {
+            for head in [
+                ChunkHead::default(),
+                ChunkHead { step: u64::MAX, average: true, index: n as u32, crc: Some(u32::MAX) },
+            ] {
                 let ChunkHead { step, average, index, crc } = head;
                 let sent: Vec<Bytes> = weights(head, &values).collect();
                 let message = v1::WeightChunk { step, average, index, crc, values: values.clone() };

@@ -483,7 +483,7 @@ fn tables_above_their_memory_end_the_run_and_keep_its_last_checkpoint() {
         name = "full"
         data = { format = "synthetic", task = "clicks", fields = 8, vocabulary = 1000000, zipf = 0, samples = 4096 }
         model = { kind = "logistic" }
-        train = { partitions = 4, micro_batch = 64, steps = 12, loss = "binary-cross-entropy", tables = { memory_mb = 1 } }
+        train = { partitions = 4, micro_batch = 56, steps = 12, loss = "binary-cross-entropy", tables = { memory_mb = 1 } }
         checkpoint = { dir = "kept", every_steps = 2 }
     "#;
     write(dir.path(), "job.toml", job);

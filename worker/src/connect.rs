@@ -93,7 +93,8 @@ impl Address {
     /// Nobody there, or not whom the identity's authority knows.
     pub async fn connect(&self) -> Result<Channel> {
         let wire = self.endpoint.connect_with_connector(Tcp).await.map_err(|e| self.unreachable(&e))?;
-        Ok(Channel { wire, token: self.token.clone() })
+        let encrypted = self.endpoint.uri().scheme_str() == Some("https");
+        Ok(Channel { wire, token: self.token.clone(), encrypted })
     }
 
     /// The error of a connection that could not be made.
@@ -213,6 +214,14 @@ fn tls_error<'a>(e: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
 pub struct Channel {
     wire: transport::Channel,
     token: Option<HeaderValue>,
+    encrypted: bool,
+}
+
+impl Channel {
+    /// Whether chunks need a checksum of their own: what is encrypted has a better one.
+    pub fn needs_crc(&self) -> bool {
+        !self.encrypted
+    }
 }
 
 impl Service<http::Request<Body>> for Channel {

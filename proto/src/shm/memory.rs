@@ -76,23 +76,26 @@ impl Memory {
     /// Where the system has not so much memory to give.
     pub fn private(bytes: usize) -> io::Result<Memory> {
         let bytes = whole_pages(bytes.max(1));
-        let access = ProtFlags::READ | ProtFlags::WRITE;
-        let start = Memory::room(bytes, access)?;
+        // SAFETY: a new mapping, wherever there is room, overlaps nothing.
+        let start = unsafe {
+            let access = ProtFlags::READ | ProtFlags::WRITE;
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE)?
+        };
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::Other)?;
         Ok(Memory { start, bytes, writable: true, file: None })
     }
 
-    /// A new mapping of `bytes` zeros, which begins where a huge page may.
-    fn room(bytes: usize, access: ProtFlags) -> io::Result<NonNull<u8>> {
-        // SAFETY: a new mapping, wherever there is room, overlaps nothing; what is unmapped again are its own ends.
+    /// An address at which `bytes` may be mapped so that a huge page begins there: a wish, as another thread may be faster.
+    #[cfg(target_os = "linux")]
+    fn wish(bytes: usize) -> *mut std::ffi::c_void {
+        let (any, bytes) = (std::ptr::null_mut(), bytes + HUGE);
+        // SAFETY: a new mapping, in which nobody may look, overlaps nothing, and nobody knows of it when it goes.
         unsafe {
-            let start = rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes + HUGE, access, MapFlags::PRIVATE)?;
-            let before = start.cast::<u8>().align_offset(HUGE);
-            let start = start.byte_add(before);
-            if before > 0 {
-                rustix::mm::munmap(start.byte_sub(before), before)?;
-            }
-            rustix::mm::munmap(start.byte_add(bytes), HUGE - before)?;
-            Ok(NonNull::new(start.cast()).ok_or(io::ErrorKind::Other)?)
+            let Ok(room) = rustix::mm::mmap_anonymous(any, bytes, ProtFlags::empty(), MapFlags::PRIVATE) else {
+                return any;
+            };
+            rustix::mm::munmap(room, bytes).ok();
+            room.wrapping_byte_add(room.cast::<u8>().align_offset(HUGE))
         }
     }
 
@@ -119,30 +122,27 @@ impl Memory {
     #[cfg(target_os = "linux")]
     fn map(file: OwnedFd, bytes: usize, writable: bool) -> io::Result<Memory> {
         let access = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
-        let room = Memory { start: Memory::room(bytes, ProtFlags::empty())?, bytes, writable, file: Some(file) };
-        let (start, flags) = (room.start.as_ptr().cast(), MapFlags::SHARED | MapFlags::FIXED);
-        // SAFETY: in place of the room, in which nobody has looked yet. The file keeps its size: it is sealed.
-        unsafe { rustix::mm::mmap(start, bytes, access, flags, room.file().ok_or(io::ErrorKind::Other)?, 0)? };
-        Ok(room)
+        let wish = Memory::wish(bytes);
+        // SAFETY: a new mapping, wherever there is room, overlaps nothing. The file keeps its size: it is sealed.
+        let start = unsafe { rustix::mm::mmap(wish, bytes, access, MapFlags::SHARED, &file, 0)? };
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::Other)?;
+        Ok(Memory { start, bytes, writable, file: Some(file) })
     }
 
     /// Gives the huge pages that lie in `bytes` their memory, which is going to be written; where the system has none, it comes page
     /// by page.
     ///
-    /// Shared memory has huge pages where an administrator has said so, and where they are asked for one by one (madvise(2),
-    /// MADV_COLLAPSE, Linux 6.1), which wants the small ones to be there: to allocate them together takes a third of what it takes to
-    /// touch them.
+    /// Shared memory has huge pages where an administrator has said so, and where they are asked for (madvise(2), MADV_COLLAPSE,
+    /// Linux 6.1). That is cheaper where small ones are there, and to allocate those together takes a third of what it takes to touch
+    /// them.
     pub(super) fn back(&self, bytes: Range<usize>) {
         #[cfg(target_os = "linux")]
         if let Some(file) = self.file() {
-            let end = bytes.end.min(self.bytes);
-            for at in (bytes.start.next_multiple_of(HUGE)..end).step_by(HUGE).take_while(|at| at + HUGE <= end) {
-                let all = rustix::fs::FallocateFlags::empty();
-                let there = rustix::fs::fallocate(file, all, at as u64, HUGE as u64).is_ok();
+            let (start, end) = (bytes.start.next_multiple_of(HUGE), bytes.end.min(self.bytes) / HUGE * HUGE);
+            let (all, len) = (rustix::fs::FallocateFlags::empty(), end.saturating_sub(start));
+            if len > 0 && rustix::fs::fallocate(file, all, start as u64, len as u64).is_ok() {
                 // SAFETY: within the mapping, whose content stays as it is.
-                if !there || unsafe { libc::madvise(self.at(at, HUGE).as_ptr().cast(), HUGE, COLLAPSE) } != 0 {
-                    return;
-                }
+                unsafe { libc::madvise(self.at(start, len).as_ptr().cast(), len, COLLAPSE) };
             }
         }
         #[cfg(not(target_os = "linux"))]
