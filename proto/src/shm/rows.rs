@@ -3,7 +3,8 @@
 //!
 //! An index says where the row of a key lies: open addressing by the key's first bits, so that keys in their order are found
 //! in the order of memory. It grows by generations, each twice as large as the one before, one behind another; rows stay
-//! where they are. The file behind the memory is as large as the rows may become, and takes what was written, and that.
+//! where they are. The file behind the memory is as large as the rows may become, and takes memory for that huge page and
+//! what was written before it.
 
 use super::memory::{HUGE, Memory, PAGE, whole_pages};
 use rayon::prelude::*;
