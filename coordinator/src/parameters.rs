@@ -188,12 +188,7 @@ impl Coming {
         let Some(tables) = &shared.store.tables else { return wrong("the model has no sparse tables") };
         let width = tables.layout().width();
         let (each, rows) = (8 + 4 * width, values.len() / (8 + 4 * width));
-        if let Some(want) = head.summed(shared.store.needs_crc)?.crc {
-            let got = wire::crc(values);
-            if got != want {
-                return Err(WireError::Checksum { index: head.index, got, want });
-            }
-        }
+        head.summed(shared.store.needs_crc)?.check(|| wire::crc(values))?;
         let all = self.sums.keys.len() + rows;
         let most = self.rows.min(shared.slots().rows);
         if values.len() != rows * each {

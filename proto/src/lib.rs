@@ -187,17 +187,14 @@ impl Look {
 /// [`Look::at`].
 pub fn check_chunk(
     layout: &Layout,
-    ChunkHead { index, crc, .. }: ChunkHead,
+    head: ChunkHead,
     values: &[u8],
     also: impl FnMut(usize, &[u8]),
 ) -> Result<(), WireError> {
+    let index = head.index;
     let range = layout.chunk(check_head(layout, index, values.len())?);
-    let look = Look::at(values, crc.is_some(), also);
-    if let (Some(got), Some(want)) = (look.crc, crc)
-        && got != want
-    {
-        return Err(WireError::Checksum { index, got, want });
-    }
+    let look = Look::at(values, head.crc.is_some(), also);
+    head.check(|| look.crc.unwrap_or_default())?;
     if !look.finite {
         let tensor = layout.tensor_at(range.start + first_not_finite(values)).map(|t| t.name.clone());
         return Err(WireError::NotFinite { index, tensor: tensor.unwrap_or_default() });

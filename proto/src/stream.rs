@@ -35,6 +35,16 @@ impl ChunkHead {
     pub fn summed(self, needed: bool) -> Result<ChunkHead, WireError> {
         if needed && self.crc.is_none() { Err(WireError::Unsummed { index: self.index }) } else { Ok(self) }
     }
+
+    /// Checks what the values' checksum is, where they were sent with one.
+    ///
+    /// # Errors
+    /// Another than they were sent with.
+    pub fn check(self, crc: impl FnOnce() -> u32) -> Result<(), WireError> {
+        let Some(want) = self.crc else { return Ok(()) };
+        let (index, got) = (self.index, crc());
+        if got == want { Ok(()) } else { Err(WireError::Checksum { index, got, want }) }
+    }
 }
 
 /// A message of either stream.
