@@ -110,6 +110,7 @@ pub fn cover(partitions: u32, lo: u32, hi: u32) -> Vec<Node> {
 #[derive(Debug)]
 pub struct Open<T> {
     partitions: u32,
+    /// No two have a partition in common.
     parts: std::collections::BTreeMap<Node, T>,
 }
 
@@ -132,7 +133,8 @@ impl<T> Open<T> {
 
     /// Whether some of `node`'s partitions are in the sum already.
     pub fn holds(&self, node: Node) -> bool {
-        self.parts.keys().any(|k| k.lo < node.hi && node.lo < k.hi)
+        let mut before_its_end = self.parts.range(..Node { lo: node.hi, hi: 0 });
+        before_its_end.next_back().is_some_and(|(last, _)| node.lo < last.hi)
     }
 
     /// Whether an offer of `node` would be added to a sum that waits for it.
@@ -199,7 +201,9 @@ mod tests {
             let mut last = Offer::Taken;
             for n in &nodes {
                 let (merges, before) = (open.merges(*n), open.parts.len());
+                prop_assert!(!open.holds(*n));
                 last = open.offer(*n, whole(*n, &leaf), |a, b| a + b);
+                prop_assert!(open.holds(*n));
                 prop_assert_eq!(merges, open.parts.len() <= before);
             }
             prop_assert_eq!(last, Offer::Complete);

@@ -2,7 +2,7 @@
 //! a gradient is added up from the memory it came in, and all streams send the same bytes of a chunk of weights.
 
 use crate::entrance::Peer;
-use crate::push::{Chunk, Push, check_keys};
+use crate::push::{Push, check_keys};
 use crate::rows::RowGradient;
 use crate::shared::{Input, Shared};
 use crate::sum::Gradient;
@@ -27,7 +27,7 @@ use unisono_common::rows::sums::RowSums;
 use unisono_proto::stream::{self, ChunkHead, Part, Reader};
 use unisono_proto::{self as wire, WireError, v1};
 
-/// Chunks of one push that are being added up at once, at most.
+/// Chunks of one push whose updates run at once, at most.
 const AT_ONCE: usize = 8;
 
 /// Frames that wait for one broadcast's socket, at most: four chunks.
@@ -144,7 +144,14 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 let values = reader.values().await?;
                 wire::check_chunk(layout, head.summed(shared.store.needs_crc)?, &values, |_, _| ())?;
                 if let Some(chunk) = push.chunk(shared, head.index, spent)? {
-                    add_up(shared.clone(), chunk, values, turn);
+                    // Here, while it is in the cache: to wake another thread takes longer than to add it up.
+                    if let Some(index) = chunk.add(shared, Gradient::Wire(values)) {
+                        let shared = shared.clone();
+                        shared.clone().store.pool.spawn(move || {
+                            shared.store.complete(index);
+                            drop(turn);
+                        });
+                    }
                 }
             }
             Part::Rows(head, len) => {
@@ -215,15 +222,6 @@ impl Coming {
         check_keys(&sums.keys)?;
         Ok(Some(sums))
     }
-}
-
-/// Gives a chunk to the store, beside the task that reads the next one.
-fn add_up(shared: Arc<Shared>, chunk: Chunk, values: Bytes, turn: tokio::sync::OwnedSemaphorePermit) {
-    let accept = move |shared: &Shared| {
-        chunk.accept(shared, Gradient::Wire(values));
-        drop(turn);
-    };
-    shared.clone().store.pool.spawn(move || accept(&shared));
 }
 
 /// Sends every version of every chunk as it is ready, the first chunks first, until nobody listens or the session is over.

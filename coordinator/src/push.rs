@@ -143,10 +143,18 @@ impl Chunk {
         shared.store.merges(self.index, self.of.node)
     }
 
-    /// Gives the chunk to the store; the node's last one is told to the driver first.
-    pub fn accept(self, shared: &Shared, gradient: Gradient) {
+    /// Gives the chunk to the store; the node's last one is told to the driver first. Where all that the chunk's update needs is
+    /// there, gives its index, for [`Store::complete`].
+    ///
+    /// [`Store::complete`]: crate::store::Store::complete
+    pub fn add(self, shared: &Shared, gradient: Gradient) -> Option<usize> {
         let Chunk { worker, of, index } = self;
         of.done(worker, shared);
-        shared.store.accept(of.step, of.node, of.sums, index, gradient);
+        shared.store.add(of.step, of.node, of.sums, index, gradient).then_some(index)
+    }
+
+    /// Gives the chunk to the store, and updates it where it is whole.
+    pub fn accept(self, shared: &Shared, gradient: Gradient) {
+        self.add(shared, gradient).into_iter().for_each(|index| shared.store.complete(index));
     }
 }

@@ -333,13 +333,13 @@ impl Store {
         self.pending.store(self.chunks.len() + usize::from(self.tables.is_some()), Ordering::SeqCst);
     }
 
-    /// Takes one checked chunk of a node's gradient sum, with the node's loss sums; the last one of the step runs the
-    /// optimizer on the chunk.
-    pub fn accept(&self, step: Step, node: Node, sums: LossSums, index: usize, gradient: Gradient) {
+    /// Takes one checked chunk of a node's gradient sum, with the node's loss sums. Gives whether it was the last that was missing:
+    /// who gave it has to [`Store::complete`] the chunk.
+    pub fn add(&self, step: Step, node: Node, sums: LossSums, index: usize, gradient: Gradient) -> bool {
         self.bytes_pushed.fetch_add(self.layout.chunk(index).len() as u64 * 4, Ordering::Relaxed);
         let mut chunk = lock(&self.chunks[index]);
         if chunk.step != step || chunk.reduced.is_some() || chunk.open.holds(node) {
-            return; // late, or there already
+            return false; // late, or there already
         }
         let began = self.timers.as_ref().map(|timers| (timers, cpu_time(THREAD)));
         let gradient = if chunk.open.merges(node) { gradient } else { self.spare.keep(gradient) };
@@ -350,10 +350,14 @@ impl Store {
         if let Some((timers, began)) = began {
             timers.add(cpu_time(THREAD) - began, Duration::ZERO);
         }
-        if offered != Offer::Complete {
-            return;
-        }
+        offered == Offer::Complete
+    }
+
+    /// Runs the optimizer on a chunk whose sums are all there, as far as it needs no others; after the last one, the step is over.
+    pub fn complete(&self, index: usize) {
+        let mut chunk = lock(&self.chunks[index]);
         let Some(Part { gradient, sums, .. }) = chunk.open.take_root() else { return };
+        let step = chunk.step;
         if self.waits() {
             // The mean waits for all others: its norm, or its tensor's, is needed first.
             let mut mean = self.spare.sum(gradient);
@@ -370,7 +374,7 @@ impl Store {
         self.one_less(step, sums);
     }
 
-    /// Takes the checked sums of a node's rows, as [`Store::accept`] does those of its chunks.
+    /// Takes the checked sums of a node's rows, as [`Store::add`] does those of its chunks; the last ones finish the step.
     pub fn accept_rows(&self, step: Step, node: Node, sums: LossSums, gradient: RowGradient) {
         let Some(tables) = &self.tables else { return };
         let (keys, values) = gradient.parts();
@@ -721,7 +725,9 @@ mod tests {
             .expect("memory");
         let sums = LossSums { loss: 1.0, weight: 2.0, samples: 2 };
         let push = |step, index: usize, len: usize| {
-            store.accept(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Sum(vec![4.0; len]));
+            if store.add(step, Node { lo: 0, hi: 1 }, sums, index, Gradient::Sum(vec![4.0; len])) {
+                store.complete(index);
+            }
         };
         let version = |index, than| {
             let sent = store.next_of(index, than)?;
@@ -816,7 +822,8 @@ mod tests {
             store.begin(0.5);
             for i in (0..layout.chunks()).rev() {
                 let values = gradient[layout.chunk(i)].to_vec();
-                store.accept(Step(step), Node { lo: 0, hi: 1 }, sums, i, Gradient::Sum(values));
+                assert!(store.add(Step(step), Node { lo: 0, hi: 1 }, sums, i, Gradient::Sum(values)));
+                store.complete(i);
             }
             let mean: Vec<f32> = gradient.iter().map(|g| g * 0.25).collect();
             let factor = optim::clip_factor(optim::sum_squares(&mean).sqrt() as f32, 5.0);

@@ -34,17 +34,9 @@ impl Gradient {
     /// Copies the values at `range` into `out`.
     pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
         match self {
-            Gradient::Both(both) => {
-                both[0].read(range.clone(), out);
-                both[1].add_to(range, out);
-            }
+            Gradient::Both(both) => kernels::add_bytes(out, both[0].bytes(range.clone()), both[1].bytes(range)),
             one => le_bytes_mut(out).copy_from_slice(one.bytes(range)),
         }
-    }
-
-    /// Adds the values at `range` to `out`.
-    fn add_to(&self, range: Range<usize>, out: &mut [f32]) {
-        kernels::add_bytes_into(out, self.bytes(range));
     }
 
     /// The bytes at `range` of the values that are still to be added up, one or two.
@@ -105,13 +97,25 @@ impl Spare {
     pub fn sum(&self, gradient: Gradient) -> Vec<f32> {
         match gradient {
             Gradient::Sum(sum) => sum,
-            other => {
-                let mut sum = self.take(other.len());
-                other.read(0..sum.len(), &mut sum);
-                self.free(other);
-                sum
-            }
+            Gradient::Both(both) => match *both {
+                // Which one is added to which does not matter: a sum of two is the same either way.
+                [Gradient::Sum(mut sum), other] | [other, Gradient::Sum(mut sum)] => {
+                    kernels::add_bytes_into(&mut sum, other.bytes(0..other.len()));
+                    self.free(other);
+                    sum
+                }
+                both => self.copy(Gradient::Both(Box::new(both))),
+            },
+            one => self.copy(one),
         }
+    }
+
+    /// The values in a buffer that is taken for them.
+    fn copy(&self, gradient: Gradient) -> Vec<f32> {
+        let mut sum = self.take(gradient.len());
+        gradient.read(0..sum.len(), &mut sum);
+        self.free(gradient);
+        sum
     }
 
     /// What has to wait for another, so that it keeps nothing from its worker: a slot may be needed for the next node.
@@ -126,19 +130,8 @@ impl Spare {
     /// Adds two siblings of a tree over `partitions`; the root's are left to whoever reads them.
     pub fn add(&self, left: Part, right: Part, partitions: u32) -> Part {
         let (sums, below) = (left.sums + right.sums, left.partitions + right.partitions);
-        let gradient = if below == partitions {
-            Gradient::Both(Box::new([left.gradient, right.gradient]))
-        } else {
-            // Which one is added to which does not matter: a sum of two is the same either way.
-            let (into, other) = match (left.gradient, right.gradient) {
-                (other, into @ Gradient::Sum(_)) => (into, other),
-                (into, other) => (into, other),
-            };
-            let mut sum = self.sum(into);
-            other.add_to(0..sum.len(), &mut sum);
-            self.free(other);
-            Gradient::Sum(sum)
-        };
+        let both = Gradient::Both(Box::new([left.gradient, right.gradient]));
+        let gradient = if below == partitions { both } else { Gradient::Sum(self.sum(both)) };
         Part { gradient, sums, partitions: below }
     }
 }

@@ -159,6 +159,14 @@ pub fn add_bytes_into(out: &mut [f32], a: &[u8]) {
     vectorized(|| out.iter_mut().zip(a.as_chunks::<4>().0).for_each(|(o, a)| *o += f32::from_le_bytes(*a)));
 }
 
+/// `out = a + b`, of little-endian values wherever they lie.
+pub fn add_bytes(out: &mut [f32], a: &[u8], b: &[u8]) {
+    let values = a.as_chunks::<4>().0.iter().zip(b.as_chunks::<4>().0);
+    vectorized(|| {
+        out.iter_mut().zip(values).for_each(|(o, (a, b))| *o = f32::from_le_bytes(*a) + f32::from_le_bytes(*b))
+    });
+}
+
 /// `out[j] = sum over rows of x[row, j]`, rows in order; `x`: `(rows, out.len())`.
 pub fn column_sums(x: &[f32], out: &mut [f32]) {
     out.fill(0.0);
@@ -175,6 +183,7 @@ pub fn column_sums(x: &[f32], out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::le_bytes;
 
     /// Every length up to four lanes and a tail, against the sum in f64.
     #[test]
@@ -189,6 +198,9 @@ mod tests {
             assert_eq!(vectorized(|| dot(&a, &b)).to_bits(), dot(&a, &b).to_bits(), "the width moved a bit");
             let mut out = b.clone();
             add_into(&mut out, &a);
+            assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == a + b));
+            out.fill(f32::NAN);
+            add_bytes(&mut out, le_bytes(&a), le_bytes(&b));
             assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == a + b));
             scale(&mut out, 0.3);
             assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == (a + b) * 0.3));
