@@ -5,13 +5,12 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::CertifiedKey;
-use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
-};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 use std::sync::Arc;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 use unisono_proto::identity::{CA, CERTIFICATE, Identity, IdentityError, KEY, Role, Token};
+use unisono_proto::tls::{self, certificates};
 use webpki::KeyUsage;
 
 /// How a coordinator proves who it is, and finds out who others are.
@@ -44,10 +43,7 @@ impl Tls {
         let Some(pem) = &identity.certificate else {
             return Err(identity.wrong(CERTIFICATE, "a coordinator needs a certificate, and there is none"));
         };
-        let mut roots = RootCertStore::empty();
-        for ca in certificates(identity, CA, &identity.ca)? {
-            roots.add(ca).map_err(|e| identity.wrong(CA, e))?;
-        }
+        let roots = tls::authorities(identity)?;
         let chain = certificates(identity, CERTIFICATE, &pem.chain)?;
         let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|e| identity.wrong(KEY, e))?;
         let signed = |usage| is_signed(identity, &chain, usage).is_ok();
@@ -55,18 +51,16 @@ impl Tls {
             let what = "it is a worker's or an operator's, and a coordinator needs its own, as in certs/coordinator";
             return Err(identity.wrong(CERTIFICATE, what));
         }
-        let mut provider = rustls::crypto::ring::default_provider();
-        // The shorter key is as safe, and faster.
-        provider.cipher_suites.sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
-        let provider = Arc::new(provider);
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
+        let provider = tls::provider();
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone());
         let verifier = verifier.build().map_err(|e| identity.wrong(CA, e))?;
         let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]);
         let config = config.map_err(|e| identity.wrong(CERTIFICATE, e))?;
         let config = config.with_client_cert_verifier(Arc::new(Later(verifier.clone())));
         let mut config = config.with_single_cert(chain, key).map_err(|e| identity.wrong(KEY, e))?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.alpn_protocols = vec![tls::ALPN.to_vec()];
         config.ignore_client_order = true;
+        config.enable_secret_extraction = true;
         // Each connection shows its certificate anew.
         config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
@@ -74,8 +68,8 @@ impl Tls {
     }
 
     /// What the certificates of a finished handshake say.
-    pub fn standing(&self, certificates: Option<&[CertificateDer<'static>]>) -> Standing {
-        let Some((own, between)) = certificates.and_then(<[_]>::split_first) else { return Standing::Stranger };
+    pub fn standing(&self, certificates: &[CertificateDer<'static>]) -> Standing {
+        let Some((own, between)) = certificates.split_first() else { return Standing::Stranger };
         if let Err(e) = self.verifier.verify_client_cert(own, between, UnixTime::now()) {
             return Standing::Refused(plain(&e));
         }
@@ -88,12 +82,6 @@ impl Tls {
         };
         Standing::Known([Role::Worker, Role::Operator].into_iter().filter(is).collect())
     }
-}
-
-fn certificates(identity: &Identity, file: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-    let all = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
-    let all = all.map_err(|e| identity.wrong(file, e))?;
-    if all.is_empty() { Err(identity.wrong(file, "it holds no certificate")) } else { Ok(all) }
 }
 
 /// Whether the authority of an identity has signed its certificate for this.
@@ -117,8 +105,7 @@ pub fn check_identity(identity: &Identity) -> Result<(), IdentityError> {
     let Some(pem) = &identity.certificate else { return certificates(identity, CA, &identity.ca).map(drop) };
     let chain = certificates(identity, CERTIFICATE, &pem.chain)?;
     let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|e| identity.wrong(KEY, e))?;
-    let provider = rustls::crypto::ring::default_provider();
-    CertifiedKey::from_der(chain.clone(), key, &provider).map_err(|e| identity.wrong(KEY, e))?;
+    CertifiedKey::from_der(chain.clone(), key, &tls::provider()).map_err(|e| identity.wrong(KEY, e))?;
     is_signed(identity, &chain, KeyUsage::client_auth())
         .or_else(|_| is_signed(identity, &chain, KeyUsage::server_auth()))
 }

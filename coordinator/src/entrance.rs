@@ -19,19 +19,19 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Sleep, sleep};
-use tokio_rustls::TlsAcceptor;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::metadata::MetadataMap;
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 use unisono_proto::identity::{Identity, IdentityError, Role};
+use unisono_proto::tls::{self, Wire};
 
 /// Connections at once, at most: two or three of each of some thousand workers.
 const MOST: usize = 8192;
 /// Of them, those of strangers and guests.
 const STRANGERS: usize = 1024;
-/// Of these, those which speak HTTP/2, each of which takes about 50 to 100 KiB: of strangers, and of guests.
+/// Of these, those which speak HTTP/2, each of which takes about 50 to 150 KiB: of strangers, and of guests.
 const SPEAKING: usize = 64;
 const GUESTS: usize = 256;
 /// A stranger's time, from the first byte to a request that is admitted.
@@ -304,11 +304,6 @@ pub fn admit<T>(request: &Request<T>, role: Option<Role>) -> Result<(), Status> 
     Peer::of(request)?.admit(request.metadata(), role)
 }
 
-/// What carries bytes: TCP, or TLS over it.
-trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
-
 /// One connection.
 pub struct Connection {
     wire: Box<dyn Wire>,
@@ -487,8 +482,8 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 ///
 /// # Errors
 /// Why it is sent away.
-async fn hear(stream: TcpStream, tls: Option<&Tls>) -> Result<Option<(Box<dyn Wire>, Standing)>, String> {
-    let Some(tls) = tls else {
+async fn hear(stream: TcpStream, ours: Option<&Tls>) -> Result<Option<(Box<dyn Wire>, Standing)>, String> {
+    let Some(ours) = ours else {
         let (mut first, mut pause) = ([0; PREFACE.len()], Duration::from_millis(1));
         loop {
             match stream.peek(&mut first).await {
@@ -501,9 +496,9 @@ async fn hear(stream: TcpStream, tls: Option<&Tls>) -> Result<Option<(Box<dyn Wi
             pause *= 2;
         }
     };
-    let shaken = TlsAcceptor::from(tls.config.clone()).accept(stream).await;
+    let shaken = tls::accept(ours.config.clone(), stream).await;
     let stream = shaken.map_err(|e| format!("the TLS handshake failed: {e}"))?;
-    let standing = tls.standing(stream.get_ref().1.peer_certificates());
+    let standing = ours.standing(stream.peer_certificates());
     Ok(Some((Box::new(stream), standing)))
 }
 

@@ -11,6 +11,7 @@ use unisono_common::tree::Node;
 pub mod identity;
 pub mod shm;
 pub mod stream;
+pub mod tls;
 
 /// Generated from `unisono/v1/unisono.proto`.
 #[allow(missing_docs, clippy::all)]

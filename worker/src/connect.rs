@@ -4,26 +4,30 @@ use crate::Options;
 use anyhow::{Context, Result, anyhow, bail};
 use http::HeaderValue;
 use hyper_util::rt::TokioIo;
-use rustls::{CertificateError, InvalidMessage};
+use rustls::pki_types::ServerName;
+use rustls::{CertificateError, ClientConfig, InvalidMessage};
 use std::error::Error;
 use std::io;
 use std::pin::Pin;
-use std::task::Poll;
+use std::sync::Arc;
+use std::task::{Context as Polled, Poll};
 use std::time::Duration;
 use tokio::net::{TcpSocket, TcpStream};
 use tonic::body::Body;
 use tonic::codegen::Service;
 use tonic::transport::channel::ResponseFuture;
-use tonic::transport::{self, Certificate, ClientTlsConfig, Endpoint};
-use unisono_proto::identity::{CA, CERTIFICATE, Identity};
+use tonic::transport::{self, Endpoint};
+use unisono_proto::identity::{CA, Identity};
 use unisono_proto::stream::Reader;
-use unisono_proto::{self as wire, v1};
+use unisono_proto::{self as wire, tls, v1};
 
 /// Where a coordinator is, with the transport's settings, and who asks.
 #[derive(Clone, Debug)]
 pub struct Address {
     url: String,
+    /// By HTTP/2; TLS is the connector's.
     endpoint: Endpoint,
+    connector: Connector,
     /// The header `authorization`, which is never shown.
     token: Option<HeaderValue>,
 }
@@ -40,10 +44,10 @@ impl Address {
         let endpoint = Endpoint::from_shared(url.clone()).ok();
         let scheme = |e: &Endpoint| e.uri().scheme_str().unwrap_or_default().to_string();
         let is_url = |e: &Endpoint| ["http", "https"].contains(&&*scheme(e)) && e.uri().port_u16().is_some();
-        let Some(mut endpoint) = endpoint.filter(is_url) else {
+        let Some(endpoint) = endpoint.filter(is_url) else {
             bail!("`{url}` is not a coordinator's URL; write it as https://HOST:PORT, or http://HOST:PORT without TLS")
         };
-        let mut token = None;
+        let (mut token, mut connector) = (None, Connector::default());
         match (identity, scheme(&endpoint).as_str()) {
             (Some(_), "http") => {
                 bail!(
@@ -54,15 +58,9 @@ impl Address {
                 bail!("`{url}` is with TLS: give the folder of an identity with --identity (`unisono cert` makes one)")
             }
             (Some(identity), _) => {
-                let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&identity.ca));
-                if let Some(mine) = &identity.certificate {
-                    tls = tls.identity(transport::Identity::from_pem(&mine.chain, &mine.key));
-                }
-                if let Some(name) = identity.coordinator {
-                    tls = tls.domain_name(name);
-                }
-                let file = if identity.certificate.is_some() { CERTIFICATE } else { CA };
-                endpoint = endpoint.tls_config(tls).map_err(|e| identity.wrong(file, last_cause(&e)))?;
+                let name = identity.coordinator.unwrap_or(host(endpoint.uri())).to_string();
+                let name = ServerName::try_from(name).with_context(|| format!("the host of `{url}`"))?;
+                connector.tls = Some((tls::client(identity)?, name));
                 if let Some(mine) = &identity.token {
                     let mut header = HeaderValue::from_str(&mine.header()).context("the join token")?;
                     header.set_sensitive(true);
@@ -71,7 +69,11 @@ impl Address {
             }
             (None, _) => {}
         }
-        let endpoint = endpoint
+        let origin = endpoint.uri().clone();
+        let mut parts = origin.clone().into_parts();
+        parts.scheme = Some(http::uri::Scheme::HTTP);
+        let endpoint = Endpoint::from(http::Uri::from_parts(parts)?)
+            .origin(origin)
             .connect_timeout(Duration::from_secs(5))
             .http2_keep_alive_interval(wire::KEEPALIVE)
             .keep_alive_timeout(wire::KEEPALIVE)
@@ -79,7 +81,7 @@ impl Address {
             .initial_stream_window_size(wire::STREAM_WINDOW)
             .initial_connection_window_size(wire::CONNECTION_WINDOW)
             .max_frame_size(wire::MAX_FRAME);
-        Ok(Address { url, endpoint, token })
+        Ok(Address { url, endpoint, connector, token })
     }
 
     /// The URL, for people.
@@ -92,8 +94,9 @@ impl Address {
     /// # Errors
     /// Nobody there, or not whom the identity's authority knows.
     pub async fn connect(&self) -> Result<Channel> {
-        let wire = self.endpoint.connect_with_connector(Tcp).await.map_err(|e| self.unreachable(&e))?;
-        let encrypted = self.endpoint.uri().scheme_str() == Some("https");
+        let connector = self.connector.clone();
+        let encrypted = connector.tls.is_some();
+        let wire = self.endpoint.connect_with_connector(connector).await.map_err(|e| self.unreachable(&e))?;
         Ok(Channel { wire, token: self.token.clone(), encrypted })
     }
 
@@ -148,34 +151,49 @@ impl Address {
     }
 }
 
-/// Opens TCP connections, to the first address of a name that answers.
-#[derive(Clone)]
-struct Tcp;
+/// Opens connections, to the first address of a name that answers; by TLS, to who proves to have a name, or without.
+#[derive(Clone, Debug, Default)]
+struct Connector {
+    tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
+}
 
-impl Service<http::Uri> for Tcp {
-    type Response = TokioIo<TcpStream>;
+fn host(uri: &http::Uri) -> &str {
+    uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']')
+}
+
+async fn tcp(uri: &http::Uri) -> io::Result<TcpStream> {
+    let host = host(uri);
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, format!("{host} has no address"));
+    for address in tokio::net::lookup_host((host, uri.port_u16().unwrap_or_default())).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // Before it is connected: what BBR sets up stays.
+        wire::steady(&socket).ok();
+        socket.set_nodelay(true)?;
+        match socket.connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(e) => failed = e,
+        }
+    }
+    Err(failed)
+}
+
+impl Service<http::Uri> for Connector {
+    type Response = TokioIo<Box<dyn tls::Wire>>;
     type Error = io::Error;
     type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
 
-    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_ready(&mut self, _: &mut Polled<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, uri: http::Uri) -> Self::Future {
+        let tls = self.tls.clone();
         Box::pin(async move {
-            let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
-            let mut failed = io::Error::new(io::ErrorKind::NotFound, format!("{host} has no address"));
-            for address in tokio::net::lookup_host((host, uri.port_u16().unwrap_or_default())).await? {
-                let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-                // Before it is connected: what BBR sets up stays.
-                wire::steady(&socket).ok();
-                socket.set_nodelay(true)?;
-                match socket.connect(address).await {
-                    Ok(stream) => return Ok(TokioIo::new(stream)),
-                    Err(e) => failed = e,
-                }
-            }
-            Err(failed)
+            let stream = tcp(&uri).await?;
+            Ok(TokioIo::new(match tls {
+                Some((config, name)) => Box::new(tls::connect(config, name, stream).await?),
+                None => Box::new(stream) as Box<dyn tls::Wire>,
+            }))
         })
     }
 }
@@ -229,7 +247,7 @@ impl Service<http::Request<Body>> for Channel {
     type Error = transport::Error;
     type Future = ResponseFuture;
 
-    fn poll_ready(&mut self, context: &mut std::task::Context<'_>) -> Poll<Result<(), Self::Error>> {
+    fn poll_ready(&mut self, context: &mut Polled<'_>) -> Poll<Result<(), Self::Error>> {
         self.wire.poll_ready(context)
     }
 
