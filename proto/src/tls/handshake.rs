@@ -70,41 +70,31 @@ trait Shaking {
     fn keys(self) -> Result<(ExtractedSecrets, KernelConnection<Self::Data>), Error>;
 }
 
-impl Shaking for UnbufferedClientConnection {
-    const IS_CLIENT: bool = true;
+/// rustls has the same methods for both, and no trait.
+macro_rules! shaking {
+    ($connection:ty, $data:ty, $is_client:expr) => {
+        impl Shaking for $connection {
+            const IS_CLIENT: bool = $is_client;
 
-    type Data = rustls::client::ClientConnectionData;
+            type Data = $data;
 
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
+            fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+                self.process_tls_records(incoming)
+            }
 
-    fn common(&self) -> &CommonState {
-        self
-    }
+            fn common(&self) -> &CommonState {
+                self
+            }
 
-    fn keys(self) -> Result<(ExtractedSecrets, KernelConnection<Self::Data>), Error> {
-        self.dangerous_into_kernel_connection()
-    }
+            fn keys(self) -> Result<(ExtractedSecrets, KernelConnection<Self::Data>), Error> {
+                self.dangerous_into_kernel_connection()
+            }
+        }
+    };
 }
 
-impl Shaking for UnbufferedServerConnection {
-    const IS_CLIENT: bool = false;
-
-    type Data = rustls::server::ServerConnectionData;
-
-    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
-        self.process_tls_records(incoming)
-    }
-
-    fn common(&self) -> &CommonState {
-        self
-    }
-
-    fn keys(self) -> Result<(ExtractedSecrets, KernelConnection<Self::Data>), Error> {
-        self.dangerous_into_kernel_connection()
-    }
-}
+shaking!(UnbufferedClientConnection, rustls::client::ClientConnectionData, true);
+shaking!(UnbufferedServerConnection, rustls::server::ServerConnectionData, false);
 
 pub async fn client<T: AsyncRead + AsyncWrite + Unpin>(
     config: Arc<ClientConfig>,
