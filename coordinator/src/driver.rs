@@ -235,8 +235,10 @@ impl Driver {
         match input {
             // The run ends where its last checkpoint is; what comes now is too late.
             Input::Applied(_) | Input::Diverged { .. } if self.finishing => {}
-            Input::Join { to_worker, .. } if self.finishing => {
-                let goodbye = self.goodbye();
+            Input::Join { worker, to_worker, .. } if self.finishing || !self.shared.is_member(worker) => {
+                let refused =
+                    || v1::Goodbye { reason: "what it sent before it joined was refused".into(), rejoin: true };
+                let goodbye = if self.finishing { self.goodbye() } else { refused() };
                 to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Goodbye(goodbye)) })).ok();
             }
             Input::Join { worker, threads, name, isa, to_worker, lane } => {
@@ -268,7 +270,7 @@ impl Driver {
                 if self.forget(worker) {
                     tracing::warn!("worker {worker} left");
                 }
-                self.shared.leave(worker); // it may have left before its join was taken
+                self.shared.leave(worker); // its join may not have been taken yet
                 self.machine(Event::Disconnected { worker });
             }
             Input::Broken { worker, why } => {
@@ -276,6 +278,7 @@ impl Driver {
                     tracing::warn!("worker {worker} is out: {why}");
                     self.part(worker, v1::Goodbye { reason: why, rejoin: true });
                 }
+                self.shared.leave(worker); // its join may not have been taken yet
                 self.machine(Event::Disconnected { worker });
             }
             Input::NodeDone { worker, step, node } => {

@@ -119,21 +119,26 @@ impl v1::coordinator_server::Coordinator for Service {
         to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Joined(joined)) })).ok();
         let plain = |text: &str| text.chars().filter(|c| !c.is_control()).take(64).collect::<String>();
         let (name, isa) = (plain(&join.name), plain(&join.isa));
+        let enter = move |lane| Input::Join { worker, threads: join.threads, name, isa, to_worker, lane };
+        // A worker that was offered shared memory says first whether it has got it. Another one is in before it knows its
+        // session: what it does with it comes after.
+        let waits = if offered {
+            Some(enter)
+        } else {
+            shared.input(enter(None));
+            None
+        };
         tokio::spawn(async move {
             let guard = guard;
-            // A worker that was offered shared memory says first whether it has got it.
-            let lane = if offered {
+            if let Some(enter) = waits {
                 let answer = tokio::time::timeout(Duration::from_secs(10), incoming.message()).await;
                 let Ok(Ok(Some(v1::FromWorker { kind: Some(v1::from_worker::Kind::SharedMemory(answer)) }))) = answer
                 else {
                     return;
                 };
                 let lane = shared.door.as_ref().and_then(|door| door.lane(&token));
-                lane.filter(|_| answer.used)
-            } else {
-                None
-            };
-            shared.input(Input::Join { worker, threads: join.threads, name, isa, to_worker, lane });
+                shared.input(enter(lane.filter(|_| answer.used)));
+            }
             let partitions = shared.job.train.partitions;
             while let Some(Ok(message)) = incoming.next().await {
                 match message.kind {

@@ -157,6 +157,11 @@ impl Shared {
         lock(&self.names).remove(&worker);
     }
 
+    /// Whether it has entered, and was not sent away since.
+    pub(crate) fn is_member(&self, worker: WorkerId) -> bool {
+        lock(&self.tokens).values().any(|member| *member == worker)
+    }
+
     /// The member whose session this is.
     pub(crate) fn member(&self, session: &[u8]) -> Result<WorkerId, Status> {
         let known = Token::try_from(session).ok().and_then(|token| lock(&self.tokens).get(&token).copied());

@@ -88,8 +88,13 @@ type Token = Vec<u8>;
 /// Joins, and gives the proof with the open session.
 async fn joined(client: &mut Client, join: v1::Join) -> (Token, Streaming<v1::ToWorker>) {
     let mut session = session(client, join, Vec::new()).await.expect("joined");
+    (welcome(&mut session).await.session.to_vec(), session)
+}
+
+/// The first that a session hears.
+async fn welcome(session: &mut Streaming<v1::ToWorker>) -> v1::Joined {
     match session.message().await.expect("a message").and_then(|m| m.kind) {
-        Some(v1::to_worker::Kind::Joined(joined)) => (joined.session.to_vec(), session),
+        Some(v1::to_worker::Kind::Joined(joined)) => joined,
         other => panic!("not joined: {other:?}"),
     }
 }
@@ -275,6 +280,19 @@ async fn wrong_members(client: &mut Client) {
     }
 }
 
+/// Joins with the offer of shared memory; what is sent into the first that this gives goes into the session.
+#[cfg(target_os = "linux")]
+async fn offered(
+    client: &mut Client,
+    join: &v1::Join,
+) -> (tokio::sync::mpsc::UnboundedSender<v1::FromWorker>, v1::Joined, Streaming<v1::ToWorker>) {
+    let (says, hears) = tokio::sync::mpsc::unbounded_channel();
+    says.send(from_worker(v1::from_worker::Kind::Join(join.clone()))).expect("it is read");
+    let messages = stream::wrappers::UnboundedReceiverStream::new(hears);
+    let mut session = client.coordinator.session(messages).await.expect("joined").into_inner();
+    (says, welcome(&mut session).await, session)
+}
+
 /// Shared memory is for who joined and was told so, and for nobody twice over; who says nonsense through it is sent away.
 #[cfg(target_os = "linux")]
 async fn wrong_knocks(client: &mut Client) {
@@ -282,16 +300,15 @@ async fn wrong_knocks(client: &mut Client) {
     use wire::shm::{door::knock, frame::Report};
     let (_, layout, join) = honest_join(client).await;
     let join = v1::Join { shared_memory: true, ..join };
+    // Refused before it said whether it has shared memory, it does not come in.
+    let (says, joined, mut session) = offered(client, &join).await;
+    let nonsense = v1::push_part::Kind::Chunk(chunk(u32::MAX, &[]));
+    refused(push(client, vec![of(&joined.session), nonsense]).await, Code::InvalidArgument, &["does not exist"]);
+    says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used: false }))).expect("it is read");
+    let early = goodbye(&mut session).await;
+    assert!(early.rejoin && early.reason.contains("before it joined"), "{early:?}");
     for used in [false, true] {
-        let (says, hears) = tokio::sync::mpsc::unbounded_channel();
-        says.send(from_worker(Kind::Join(join.clone()))).expect("it is read");
-        let messages = stream::wrappers::UnboundedReceiverStream::new(hears);
-        let mut session = client.coordinator.session(messages).await.expect("joined").into_inner();
-        let Some(v1::to_worker::Kind::Joined(joined)) =
-            session.message().await.expect("a message").and_then(|m| m.kind)
-        else {
-            panic!("not joined")
-        };
+        let (says, joined, mut session) = offered(client, &join).await;
         assert!(
             knock(&joined.door, &[7; 16], SlotSize::dense(layout.len()), None).is_err(),
             "let in without the secret"
