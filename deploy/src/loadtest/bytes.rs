@@ -16,9 +16,9 @@ use unisono_proto::v1::push_part::Kind;
 use unisono_proto::v1::{BroadcastRequest, GradientChunk, PushPart};
 use unisono_worker::Address;
 
-/// Before it counts, and how long it counts.
-const WARM: Duration = Duration::from_millis(500);
-const LENGTH: Duration = Duration::from_secs(2);
+/// Before it counts, while buffers still grow, and how long it counts.
+const WARM: Duration = Duration::from_secs(2);
+const LENGTH: Duration = Duration::from_secs(3);
 
 /// Microseconds of the coordinator, for a worker and step, that moving bytes does not explain where one costs so many processor
 /// seconds.
