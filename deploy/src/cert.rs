@@ -176,7 +176,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let dir = args.dir.display();
     println!("{dir}/{COORDINATOR}  for the coordinator, reached as {}", names.join(", "));
     println!("{dir}/{WORKER}       for workers: copy it to each machine that computes");
-    println!("{dir}/{OPERATOR}     for drain and stop (status is for all)");
+    println!("{dir}/{OPERATOR}     for drain and stop (status is for any of these)");
     println!("{dir}/{JOIN}         for workers, in place of {WORKER}: a join token, no certificate");
     println!("{dir}/ca           keep {CA_KEY} to yourself; with it this command makes new ones");
     println!("valid until {}; run this command again before, with the same --host", end.date());

@@ -26,7 +26,7 @@ pub fn summary(s: &Summary, json: bool) -> Result<()> {
         row("left out", format!("{skipped} sample{s} that cannot be read"));
     }
     if let Some(loss) = s.train_loss {
-        row("train loss", format!("{loss:.5}"));
+        row("loss", format!("{loss:.5} in the last step"));
     }
     if let Some(eval) = &s.eval {
         row("test", eval.to_string());

@@ -193,7 +193,7 @@ pub fn open_as(files: &Files, data: &job::Data, seed: u64, known: Option<&Prepar
     let raw = match &data.source {
         job::Source::Digits => digits::read(seed),
         job::Source::Idx { train, test, classes } => idx::read(files, train, test.as_ref(), *classes)?,
-        job::Source::Table(spec) => table::read(files, spec, seed, tokenizer, data.on_error)?,
+        job::Source::Table(spec) => table::read(files, spec, seed, known, data.on_error)?,
         job::Source::LibSvm(spec) => {
             let fields = known.and_then(|known| Some(known.sparse.as_ref()?.fields));
             libsvm::read(files, spec, seed, fields, data.on_error)?

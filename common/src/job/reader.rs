@@ -52,6 +52,10 @@ impl fmt::Display for Kind {
     }
 }
 
+/// Of two ways to say something in a section, with the keys of each, a job has one.
+const INSTEAD: [(&str, [&[&str]; 2]); 2] =
+    [("train", [&["steps"], &["epochs"]]), ("data", [&["test"], &["holdout", "holdout_by"]])];
+
 /// Tables that `"name"` is short for, as `{ kind = "name" }`, and what they are when nothing is said.
 const SHORTHANDS: [(&str, &str); 6] = [
     ("data.tokenizer", "words"),
@@ -183,12 +187,14 @@ impl Node {
         if keys.len() > DEEPEST {
             return wrong("no key is nested that deeply; write for example train.optimizer.lr=0.1".into());
         }
-        // `train.steps` and `train.epochs` say the same thing: the later word counts.
-        if let ["train", last @ ("steps" | "epochs")] = keys[..]
+        // Of keys that say the same thing the later word counts.
+        if let [section, last] = keys[..]
+            && let Some((_, ways)) = INSTEAD.iter().find(|(of, ways)| *of == section && ways.concat().contains(&last))
             && let Kind::Table(top) = &mut self.kind
-            && let Some((_, Node { kind: Kind::Table(train), .. })) = top.iter_mut().find(|(k, _)| k == "train")
+            && let Some((_, Node { kind: Kind::Table(table), .. })) = top.iter_mut().find(|(k, _)| k == section)
         {
-            train.retain(|(k, _)| !matches!(k.as_str(), "steps" | "epochs") || k == last);
+            let other = |key: &str| ways.iter().any(|way| way.contains(&key) && !way.contains(&last));
+            table.retain(|(key, _)| !other(key));
         }
         let mut node = self;
         for (depth, key) in keys.iter().enumerate() {

@@ -17,6 +17,8 @@ const MISSING: [&str; 15] =
 const LEAST_ROWS: usize = 20;
 /// Values of a category that is one-hot encoded, at most.
 const MOST_CATEGORIES: usize = 1000;
+/// Of so many cells of a column of numbers, or dates, one may be none, by mistake.
+const MOST_RIGHT: usize = 200;
 /// Classes that are whole numbers, at most: more are measurements.
 const MOST_NUMBERED: usize = 20;
 
@@ -29,6 +31,8 @@ pub struct Column {
     numbers: usize,
     whole: usize,
     dates: usize,
+    /// The first cell that is no number, nor stands for a missing one.
+    odd: Option<String>,
     words: usize,
     longest: usize,
     /// How often each value comes; when there were too many, how many cells had been filled.
@@ -86,7 +90,12 @@ impl Column {
                 self.counts = self.ends.map_or(self.filled == 1, |[_, last]| self.counts && number == last + 1.0);
                 self.ends = Some([self.ends.map_or(number, |[first, _]| first), number]);
             }
-            None => self.dates += usize::from(is_date(cell)),
+            None => {
+                self.dates += usize::from(is_date(cell));
+                if self.odd.is_none() && !MISSING.contains(&cell) {
+                    self.odd = Some(cell.into());
+                }
+            }
         }
         let words = cell.split_whitespace().count();
         self.words += words;
@@ -116,10 +125,11 @@ impl Column {
         }
     }
 
-    /// The text for missing values, where all other cells are numbers.
+    /// The text for missing values, where all other cells are numbers but for mistakes.
     fn odd_one_out(&self) -> Option<(&'static str, usize)> {
         let count = |word: &&'static str| Some((*word, *self.values.get(*word)?));
-        MISSING.iter().filter_map(count).find(|(_, count)| self.numbers > 0 && self.numbers + count == self.filled)
+        let rest = |count: usize| self.filled.saturating_sub(self.numbers + count);
+        MISSING.iter().filter_map(count).find(|(_, count)| self.numbers > 0 && self.are_mistakes(rest(*count)))
     }
 
     pub fn different(&self) -> usize {
@@ -131,12 +141,32 @@ impl Column {
         self.full_at.unwrap_or(self.filled) as f64 / self.values.len().max(1) as f64
     }
 
+    /// Whether so many cells that are no numbers, if any, are so few among so many different numbers that they must be mistakes.
+    fn are_mistakes(&self, cells: usize) -> bool {
+        cells == 0 || (self.are_few(cells) && self.different() > MOST_NUMBERED + cells)
+    }
+
+    fn are_few(&self, cells: usize) -> bool {
+        self.filled >= LEAST_ROWS && cells <= (self.filled / MOST_RIGHT).max(1)
+    }
+
+    /// How many cells of a column of numbers are none, and the first of them.
+    pub fn mistakes(&self) -> Option<(usize, &str)> {
+        let count = self.filled - self.numbers;
+        Some((count, self.odd.as_deref()?)).filter(|_| count > 0 && self.are_mistakes(count))
+    }
+
+    /// Cells that are numbers, or were meant to be.
+    fn meant(&self, numbers: usize) -> usize {
+        numbers + self.mistakes().map_or(0, |(count, _)| count)
+    }
+
     fn is_number(&self) -> bool {
-        self.filled > 0 && self.numbers == self.filled
+        self.filled > 0 && self.meant(self.numbers) == self.filled
     }
 
     fn is_whole(&self) -> bool {
-        self.filled > 0 && self.whole == self.filled
+        self.filled > 0 && self.meant(self.whole) == self.filled
     }
 
     /// Words of the longest text.
@@ -170,7 +200,7 @@ impl Column {
                 }
             }
             () if self.is_number() => Role::Number,
-            () if self.dates == self.filled => Role::Out("dates or times"),
+            () if self.dates == self.filled || self.are_few(self.filled - self.dates) => Role::Out("dates or times"),
             () if self.words >= 4 * self.filled && repeats < 2.0 => Role::Text,
             () if repeats < 2.0 && !few => Role::Out("another text in almost every row"),
             () if self.different() <= MOST_CATEGORIES => Role::Category,
@@ -332,6 +362,8 @@ pub struct Plan<'t> {
     pub roles: Vec<(&'t Column, Role)>,
     /// The only column that is learnt from, where it is texts.
     pub text: Option<&'t Column>,
+    /// Columns of numbers with cells that are none: how many, and the first.
+    pub mistakes: Vec<(&'t Column, usize, &'t str)>,
     /// Rows without a target or a text, and those of classes so rare that a held-out part may have all of one.
     pub without: usize,
     pub rare: usize,
@@ -406,11 +438,15 @@ impl Table {
             let why = roles.iter().map(why).collect::<Vec<_>>().join("; ");
             bail!("{shown} has no column to learn `{}` from ({why}); add one", target.name);
         }
+        let numbers = roles.iter().filter(|(_, role)| *role == Role::Number).map(|(column, _)| *column);
+        let measured = (task == Task::Regression).then_some(target);
+        let mistakes = numbers.chain(measured).filter_map(|column| Some((column, column.mistakes()?)));
+        let mistakes = mistakes.map(|(column, (count, first))| (column, count, first)).collect();
         let rare = |count: &&usize| **count < 5 && task == Task::Classification;
         let rare: usize = target.values.values().filter(rare).sum();
         let empty_texts = text.map_or(0, |text| rows - text.filled);
         let without = rows - target.filled + empty_texts;
-        Ok(Plan { target, because, task, roles, text, without, rare })
+        Ok(Plan { target, because, task, roles, text, mistakes, without, rare })
     }
 
     /// Whether a column's values are classes or measurements.

@@ -320,10 +320,11 @@ fn columns(table: &Table, plan: &Plan<'_>, sparse: bool) -> String {
         keys += &note("What is not learnt from.");
         keys += &list("ignore", &out);
     }
-    let unusable = table.bad + plan.without + plan.rare;
+    let unusable =
+        table.bad + plan.without + plan.rare + plan.mistakes.iter().map(|(_, count, _)| count).sum::<usize>();
     if unusable > 0 {
         keys += &note(
-            "Rows that cannot be used (too few cells, no target, a class that only tested rows have) are left out, up to max_errors of \
+            "Rows that cannot be used (too few cells, no target, a text among numbers, a class that only tested rows have) are left out, up to max_errors of \
              them; \"stop\" makes the first an error.",
         );
         keys += &format!("on_error = \"skip\"\nmax_errors = {}\n", (2 * unusable).next_power_of_two().max(100));
@@ -376,6 +377,10 @@ fn rows(table: &Table, files: &Pair<PathBuf>, place: &Place, target: Option<&str
     }
     if let Some(first) = &table.first_bad {
         section = section.say("bad rows", format!("{}, left out; the first: {first}", table.bad));
+    }
+    for (column, count, first) in &plan.mistakes {
+        let rows = if *count == 1 { "a row is" } else { &format!("{count} rows are") };
+        section = section.say("no numbers", format!("{rows} left out: `{}` has {first:?} among numbers", column.name));
     }
     if plan.without > 0 {
         let what = plan.text.map_or(String::new(), |text| format!(" or `{}`", text.name));

@@ -97,13 +97,13 @@ fn write(args: &Args) -> Result<Written> {
     }
     let exists =
         || anyhow!("{} exists; add --force to replace it, or choose another file with --out", args.out.display());
-    if args.out.exists() && !args.force {
-        return Err(exists());
-    }
     let root = std::env::var_os("UNISONO_DATA").filter(|root| !root.is_empty());
     let root = root.map(std::path::absolute).transpose()?;
     let place = Place { base: std::path::absolute(folder)?, root };
     let data = place.find(&args.data);
+    if data.exists() && args.out.exists() && !args.force {
+        return Err(exists());
+    }
     let mut section = data::section(&data, &place, args.target.as_deref())?;
     let name = run_name(&data);
     let head = format!(

@@ -115,7 +115,10 @@ fn choose(kind: &Kind, opened: &Opened) -> Chosen {
             let last = scale.map(|_| format!("{}.*", 2 * hidden.len()));
             let comment = "Hidden layers of so many units. Where it learns by heart: fewer, or dropout = 0.2; the simplest model: kind = \"linear\" alone.";
             let model = format!("kind = \"mlp\"\nhidden = {hidden:?}\n");
-            Chosen { last, ..plain(comment, &model, &format!("mlp with hidden layers of {hidden:?} units")) }
+            let plain = plain(comment, &model, &format!("mlp with hidden layers of {hidden:?} units"));
+            // A measurement takes longer than a class, and its steps are short.
+            let steps = if classes == 0 { 20_000 } else { plain.steps };
+            Chosen { last, steps, ..plain }
         }
         Kind::Texts => Chosen {
             lr: 3e-3,

@@ -165,12 +165,20 @@ impl Run {
         drop(events);
         // Who has failed; a worker that is started for the first time is waited for.
         let (mut failed, mut tried, mut joined) = (BTreeMap::new(), BTreeSet::new(), false);
+        // Who has no worker now, and why.
+        let mut without = BTreeMap::new();
         loop {
             tokio::select! {
                 _ = progress.wait_for(|progress| !progress.workers.is_empty()), if !joined => joined = true,
                 event = happens.recv() => match event {
-                    Some(Event::Started(slot)) => if tried.insert(slot) { failed.remove(&slot); },
+                    Some(Event::Started(slot)) => {
+                        without.remove(&slot);
+                        if tried.insert(slot) {
+                            failed.remove(&slot);
+                        }
+                    }
                     Some(Event::Failed(slot, failure)) => {
+                        without.insert(slot, failure.why.clone());
                         failed.insert(slot, failure);
                         let hopeless = failed.len() == names.len() && (!joined || failed.values().all(|failure| failure.last));
                         if hopeless && !*over.borrow() {
@@ -183,6 +191,9 @@ impl Run {
         }
         // Nobody lives any more: all have done their part, or said why not.
         while living.join_next().await.is_some() {}
+        for (slot, why) in without {
+            tracing::warn!("{} had no worker when the run ended: {why}", names[slot].1);
+        }
         Ok(())
     }
 }

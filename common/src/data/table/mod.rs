@@ -22,8 +22,8 @@ use self::json_lines::JsonLines;
 use self::plan::{Plan, Roles};
 use super::bad::Bad;
 use super::error::At;
-use super::tokenizer::{Tokenizer, Wanted};
-use super::{DataError, Files, Raw, Scale, TextColumn, Tokens, read_bytes};
+use super::tokenizer::Wanted;
+use super::{DataError, Files, Prepared, Raw, Scale, TextColumn, Tokens, read_bytes};
 use crate::job::{self, Form};
 use crate::rng::{Key, Purpose};
 use ::csv::StringRecord;
@@ -210,16 +210,17 @@ pub fn look(
     Ok(table.names().into())
 }
 
-/// Reads both splits; everything that is learnt is learnt from the training set.
+/// Reads both splits; everything that is learnt is learnt from the training set, or was from that of a model whose data is `known`.
 pub(super) fn read(
     files: &Files,
     spec: &job::Table,
     seed: u64,
-    known: Option<&Tokenizer>,
+    known: Option<&Prepared>,
     on_error: job::OnError,
 ) -> Result<Raw, DataError> {
     let mut bad = Bad::new(on_error);
-    let wanted = |text: &job::TextColumn| Wanted::new(files, &spec.base, &text.tokenizer, known);
+    let tokenizer = known.and_then(|known| known.tokens.as_ref()?.tokenizer.as_ref());
+    let wanted = |text: &job::TextColumn| Wanted::new(files, &spec.base, &text.tokenizer, tokenizer);
     let wanted = spec.text.as_ref().map(wanted).transpose()?;
     let mut train = Table::open(files, spec, &spec.train, None, bad.skips())?;
     let mut roles = Roles::new(&train, wanted.as_ref())?;
@@ -239,7 +240,8 @@ pub(super) fn read(
         };
         train.part = Some(Part { key: Key::new(seed, Purpose::Split), share, held_out: false, columns });
     }
-    let plan = Plan::learn(&train, roles)?;
+    let mut plan = Plan::learn(&train, roles)?;
+    known.iter().for_each(|known| plan.take_over(known));
     let test = match (&spec.test, &train.part) {
         (None, None) => None,
         (None, Some(part)) => {

@@ -5,7 +5,7 @@ use super::cells::{fill_up, is_missing, number, scaled};
 use crate::data::dataset::is_weight;
 use crate::data::error::At;
 use crate::data::tokenizer::{Count, Encoder, Tokenizer, Wanted};
-use crate::data::{Column, DataError, Dataset, Features, IdField, Ids, Targets};
+use crate::data::{Column, DataError, Dataset, Features, IdField, Ids, Prepared, Targets};
 use crate::job::{self, Task};
 use ::csv::StringRecord;
 use std::collections::BTreeSet;
@@ -292,6 +292,17 @@ impl<'a> Plan<'a> {
         };
         let tokenizer = roles.text.as_ref().map(|text| text.wanted.learn(texts.iter().map(String::as_str)));
         Ok(Plan { roles, columns, tokenizer, classes })
+    }
+
+    /// What the training set of a model has taught, in place of what this one has, where that has the same columns.
+    pub fn take_over(&mut self, known: &Prepared) {
+        let kind = |column: &Column| (column.name.clone(), column.values.is_some(), column.log);
+        if self.columns.iter().map(|(_, column)| kind(column)).eq(known.columns.iter().map(kind)) {
+            self.columns.iter_mut().zip(&known.columns).for_each(|((_, ours), theirs)| ours.clone_from(theirs));
+            if self.classes.is_some() && known.classes.is_some() {
+                self.classes.clone_from(&known.classes);
+            }
+        }
     }
 
     /// Columns that became features, and what the ids are.

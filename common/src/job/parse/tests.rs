@@ -591,6 +591,12 @@ fn overrides_replace_expand_and_exclude() {
         read(JOB, &["train.optimizer.kind=sgd", "train.steps=2", "train.epochs=9", "checkpoint.keep = 7"]).unwrap();
     assert!(matches!(job.train.optimizer, Optimizer::Sgd { lr: 0.01, .. }));
     assert_eq!((job.train.length, job.checkpoint.keep), (Length::Epochs(9), 7));
+    let table = "{ format = \"csv\", train = \"a\", target = \"t\", task = \"regression\", holdout = 0.1, holdout_by = [\"u\"] }";
+    let table = JOB.replace("format = \"digits\"", "").replace("[data]", &format!("data = {table}"));
+    for (set, test, holdout) in [("data.test=b", Some("b"), None), ("data.holdout=0.5", None, Some(0.5))] {
+        let Source::Table(of) = read(&table, &[set]).unwrap().data.source else { panic!("no table") };
+        assert_eq!((of.test.as_deref(), of.holdout, of.holdout_by.is_empty()), (test, holdout, test.is_some()));
+    }
 }
 
 #[test]
