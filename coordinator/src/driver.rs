@@ -277,8 +277,9 @@ impl Driver {
                 if self.sessions.contains_key(&worker) {
                     tracing::warn!("worker {worker} is out: {why}");
                     self.part(worker, v1::Goodbye { reason: why, rejoin: true });
+                } else {
+                    self.shared.leave(worker); // its join may not have been taken yet
                 }
-                self.shared.leave(worker); // its join may not have been taken yet
                 self.machine(Event::Disconnected { worker });
             }
             Input::NodeDone { worker, step, node } => {

@@ -126,9 +126,11 @@ pub fn eval(
         Some(_) => read_job(other, set)?,
         None => job.clone(),
     };
-    // Another text has to become the model's tokens, and other lines as many ids.
+    // Another text has to become the model's tokens, and other lines as many ids. Its own table has to teach what it taught.
+    let columns = other.map(|_| prepared.columns.clone()).unwrap_or_default();
+    let known = Prepared { columns, ..prepared.clone() };
     let opened =
-        data::open_as(&data::Files::any(), &source.data, source.seed, Some(&prepared)).map_err(|e| Wrong(e.into()))?;
+        data::open_as(&data::Files::any(), &source.data, source.seed, Some(&known)).map_err(|e| Wrong(e.into()))?;
     let Opened { train, test, prepared: found, skipped } = opened;
     if let Some(warning) = skipped.as_ref().and_then(Skipped::warning) {
         eprintln!("{warning}");

@@ -115,8 +115,13 @@ fn a_text_among_numbers_is_a_mistake() {
     let table: Vec<String> = houses().replace("\"old, but fine\"", "new").lines().enumerate().map(mistakes).collect();
     put(dir.path(), "houses.csv", table.join("\n"));
     let (says, job) = init(dir.path(), &["houses.csv"]);
-    for words in ["Price (the last column), a number", "Rooms, Area", "`Area` has \"4O\" among", "`Price` has \"about "]
-    {
+    for words in [
+        "Price (the last column), a number",
+        "Rooms, Area",
+        "Sold (dates",
+        "`Area` has \"4O\" among",
+        "`Price` has \"about ",
+    ] {
         assert!(says.contains(words), "{words}: {says}");
     }
     assert!(job.contains("task = \"regression\"") && job.contains("on_error = \"skip\""), "{job}");
@@ -458,6 +463,8 @@ fn what_cannot_be_learnt_from_is_named_and_nothing_is_written() {
     put(dir.path(), "job.toml", "mine");
     let out = run(dir.path(), &["init", "good.csv"]);
     assert!(out.status.code() == Some(2) && text(&out.stderr).contains("job.toml exists; add --force"), "{out:?}");
+    let out = run(dir.path(), &["init", "godo.csv"]);
+    assert!(out.status.code() == Some(2) && text(&out.stderr).contains("there is no godo.csv"), "{out:?}");
     // A failure keeps it, with --force too.
     assert_eq!(run(dir.path(), &["init", "same.csv", "--force"]).status.code(), Some(2));
     assert_eq!(std::fs::read(dir.path().join("job.toml")).expect("there"), b"mine");

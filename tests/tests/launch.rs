@@ -148,7 +148,7 @@ fn hosts_give_the_local_runs_weights_and_get_the_program_once() {
         assert!(text(&out.stderr).lines().any(|l| l.starts_with(line)), "no line of {line}: {}", text(&out.stderr));
     }
     assert!(["one", "two"].iter().all(|host| hosts.workers(host).is_empty()), "a worker outlives the run");
-    assert!(!text(&out.stderr).contains("had no worker"), "{}", text(&out.stderr));
+    assert!(!text(&out.stderr).contains("took no part"), "{}", text(&out.stderr));
 
     // It is there now, but not where a copy was broken off.
     let there = hosts.files("one");
@@ -213,7 +213,7 @@ fn a_host_that_took_no_part_is_named_at_the_end() {
     let out = hosts.launch(&["--set", "train.steps=50"]);
     assert_eq!(summary(&out)["workers"], 1);
     let last = text(&out.stderr).lines().last().map(String::from).unwrap_or_default();
-    assert!(last.contains("two had no worker when the run ended: ssh: connect to host two port 22"), "{last}");
+    assert!(last.contains("two took no part: ssh: connect to host two port 22"), "{last}");
 }
 
 #[test]

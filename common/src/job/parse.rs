@@ -4,7 +4,7 @@ use super::reader::{Kind, Kinds, Node, Range, Reader, Result, SIZE, float, numbe
 use super::*;
 use crate::extend::Names;
 
-mod data;
+pub(super) mod data;
 mod model;
 mod pictures;
 mod ratings;

@@ -1,5 +1,6 @@
 //! TOML with places: every value knows the line, or the `--set`, that it came from.
 
+use super::parse::data::FORMATS;
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -50,6 +51,12 @@ impl fmt::Display for Kind {
             Kind::Table(_) => write!(f, "a table"),
         }
     }
+}
+
+/// Whether a section's keys are those of this crate: the keys of a data format that a program adds mean anything.
+fn are_ours(section: &str, table: &[(String, Node)]) -> bool {
+    let format = table.iter().find_map(|(key, node)| if key == "format" { Some(&node.kind) } else { None });
+    section != "data" || matches!(format, Some(Kind::Text(name)) if FORMATS.iter().any(|(known, _)| known == name))
 }
 
 /// Of two ways to say something in a section, with the keys of each, a job has one.
@@ -192,6 +199,7 @@ impl Node {
             && let Some((_, ways)) = INSTEAD.iter().find(|(of, ways)| *of == section && ways.concat().contains(&last))
             && let Kind::Table(top) = &mut self.kind
             && let Some((_, Node { kind: Kind::Table(table), .. })) = top.iter_mut().find(|(k, _)| k == section)
+            && are_ours(section, table)
         {
             let other = |key: &str| ways.iter().any(|way| way.contains(&key) && !way.contains(&last));
             table.retain(|(key, _)| !other(key));

@@ -31,7 +31,7 @@ pub struct Column {
     numbers: usize,
     whole: usize,
     dates: usize,
-    /// The first cell that is no number, nor stands for a missing one.
+    /// A cell that is no number, nor stands for a missing one.
     odd: Option<String>,
     words: usize,
     longest: usize,
@@ -92,6 +92,7 @@ impl Column {
             }
             None => {
                 self.dates += usize::from(is_date(cell));
+                self.ends.iter_mut().for_each(|[_, last]| *last += 1.0); // where rows are counted, it is one, too
                 if self.odd.is_none() && !MISSING.contains(&cell) {
                     self.odd = Some(cell.into());
                 }
@@ -150,10 +151,17 @@ impl Column {
         self.filled >= LEAST_ROWS && cells <= (self.filled / MOST_RIGHT).max(1)
     }
 
-    /// How many cells of a column of numbers are none, and the first of them.
+    /// How many cells of a column of numbers are none, and one of them.
     pub fn mistakes(&self) -> Option<(usize, &str)> {
         let count = self.filled - self.numbers;
-        Some((count, self.odd.as_deref()?)).filter(|_| count > 0 && self.are_mistakes(count))
+        let other = || MISSING.into_iter().find(|word| self.values.contains_key(*word));
+        Some((count, self.odd.as_deref().or_else(other)?)).filter(|_| count > 0 && self.are_mistakes(count))
+    }
+
+    /// Whether what is no number is so rare that it is no code, either.
+    fn has_no_codes(&self) -> bool {
+        let again = |odd: &str| self.values.get(odd).is_some_and(|times| *times > 1);
+        self.mistakes().is_none_or(|(_, odd)| !again(odd))
     }
 
     /// Cells that are numbers, or were meant to be.
@@ -199,7 +207,7 @@ impl Column {
                     Role::Id
                 }
             }
-            () if self.is_number() => Role::Number,
+            () if self.is_number() && self.has_no_codes() => Role::Number,
             () if self.dates == self.filled || self.are_few(self.filled - self.dates) => Role::Out("dates or times"),
             () if self.words >= 4 * self.filled && repeats < 2.0 => Role::Text,
             () if repeats < 2.0 && !few => Role::Out("another text in almost every row"),
@@ -362,7 +370,7 @@ pub struct Plan<'t> {
     pub roles: Vec<(&'t Column, Role)>,
     /// The only column that is learnt from, where it is texts.
     pub text: Option<&'t Column>,
-    /// Columns of numbers with cells that are none: how many, and the first.
+    /// Columns of numbers with cells that are none: how many, and one of them.
     pub mistakes: Vec<(&'t Column, usize, &'t str)>,
     /// Rows without a target or a text, and those of classes so rare that a held-out part may have all of one.
     pub without: usize,
@@ -441,7 +449,16 @@ impl Table {
         let numbers = roles.iter().filter(|(_, role)| *role == Role::Number).map(|(column, _)| *column);
         let measured = (task == Task::Regression).then_some(target);
         let mistakes = numbers.chain(measured).filter_map(|column| Some((column, column.mistakes()?)));
-        let mistakes = mistakes.map(|(column, (count, first))| (column, count, first)).collect();
+        let mistakes: Vec<_> = mistakes.map(|(column, (count, odd))| (column, count, odd)).collect();
+        let spoilt: usize = mistakes.iter().map(|(_, count, _)| count).sum();
+        if 20 * spoilt > *rows {
+            let (column, _, odd) = mistakes[0];
+            bail!(
+                "{shown} has {spoilt} texts among the numbers of its columns, as {odd:?} in `{}`, too many to leave their rows out: mend \
+                 them, or empty these cells",
+                column.name
+            );
+        }
         let rare = |count: &&usize| **count < 5 && task == Task::Classification;
         let rare: usize = target.values.values().filter(rare).sum();
         let empty_texts = text.map_or(0, |text| rows - text.filled);

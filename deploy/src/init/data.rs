@@ -378,9 +378,9 @@ fn rows(table: &Table, files: &Pair<PathBuf>, place: &Place, target: Option<&str
     if let Some(first) = &table.first_bad {
         section = section.say("bad rows", format!("{}, left out; the first: {first}", table.bad));
     }
-    for (column, count, first) in &plan.mistakes {
+    for (column, count, odd) in &plan.mistakes {
         let rows = if *count == 1 { "a row is" } else { &format!("{count} rows are") };
-        section = section.say("no numbers", format!("{rows} left out: `{}` has {first:?} among numbers", column.name));
+        section = section.say("no numbers", format!("{rows} left out: `{}` has {odd:?} among numbers", column.name));
     }
     if plan.without > 0 {
         let what = plan.text.map_or(String::new(), |text| format!(" or `{}`", text.name));

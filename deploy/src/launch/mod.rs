@@ -156,6 +156,7 @@ impl Run {
         let slots = self.slots();
         let names: Vec<(usize, String)> =
             slots.iter().map(|slot| (slot.host, self.hosts[slot.host].name().into())).collect();
+        let workers: Vec<String> = slots.iter().map(|slot| slot.name.clone()).collect();
         let (events, mut happens) = mpsc::unbounded_channel();
         let mut living = JoinSet::new();
         for slot in slots {
@@ -164,23 +165,20 @@ impl Run {
         }
         drop(events);
         // Who has failed; a worker that is started for the first time is waited for.
-        let (mut failed, mut tried, mut joined) = (BTreeMap::new(), BTreeSet::new(), false);
-        // Who has no worker now, and why.
-        let mut without = BTreeMap::new();
+        let (mut failed, mut tried) = (BTreeMap::new(), BTreeSet::new());
+        // The names of those that have joined, and why others are not there.
+        let (mut joined, mut why) = (BTreeSet::new(), BTreeMap::new());
         loop {
             tokio::select! {
-                _ = progress.wait_for(|progress| !progress.workers.is_empty()), if !joined => joined = true,
+                Ok(()) = progress.changed() => {
+                    joined.extend(progress.borrow_and_update().workers.iter().map(|worker| worker.name.clone()));
+                }
                 event = happens.recv() => match event {
-                    Some(Event::Started(slot)) => {
-                        without.remove(&slot);
-                        if tried.insert(slot) {
-                            failed.remove(&slot);
-                        }
-                    }
+                    Some(Event::Started(slot)) => if tried.insert(slot) { failed.remove(&slot); },
                     Some(Event::Failed(slot, failure)) => {
-                        without.insert(slot, failure.why.clone());
+                        why.insert(slot, failure.why.clone());
                         failed.insert(slot, failure);
-                        let hopeless = failed.len() == names.len() && (!joined || failed.values().all(|failure| failure.last));
+                        let hopeless = failed.len() == names.len() && (joined.is_empty() || failed.values().all(|failure| failure.last));
                         if hopeless && !*over.borrow() {
                             return Err(self.hopeless(&names, &failed));
                         }
@@ -191,8 +189,10 @@ impl Run {
         }
         // Nobody lives any more: all have done their part, or said why not.
         while living.join_next().await.is_some() {}
-        for (slot, why) in without {
-            tracing::warn!("{} had no worker when the run ended: {why}", names[slot].1);
+        joined.extend(progress.borrow().workers.iter().map(|worker| worker.name.clone()));
+        for (slot, name) in workers.iter().enumerate().filter(|(_, name)| !joined.contains(*name)) {
+            let why = why.get(&slot).map_or("it was not there before the end", |why| why);
+            tracing::warn!("{name} took no part: {why}");
         }
         Ok(())
     }

@@ -241,7 +241,11 @@ pub(super) fn read(
         train.part = Some(Part { key: Key::new(seed, Purpose::Split), share, held_out: false, columns });
     }
     let mut plan = Plan::learn(&train, roles)?;
-    known.iter().for_each(|known| plan.take_over(known));
+    if let Some(known) = known {
+        plan.take_over(known);
+        // Of other rows not all have a class that the model knows.
+        train.screen(&mut bad, plan.checks())?;
+    }
     let test = match (&spec.test, &train.part) {
         (None, None) => None,
         (None, Some(part)) => {

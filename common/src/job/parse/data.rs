@@ -31,7 +31,7 @@ macro_rules! table_keys {
     };
 }
 
-const FORMATS: &Kinds = &[
+pub(in crate::job) const FORMATS: &Kinds = &[
     ("digits", &[]),
     ("idx", &["train", "test", "classes", "augment"]),
     ("cifar", &["train", "test", "classes", "augment"]),
