@@ -214,8 +214,8 @@ impl Driver {
     }
 
     fn part(&mut self, worker: WorkerId, goodbye: v1::Goodbye) {
-        self.shared.leave(worker);
         self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
+        self.shared.leave(worker);
         self.forget(worker);
     }
 

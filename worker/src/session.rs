@@ -373,13 +373,13 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
                     }
                 }
                 Ok(Some(v1::ToWorker { kind: Some(v1::to_worker::Kind::Goodbye(bye)) })) => {
-                    break if bye.rejoin { End::Again(bye.reason) } else { End::Done(bye.reason) };
+                    break sent_away(bye);
                 }
                 Ok(Some(_)) => break End::Again("the coordinator sent something unexpected".into()),
                 Ok(None) => break End::Again("the coordinator closed the session".into()),
                 Err(e) => break End::Again(format!("the session broke: {}", e.message())),
             },
-            why = Streams::end(&mut streams) => break End::Again(why),
+            why = Streams::end(&mut streams) => break ended(&mut incoming, why).await,
             Some(result) = fetched.recv() => match result {
                 Ok(()) => Event::Fetched,
                 Err(e) => break End::Again(format!("cannot fetch a partition: {e:#}")),
@@ -395,7 +395,7 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
                 });
                 continue;
             }
-            _ = compute_over.recv() => break End::Again("the compute thread ended".into()),
+            _ = compute_over.recv() => break ended(&mut incoming, "the compute thread ended".into()).await,
             () = asked(leave), if !leaving => {
                 leaving = true;
                 tracing::info!("leaving after this step");
@@ -438,4 +438,23 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
     // The compute thread ends when its channels do; the next session's begins with an idle machine.
     tokio::time::timeout(Duration::from_secs(60), compute_over.recv()).await.ok();
     Ok(end)
+}
+
+fn sent_away(bye: v1::Goodbye) -> End {
+    if bye.rejoin { End::Again(bye.reason) } else { End::Done(bye.reason) }
+}
+
+/// How a session ends of which something else has ended, because of `why`: a coordinator that sends a worker away ends all of it,
+/// and what it says of that may come last.
+async fn ended(incoming: &mut tonic::Streaming<v1::ToWorker>, why: String) -> End {
+    let goodbye = async {
+        while let Ok(Some(message)) = incoming.message().await {
+            if let Some(v1::to_worker::Kind::Goodbye(bye)) = message.kind {
+                return Some(bye);
+            }
+        }
+        None
+    };
+    let goodbye = tokio::time::timeout(Duration::from_secs(1), goodbye).await;
+    goodbye.ok().flatten().map_or(End::Again(why), sent_away)
 }
