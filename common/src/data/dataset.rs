@@ -269,6 +269,9 @@ impl Dataset {
                 return Err(DataError::Encoded("there are weights for several targets a sample"));
             }
             weights = words(take(&mut rest, samples.checked_mul(4))?, f32::from_le_bytes);
+            if weights.is_empty() {
+                return Err(DataError::Encoded("there are no samples for weights"));
+            }
             if !weights.iter().all(|weight| is_weight(*weight)) {
                 return Err(DataError::Encoded("a weight is neither 0 nor a finite number above 1e-37"));
             }

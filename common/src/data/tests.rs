@@ -58,6 +58,24 @@ fn inputs(opened: &Opened) -> Vec<f32> {
     batch.inputs
 }
 
+#[test]
+fn what_is_read_has_one_form_without_samples_too() {
+    let empty = Dataset {
+        shape: vec![1],
+        features: Features::U8(vec![]),
+        ids: Ids::default(),
+        targets: Targets::Class(vec![]),
+        weights: vec![],
+    };
+    for (at, value) in (0..empty.to_bytes().len()).flat_map(|at| (0..=255).map(move |value| (at, value))) {
+        let mut bytes = empty.to_bytes();
+        bytes[at] = value;
+        if let Ok(read) = Dataset::from_bytes(&bytes) {
+            assert_eq!(read.to_bytes(), bytes, "{value} at {at}");
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn bytes_and_back_are_the_same_data(set in dataset()) {
