@@ -262,6 +262,7 @@ impl Driver {
                 self.joined += 1;
                 self.machine(Event::Joined { worker, threads });
                 self.most_workers = self.most_workers.max(self.sessions.len());
+                self.report(); // the run may be over before the next tick
                 if self.waiting {
                     self.next()?;
                 }

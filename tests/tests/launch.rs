@@ -214,6 +214,7 @@ fn a_host_that_took_no_part_is_named_at_the_end() {
     assert_eq!(summary(&out)["workers"], 1);
     let last = text(&out.stderr).lines().last().map(String::from).unwrap_or_default();
     assert!(last.contains("two took no part: ssh: connect to host two port 22"), "{last}");
+    assert!(!text(&out.stderr).contains("one took no part"), "{}", text(&out.stderr));
 }
 
 #[test]
