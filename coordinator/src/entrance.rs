@@ -42,6 +42,9 @@ const FIRST_BYTES: usize = 64 << 10;
 const JOBS: usize = 4;
 /// So long the other side may take nothing of what is written.
 const STALL: Duration = Duration::from_secs(30);
+/// Bytes that are read from a connection before others have their turn: so a chunk is added up while it is in the cache, and all
+/// that waits for it stays with the kernel.
+const TURN: usize = 256 << 10;
 /// New connections of one address: so many at once, and so many a second after them.
 const CONNECTIONS: Rate = Rate { burst: 4000.0, each_second: 100.0 };
 /// Requests on one connection; a worker that is sent its data asks for each partition.
@@ -311,6 +314,8 @@ pub struct Connection {
     stranger: Option<Stranger>,
     /// Ends when nothing that was written has left for long.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// Bytes read in this turn.
+    turn: usize,
 }
 
 /// A connection of somebody who is not known yet.
@@ -370,8 +375,14 @@ impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         this.check(cx)?;
+        if this.turn >= TURN {
+            this.turn = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
         let read = Pin::new(&mut *this.wire).poll_read(cx, buf);
+        this.turn += buf.filled().len() - before;
         if this.stranger.is_some() {
             let (left, came) = (&this.peer.0.left, buf.filled().len() - before);
             left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(came))).ok();
@@ -539,7 +550,7 @@ async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Co
         requests: Mutex::new(Bucket::new(REQUESTS, Instant::now())),
     }));
     let known = Arc::downgrade(&peer.0);
-    if send.send(Ok(Connection { wire, peer, stranger, stalled: None })).await.is_err() {
+    if send.send(Ok(Connection { wire, peer, stranger, stalled: None, turn: 0 })).await.is_err() {
         return;
     }
     drop(send);
