@@ -53,7 +53,7 @@ impl EvalKind {
     /// What is measured.
     pub fn metrics(self) -> &'static [Metric] {
         match self {
-            EvalKind::Regression => &[Metric::Loss, Metric::Rmse, Metric::Mae],
+            EvalKind::Regression => &[Metric::Loss, Metric::Rmse, Metric::Mae, Metric::R2],
             EvalKind::Binary => &[Metric::Loss, Metric::Accuracy, Metric::Auc, Metric::F1],
             EvalKind::Classes { classes, top: Some(_) } if classes > MOST_CLASSES => {
                 &[Metric::Loss, Metric::Accuracy, Metric::TopKAccuracy]
@@ -90,6 +90,8 @@ pub struct EvalSums {
     correct: u64,
     squared: f64,
     absolute: f64,
+    /// The targets that are values, and their squares.
+    values: [f64; 2],
     /// Of rankings, `1 / log2(1 + rank)` of the same.
     gain: f64,
     /// Samples whose own class is among the top ones.
@@ -121,6 +123,7 @@ impl EvalSums {
             correct: 0,
             squared: 0.0,
             absolute: 0.0,
+            values: [0.0; 2],
             gain: 0.0,
             among_top: 0,
             histogram,
@@ -173,9 +176,11 @@ impl EvalSums {
                     }
                 }
                 Targets::Value(values) => {
-                    let error = x[0] as f64 - values[row] as f64;
+                    let value = values[row] as f64;
+                    let error = x[0] as f64 - value;
                     self.squared += error * error;
                     self.absolute += error.abs();
+                    self.values = [self.values[0] + value, self.values[1] + value * value];
                 }
                 Targets::Next => panic!("a batch has classes instead"),
                 Targets::Seen(_) => panic!("a batch has values instead"),
@@ -220,6 +225,7 @@ impl EvalSums {
         self.correct += other.correct;
         self.squared += other.squared;
         self.absolute += other.absolute;
+        self.values.iter_mut().zip(other.values).for_each(|(a, b)| *a += b);
         self.gain += other.gain;
         self.among_top += other.among_top;
         let of_classes = (self.classes.as_flattened_mut(), other.classes.as_flattened());
@@ -233,21 +239,20 @@ impl EvalSums {
     pub fn to_parts(&self) -> (Vec<f64>, Vec<u64>) {
         let counts = [self.loss.samples, self.correct, self.among_top].into_iter();
         let counts = counts.chain(self.classes.as_flattened().iter().chain(&self.histogram).copied()).collect();
-        (vec![self.loss.loss, self.loss.weight, self.surprise, self.squared, self.absolute, self.gain], counts)
+        let [values, squares] = self.values;
+        let LossSums { loss, weight, .. } = self.loss;
+        (vec![loss, weight, self.surprise, self.squared, self.absolute, values, squares, self.gain], counts)
     }
 
     /// Whether no sum has overflowed or become NaN.
     pub fn is_finite(&self) -> bool {
-        [self.loss.loss, self.surprise, self.squared, self.absolute, self.gain].iter().all(|sum| sum.is_finite())
+        self.to_parts().0.iter().all(|sum| sum.is_finite())
     }
 
     /// From the wire; `None` where lengths are wrong, a sum is impossible, or counts exceed the samples.
     pub fn from_parts(kind: EvalKind, sums: &[f64], counts: &[u64]) -> Option<EvalSums> {
-        let (&[loss, weight, surprise, squared, absolute, gain], [samples, correct, among_top, counts @ ..]) =
-            (sums, counts)
-        else {
-            return None;
-        };
+        let &[loss, weight, surprise, squared, absolute, values, squares, gain] = sums else { return None };
+        let [samples, correct, among_top, counts @ ..] = counts else { return None };
         let empty = EvalSums::new(kind);
         let (classes, histogram) = counts.split_at_checked(3 * empty.classes.len())?;
         let classes = classes.as_chunks().0.to_vec();
@@ -270,6 +275,7 @@ impl EvalSums {
             correct: *correct,
             squared,
             absolute,
+            values: [values, squares],
             gain,
             among_top: *among_top,
             histogram: histogram.to_vec(),
@@ -310,6 +316,15 @@ impl EvalSums {
         }
     }
 
+    /// `1 - sum (x - y)^2 / sum (y - mean)^2`, the coefficient of determination: 1 at best, and 0 where always to say the targets' mean
+    /// does as well. `None` where all targets are the same.
+    fn r2(&self) -> Option<f64> {
+        let ([values, squares], n) = (self.values, self.loss.samples as f64);
+        let spread = squares - values * values / n;
+        // Below it is what rounding left.
+        (spread > 1e-12 * squares).then(|| 1.0 - self.squared / spread)
+    }
+
     /// The metrics.
     pub fn summary(&self) -> EvalSummary {
         let n = (self.loss.samples as f64).max(1.0);
@@ -334,6 +349,7 @@ impl EvalSums {
             top_k_accuracy: top.map(|_| self.among_top as f64 / n),
             rmse: (self.kind == EvalKind::Regression).then(|| libm::sqrt(self.squared / n)),
             mae: (self.kind == EvalKind::Regression).then_some(self.absolute / n),
+            r2: self.r2(),
             k,
             hit_rate: k.map(|_| self.correct as f64 / n),
             ndcg: k.map(|_| self.gain / n),
@@ -375,6 +391,9 @@ pub struct EvalSummary {
     pub rmse: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mae: Option<f64>,
+    /// The share of the targets' variance that is explained; below 0 where their mean alone does better.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub r2: Option<f64>,
     /// Places that the next two look at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub k: Option<u32>,
@@ -399,6 +418,7 @@ impl EvalSummary {
             Metric::TopKAccuracy => self.top_k_accuracy,
             Metric::Rmse => self.rmse,
             Metric::Mae => self.mae,
+            Metric::R2 => self.r2,
             Metric::HitRate => self.hit_rate,
             Metric::Ndcg => self.ndcg,
         }
@@ -419,7 +439,9 @@ impl fmt::Display for EvalSummary {
         if let (Some(k), Some(a)) = (self.top_k, self.top_k_accuracy) {
             write!(f, ", top {k} {:.2}%", a * 100.0)?;
         }
-        for (name, value) in [("AUC", self.auc), ("F1", self.f1), ("rmse", self.rmse), ("mae", self.mae)] {
+        for (name, value) in
+            [("AUC", self.auc), ("F1", self.f1), ("rmse", self.rmse), ("mae", self.mae), ("R2", self.r2)]
+        {
             if let Some(v) = value {
                 write!(f, ", {name} {v:.4}")?;
             }
@@ -490,6 +512,36 @@ mod tests {
             prop_assert_eq!(EvalSums::from_parts(kind, &parts, &[counts[0], counts[0] + 1, 0]), None);
             prop_assert_eq!(EvalSums::from_parts(kind, &parts[..gain], &counts), None);
             prop_assert_eq!(EvalSums::from_parts(kind, &parts, &[&counts[..], &[0]].concat()), None);
+        }
+
+        /// The coefficient of determination by its definition, over the wire and back; the mean has 0, and what never differs none.
+        #[test]
+        fn r2_is_the_share_of_the_variance_that_is_explained(
+            rows in prop::collection::vec((-9.0f32..9.0, -9i8..9), 2..60), shift in -1000i16..1000, cut in 0usize..60,
+        ) {
+            let targets: Vec<f32> = rows.iter().map(|row| f32::from(shift) + f32::from(row.1)).collect();
+            let of = |predictions: &[f32], targets: &[f32]| {
+                let mut sums = EvalSums::new(EvalKind::Regression);
+                let outputs = Array2::from_shape_vec((predictions.len(), 1), predictions.to_vec()).unwrap();
+                let loss = Loss::new(&crate::job::Loss::Mse, 1).unwrap();
+                sums.add_batch(&loss, outputs.view(), &Targets::Value(targets.to_vec()), &[]);
+                sums
+            };
+            let predictions: Vec<f32> = rows.iter().map(|row| f32::from(shift) + row.0).collect();
+            let cut = cut.min(rows.len());
+            let merged = of(&predictions[..cut], &targets[..cut]).merge(of(&predictions[cut..], &targets[cut..]));
+            let (sums, counts) = merged.to_parts();
+            prop_assert_eq!(EvalSums::from_parts(EvalKind::Regression, &sums, &counts), Some(merged.clone()));
+            let mean = targets.iter().map(|y| f64::from(*y)).sum::<f64>() / targets.len() as f64;
+            let spread: f64 = targets.iter().map(|y| (f64::from(*y) - mean).powi(2)).sum();
+            let wrong: f64 = targets.iter().zip(&predictions).map(|(y, x)| f64::from(y - x).powi(2)).sum();
+            match merged.summary().r2 {
+                Some(r2) => prop_assert!((r2 - (1.0 - wrong / spread)).abs() < 1e-6 * (1.0 + wrong / spread), "{r2}"),
+                None => prop_assert_eq!(spread, 0.0),
+            }
+            let means = vec![mean as f32; targets.len()];
+            prop_assert!(of(&means, &targets).summary().r2.is_none_or(|r2| r2.abs() < 1e-5));
+            prop_assert_eq!(of(&targets, &targets).summary().r2.is_some(), spread > 0.0);
         }
 
         #[test]

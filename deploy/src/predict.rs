@@ -5,6 +5,8 @@ use crate::{Wrong, recommend};
 use anyhow::{Context, Result, anyhow, bail};
 use ndarray::{ArrayView1, ArrayView2};
 use serde_json::{Map, Value, json};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -55,6 +57,11 @@ pub trait Answers {
 
     /// Under which name a row's answers are a list in JSON.
     fn list(&self) -> Option<&'static str>;
+
+    /// What whoever reads the answers should know of the rows.
+    fn remarks(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// A field as a table has it.
@@ -73,6 +80,8 @@ struct Inputs<'a> {
     text: Option<(&'a str, Encoder<'a>)>,
     /// What a column holds that a row does not have; `None`: it must have all.
     absent: Option<&'static str>,
+    /// Values of categorical columns that training did not have: a column's first one, and how many.
+    new: RefCell<BTreeMap<String, (String, u64)>>,
 }
 
 impl<'a> Inputs<'a> {
@@ -83,15 +92,24 @@ impl<'a> Inputs<'a> {
             .and_then(|tokens| Some((tokens.column.as_ref()?.name.as_str(), tokens.tokenizer.as_ref()?.encoder())));
         // As the lines that the model was trained on.
         let lacking = matches!(&job.data.source, Source::Table(table) if matches!(table.form, Form::JsonLines));
-        Inputs { prepared, text, absent: lacking.then_some("") }
+        Inputs { prepared, text, absent: lacking.then_some(""), new: RefCell::default() }
+    }
+
+    /// Notes the values of a row that training did not have.
+    fn note<'c>(&self, cell: impl Fn(&str) -> Option<&'c str>) {
+        for column in &self.prepared.columns {
+            if let Some(value) = cell(&column.name).map(str::trim).filter(|v| column.is_new(v, &self.prepared.missing))
+            {
+                let mut new = self.new.borrow_mut();
+                new.entry(column.name.clone()).or_insert_with(|| (value.into(), 0)).1 += 1;
+            }
+        }
     }
 }
 
 /// A row's raw features, and its ids.
-fn features(
-    Inputs { prepared, text, absent }: &Inputs<'_>,
-    fields: &[(String, Value)],
-) -> Result<(Vec<f32>, Vec<u64>)> {
+fn features(inputs: &Inputs<'_>, fields: &[(String, Value)]) -> Result<(Vec<f32>, Vec<u64>)> {
+    let Inputs { prepared, text, absent, .. } = inputs;
     if let Some((name, encoder)) = text {
         let field = fields.iter().find(|(field, _)| field == name);
         let (_, field) =
@@ -104,6 +122,7 @@ fn features(
     if !prepared.columns.is_empty() || !prepared.ids.is_empty() {
         let texts: Vec<(&str, String)> = fields.iter().map(|(name, value)| (name.as_str(), cell(value))).collect();
         let cell = |name: &str| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str()).or(*absent);
+        inputs.note(cell);
         return Ok((encode(prepared, cell)?, encode_ids(prepared, cell)?));
     }
     let number = |v: &Value| match v {
@@ -181,6 +200,7 @@ pub fn predict(
             predict_csv(&mut *answers, reader, &name, out, (separator, quoting))
         }
     };
+    answers.remarks().iter().for_each(|remark| eprintln!("{remark}"));
     match done {
         // Who reads the answers has enough of them.
         Err(e) if is_broken_pipe(&e) => Ok(ExitCode::SUCCESS),
@@ -424,5 +444,13 @@ impl Answers for Predictor<'_> {
 
     fn list(&self) -> Option<&'static str> {
         None
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        let remark = |(column, (value, n)): (&String, &(String, u64))| {
+            let rows = if *n == 1 { "row has" } else { "rows have" };
+            format!("{n} {rows} a value in `{column}` that training did not have, as `{value}`: it counts as missing")
+        };
+        self.inputs.new.borrow().iter().map(remark).collect()
     }
 }

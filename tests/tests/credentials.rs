@@ -133,8 +133,9 @@ fn only_who_shows_the_right_credentials_joins_and_steers() {
     changed(&worker, "stranger-there", |to| {
         fs::copy(other.join("ca/ca.crt"), to.join("ca.crt")).expect("copied");
     });
-    let alone = &["worker", "--patience", "1"];
-    fails(&run.ask("stranger-there", alone), 1, &["the certificate of https://", "of another CA", "--identity"]);
+    let mistaken = run.ask("stranger-there", WORKER);
+    fails(&mistaken, 1, &["the certificate of https://", "of another CA", "--identity"]);
+    assert!(!text(&mistaken.stderr).contains("tried for"), "it tried again: {}", text(&mistaken.stderr));
     changed(&worker, "stranger", |to| {
         for file in ["tls.crt", "tls.key"] {
             fs::copy(other.join("worker").join(file), to.join(file)).expect("copied");

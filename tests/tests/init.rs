@@ -150,6 +150,26 @@ fn a_model_is_tested_on_another_file() {
     let got = eval["eval"]["rmse"].as_f64().expect("a metric");
     assert_eq!(eval["samples"], errors.len(), "{eval}");
     assert!((got / rmse - 1.0).abs() < 1e-4, "{got} and {rmse}");
+    let r2 = eval["eval"]["r2"].as_f64().expect("the share that is explained");
+    assert!(r2 < 1.0 && eval["eval"]["mae"].as_f64() < Some(got), "{eval}");
+}
+
+/// A value that no row of the training data had is as good as none, and is not passed over in silence.
+#[test]
+fn values_that_training_did_not_have_are_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    put(dir.path(), "houses.csv", houses());
+    init(dir.path(), &["houses.csv"]);
+    trained(dir.path(), "rmse", &["--set", "train.epochs=1"]);
+    put(dir.path(), "NEW.csv", "Zone,Rooms,Area\ncastle,3,90\nnew,3,90\nNA,3,90\nruin,3,90\n");
+    let out = run(dir.path(), &["predict", "runs/houses", "NEW.csv"]);
+    let (said, warned) = (text(&out.stdout), text(&out.stderr));
+    let prices: Vec<&str> = said.lines().skip(1).map(|row| row.rsplit(',').next().expect("a price")).collect();
+    assert!(prices.len() == 4 && prices[0] == prices[2] && prices[0] == prices[3] && prices[0] != prices[1], "{said}");
+    assert!(warned.contains("2 rows have a value in `Zone`") && warned.contains("`castle`"), "{warned}");
+    put(dir.path(), "NEW.csv", "Zone,Rooms,Area\nnew,3,90\nNA,3,90\n");
+    let out = run(dir.path(), &["predict", "runs/houses", "NEW.csv"]);
+    assert_eq!(text(&out.stderr), "", "nothing is new");
 }
 
 #[test]

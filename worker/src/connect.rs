@@ -1,6 +1,6 @@
 //! Reaching a coordinator: its address, what is shown there, the transport's settings, and errors in plain words.
 
-use crate::Options;
+use crate::{Options, Refused};
 use anyhow::{Context, Result, anyhow, bail};
 use http::HeaderValue;
 use hyper_util::rt::TokioIo;
@@ -133,7 +133,13 @@ impl Address {
             }
             None => format!("cannot reach a coordinator at {url}: {}", last_cause(e)),
         };
-        anyhow!(why)
+        match tls_error(e) {
+            // To try again does not make it another one.
+            Some(rustls::Error::InvalidCertificate(
+                UnknownIssuer | NotValidForName | NotValidForNameContext { .. },
+            )) => Refused(why).into(),
+            _ => anyhow!(why),
+        }
     }
 
     /// A refused call in plain words: what a server that is no coordinator says is of no use to anybody.

@@ -61,7 +61,7 @@ pub struct Simulated {
     pub seed: u64,
 }
 
-/// The coordinator does not want this worker, and will not want it the next time.
+/// The coordinator does not want this worker, or is not the one that it wants, and the next time would be the same.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Refused(String);
@@ -97,6 +97,7 @@ pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<(
                 return Ok(());
             }
             Ok(End::Refused(why)) => return Err(Refused(why).into()),
+            Err(e) if e.is::<Refused>() => return Err(e),
             Ok(End::Again(_)) | Err(_) if *leave.borrow() => return Ok(()),
             Ok(End::Again(why)) => {
                 tracing::warn!("{why}; joining again");

@@ -283,6 +283,7 @@ pub enum Metric {
     TopKAccuracy,
     Rmse,
     Mae,
+    R2,
     Perplexity,
     BitsPerCharacter,
     HitRate,
@@ -291,7 +292,7 @@ pub enum Metric {
 
 impl Metric {
     /// All of them, the default first.
-    pub const ALL: [Metric; 11] = [
+    pub const ALL: [Metric; 12] = [
         Metric::Loss,
         Metric::Accuracy,
         Metric::Auc,
@@ -299,6 +300,7 @@ impl Metric {
         Metric::TopKAccuracy,
         Metric::Rmse,
         Metric::Mae,
+        Metric::R2,
         Metric::Perplexity,
         Metric::BitsPerCharacter,
         Metric::HitRate,
@@ -320,6 +322,7 @@ impl Metric {
             Metric::TopKAccuracy => "top-k-accuracy",
             Metric::Rmse => "rmse",
             Metric::Mae => "mae",
+            Metric::R2 => "r2",
             Metric::Perplexity => "perplexity",
             Metric::BitsPerCharacter => "bits-per-character",
             Metric::HitRate => "hit-rate",

@@ -33,6 +33,12 @@ impl Column {
         self.values.as_ref().map_or(1, Vec::len)
     }
 
+    /// Whether a cell is a value that no sample of the training set had: it counts as a missing one.
+    pub fn is_new(&self, cell: &str, missing: &str) -> bool {
+        let known = |values: &Vec<String>| values.binary_search_by(|v| v.as_str().cmp(cell)).is_ok();
+        !is_missing(cell, missing) && self.values.as_ref().is_some_and(|values| !known(values))
+    }
+
     /// Appends a cell's features to `out`; `None` where it should be a finite number and is not.
     pub(super) fn encode(&self, cell: &str, missing: &str, out: &mut Vec<f32>) -> Option<()> {
         match &self.values {
