@@ -25,7 +25,7 @@ pub use tile::{Finish, Start};
 use pulp::{Simd, WithSimd};
 use std::cell::Cell;
 use std::ops::Range;
-use tile::Strip;
+use tile::{Lie, Strip};
 
 /// A matrix in a slice: row-major with a row stride, or the transpose of one.
 #[derive(Clone, Copy)]
@@ -146,6 +146,21 @@ impl Right for Mat<'_> {
         } else {
             let column = |j| &self.data[(columns.start + j) * self.strides.1..][k.clone()];
             pack_columns(simd, k.len(), columns.len(), out, column);
+        }
+    }
+}
+
+impl Mat<'_> {
+    /// How it lies, where it can as well be read as it lies, as the left matrix of a product of so many columns: by rows, or by
+    /// columns, each of which is a cache line of its own for every panel, unless these share the same few places of the first-level
+    /// cache.
+    #[inline(always)]
+    fn unpacked_left<S: Simd>(&self, columns: usize) -> Option<Lie> {
+        let (rows, apart) = self.strides;
+        let few = columns <= FEW * tile::<S>().1 * S::F32_LANES && !apart.is_multiple_of(32 * LINE);
+        match apart {
+            1 => Some(Lie::Rows(rows)),
+            _ => (apart > ROWS && (apart <= 16 * LINE || few)).then_some(Lie::Columns(apart)),
         }
     }
 }
@@ -292,6 +307,9 @@ const ROWS: usize = 8;
 const TILES: usize = 8;
 const LEFT: usize = 1 << 14;
 
+/// Panels of a product whose left matrix is read as it lies by columns, at most: for more of them it is as well to pack it.
+const FEW: usize = 3;
+
 /// Values of a cache line.
 const LINE: usize = 16;
 
@@ -417,7 +435,7 @@ impl WithSimd for Either<'_> {
         let cost = |left: Mat<'_>, right: Mat<'_>| {
             let (rows, packed) = (left.rows * left.cols, right.rows * right.cols);
             rows * right.cols.div_ceil(S::F32_LANES)
-                + if left.strides.1 == 1 { 0 } else { rows / 2 }
+                + if left.unpacked_left::<S>(right.cols).is_some() { 0 } else { rows / 2 }
                 + match (right.unpacked::<S>(left.rows), right.strides.1) {
                     (Some(_), _) => 0,
                     (None, 1) => packed / 8,
@@ -525,8 +543,8 @@ impl<R: Right> Product<'_, R> {
         // A cache line to begin on.
         let left_each = rows_max * depth_max + ROWS;
         let tiles = (LEFT / left_each).clamp(1, TILES);
-        let in_rows = left.strides.1 == 1;
-        let together = if in_rows { left.rows.max(1) } else { tiles * rows_max };
+        let lie = left.unpacked_left::<S>(right.columns());
+        let together = if lie.is_some() { left.rows.max(1) } else { tiles * rows_max };
         let room = right_len + tiles * left_each + LINE;
         if pack.len() < room {
             pack.resize(room, 0.0);
@@ -549,7 +567,7 @@ impl<R: Right> Product<'_, R> {
             };
             for some in even(left.rows, rows_max, together) {
                 let rows = || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
-                if !in_rows {
+                if lie.is_none() {
                     for (rows, to) in rows().zip(packed_left.chunks_exact_mut(left_each)) {
                         for (i, k) in k.clone().enumerate() {
                             let from = &left.data[k * left.strides.1 + rows.start..];
@@ -564,13 +582,14 @@ impl<R: Right> Product<'_, R> {
                         rows.start * c_stride + columns.start
                     };
                     let strip = Strip {
-                        a: if in_rows {
-                            &left.data[rows.start * left.strides.0 + k.start..]
-                        } else {
-                            &packed_left[at_left..]
+                        a: match lie {
+                            // Without any steps of `k` it has no values.
+                            Some(_) => {
+                                left.data.get(rows.start * left.strides.0 + k.start * left.strides.1..).unwrap_or(&[])
+                            }
+                            None => &packed_left[at_left..],
                         },
-                        a_stride: in_rows.then_some(left.strides.0),
-                        ahead: in_rows.then_some(rows.len() * left.strides.0),
+                        lie: lie.unwrap_or(Lie::Columns(rows.len())),
                         b,
                         b_stride,
                         depth: k.len(),

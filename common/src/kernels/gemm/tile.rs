@@ -79,14 +79,21 @@ impl Finish {
     }
 }
 
+/// How a few rows lie in a slice.
+#[derive(Clone, Copy)]
+pub enum Lie {
+    /// Each row's values side by side, so far from row to row; those of the next strip are fetched early.
+    Rows(usize),
+    /// Each column's values side by side, so far from column to column; the next columns are fetched early, where they lie apart.
+    Columns(usize),
+}
+
 /// `c = finish(start + a b)` for a few rows and all columns of a block of `b`, panel by panel.
 #[derive(Clone, Copy)]
 pub struct Strip<'a> {
     pub a: &'a [f32],
-    /// Values between rows of `a`, whose values lie side by side; without, it is packed: a column after the other.
-    pub a_stride: Option<usize>,
-    /// Values of `a` between these rows and those of the next strip, to fetch them early.
-    pub ahead: Option<usize>,
+    /// How the rows lie in `a`.
+    pub lie: Lie,
     pub b: &'a [f32],
     /// Values between rows of a panel; without, it is as wide as its vectors.
     pub b_stride: Option<usize>,
@@ -148,17 +155,17 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> WithSimd for Panels<'_, S
 
     #[inline(always)]
     fn with_simd<T: Simd>(self, _: T) {
-        let Strip { a, a_stride, depth, .. } = self.strip;
-        match a_stride {
-            Some(stride) => self.run(Rows::<ROWS, false>::new(a, stride, depth)),
-            None => self.run(Rows::<ROWS, true>::new(a, 1, depth)),
+        let Strip { a, lie, depth, .. } = self.strip;
+        match lie {
+            Lie::Rows(stride) => self.run(Rows::<ROWS, false>::new(a, stride, depth)),
+            Lie::Columns(stride) => self.run(Rows::<ROWS, true>::new(a, stride, depth)),
         }
     }
 }
 
 impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTORS> {
     #[inline(always)]
-    fn run<const PACKED: bool>(self, a: Rows<'_, ROWS, PACKED>) {
+    fn run<const COLUMNS: bool>(self, a: Rows<'_, ROWS, COLUMNS>) {
         let Panels { simd, strip, panels, c } = self;
         let width = VECTORS * S::F32_LANES;
         for from in panels.clone().step_by(width) {
@@ -181,8 +188,8 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTO
                 }
                 tile.load(start)
             };
-            let ahead = strip.ahead.filter(|_| from == 0);
-            let sums = multiply_add(simd, a, b, ahead, sums);
+            let fetches = if COLUMNS { a.stride > ROWS } else { from == 0 };
+            let sums = multiply_add(simd, a, b, fetches, sums);
             // By value, so that the sums above are never indexed at run time, and live in registers.
             let sums = sums.map(|row| row.map(|x| strip.finish.of_vector(simd, x)));
             if strip.across { tile.store_across(sums) } else { tile.store(sums) }
@@ -277,11 +284,11 @@ const UNROLLED: usize = 4;
 
 /// `sums + a b`.
 #[inline(always)]
-fn multiply_add<S: Simd, const ROWS: usize, const VECTORS: usize, const PACKED: bool>(
+fn multiply_add<S: Simd, const ROWS: usize, const VECTORS: usize, const COLUMNS: bool>(
     simd: S,
-    a: Rows<'_, ROWS, PACKED>,
+    a: Rows<'_, ROWS, COLUMNS>,
     b: Lines<'_, S::f32s, VECTORS>,
-    ahead: Option<usize>,
+    fetches: bool,
     mut sums: [[S::f32s; VECTORS]; ROWS],
 ) -> [[S::f32s; VECTORS]; ROWS] {
     macro_rules! add {
@@ -297,8 +304,8 @@ fn multiply_add<S: Simd, const ROWS: usize, const VECTORS: usize, const PACKED: 
     }
     // Between two rounds of fetching ahead, a cache line of steps.
     for line in (0..a.depth).step_by(LINE) {
-        if let Some(ahead) = ahead {
-            a.fetch(line, ahead);
+        if fetches {
+            a.fetch(line);
         }
         let end = a.depth.min(line + LINE);
         let mut k = line;
@@ -337,19 +344,19 @@ fn store<S: Simd, const VECTORS: usize>(simd: S, to: &mut [f32], vectors: [S::f3
     }
 }
 
-/// `ROWS` rows of `depth` values, all of them known to be inside their slice: `stride` apart, or, `PACKED`, side by side.
+/// `ROWS` rows of `depth` values, all of them known to be inside their slice: `stride` apart, or their `COLUMNS` are.
 #[derive(Clone, Copy)]
-struct Rows<'a, const ROWS: usize, const PACKED: bool> {
+struct Rows<'a, const ROWS: usize, const COLUMNS: bool> {
     data: &'a [f32],
     stride: usize,
     depth: usize,
 }
 
 #[allow(unsafe_code, reason = "a check a value would cost as much as the multiply-adds")]
-impl<'a, const ROWS: usize, const PACKED: bool> Rows<'a, ROWS, PACKED> {
+impl<'a, const ROWS: usize, const COLUMNS: bool> Rows<'a, ROWS, COLUMNS> {
     #[inline(always)]
     fn new(data: &'a [f32], stride: usize, depth: usize) -> Self {
-        let (rows, columns) = if PACKED { (1, ROWS) } else { (stride, 1) };
+        let (rows, columns) = if COLUMNS { (1, stride) } else { (stride, 1) };
         let last = (ROWS - 1).checked_mul(rows).zip(depth.saturating_sub(1).checked_mul(columns));
         let inside = last.and_then(|(r, k)| r.checked_add(k)).is_some_and(|last| last < data.len());
         assert!(inside || depth == 0, "{ROWS} rows of {depth} values, {rows} and {columns} apart, in {}", data.len());
@@ -359,7 +366,7 @@ impl<'a, const ROWS: usize, const PACKED: bool> Rows<'a, ROWS, PACKED> {
     /// The place of value `k` of row `r`.
     #[inline(always)]
     fn place(&self, r: usize, k: usize) -> usize {
-        if PACKED { k * ROWS + r } else { r * self.stride + k }
+        if COLUMNS { k * self.stride + r } else { r * self.stride + k }
     }
 
     /// The value `k` of row `r`, both of which must exist.
@@ -370,11 +377,17 @@ impl<'a, const ROWS: usize, const PACKED: bool> Rows<'a, ROWS, PACKED> {
         unsafe { *self.data.get_unchecked(self.place(r, k)) }
     }
 
-    /// Brings what is `ahead` values behind `(0.., k)` closer.
+    /// Brings closer what follows a cache line of steps from `k`: as many columns, or the next strip's rows.
     #[inline(always)]
-    fn fetch(&self, k: usize, ahead: usize) {
-        for r in 0..ROWS {
-            fetch(self.data, self.place(r, k) + ahead);
+    fn fetch(&self, k: usize) {
+        if COLUMNS {
+            for k in k + LINE..k + 2 * LINE {
+                fetch(self.data, self.place(0, k));
+            }
+        } else {
+            for r in ROWS..2 * ROWS {
+                fetch(self.data, self.place(r, k));
+            }
         }
     }
 }
