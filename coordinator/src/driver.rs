@@ -201,9 +201,9 @@ impl Driver {
             Command::Evict { worker, reason } => {
                 let rejoin = reason != Reason::Drained;
                 if rejoin {
-                    tracing::warn!("worker {worker} is out: {reason}");
+                    tracing::warn!("{} is out: {reason}", self.shared.called(worker));
                 } else {
-                    tracing::info!("worker {worker} is drained");
+                    tracing::info!("{} is drained", self.shared.called(worker));
                 }
                 let goodbye = v1::Goodbye { reason: reason.to_string(), rejoin };
                 self.part(worker, goodbye);
@@ -269,14 +269,14 @@ impl Driver {
             }
             Input::Left { worker } => {
                 if self.forget(worker) {
-                    tracing::warn!("worker {worker} left");
+                    tracing::warn!("{} left", self.shared.called(worker));
                 }
                 self.shared.leave(worker); // its join may not have been taken yet
                 self.machine(Event::Disconnected { worker });
             }
             Input::Broken { worker, why } => {
                 if self.sessions.contains_key(&worker) {
-                    tracing::warn!("worker {worker} is out: {why}");
+                    tracing::warn!("{} is out: {why}; its partitions go to others", self.shared.called(worker));
                     self.part(worker, v1::Goodbye { reason: why, rejoin: true });
                 } else {
                     self.shared.leave(worker); // its join may not have been taken yet

@@ -489,6 +489,20 @@ async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::R
 /// What HTTP/2 begins with (RFC 9113, 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// Why TLS came to nothing.
+fn unshaken(e: &io::Error) -> String {
+    use rustls::AlertDescription::{BadCertificate, CertificateExpired, CertificateUnknown, UnknownCA};
+    match e.get_ref().and_then(|e| e.downcast_ref()) {
+        Some(rustls::Error::AlertReceived(BadCertificate | CertificateExpired | CertificateUnknown | UnknownCA)) => {
+            "it does not accept this coordinator's certificate, for a reason that it tells itself".into()
+        }
+        Some(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)) => {
+            "it speaks no TLS; its URL has to begin with https://".into()
+        }
+        _ => e.to_string(),
+    }
+}
+
 /// Waits for the first words of a connection, which are TLS's handshake or HTTP/2's preface. `None` where nobody is there any more.
 ///
 /// # Errors
@@ -508,7 +522,7 @@ async fn hear(stream: TcpStream, ours: Option<&Tls>) -> Result<Option<(Box<dyn W
         }
     };
     let shaken = tls::accept(ours.config.clone(), stream).await;
-    let stream = shaken.map_err(|e| format!("the TLS handshake failed: {e}"))?;
+    let stream = shaken.map_err(|e| format!("the TLS handshake failed: {}", unshaken(&e)))?;
     let standing = ours.standing(stream.peer_certificates());
     Ok(Some((Box::new(stream), standing)))
 }

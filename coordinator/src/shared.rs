@@ -157,6 +157,12 @@ impl Shared {
         lock(&self.names).remove(&worker);
     }
 
+    /// A member, for people: its number, and its name.
+    pub(crate) fn called(&self, worker: WorkerId) -> String {
+        let name = lock(&self.names).get(&worker).map(|name| format!(" ({name})"));
+        format!("worker {worker}{}", name.unwrap_or_default())
+    }
+
     /// Whether it has entered, and was not sent away since.
     pub(crate) fn is_member(&self, worker: WorkerId) -> bool {
         lock(&self.tokens).values().any(|member| *member == worker)

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use unisono_common::checkpoint::Manifest;
 use unisono_common::data::table::{encode, encode_ids, encode_text};
 use unisono_common::data::tokenizer::Encoder;
-use unisono_common::data::{Batch, Dataset, Features, Ids, Prepared, Targets, libsvm};
+use unisono_common::data::{Batch, DataError, Dataset, Features, Ids, Prepared, Targets, libsvm};
 use unisono_common::job::{self, Form, Source};
 use unisono_common::kernels::math;
 use unisono_common::metrics::predicted;
@@ -285,6 +285,13 @@ fn predict_csv(
     let header: Vec<String> = reader.headers().with_context(|| name.to_string())?.iter().map(Into::into).collect();
     if header.iter().all(|name| name.is_empty() || name.parse::<f64>().is_ok()) {
         bail!("{name}:1: the first line must name the columns");
+    }
+    // Which columns there are, no row has to tell.
+    let empty: Vec<(String, Value)> = header.iter().map(|name| (name.clone(), Value::String(String::new()))).collect();
+    if let Err(e) = answers.read(&empty)
+        && matches!(e.downcast_ref(), Some(DataError::CellAbsent { .. }))
+    {
+        return Err(e.context(format!("{name}:1")));
     }
     let mut out = csv::WriterBuilder::new().delimiter(separator).from_writer(out);
     out.write_record(header.iter().cloned().chain(answers.columns().into_iter().map(String::from)))?;

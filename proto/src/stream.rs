@@ -154,7 +154,7 @@ where
     async fn more(&mut self) -> Result<bool, Status> {
         while self.rest.is_empty() {
             let Some(frame) = self.body.frame().await else { return Ok(false) };
-            match frame.map_err(|e| Status::from_error(e.into()))?.into_data() {
+            match frame.map_err(broken)?.into_data() {
                 Ok(data) => (self.frame, self.rest) = (data.len(), data),
                 Err(trailers) => return ended(trailers),
             }
@@ -310,6 +310,11 @@ where
         let values = self.rest.split_to(std::mem::take(&mut self.left));
         Ok(if self.frame <= 2 * values.len() { values } else { Bytes::copy_from_slice(&values) })
     }
+}
+
+/// What HTTP/2 says of a connection that is no more tells nobody anything.
+fn broken(e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Status {
+    Status::new(Status::from_error(e.into()).code(), "the connection broke")
 }
 
 /// A stream ends with a status, which may be an error.

@@ -201,7 +201,8 @@ fn only_who_shows_the_right_credentials_joins_and_steers() {
         "join token",
         "the one shown is a worker's",
         "the one shown is an operator's",
-        "handshake",
+        "does not accept this coordinator's certificate",
+        "its URL has to begin with https://",
     ] {
         let said = log.lines().any(|line| line.contains("turned away 127.0.0.1") && line.contains(word));
         assert!(said, "{word}:\n{log}");
@@ -354,7 +355,7 @@ fn a_job_cannot_make_a_worker_read_elsewhere() {
     assert!(worker.status.success(), "{}", text(&worker.stderr));
     assert_eq!(unisono_tests::finish(coordinator)["weights_digest"], sent["weights_digest"]);
     let (mut coordinator, worker) = cluster("ship = false", &[]);
-    fails(&worker, 1, &["rows.csv is outside the folders that this worker reads", "--data-root"]);
+    fails(&worker, 1, &["rows.csv is outside the folders that this worker may read", "--data-root"]);
     coordinator.kill().and_then(|()| coordinator.wait()).expect("ended");
     fails(&run(dir.path(), &["worker", "--coordinator", "127.0.0.1:1", "--data-root", "nowhere"]), 2, &["nowhere"]);
 }

@@ -170,6 +170,11 @@ fn values_that_training_did_not_have_are_named() {
     put(dir.path(), "NEW.csv", "Zone,Rooms,Area\nnew,3,90\nNA,3,90\n");
     let out = run(dir.path(), &["predict", "runs/houses", "NEW.csv"]);
     assert_eq!(text(&out.stderr), "", "nothing is new");
+    // Without names the first row would be taken for them.
+    put(dir.path(), "NEW.csv", "new,3,90\n");
+    let out = run(dir.path(), &["predict", "runs/houses", "NEW.csv"]);
+    let said = text(&out.stderr);
+    assert!(out.status.code() == Some(2) && said.contains("NEW.csv:1: ") && said.contains("is not given"), "{said}");
 }
 
 #[test]
@@ -183,6 +188,8 @@ fn a_job_in_another_folder_finds_the_same_file() {
     let out = run(dir.path(), &["init", "data/flowers.csv", "--target", "c3", "--out", "jobs/a.toml"]);
     assert!(out.status.success(), "{}", text(&out.stderr));
     assert!(text(&out.stdout).contains("left out     c1 (the rows' own numbers)"), "{}", text(&out.stdout));
+    // Named by its own file: another job about the same data is another run.
+    assert!(text(&out.stdout).contains("unisono eval runs/a"), "{}", text(&out.stdout));
     let done = summary(&run(dir.path(), &["local", "jobs/a.toml", "--quiet", "--json"]));
     // Values between 1 and 8, whose deviation is 2.
     assert!(done["eval"]["rmse"].as_f64() < Some(1.5), "{done}");

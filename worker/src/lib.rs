@@ -88,7 +88,7 @@ pub fn check_threads(threads: usize) -> Result<()> {
 pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<()> {
     let mut kept = Kept::default();
     let mut alone_since = tokio::time::Instant::now();
-    let (mut pause, mut said) = (SHORTEST, false);
+    let (mut pause, mut said) = (SHORTEST, None);
     loop {
         let began = tokio::time::Instant::now();
         match session::session(&options, &mut kept, &mut leave).await {
@@ -101,7 +101,7 @@ pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<(
             Ok(End::Again(_)) | Err(_) if *leave.borrow() => return Ok(()),
             Ok(End::Again(why)) => {
                 tracing::warn!("{why}; joining again");
-                said = false;
+                said = None;
                 alone_since = tokio::time::Instant::now();
                 // Who is sent away again and again asks less and less often.
                 if began.elapsed() > LONG {
@@ -112,9 +112,12 @@ pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<(
                 if alone_since.elapsed() > options.patience {
                     bail!("{e:#} (tried for {} s)", options.patience.as_secs());
                 }
-                if !std::mem::replace(&mut said, true) {
-                    tracing::warn!("{e:#}; trying for {} s", options.patience.as_secs());
+                let why = format!("{e:#}");
+                if said.as_ref() != Some(&why) {
+                    let left = options.patience.saturating_sub(alone_since.elapsed());
+                    tracing::warn!("{why}; trying for {} s", left.as_secs_f64().ceil());
                 }
+                said = Some(why);
             }
         }
         tokio::select! {

@@ -103,7 +103,7 @@ async fn prepare(client: &mut Client, kept: &mut Kept, options: &Options) -> Res
                 return Ok(Err(format!("this worker cannot read the job's data: {e}")));
             }
             Err(e) => {
-                tracing::info!("this worker cannot read the job's data ({e}); the coordinator sends it");
+                tracing::info!("the coordinator sends the data, as this worker cannot read it itself: {e}");
                 sent
             }
         }

@@ -37,8 +37,7 @@ pub enum DataError {
     )]
     Missing { what: &'static str, path: String, tried: String },
     #[error(
-        "{path} is outside the folders that this worker reads ({only}, but no identities): allow its folder with --data-root, or set \
-         data.ship = true in the job"
+        "{path} is outside the folders that this worker may read ({only}): allow its folder with --data-root, or set data.ship = true in the job"
     )]
     Outside { path: String, only: String },
     #[error("cannot read {path}: {source}; check its permissions, and that it was copied whole")]

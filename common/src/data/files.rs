@@ -67,7 +67,8 @@ impl Files {
         if path.canonicalize().is_ok_and(is_inside) {
             return Ok(());
         }
-        let only = only.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(", ");
+        let whole = |folder: &PathBuf| folder.canonicalize().unwrap_or_else(|_| folder.clone()).display().to_string();
+        let only = only.iter().map(whole).collect::<Vec<_>>().join(", ");
         Err(DataError::Outside { path: path.display().to_string(), only })
     }
 }

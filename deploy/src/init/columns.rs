@@ -21,6 +21,8 @@ const MOST_CATEGORIES: usize = 1000;
 const MOST_RIGHT: usize = 200;
 /// Classes that are whole numbers, at most: more are measurements.
 const MOST_NUMBERED: usize = 20;
+/// Values that are shown with how often they come.
+const SHOWN: usize = 6;
 
 /// What is known of a column.
 #[derive(Default)]
@@ -131,6 +133,14 @@ impl Column {
         let count = |word: &&'static str| Some((*word, *self.values.get(*word)?));
         let rest = |count: usize| self.filled.saturating_sub(self.numbers + count);
         MISSING.iter().filter_map(count).find(|(_, count)| self.numbers > 0 && self.are_mistakes(rest(*count)))
+    }
+
+    /// The values and how often each comes, the most frequent first, as far as a line has room for them.
+    pub fn frequent(&self) -> String {
+        let mut all: Vec<_> = self.values.iter().collect();
+        all.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+        let shown: Vec<String> = all.iter().take(SHOWN).map(|(value, n)| format!("{value} {n}")).collect();
+        format!("{}{}", shown.join(", "), if all.len() > SHOWN { ", ..." } else { "" })
     }
 
     pub fn different(&self) -> usize {

@@ -354,7 +354,7 @@ fn rows(table: &Table, files: &Pair<PathBuf>, place: &Place, target: Option<&str
     section =
         section.say("data", format!("a table of {} rows and {} columns {names}", table.rows, table.columns.len()));
     let what = match plan.task {
-        Task::Classification => format!("one of {} classes", plan.target.different()),
+        Task::Classification => format!("one of {} classes: {}", plan.target.different(), plan.target.frequent()),
         Task::Regression => "a number".into(),
     };
     let other = if target.is_none() { "; another: --target COLUMN" } else { "" };

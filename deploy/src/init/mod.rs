@@ -14,6 +14,7 @@ mod model;
 use crate::Wrong;
 use anyhow::{Context, Result, anyhow, bail};
 use data::{Kind, Place, Section, quote};
+use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -33,16 +34,19 @@ pub struct Args {
     #[arg(long, value_name = "COLUMN")]
     target: Option<String>,
     /// The job file to write
-    #[arg(long, value_name = "FILE", default_value = "job.toml")]
+    #[arg(long, value_name = "FILE", default_value = JOB)]
     out: PathBuf,
     /// Replaces FILE where it exists
     #[arg(long)]
     force: bool,
 }
 
-/// What a run of this data is called: the file's or the folder's name without its ending.
-fn run_name(data: &Path) -> String {
-    let whole = data.canonicalize().unwrap_or_else(|_| data.into());
+/// The file where none is named.
+const JOB: &str = "job.toml";
+
+/// What a run is called: a job file's, the data file's or the folder's name without its ending.
+fn run_name(of: &Path) -> String {
+    let whole = of.canonicalize().unwrap_or_else(|_| of.into());
     let name = find::name(&whole);
     let stem = name.split('.').next().unwrap_or_default();
     let plain = stem.replace(|c: char| !c.is_alphanumeric() && c != '-' && c != '_', "-");
@@ -105,7 +109,8 @@ fn write(args: &Args) -> Result<Written> {
         return Err(exists());
     }
     let mut section = data::section(&data, &place, args.target.as_deref())?;
-    let name = run_name(&data);
+    // Two jobs about the same data are two runs.
+    let name = run_name(if args.out.file_name() == Some(OsStr::new(JOB)) { &data } else { &args.out });
     let head = format!(
         "# A first job for {}, as `unisono init` guessed it; docs/job.md has every key.\nname = {}\nseed = 7\n\n",
         quote(&find::name(&std::path::absolute(&data)?)),

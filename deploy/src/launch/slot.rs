@@ -171,7 +171,7 @@ impl Slot {
         self.ended(run, child, said).await
     }
 
-    /// Passes on the lines of stderr, where they are to be shown; gives the last one.
+    /// Passes on the lines of stderr, where they are to be shown; gives the last one that may tell why it ended.
     async fn pass_on(&self, stderr: Option<ChildStderr>, shown: Option<&Run>) -> Option<String> {
         let (mut lines, mut bytes, mut last) = (BufReader::new(stderr?), Vec::new(), None);
         loop {
@@ -185,7 +185,8 @@ impl Slot {
                 // A closed stderr is no reason to stop training.
                 progress::write(format!("{}{line}\n", run.prefix(self)).as_bytes()).ok();
             }
-            if !line.trim().is_empty() {
+            // What a worker says when all is well is no reason for its end.
+            if !line.trim().is_empty() && !line.contains(" INFO ") {
                 last = Some(line);
             }
         }
