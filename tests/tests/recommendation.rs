@@ -139,7 +139,7 @@ fn users_get_the_best_items_that_they_do_not_have() {
     write(dir, "users.csv", "user,x\n,1\n");
     refused(&predict(dir, &["runs/taken", "users.csv", "--top-k", "3"]), &["users.csv:2", "`user` is empty"]);
     write(dir, "users.csv", "users\nu4\n");
-    refused(&predict(dir, &["runs/taken", "users.csv", "--top-k", "3"]), &["users.csv:2", "`user` is not given"]);
+    refused(&predict(dir, &["runs/taken", "users.csv", "--top-k", "3"]), &["users.csv:1", "`user` is not given"]);
     refused(&predict(dir, &["runs/taken", "users.csv", "--with-seen"]), &["--top-k"]);
     write(dir, "users.csv", "user\nu4\n");
     write(dir, "ratings.dat", &file.replacen("::5::", "::1::", 1));
