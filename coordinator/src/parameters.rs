@@ -90,7 +90,7 @@ async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Result<Response<
             let worker = member(&session)?;
             let taken = take(&shared, worker, reader).await;
             // A worker that cannot push is of no use: it leaves, and what it owes is done by others.
-            let why = taken.as_ref().err().map_or("its pushes ended", |e| e.message()).to_string();
+            let why = taken.as_ref().err().map_or("its pushes ended", stream::why).to_string();
             shared.input(Input::Broken { worker, why });
             taken?;
             send.send(Ok(Frame::data(stream::short(&v1::PushReply {})))).await.ok();

@@ -38,7 +38,7 @@ pub async fn serve(shared: Arc<Shared>, mut requests: Streaming<v1::RowRequest>,
     if let Err(refused) = answer(&shared, &mut session, &mut requests, &replies).await {
         // A worker that gets no rows is of no use: it leaves, and what it owes is done by others.
         if let Some(worker) = session.and_then(|session| shared.member(&session).ok()) {
-            shared.input(Input::Broken { worker, why: refused.message().into() });
+            shared.input(Input::Broken { worker, why: unisono_proto::stream::why(&refused).into() });
         }
         replies.send(Err(refused)).await.ok();
     }

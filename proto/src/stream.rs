@@ -9,6 +9,7 @@ use http_body::{Body, Frame};
 use http_body_util::BodyExt;
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint};
+use std::error::Error;
 use tonic::Status;
 
 /// gRPC's frame around a message: whether it is compressed (a byte), and its length (four, big-endian).
@@ -118,6 +119,12 @@ pub fn short(message: &impl Message) -> Bytes {
     framed(&message.encode_to_vec(), &Bytes::new()).next().unwrap_or_default()
 }
 
+/// Why a stream has failed, for people: what HTTP/2 says of a connection that is no more tells nobody anything.
+pub fn why(failed: &Status) -> &str {
+    // What the other side answers has no source here.
+    if failed.source().is_some() { "the connection broke" } else { failed.message() }
+}
+
 fn wrong(what: impl std::fmt::Display) -> Status {
     Status::invalid_argument(format!("a message cannot be read: {what}"))
 }
@@ -154,7 +161,7 @@ where
     async fn more(&mut self) -> Result<bool, Status> {
         while self.rest.is_empty() {
             let Some(frame) = self.body.frame().await else { return Ok(false) };
-            match frame.map_err(broken)?.into_data() {
+            match frame.map_err(|e| Status::from_error(e.into()))?.into_data() {
                 Ok(data) => (self.frame, self.rest) = (data.len(), data),
                 Err(trailers) => return ended(trailers),
             }
@@ -312,11 +319,6 @@ where
     }
 }
 
-/// What HTTP/2 says of a connection that is no more tells nobody anything.
-fn broken(e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Status {
-    Status::new(Status::from_error(e.into()).code(), "the connection broke")
-}
-
 /// A stream ends with a status, which may be an error.
 fn ended(trailers: Frame<Bytes>) -> Result<bool, Status> {
     let status = trailers.into_trailers().ok().and_then(|t| Status::from_header_map(&t));
@@ -429,6 +431,13 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_the_other_side_says_is_told_and_what_a_broken_connection_says_is_not() {
+        assert_eq!(why(&Status::internal("there is no chunk 7")), "there is no chunk 7");
+        let cut = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        assert_eq!(why(&Status::from_error(cut.into())), "the connection broke");
     }
 
     #[test]

@@ -31,7 +31,7 @@ use unisono_common::rows::optim::RowOptimizer;
 use unisono_common::tree::Node;
 use unisono_proto::shm::door::Opened;
 use unisono_proto::shm::{Capacity, Lane, SlotSize};
-use unisono_proto::stream::Reader;
+use unisono_proto::stream::{Reader, why};
 use unisono_proto::{self as wire, v1};
 
 /// How a session ended.
@@ -172,11 +172,11 @@ impl Streams {
         tokio::select! {
             why = receiving => why.unwrap_or_else(|_| "the broadcast ended".into()),
             pushed = pushing => match pushed {
-                Ok(Err(refused)) => format!("the coordinator took no more pushes: {}", refused.message()),
+                Ok(Err(refused)) => format!("the coordinator took no more pushes: {}", why(&refused)),
                 Ok(Ok(())) | Err(_) => "the pushes ended".into(),
             },
             pulled = pulled => match pulled {
-                Ok(Err(refused)) => format!("the coordinator gave no more rows: {}", refused.message()),
+                Ok(Err(refused)) => format!("the coordinator gave no more rows: {}", why(&refused)),
                 Ok(Ok(())) | Err(_) => "the pulls ended".into(),
             },
         }
@@ -200,7 +200,7 @@ async fn receive(mut broadcast: Reader<Body>, mut incoming: Incoming, layout: La
         match receive_chunk(&mut broadcast, &mut incoming, &layout, needs_crc).await {
             Ok(true) => {}
             Ok(false) => return "the broadcast ended".into(),
-            Err(e) => return format!("the broadcast broke: {}", e.message()),
+            Err(e) => return format!("the broadcast broke off: {}", why(&e)),
         }
     }
 }
@@ -377,7 +377,7 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
                 }
                 Ok(Some(_)) => break End::Again("the coordinator sent something unexpected".into()),
                 Ok(None) => break End::Again("the coordinator closed the session".into()),
-                Err(e) => break End::Again(format!("the session broke: {}", e.message())),
+                Err(e) => break End::Again(format!("the session broke off: {}", why(&e))),
             },
             why = Streams::end(&mut streams) => break ended(&mut incoming, why).await,
             Some(result) = fetched.recv() => match result {
