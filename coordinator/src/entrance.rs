@@ -431,6 +431,8 @@ impl Entrance {
     pub fn new(listener: TcpListener, identity: Option<&Identity>) -> Result<Entrance, IdentityError> {
         // Its connections have it from their beginning.
         unisono_proto::steady(&listener).ok();
+        // So many may come at once: those for whom the system has no room try again after a second, and after three.
+        rustix::net::listen(&listener, MOST as i32).ok();
         Ok(Entrance { listener, tls: identity.map(Tls::new).transpose()? })
     }
 
