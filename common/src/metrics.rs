@@ -90,8 +90,8 @@ pub struct EvalSums {
     correct: u64,
     squared: f64,
     absolute: f64,
-    /// The targets that are values, and their squares.
-    values: [f64; 2],
+    /// Of the targets that are values, as many as samples: their mean, and the sum of their squared distances from it.
+    spread: (f64, f64),
     /// Of rankings, `1 / log2(1 + rank)` of the same.
     gain: f64,
     /// Samples whose own class is among the top ones.
@@ -102,6 +102,14 @@ pub struct EvalSums {
     classes: Vec<[u64; 3]>,
     /// Samples of a class that are taken for a class, `(classes, classes)`; empty unless they are asked for.
     confusions: Vec<u64>,
+}
+
+/// Mean and sum of squared distances from it of so many values and so many others together (Chan, Golub and LeVeque, 1979, "Updating
+/// formulae and a pairwise algorithm for computing sample variances").
+fn together((n, (mean, apart)): (u64, (f64, f64)), (others, (their_mean, theirs)): (u64, (f64, f64))) -> (f64, f64) {
+    let (n, others) = (n as f64, others as f64);
+    let (all, between) = ((n + others).max(1.0), their_mean - mean);
+    (mean + between * others / all, apart + theirs + between * between * n * others / all)
 }
 
 /// The bin of a logit difference: monotone, and finest around 0.
@@ -123,7 +131,7 @@ impl EvalSums {
             correct: 0,
             squared: 0.0,
             absolute: 0.0,
-            values: [0.0; 2],
+            spread: (0.0, 0.0),
             gain: 0.0,
             among_top: 0,
             histogram,
@@ -154,6 +162,7 @@ impl EvalSums {
             self.add_ranks(k, &scores, chosen);
             return;
         }
+        let before = self.loss.samples;
         self.loss = self.loss + sums;
         if let EvalKind::Next { .. } = self.kind {
             self.surprise += loss.plain().map_or(sums, |plain| plain.forward(logits, targets, weights)).loss;
@@ -180,7 +189,7 @@ impl EvalSums {
                     let error = x[0] as f64 - value;
                     self.squared += error * error;
                     self.absolute += error.abs();
-                    self.values = [self.values[0] + value, self.values[1] + value * value];
+                    self.spread = together((before + row as u64, self.spread), (1, (value, 0.0)));
                 }
                 Targets::Next => panic!("a batch has classes instead"),
                 Targets::Seen(_) => panic!("a batch has values instead"),
@@ -220,12 +229,12 @@ impl EvalSums {
 
     /// Both together.
     pub fn merge(mut self, other: EvalSums) -> EvalSums {
+        self.spread = together((self.loss.samples, self.spread), (other.loss.samples, other.spread));
         self.loss = self.loss + other.loss;
         self.surprise += other.surprise;
         self.correct += other.correct;
         self.squared += other.squared;
         self.absolute += other.absolute;
-        self.values.iter_mut().zip(other.values).for_each(|(a, b)| *a += b);
         self.gain += other.gain;
         self.among_top += other.among_top;
         let of_classes = (self.classes.as_flattened_mut(), other.classes.as_flattened());
@@ -239,9 +248,9 @@ impl EvalSums {
     pub fn to_parts(&self) -> (Vec<f64>, Vec<u64>) {
         let counts = [self.loss.samples, self.correct, self.among_top].into_iter();
         let counts = counts.chain(self.classes.as_flattened().iter().chain(&self.histogram).copied()).collect();
-        let [values, squares] = self.values;
+        let (mean, apart) = self.spread;
         let LossSums { loss, weight, .. } = self.loss;
-        (vec![loss, weight, self.surprise, self.squared, self.absolute, values, squares, self.gain], counts)
+        (vec![loss, weight, self.surprise, self.squared, self.absolute, mean, apart, self.gain], counts)
     }
 
     /// Whether no sum has overflowed or become NaN.
@@ -251,7 +260,7 @@ impl EvalSums {
 
     /// From the wire; `None` where lengths are wrong, a sum is impossible, or counts exceed the samples.
     pub fn from_parts(kind: EvalKind, sums: &[f64], counts: &[u64]) -> Option<EvalSums> {
-        let &[loss, weight, surprise, squared, absolute, values, squares, gain] = sums else { return None };
+        let &[loss, weight, surprise, squared, absolute, mean, apart, gain] = sums else { return None };
         let [samples, correct, among_top, counts @ ..] = counts else { return None };
         let empty = EvalSums::new(kind);
         let (classes, histogram) = counts.split_at_checked(3 * empty.classes.len())?;
@@ -261,6 +270,7 @@ impl EvalSums {
         let counted = histogram.iter().try_fold(0u64, |sum, n| sum.checked_add(*n))?;
         let sound = sums.iter().all(|s| s.is_finite())
             && weight >= 0.0
+            && apart >= 0.0
             && (0.0..=*correct as f64).contains(&gain)
             && histogram.len() == empty.histogram.len()
             && correct <= samples
@@ -275,7 +285,7 @@ impl EvalSums {
             correct: *correct,
             squared,
             absolute,
-            values: [values, squares],
+            spread: (mean, apart),
             gain,
             among_top: *among_top,
             histogram: histogram.to_vec(),
@@ -319,10 +329,8 @@ impl EvalSums {
     /// `1 - sum (x - y)^2 / sum (y - mean)^2`, the coefficient of determination: 1 at best, and 0 where always to say the targets' mean
     /// does as well. `None` where all targets are the same.
     fn r2(&self) -> Option<f64> {
-        let ([values, squares], n) = (self.values, self.loss.samples as f64);
-        let spread = squares - values * values / n;
-        // Below it is what rounding left.
-        (spread > 1e-12 * squares).then(|| 1.0 - self.squared / spread)
+        let (_, apart) = self.spread;
+        (apart > 0.0).then(|| 1.0 - self.squared / apart)
     }
 
     /// The metrics.
@@ -454,182 +462,4 @@ impl fmt::Display for EvalSummary {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use ndarray::Array2;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn ranks_are_those_of_a_sorted_list_and_ties_count_against_a_sample(
-            // Few values: many ties.
-            samples in prop::collection::vec(prop::collection::vec(0u8..6, 1..9), 0..12), k in 1u32..6, cut in 0usize..12,
-        ) {
-            let kind = EvalKind::Ranking { k };
-            let of = |samples: &[Vec<u8>]| {
-                let scores: Vec<f32> = samples.concat().iter().map(|x| *x as f32 - 2.5).collect();
-                let chosen = samples.iter().flat_map(|s| (0..s.len()).map(|i| if i == 0 { 1.0 } else { 0.0 })).collect();
-                let mut sums = EvalSums::new(kind);
-                let logits = Array2::from_shape_vec((scores.len(), 1), scores).unwrap();
-                sums.add_batch(&Loss::new(&crate::job::Loss::Bpr, 1).unwrap(), logits.view(), &Targets::Value(chosen), &[]);
-                sums
-            };
-            let (mut hits, mut gain) = (0, 0.0);
-            for sample in &samples {
-                let mut sorted = sample.clone();
-                sorted.sort_unstable_by(|a, b| b.cmp(a));
-                // The last place of those with the same score.
-                let rank = sorted.iter().rposition(|score| *score == sample[0]).unwrap() + 1;
-                if rank <= k as usize {
-                    hits += 1;
-                    gain += 1.0 / (1.0 + rank as f64).log2();
-                }
-            }
-            let sums = of(&samples);
-            let n = samples.len().max(1) as f64;
-            let summary = sums.summary();
-            prop_assert_eq!(sums.targets(), samples.len() as u64);
-            prop_assert_eq!((summary.hit_rate, summary.k), (Some(hits as f64 / n), Some(k)));
-            prop_assert!((summary.ndcg.unwrap() - gain / n).abs() < 1e-12);
-            prop_assert!(summary.rmse.is_none() && summary.accuracy.is_none() && summary.auc.is_none());
-            prop_assert!(kind.metrics().iter().all(|metric| summary.get(*metric).is_some()));
-            let (a, b) = samples.split_at(cut.min(samples.len()));
-            let merged = of(a).merge(of(b));
-            prop_assert_eq!((merged.correct, merged.targets()), (sums.correct, sums.targets()));
-            prop_assert!((merged.gain - sums.gain).abs() < 1e-12);
-            // Over the wire and back; what cannot be is refused.
-            let (parts, counts) = sums.to_parts();
-            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &counts), Some(sums.clone()));
-            let with = |at: usize, value: f64| {
-                let mut parts = parts.clone();
-                parts[at] = value;
-                EvalSums::from_parts(kind, &parts, &counts)
-            };
-            let gain = parts.len() - 1;
-            for impossible in [f64::NAN, -0.5, sums.correct as f64 + 0.5, f64::INFINITY] {
-                prop_assert_eq!(with(gain, impossible), None);
-            }
-            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &[counts[0], counts[0] + 1, 0]), None);
-            prop_assert_eq!(EvalSums::from_parts(kind, &parts[..gain], &counts), None);
-            prop_assert_eq!(EvalSums::from_parts(kind, &parts, &[&counts[..], &[0]].concat()), None);
-        }
-
-        /// The coefficient of determination by its definition, over the wire and back; the mean has 0, and what never differs none.
-        #[test]
-        fn r2_is_the_share_of_the_variance_that_is_explained(
-            rows in prop::collection::vec((-9.0f32..9.0, -9i8..9), 2..60), shift in -1000i16..1000, cut in 0usize..60,
-        ) {
-            let targets: Vec<f32> = rows.iter().map(|row| f32::from(shift) + f32::from(row.1)).collect();
-            let of = |predictions: &[f32], targets: &[f32]| {
-                let mut sums = EvalSums::new(EvalKind::Regression);
-                let outputs = Array2::from_shape_vec((predictions.len(), 1), predictions.to_vec()).unwrap();
-                let loss = Loss::new(&crate::job::Loss::Mse, 1).unwrap();
-                sums.add_batch(&loss, outputs.view(), &Targets::Value(targets.to_vec()), &[]);
-                sums
-            };
-            let predictions: Vec<f32> = rows.iter().map(|row| f32::from(shift) + row.0).collect();
-            let cut = cut.min(rows.len());
-            let merged = of(&predictions[..cut], &targets[..cut]).merge(of(&predictions[cut..], &targets[cut..]));
-            let (sums, counts) = merged.to_parts();
-            prop_assert_eq!(EvalSums::from_parts(EvalKind::Regression, &sums, &counts), Some(merged.clone()));
-            let mean = targets.iter().map(|y| f64::from(*y)).sum::<f64>() / targets.len() as f64;
-            let spread: f64 = targets.iter().map(|y| (f64::from(*y) - mean).powi(2)).sum();
-            let wrong: f64 = targets.iter().zip(&predictions).map(|(y, x)| f64::from(y - x).powi(2)).sum();
-            match merged.summary().r2 {
-                Some(r2) => prop_assert!((r2 - (1.0 - wrong / spread)).abs() < 1e-6 * (1.0 + wrong / spread), "{r2}"),
-                None => prop_assert_eq!(spread, 0.0),
-            }
-            let means = vec![mean as f32; targets.len()];
-            prop_assert!(of(&means, &targets).summary().r2.is_none_or(|r2| r2.abs() < 1e-5));
-            prop_assert_eq!(of(&targets, &targets).summary().r2.is_some(), spread > 0.0);
-        }
-
-        #[test]
-        fn auc_is_the_share_of_ordered_pairs_and_sums_add_up(
-            rows in prop::collection::vec((-4.0f32..4.0, 0u32..2), 2..80), cut in 0usize..80,
-        ) {
-            let loss = Loss::new(&crate::job::Loss::BinaryCrossEntropy { positive_weight: 1.0 }, 1).unwrap();
-            let of = |rows: &[(f32, u32)]| {
-                let mut sums = EvalSums::new(EvalKind::Binary);
-                let logits = Array2::from_shape_fn((rows.len(), 1), |(i, _)| rows[i].0);
-                let labels = Targets::Class(rows.iter().map(|r| r.1).collect());
-                sums.add_batch(&loss, logits.view(), &labels, &[]);
-                sums
-            };
-            let (a, b) = rows.split_at(cut.min(rows.len()));
-            let merged = of(a).merge(of(b));
-            let whole = of(&rows);
-            prop_assert_eq!(merged.correct, whole.correct);
-            prop_assert_eq!(&merged.histogram, &whole.histogram);
-            let (sums, counts) = whole.to_parts();
-            prop_assert_eq!(EvalSums::from_parts(EvalKind::Binary, &sums, &counts), Some(whole.clone()));
-            prop_assert_eq!(EvalSums::from_parts(EvalKind::Classes { classes: 3, top: None }, &sums, &counts), None);
-            let (mut pairs, mut all, mut in_one_bin) = (0.0, 0.0, 0.0);
-            for p in rows.iter().filter(|r| r.1 == 1) {
-                for n in rows.iter().filter(|r| r.1 == 0) {
-                    all += 1.0;
-                    in_one_bin += if bin(p.0) == bin(n.0) { 1.0 } else { 0.0 };
-                    pairs += if p.0 > n.0 { 1.0 } else if p.0 == n.0 { 0.5 } else { 0.0 };
-                }
-            }
-            match whole.summary().auc {
-                // Pairs that share a bin count half, whichever is larger.
-                Some(auc) => prop_assert!((auc - pairs / all).abs() <= 0.5 * in_one_bin / all + 1e-12, "{auc}"),
-                None => prop_assert_eq!(all, 0.0),
-            }
-        }
-    }
-    proptest! {
-        /// F1, the accuracy among the top classes and the confusions by their definitions, with ties; over the wire and back.
-        #[test]
-        fn classes_are_counted(
-            // Few values: many ties.
-            rows in prop::collection::vec((prop::collection::vec(0u8..4, 5), 0u32..5), 1..40), top in 1u32..6, cut in 0usize..40,
-        ) {
-            let loss = crate::job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
-            let (loss, kind) = (Loss::new(&loss, 5).unwrap(), EvalKind::Classes { classes: 5, top: Some(top) });
-            let of = |rows: &[(Vec<u8>, u32)]| {
-                let mut sums = EvalSums::new(kind).with_confusions();
-                let logits = Array2::from_shape_fn((rows.len(), 5), |(i, j)| rows[i].0[j] as f32);
-                let labels = Targets::Class(rows.iter().map(|row| row.1).collect());
-                sums.add_batch(&loss, logits.view(), &labels, &[]);
-                sums
-            };
-            let (a, b) = rows.split_at(cut.min(rows.len()));
-            let (whole, merged) = (of(&rows), of(a).merge(of(b)));
-            prop_assert_eq!((&whole.classes, whole.among_top, &whole.confusions),
-                            (&merged.classes, merged.among_top, &merged.confusions));
-            let order = |scores: &[u8]| {
-                let mut order: Vec<usize> = (0..5).collect();
-                order.sort_by_key(|i| std::cmp::Reverse(scores[*i]));
-                order
-            };
-            let (mut pairs, mut among) = ([[0u64; 5]; 5], 0);
-            for (scores, own) in &rows {
-                let order = order(scores);
-                pairs[*own as usize][order[0]] += 1;
-                among += u64::from(order[..5.min(top as usize)].contains(&(*own as usize)));
-            }
-            prop_assert_eq!(whole.confusions().iter().copied().collect::<Vec<_>>(), pairs.as_flattened());
-            let f1 = |c: usize| {
-                let (right, own) = (pairs[c][c] as f64, pairs[c].iter().sum::<u64>() as f64);
-                let taken = pairs.iter().map(|row| row[c]).sum::<u64>() as f64;
-                let (precision, recall) = (right / taken, right / own);
-                if right > 0.0 { Some(2.0 * precision * recall / (precision + recall)) } else { (taken + own > 0.0).then_some(0.0) }
-            };
-            let known: Vec<f64> = (0..5).filter_map(f1).collect();
-            let summary = whole.summary();
-            prop_assert!((summary.f1.unwrap() - known.iter().sum::<f64>() / known.len() as f64).abs() < 1e-12);
-            prop_assert_eq!(summary.top_k_accuracy, Some(among as f64 / rows.len() as f64));
-            prop_assert!(kind.metrics().iter().all(|metric| summary.get(*metric).is_some()));
-            let (sums, counts) = whole.to_parts();
-            prop_assert_eq!(EvalSums::from_parts(kind, &sums, &counts).map(EvalSums::with_confusions),
-                            Some(EvalSums { confusions: vec![0; 25], ..whole.clone() }));
-            for at in 0..counts.len() {
-                let mut counts = counts.clone();
-                counts[at] += 1 + u64::from(at == 2) * rows.len() as u64;
-                prop_assert_eq!(EvalSums::from_parts(kind, &sums, &counts), None, "count {} is impossible", at);
-            }
-        }
-    }
-}
+mod tests;

@@ -276,7 +276,7 @@ impl Driver {
             }
             Input::Broken { worker, why } => {
                 if self.sessions.contains_key(&worker) {
-                    tracing::warn!("{} is out: {why}; its partitions go to others", self.shared.called(worker));
+                    tracing::warn!("{} is out: {why}", self.shared.called(worker));
                     self.part(worker, v1::Goodbye { reason: why, rejoin: true });
                 } else {
                     self.shared.leave(worker); // its join may not have been taken yet

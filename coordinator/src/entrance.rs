@@ -42,8 +42,8 @@ const FIRST_BYTES: usize = 64 << 10;
 const JOBS: usize = 4;
 /// So long the other side may take nothing of what is written.
 const STALL: Duration = Duration::from_secs(30);
-/// Bytes that are read from a connection before others have their turn: so a chunk is added up while it is in the cache, and all
-/// that waits for it stays with the kernel.
+/// When a connection has been read so many bytes, others have their turn before the next read: so a chunk is added up while it is in
+/// the cache, and what waits stays with the kernel.
 const TURN: usize = 256 << 10;
 /// New connections of one address: so many at once, and so many a second after them.
 const CONNECTIONS: Rate = Rate { burst: 4000.0, each_second: 100.0 };
@@ -314,7 +314,7 @@ pub struct Connection {
     stranger: Option<Stranger>,
     /// Ends when nothing that was written has left for long.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Bytes read in this turn.
+    /// Bytes read one after another, without having to wait.
     turn: usize,
 }
 
@@ -382,7 +382,7 @@ impl AsyncRead for Connection {
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut *this.wire).poll_read(cx, buf);
-        this.turn += buf.filled().len() - before;
+        this.turn = if read.is_pending() { 0 } else { this.turn + buf.filled().len() - before };
         if this.stranger.is_some() {
             let (left, came) = (&this.peer.0.left, buf.filled().len() - before);
             left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(came))).ok();
@@ -579,6 +579,32 @@ async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Co
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_stream::StreamExt;
+
+    /// All that was sent is read, turn after turn, when nothing more comes that would wake the reader.
+    #[tokio::test]
+    async fn a_turn_that_is_over_is_followed_by_another() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("it is bound");
+        let mut open = Entrance::new(listener, None).expect("without an identity").open();
+        let sent = [&PREFACE[..], &[7; 8 * TURN]].concat();
+        let writer = tokio::spawn({
+            let sent = sent.clone();
+            async move {
+                let mut stream = TcpStream::connect(address).await.expect("it listens");
+                stream.write_all(&sent).await.expect("it is taken");
+                stream
+            }
+        });
+        let mut connection = open.next().await.expect("somebody came").expect("and is let in");
+        connection.peer.belongs();
+        let mut got = vec![0; sent.len()];
+        let all = tokio::time::timeout(Duration::from_secs(60), connection.read_exact(&mut got)).await;
+        all.expect("a turn was the last one").expect("it is read");
+        assert!(got == sent, "other bytes came");
+        drop(writer);
+    }
 
     #[test]
     fn a_rate_has_a_burst_and_fills_again() {

@@ -185,7 +185,7 @@ pub enum Cmd {
         /// How gradients and weights travel
         #[arg(long, value_enum, default_value_t)]
         transport: Transport,
-        /// Gives up after this many seconds without a coordinator
+        /// Gives up after this many seconds without a coordinator; at once where its certificate is of another CA, or not for its host
         #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
         patience: f64,
         /// Its name in logs and `status` [default: its host and process]

@@ -43,6 +43,9 @@ pub struct Row {
 
 /// What is said of rows.
 pub trait Answers {
+    /// Names of the columns that every table of rows must have.
+    fn needs(&self) -> Vec<&str>;
+
     /// Names of what is added to a row.
     fn columns(&self) -> Vec<&'static str>;
 
@@ -97,7 +100,7 @@ impl<'a> Inputs<'a> {
 
     /// Notes the values of a row that training did not have.
     fn note<'c>(&self, cell: impl Fn(&str) -> Option<&'c str>) {
-        for column in &self.prepared.columns {
+        for column in self.prepared.columns.iter().filter(|column| column.values.is_some()) {
             if let Some(value) = cell(&column.name).map(str::trim).filter(|v| column.is_new(v, &self.prepared.missing))
             {
                 let mut new = self.new.borrow_mut();
@@ -122,8 +125,9 @@ fn features(inputs: &Inputs<'_>, fields: &[(String, Value)]) -> Result<(Vec<f32>
     if !prepared.columns.is_empty() || !prepared.ids.is_empty() {
         let texts: Vec<(&str, String)> = fields.iter().map(|(name, value)| (name.as_str(), cell(value))).collect();
         let cell = |name: &str| texts.iter().find(|(n, _)| *n == name).map(|(_, t)| t.as_str()).or(*absent);
+        let encoded = (encode(prepared, cell)?, encode_ids(prepared, cell)?);
         inputs.note(cell);
-        return Ok((encode(prepared, cell)?, encode_ids(prepared, cell)?));
+        return Ok(encoded);
     }
     let number = |v: &Value| match v {
         Value::Number(n) => n.as_f64(),
@@ -286,12 +290,8 @@ fn predict_csv(
     if header.iter().all(|name| name.is_empty() || name.parse::<f64>().is_ok()) {
         bail!("{name}:1: the first line must name the columns");
     }
-    // Which columns there are, no row has to tell.
-    let empty: Vec<(String, Value)> = header.iter().map(|name| (name.clone(), Value::String(String::new()))).collect();
-    if let Err(e) = answers.read(&empty)
-        && matches!(e.downcast_ref(), Some(DataError::CellAbsent { .. }))
-    {
-        return Err(e.context(format!("{name}:1")));
+    if let Some(column) = answers.needs().into_iter().find(|column| !header.iter().any(|name| name == column)) {
+        return Err(DataError::CellAbsent { column: column.into() }).context(format!("{name}:1"));
     }
     let mut out = csv::WriterBuilder::new().delimiter(separator).from_writer(out);
     out.write_record(header.iter().cloned().chain(answers.columns().into_iter().map(String::from)))?;
@@ -434,6 +434,18 @@ impl<'a> Predictor<'a> {
 }
 
 impl Answers for Predictor<'_> {
+    fn needs(&self) -> Vec<&str> {
+        let Inputs { prepared, text, absent, .. } = &self.inputs;
+        match (text, absent) {
+            (Some((name, _)), _) => vec![name],
+            (None, Some(_)) => vec![],
+            (None, None) => {
+                let columns = prepared.columns.iter().map(|column| column.name.as_str());
+                columns.chain(prepared.ids.iter().flat_map(|field| field.columns.iter().map(String::as_str))).collect()
+            }
+        }
+    }
+
     fn columns(&self) -> Vec<&'static str> {
         let manifest = &self.trained.manifest;
         let classes = manifest.prepared.classes.is_some();
@@ -456,7 +468,7 @@ impl Answers for Predictor<'_> {
     fn remarks(&self) -> Vec<String> {
         let remark = |(column, (value, n)): (&String, &(String, u64))| {
             let rows = if *n == 1 { "row has" } else { "rows have" };
-            format!("{n} {rows} a value in `{column}` that training did not have, as `{value}`: it counts as missing")
+            format!("{n} {rows} a value in `{column}` that training did not have, as {value:?}: it counts as missing")
         };
         self.inputs.new.borrow().iter().map(remark).collect()
     }

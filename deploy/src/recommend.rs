@@ -92,6 +92,10 @@ fn seen(trained: &Trained) -> Result<Seen> {
 }
 
 impl Answers for Recommender<'_> {
+    fn needs(&self) -> Vec<&str> {
+        vec![&self.predictor.trained.manifest.prepared.ids[0].columns[0]]
+    }
+
     fn columns(&self) -> Vec<&'static str> {
         vec!["rank", "item", "score"]
     }

@@ -107,38 +107,29 @@ impl Address {
             UnknownIssuer,
         };
         let url = &self.url;
-        let why = match tls_error(e) {
-            Some(rustls::Error::InvalidCertificate(UnknownIssuer)) => {
-                format!(
-                    "the certificate of {url} is of another CA than {CA} in --identity: is it the right coordinator?"
-                )
-            }
-            Some(rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
-                format!("the certificate of {url} is not for this host: make one with `unisono cert --host HOST`")
-            }
+        // What to try again would not change is final.
+        let refused = |why: String| Refused(why).into();
+        match tls_error(e) {
+            Some(rustls::Error::InvalidCertificate(UnknownIssuer)) => refused(format!(
+                "the certificate of {url} is of another CA than {CA} in --identity: is it the right coordinator?"
+            )),
+            Some(rustls::Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => refused(
+                format!("the certificate of {url} is not for this host: make one with `unisono cert --host HOST`"),
+            ),
             Some(rustls::Error::InvalidCertificate(Expired | ExpiredContext { .. })) => {
-                format!("the certificate of {url} has expired: make another with `unisono cert`")
+                anyhow!("the certificate of {url} has expired: make another with `unisono cert`")
             }
             Some(rustls::Error::InvalidCertificate(NotValidYet | NotValidYetContext { .. })) => {
-                format!("the certificate of {url} is not valid yet: compare the clocks of both machines")
+                anyhow!("the certificate of {url} is not valid yet: compare the clocks of both machines")
             }
             Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) => {
-                format!("what listens at {url} speaks no TLS: start the coordinator with --identity")
+                anyhow!("what listens at {url} speaks no TLS: start the coordinator with --identity")
             }
-            Some(other) => format!("no TLS with {url}: {other}"),
-            None if url.starts_with("https:") && was_cut(e) => {
-                format!(
-                    "what listens at {url} ends the connection at once: if it speaks no TLS, write http:// and leave --identity out"
-                )
-            }
-            None => format!("cannot reach a coordinator at {url}: {}", last_cause(e)),
-        };
-        match tls_error(e) {
-            // To try again does not make it another one.
-            Some(rustls::Error::InvalidCertificate(
-                UnknownIssuer | NotValidForName | NotValidForNameContext { .. },
-            )) => Refused(why).into(),
-            _ => anyhow!(why),
+            Some(other) => anyhow!("no TLS with {url}: {other}"),
+            None if url.starts_with("https:") && was_cut(e) => anyhow!(
+                "what listens at {url} ends the connection at once: if it speaks no TLS, write http:// and leave --identity out"
+            ),
+            None => anyhow!("cannot reach a coordinator at {url}: {}", last_cause(e)),
         }
     }
 

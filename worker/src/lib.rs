@@ -13,6 +13,7 @@ mod weights;
 use anyhow::{Result, bail};
 pub use connect::{Address, Channel};
 use session::{End, Kept};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -88,7 +89,7 @@ pub fn check_threads(threads: usize) -> Result<()> {
 pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<()> {
     let mut kept = Kept::default();
     let mut alone_since = tokio::time::Instant::now();
-    let (mut pause, mut said) = (SHORTEST, None);
+    let (mut pause, mut said) = (SHORTEST, BTreeSet::new());
     loop {
         let began = tokio::time::Instant::now();
         match session::session(&options, &mut kept, &mut leave).await {
@@ -101,7 +102,7 @@ pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<(
             Ok(End::Again(_)) | Err(_) if *leave.borrow() => return Ok(()),
             Ok(End::Again(why)) => {
                 tracing::warn!("{why}; joining again");
-                said = None;
+                said.clear();
                 alone_since = tokio::time::Instant::now();
                 // Who is sent away again and again asks less and less often.
                 if began.elapsed() > LONG {
@@ -113,11 +114,12 @@ pub async fn run(options: Options, mut leave: watch::Receiver<bool>) -> Result<(
                     bail!("{e:#} (tried for {} s)", options.patience.as_secs());
                 }
                 let why = format!("{e:#}");
-                if said.as_ref() != Some(&why) {
+                // Each reason once, also where two take turns.
+                if !said.contains(&why) {
                     let left = options.patience.saturating_sub(alone_since.elapsed());
                     tracing::warn!("{why}; trying for {} s", left.as_secs_f64().ceil());
+                    said.insert(why);
                 }
-                said = Some(why);
             }
         }
         tokio::select! {

@@ -40,6 +40,8 @@ pub enum DataError {
         "{path} is outside the folders that this worker may read ({only}): allow its folder with --data-root, or set data.ship = true in the job"
     )]
     Outside { path: String, only: String },
+    #[error("{path} is in a folder with an identity (ca.crt), which no job may read: move the data to another folder")]
+    BesideKeys { path: String },
     #[error("cannot read {path}: {source}; check its permissions, and that it was copied whole")]
     Read { path: String, source: io::Error },
     #[error("data.format {format:?}: {source}")]

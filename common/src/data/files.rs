@@ -60,12 +60,12 @@ impl Files {
     /// that is, there are keys.
     pub(super) fn check(&self, path: &Path) -> Result<(), DataError> {
         let Some(only) = &self.only else { return Ok(()) };
-        let is_inside = |path: PathBuf| {
-            let is_below = only.iter().any(|folder| folder.canonicalize().is_ok_and(|folder| path.starts_with(folder)));
-            is_below && !path.parent().is_some_and(|folder| folder.join("ca.crt").exists())
+        let is_below = |path: &PathBuf| {
+            only.iter().any(|folder| folder.canonicalize().is_ok_and(|folder| path.starts_with(folder)))
         };
-        if path.canonicalize().is_ok_and(is_inside) {
-            return Ok(());
+        if let Some(whole) = path.canonicalize().ok().filter(is_below) {
+            let has_keys = whole.parent().is_some_and(|folder| folder.join("ca.crt").exists());
+            return if has_keys { Err(DataError::BesideKeys { path: path.display().to_string() }) } else { Ok(()) };
         }
         let whole = |folder: &PathBuf| folder.canonicalize().unwrap_or_else(|_| folder.clone()).display().to_string();
         let only = only.iter().map(whole).collect::<Vec<_>>().join(", ");
@@ -127,12 +127,12 @@ mod tests {
         std::fs::write(at("mine/worker/ca.crt"), "").unwrap();
         std::fs::write(at("mine/worker/token"), "").unwrap();
         let absolute = at("secret");
-        for outside in
-            ["../secret", "deep/../../secret", "link", "worker/token", "../mine-too/x", absolute.to_str().unwrap()]
-        {
+        for outside in ["../secret", "deep/../../secret", "link", "../mine-too/x", absolute.to_str().unwrap()] {
             let error = find(outside).unwrap_err().to_string();
             assert!(error.contains("--data-root") && error.contains(mine.to_str().unwrap()), "{outside}: {error}");
         }
+        let beside_keys = find("worker/token").unwrap_err().to_string();
+        assert!(beside_keys.contains("with an identity") && !beside_keys.contains("--data-root"), "{beside_keys}");
         assert!(Files { only: Some(vec![]), ..files.clone() }.find(base.to_str().unwrap(), "x").is_err());
         let anywhere = Files { only: Some(vec!["/".into()]), ..files.clone() };
         assert!(anywhere.find(base.to_str().unwrap(), "../secret").is_ok());

@@ -23,6 +23,15 @@ const MOST_RIGHT: usize = 200;
 const MOST_NUMBERED: usize = 20;
 /// Values that are shown with how often they come.
 const SHOWN: usize = 6;
+/// Characters of each.
+const LONGEST: usize = 30;
+
+/// The beginning of a cell, on one line.
+fn short(cell: &str) -> String {
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    let more = if cell.chars().nth(LONGEST).is_some() { "..." } else { "" };
+    cell.chars().take(LONGEST).map(plain).chain(more.chars()).collect()
+}
 
 /// What is known of a column.
 #[derive(Default)]
@@ -135,11 +144,11 @@ impl Column {
         MISSING.iter().filter_map(count).find(|(_, count)| self.numbers > 0 && self.are_mistakes(rest(*count)))
     }
 
-    /// The values and how often each comes, the most frequent first, as far as a line has room for them.
+    /// The most frequent values, and how often each comes.
     pub fn frequent(&self) -> String {
         let mut all: Vec<_> = self.values.iter().collect();
         all.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
-        let shown: Vec<String> = all.iter().take(SHOWN).map(|(value, n)| format!("{value} {n}")).collect();
+        let shown: Vec<String> = all.iter().take(SHOWN).map(|(value, n)| format!("{} ({n})", short(value))).collect();
         format!("{}{}", shown.join(", "), if all.len() > SHOWN { ", ..." } else { "" })
     }
 

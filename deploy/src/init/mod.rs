@@ -14,7 +14,6 @@ mod model;
 use crate::Wrong;
 use anyhow::{Context, Result, anyhow, bail};
 use data::{Kind, Place, Section, quote};
-use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -33,7 +32,7 @@ pub struct Args {
     /// The column of a table to predict [default: one that is called target, label, class or y; or else the last]
     #[arg(long, value_name = "COLUMN")]
     target: Option<String>,
-    /// The job file to write
+    /// The job file to write; its name is the run's, unless it is job.toml: then that is the data's
     #[arg(long, value_name = "FILE", default_value = JOB)]
     out: PathBuf,
     /// Replaces FILE where it exists
@@ -44,11 +43,15 @@ pub struct Args {
 /// The file where none is named.
 const JOB: &str = "job.toml";
 
-/// What a run is called: a job file's, the data file's or the folder's name without its ending.
-fn run_name(of: &Path) -> String {
-    let whole = of.canonicalize().unwrap_or_else(|_| of.into());
-    let name = find::name(&whole);
-    let stem = name.split('.').next().unwrap_or_default();
+/// What a run is called: a job file's name without its ending, or, of the usual one, the data file's or the folder's.
+fn run_name(out: &Path, data: &Path) -> String {
+    // Two jobs about the same data are two runs.
+    let stem = if find::name(out) != JOB {
+        out.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+    } else {
+        let whole = data.canonicalize().unwrap_or_else(|_| data.into());
+        find::name(&whole).split('.').next().unwrap_or_default().into()
+    };
     let plain = stem.replace(|c: char| !c.is_alphanumeric() && c != '-' && c != '_', "-");
     match plain.trim_matches('-') {
         "" => "job".into(),
@@ -109,8 +112,7 @@ fn write(args: &Args) -> Result<Written> {
         return Err(exists());
     }
     let mut section = data::section(&data, &place, args.target.as_deref())?;
-    // Two jobs about the same data are two runs.
-    let name = run_name(if args.out.file_name() == Some(OsStr::new(JOB)) { &data } else { &args.out });
+    let name = run_name(&args.out, &data);
     let head = format!(
         "# A first job for {}, as `unisono init` guessed it; docs/job.md has every key.\nname = {}\nseed = 7\n\n",
         quote(&find::name(&std::path::absolute(&data)?)),

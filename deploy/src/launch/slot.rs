@@ -171,7 +171,7 @@ impl Slot {
         self.ended(run, child, said).await
     }
 
-    /// Passes on the lines of stderr, where they are to be shown; gives the last one that may tell why it ended.
+    /// Passes on the lines of stderr, where they are to be shown; gives the last one, where that may tell why it ended.
     async fn pass_on(&self, stderr: Option<ChildStderr>, shown: Option<&Run>) -> Option<String> {
         let (mut lines, mut bytes, mut last) = (BufReader::new(stderr?), Vec::new(), None);
         loop {
@@ -185,9 +185,8 @@ impl Slot {
                 // A closed stderr is no reason to stop training.
                 progress::write(format!("{}{line}\n", run.prefix(self)).as_bytes()).ok();
             }
-            // What a worker says when all is well is no reason for its end.
-            if !line.trim().is_empty() && !line.contains(" INFO ") {
-                last = Some(line);
+            if !line.trim().is_empty() {
+                last = Some(line).filter(|line| !says_that_all_is_well(line));
             }
         }
     }
@@ -208,5 +207,29 @@ impl Slot {
             if status.code() == Some(255) { "the connection or the worker was lost" } else { "the worker ended" };
         let why = format!("{what} ({status})");
         Err(Failure { why: said.map_or(why.clone(), |said| format!("{why}: {said}")), last: status.code() == Some(2) })
+    }
+}
+
+/// Whether a line of a worker's log is no reason for its end: what it had to warn of before is over then.
+fn says_that_all_is_well(line: &str) -> bool {
+    matches!(line.split_whitespace().nth(1), Some("INFO" | "DEBUG" | "TRACE"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_warns_or_fails_is_a_reason() {
+        for calm in ["2026-11-28T07:00:00Z  INFO joined as worker 1 by gRPC", "2026-11-28T07:00:00Z DEBUG a step"] {
+            assert!(says_that_all_is_well(calm), "{calm}");
+        }
+        for reason in [
+            "2026-11-28T07:00:00Z  WARN the session broke off: INFO is no level here",
+            "unisono: cannot read rows.csv",
+            "Killed",
+        ] {
+            assert!(!says_that_all_is_well(reason), "{reason}");
+        }
     }
 }

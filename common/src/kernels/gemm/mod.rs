@@ -151,9 +151,9 @@ impl Right for Mat<'_> {
 }
 
 impl Mat<'_> {
-    /// How it lies, where it can as well be read as it lies, as the left matrix of a product of so many columns: by rows, or by
-    /// columns, each of which is a cache line of its own for every panel, unless these share the same few places of the first-level
-    /// cache.
+    /// How it lies, where it can as well be read as it lies, as the left matrix of a product of so many columns. By rows it always
+    /// can; by columns where they are near each other, or where few panels read them, unless their lines share the same few places
+    /// of the first-level cache. Columns as short as a tile lie as packed ones do.
     #[inline(always)]
     fn unpacked_left<S: Simd>(&self, columns: usize) -> Option<Lie> {
         let (rows, apart) = self.strides;
