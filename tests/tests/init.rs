@@ -145,18 +145,21 @@ fn a_model_is_tested_on_another_file() {
     let eval = run(dir.path(), &["eval", "runs/houses", "job.toml", "--set", "data.test=other.csv", "--json"]);
     let eval = summary(&eval);
     let said = text(&run(dir.path(), &["predict", "runs/houses", "other.csv"]).stdout);
-    let errors = said.lines().skip(1).map(|row| {
+    let pairs = said.lines().skip(1).map(|row| {
         let mut cells = row.rsplit(',').map(|cell| cell.parse::<f64>().expect("a number"));
-        let (predicted, price) = (cells.next().expect("predicted"), cells.next().expect("the price"));
-        (predicted - price).powi(2)
+        (cells.next().expect("predicted"), cells.next().expect("the price"))
     });
-    let errors: Vec<f64> = errors.collect();
-    let rmse = (errors.iter().sum::<f64>() / errors.len() as f64).sqrt();
+    let pairs: Vec<(f64, f64)> = pairs.collect();
+    let n = pairs.len() as f64;
+    let mean = pairs.iter().map(|(_, price)| price / n).sum::<f64>();
+    let wrong: f64 = pairs.iter().map(|(predicted, price)| (predicted - price).powi(2)).sum();
+    let apart: f64 = pairs.iter().map(|(_, price)| (price - mean).powi(2)).sum();
+    let rmse = (wrong / n).sqrt();
     let got = eval["eval"]["rmse"].as_f64().expect("a metric");
-    assert_eq!(eval["samples"], errors.len(), "{eval}");
+    assert_eq!(eval["samples"], pairs.len(), "{eval}");
     assert!((got / rmse - 1.0).abs() < 1e-4, "{got} and {rmse}");
     let r2 = eval["eval"]["r2"].as_f64().expect("the share that is explained");
-    assert!((0.5..1.0).contains(&r2) && eval["eval"]["mae"].as_f64() < Some(got), "{eval}");
+    assert!((r2 - (1.0 - wrong / apart)).abs() < 1e-4 && eval["eval"]["mae"].as_f64() < Some(got), "{eval}");
 }
 
 /// A value that no row of the training data had is as good as none, and is not passed over in silence.
