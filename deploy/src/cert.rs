@@ -7,11 +7,14 @@ use rcgen::{
 };
 use std::fs::{DirBuilder, OpenOptions};
 use std::io::Write;
+use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use time::{Duration, OffsetDateTime};
 use unisono_proto::identity::{CA, CERTIFICATE, KEY, Role, TOKEN};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
 use x509_parser::pem::Pem;
 
 /// The authority's key, beside its certificate.
@@ -107,6 +110,30 @@ fn public_key(pem: &str) -> Option<Vec<u8>> {
     Some(pem.parse_x509().ok()?.public_key().subject_public_key.data.to_vec())
 }
 
+/// The names and addresses that a certificate is for.
+pub fn names(certificate: &X509Certificate<'_>) -> Vec<String> {
+    let all = certificate.subject_alternative_name().ok().flatten();
+    let name = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(name) => Some(name.to_string()),
+        GeneralName::IPAddress(bytes) => {
+            let v4 = <[u8; 4]>::try_from(*bytes).map(IpAddr::from);
+            v4.or_else(|_| <[u8; 16]>::try_from(*bytes).map(IpAddr::from)).ok().map(|address| address.to_string())
+        }
+        _ => None,
+    };
+    all.iter().flat_map(|names| &names.value.general_names).filter_map(name).collect()
+}
+
+/// [`names`] of the certificate in a folder; none where there is none.
+fn names_in(folder: &Path) -> Vec<String> {
+    let read = || {
+        let pem = std::fs::read(folder.join(CERTIFICATE)).ok()?;
+        let pem = Pem::iter_from_buffer(&pem).next()?.ok()?;
+        Some(names(&pem.parse_x509().ok()?))
+    };
+    read().unwrap_or_default()
+}
+
 /// A new join token: 32 random bytes.
 fn token() -> Result<String> {
     let mut bytes = [0; 32];
@@ -172,6 +199,7 @@ pub fn make(dir: &Path, hosts: &[String], days: u16) -> Result<(Vec<String>, Off
 
 /// `unisono cert`.
 pub fn run(args: Args) -> Result<ExitCode> {
+    let before = names_in(&args.dir.join(COORDINATOR));
     let (names, end) = make(&args.dir, &args.host, args.days)?;
     let dir = args.dir.display();
     println!("{dir}/{COORDINATOR}  for the coordinator, reached as {}", names.join(", "));
@@ -180,6 +208,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
     println!("{dir}/{JOIN}         for workers, in place of {WORKER}: a join token, no certificate");
     println!("{dir}/ca           keep {CA_KEY} to yourself; with it this command makes new ones");
     println!("valid until {}; run this command again before, with the same --host", end.date());
+    let is = |name: &str, before: &str| name == before || name.parse().is_ok_and(|a: IpAddr| a.to_string() == before);
+    let gone: Vec<String> = before.into_iter().filter(|before| !names.iter().any(|name| is(name, before))).collect();
+    if !gone.is_empty() {
+        println!("not for {} any more: a name stays where each call gives it by --host", gone.join(", "));
+    }
     println!();
     println!("unisono coordinator JOB --listen 0.0.0.0:7070 --identity {dir}/{COORDINATOR}");
     println!("unisono worker --coordinator https://HOST:7070 --identity {dir}/{WORKER}");

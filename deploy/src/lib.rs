@@ -1,6 +1,9 @@
 //! `unisono`: a distributed data-parallel trainer for CPUs, in one program; and, as a library, the same program with layers,
 //! losses and data formats of one's own ([`main`]).
 
+#[macro_use]
+mod out;
+
 mod bench;
 mod cert;
 mod cli;
@@ -274,7 +277,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
         Cmd::Drain { worker, reach } => operate::drain(&reach.address()?, worker).await,
         Cmd::Stop { reach } => operate::stop(&reach.address()?).await,
         Cmd::Cert(args) => cert::run(args),
-        Cmd::Completions { shell } => Ok(package::completions(shell)),
+        Cmd::Completions { shell } => package::completions(shell),
         Cmd::Man { dir } => package::man(&dir),
     }
 }
@@ -303,7 +306,8 @@ pub fn main(extensions: Extensions) -> ExitCode {
     let result = runtime.block_on(run(cli.command, started));
     runtime.shutdown_timeout(Duration::from_millis(200));
     match result {
-        Ok(code) => code,
+        Ok(code) if out::is_whole() => code,
+        Ok(_) => ExitCode::from(1),
         Err(e) => {
             eprintln!("unisono: {e:#}");
             ExitCode::from(if e.is::<Wrong>() { 2 } else { 1 })

@@ -3,7 +3,6 @@
 use anyhow::{Context, Result};
 use clap::CommandFactory;
 use clap_complete::Shell;
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::LazyLock;
@@ -30,9 +29,11 @@ pub fn version() -> &'static str {
 }
 
 /// `unisono completions`.
-pub fn completions(shell: Shell) -> ExitCode {
-    clap_complete::generate(shell, &mut crate::Cli::command(), "unisono", &mut std::io::stdout());
-    ExitCode::SUCCESS
+pub fn completions(shell: Shell) -> Result<ExitCode> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut crate::Cli::command(), "unisono", &mut script);
+    print!("{}", String::from_utf8(script)?);
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `unisono man`: a page for the program, and one for each command.
@@ -50,6 +51,6 @@ pub fn man(dir: &Path) -> Result<ExitCode> {
         let write = || page.render(&mut std::fs::File::create(&path)?);
         write().with_context(|| format!("cannot write {}", path.display()))?;
     }
-    writeln!(std::io::stdout(), "wrote {}; read one with `man -l {}`", dir.display(), dir.join("unisono.1").display())?;
+    println!("wrote {}; read one with `man -l {}`", dir.display(), dir.join("unisono.1").display());
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,7 @@
 //! What a person sees while a run goes on: progress lines on a terminal, log lines otherwise.
 
 use crate::JobArgs;
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -77,7 +77,7 @@ fn draw(progress: &watch::Receiver<Progress>, stopped: &mpsc::Receiver<()>) {
     // What matters comes first: the end of a line is cut off where the terminal is narrow.
     let columns = rustix::termios::tcgetwinsize(std::io::stderr()).map_or(80, |size| size.ws_col);
     let bar = if columns < 100 { "" } else { "{bar:20} " };
-    let template = format!("{bar}{{pos}}/{{len}}, {{eta}} left, {{wide_msg}}");
+    let template = format!("{bar}{{pos}}/{{len}}, {{prefix}}{{wide_msg}}");
     let run = lines.add(ProgressBar::new(0).with_style(style(&template)));
     let mut workers: Vec<ProgressBar> = Vec::new();
     while stopped.recv_timeout(Duration::from_millis(100)) == Err(RecvTimeoutError::Timeout) {
@@ -88,11 +88,19 @@ fn draw(progress: &watch::Receiver<Progress>, stopped: &mpsc::Receiver<()>) {
         run.set_length(p.total_steps);
         run.set_position(p.step);
         let eval = p.eval.map(|e| format!(", test {e}")).unwrap_or_default();
-        run.set_message(match (p.workers.is_empty(), p.step) {
-            (true, _) => "waiting for workers".into(),
-            (false, 0) => "first step".into(),
-            _ => format!("loss {:.4}, {:.0} samples/s, epoch {}{eval}", p.loss, p.samples_per_second, p.epoch),
-        });
+        let (left, message) = match (p.workers.is_empty(), p.step) {
+            (true, _) => (String::new(), "waiting for workers".into()),
+            (false, 0) => (String::new(), "first step".into()),
+            _ => (
+                format!("{:#} left, ", HumanDuration(run.eta())),
+                format!("loss {:.4}, {:.0} samples/s, epoch {}{eval}", p.loss, p.samples_per_second, p.epoch),
+            ),
+        };
+        if left.is_empty() {
+            run.reset_eta(); // waiting is no pace
+        }
+        run.set_prefix(left);
+        run.set_message(message);
         while workers.len() > p.workers.len() {
             if let Some(line) = workers.pop() {
                 lines.remove(&line);

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use unisono_common::checkpoint::{Manifest, rows_from_safetensors, state_from_safetensors, weights_from_safetensors};
 use unisono_common::data::{self, Batch, Opened, Prepared, Skipped};
+use unisono_common::job::Job;
 use unisono_common::model::Model;
 use unisono_common::optim;
 use unisono_common::rows::optim::RowOptimizer;
@@ -109,6 +110,17 @@ pub fn load(path: &Path) -> Result<Trained> {
     Ok(Trained { path: loaded.path, manifest, model, weights, blocks, rows })
 }
 
+/// Where a job holds out more of the data that a model was trained on, or by other columns: what was held out then.
+fn held_out_then((trained, source): (&Job, &Job)) -> Option<String> {
+    let [trained, source] = [trained, source].map(|job| json!(job.data.source));
+    let [then, now] = [&trained["holdout"], &source["holdout"]];
+    // A smaller share is a part of the larger one.
+    let within = now.as_f64().zip(then.as_f64()).is_some_and(|(now, then)| now <= then) || now == then;
+    let same = within && trained["holdout_by"] == source["holdout_by"];
+    let then = if then.is_null() { "nothing".into() } else { then.to_string() };
+    (trained["train"] == source["train"] && !now.is_null() && !same).then_some(then)
+}
+
 /// `unisono eval`: the metrics of a checkpoint on its own test set, or on the data of another job; and into a file which classes
 /// are taken for which.
 pub fn eval(
@@ -153,6 +165,11 @@ pub fn eval(
         );
         return Err(Wrong(anyhow!(message)).into());
     }
+    if let Some(then) = held_out_then((&job, &source)) {
+        eprintln!(
+            "data.holdout is not that of the training, which held out {then}: it tests what was trained on as well"
+        );
+    }
     if test.is_none() {
         eprintln!("the data has no test set: evaluating on the training set");
     }
@@ -173,6 +190,11 @@ pub fn eval(
         })
         .context("the rows are all there")?;
     let (eval, confusions) = (sums.summary(), sums.confusions());
+    // What a model is worth that has learnt nothing but how often each class comes.
+    let each = confusions.rows().into_iter().map(|row| row.sum()).enumerate();
+    let most = each.max_by_key(|(class, count)| (*count, std::cmp::Reverse(*class)));
+    let most = classes.as_ref().zip(most).filter(|(_, (_, count))| *count > 0);
+    let most = most.map(|(classes, (class, count))| (classes[class].clone(), count as f64 / confusions.sum() as f64));
     let table = match (confusion, classes.filter(|classes| classes.len() == confusions.nrows())) {
         (None, _) => None,
         (Some(_), None) => return Err(Wrong(anyhow!("--confusion is for models of up to 4096 classes")).into()),
@@ -187,12 +209,22 @@ pub fn eval(
         if let Some(skipped) = skipped {
             summary["skipped"] = skipped.samples.into();
         }
+        if let Some((class, share)) = most {
+            summary["most_frequent"] = json!({ "class": class, "accuracy": share });
+        }
         println!("{summary}");
     } else {
         println!(
             "  checkpoint   {}\n  job          {name}, step {step}\n  samples      {samples}\n  test         {eval}",
             path.display()
         );
+        if let Some((class, share)) = most {
+            println!(
+                "  {:<12} accuracy {:.2}%, of always {class:?}, the most frequent class",
+                "to beat",
+                share * 100.0
+            );
+        }
         print!("{}", table.map_or(String::new(), |table| format!("\n{table}")));
     }
     Ok(ExitCode::SUCCESS)

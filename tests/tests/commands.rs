@@ -44,6 +44,31 @@ fn eval_repeats_the_runs_own_numbers_to_the_bit() {
     assert_eq!(eval["weights_digest"], run_summary["weights_digest"]);
     let newest = summary(&run(dir.path(), &["eval", "runs/digits-mlp", "--json"]));
     assert_eq!(newest, eval);
+    // The digits come about as often as each other.
+    let most = eval["most_frequent"]["accuracy"].as_f64();
+    assert!(most > Some(0.1) && most < Some(0.13), "{eval}");
+}
+
+/// `| head` and full disks: no panic; and who could have waited for the text is told that it is not there.
+#[test]
+fn output_that_nobody_can_read_ends_without_a_panic() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for args in [&["completions", "bash"][..], &["cert", "certs"], &["doctor"]] {
+        let into = |out: std::process::Stdio| {
+            let mut command = std::process::Command::new(unisono_tests::program());
+            command.args(args).current_dir(dir.path()).stdout(out).stderr(std::process::Stdio::piped());
+            let out = command.output().expect("it starts");
+            (out.status.code(), String::from_utf8_lossy(&out.stderr).to_string())
+        };
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let (code, error) = into(writer.into());
+        assert!(code.is_some_and(|code| code < 2) && !error.contains("panicked"), "{args:?}: {error}");
+        let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+        let (code, error) = into(full.into());
+        assert_eq!(code, Some(1), "{args:?}: {error}");
+        assert!(error.contains("cannot write to the standard output: No space left"), "{args:?}: {error}");
+    }
 }
 
 #[test]
@@ -470,6 +495,13 @@ fn a_text_classifier_reads_pairs_of_words() {
     assert_eq!(done["eval"]["accuracy"], 1.0, "{done}");
     let again = summary(&run(dir.path(), &["eval", "runs/reader", "--json"]));
     assert_eq!(again["eval"], done["eval"]);
+    // Who tests another part is told when it was trained on: a smaller one was not.
+    for (share, told) in [("0.2", false), ("0.25", false), ("0.3", true)] {
+        let eval = run(dir.path(), &["eval", "runs/reader", text(&job), "--set", &format!("data.holdout={share}")]);
+        let (out, error) = (String::from_utf8_lossy(&eval.stdout), String::from_utf8_lossy(&eval.stderr));
+        assert!(eval.status.success() && out.contains("of always \""), "{out}{error}");
+        assert_eq!(error.contains("which held out 0.25: it tests what was trained on"), told, "{share}: {error}");
+    }
     let rows = dir.path().join("rows.csv");
     std::fs::write(&rows, "id,said\n1,Black White!\n2,never seen: white black\n").expect("written");
     let csv = run(dir.path(), &["predict", "runs/reader", text(&rows)]);

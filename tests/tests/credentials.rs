@@ -239,6 +239,25 @@ fn an_operators_certificate_stops_a_run_also_one_that_was_renewed_during_it() {
 }
 
 #[test]
+fn names_that_a_certificate_loses_are_told() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cert = |hosts: &[&str]| {
+        let hosts: Vec<&str> = hosts.iter().flat_map(|host| ["--host", host]).collect();
+        let made = run(dir.path(), &[&["cert", "certs"], &hosts[..]].concat());
+        assert!(made.status.success(), "{}", text(&made.stderr));
+        text(&made.stdout)
+    };
+    let lost = " any more: ";
+    assert!(!cert(&["train.example.org", "fd00:0::7", "10.0.0.7"]).contains(lost));
+    assert!(!cert(&["10.0.0.7", "fd00:0::7", "train.example.org", "more.example.org"]).contains(lost));
+    let said = cert(&["train.example.org"]);
+    for (name, told) in [("10.0.0.7", true), ("fd00::7", true), ("more.example.org", true), ("localhost", false)] {
+        let line = said.lines().find(|line| line.contains(lost)).unwrap_or_default();
+        assert_eq!(line.contains(name), told, "{name}: {said}");
+    }
+}
+
+#[test]
 fn beyond_this_machine_nobody_listens_without_credentials() {
     let dir = tempfile::tempdir().expect("a folder");
     let job = root().join("examples/digits-mlp.toml");

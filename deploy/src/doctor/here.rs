@@ -1,7 +1,7 @@
 //! What can be seen without anybody else.
 
 use super::Lines;
-use crate::show;
+use crate::{cert, show};
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::process::{Resource, getrlimit};
 use std::io::ErrorKind;
@@ -13,7 +13,6 @@ use unisono_common::job::Job;
 use unisono_common::kernels;
 use unisono_proto::identity::{CERTIFICATE, Identity, KEY, Role, TOKEN};
 use unisono_proto::shm::Weights;
-use x509_parser::extensions::GeneralName;
 use x509_parser::pem::Pem;
 
 /// Memory below this is little for anything.
@@ -138,15 +137,7 @@ fn certified(chain: &[u8], now: OffsetDateTime) -> Result<String> {
     let pem = Pem::iter_from_buffer(chain).next().context("there is no certificate in it")?;
     let pem = pem.map_err(|e| anyhow!("it is no certificate: {e}"))?;
     let certificate = pem.parse_x509().map_err(|e| anyhow!("it is no certificate: {e}"))?;
-    let names = certificate.subject_alternative_name().ok().flatten();
-    let names: Vec<String> = names
-        .iter()
-        .flat_map(|names| &names.value.general_names)
-        .filter_map(|name| match name {
-            GeneralName::DNSName(name) => Some(name.to_string()),
-            _ => None,
-        })
-        .collect();
+    let names = cert::names(&certificate);
     let roles = [Role::Worker, Role::Operator].into_iter().filter(|role| names.iter().any(|name| name == role.name()));
     let roles: Vec<String> = roles.map(|role| format!("{role}'s")).collect();
     let whose =
@@ -197,7 +188,6 @@ pub fn open(files: &Files, job: &Job) -> Result<data::Opened> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cert;
     use time::Duration;
 
     #[test]

@@ -142,28 +142,26 @@ fn write(args: &Args) -> Result<Written> {
 /// `unisono init`.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let Written { toml, name, kind, says } = write(args).map_err(Wrong)?;
-    let mut out = std::io::stdout().lock();
     for (what, text) in says {
-        writeln!(out, "  {what:<12} {text}")?;
+        println!("  {what:<12} {text}");
     }
     let job = args.out.display();
-    writeln!(
-        out,
+    println!(
         "\nwrote {job} ({} lines): these are guesses, and it says what else could stand there. Then:\n",
         toml.lines().count()
-    )?;
-    writeln!(out, "unisono local {job}")?;
-    writeln!(out, "unisono eval runs/{name}")?;
+    );
+    println!("unisono local {job}");
+    println!("unisono eval runs/{name}");
     match kind {
         Kind::Table | Kind::Texts => {
             let names = toml.contains("\ncolumns = [").then_some("; its first line is the names in `columns`");
             let new = if toml.contains("\nformat = \"json-lines\"\n") { "NEW.jsonl" } else { "NEW.csv" };
-            writeln!(out, "unisono predict runs/{name} {new}    # rows to predict for{}", names.unwrap_or_default())?;
+            println!("unisono predict runs/{name} {new}    # rows to predict for{}", names.unwrap_or_default());
         }
-        Kind::Ratings => writeln!(out, "unisono predict runs/{name} NEW.csv    # with the columns user and item")?,
-        Kind::Sparse => writeln!(out, "unisono predict runs/{name} NEW.svm")?,
-        Kind::Language(_) => writeln!(out, "unisono predict runs/{name} --generate \"The \"")?,
-        Kind::Pictures => writeln!(out, "unisono eval runs/{name} --confusion classes.svg")?,
+        Kind::Ratings => println!("unisono predict runs/{name} NEW.csv    # with the columns user and item"),
+        Kind::Sparse => println!("unisono predict runs/{name} NEW.svm"),
+        Kind::Language(_) => println!("unisono predict runs/{name} --generate \"The \""),
+        Kind::Pictures => println!("unisono eval runs/{name} --confusion classes.svg"),
     }
     Ok(ExitCode::SUCCESS)
 }
