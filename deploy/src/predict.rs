@@ -290,8 +290,11 @@ fn predict_csv(
     if header.iter().all(|name| name.is_empty() || name.parse::<f64>().is_ok()) {
         bail!("{name}:1: the first line must name the columns");
     }
-    if let Some(column) = answers.needs().into_iter().find(|column| !header.iter().any(|name| name == column)) {
-        return Err(DataError::CellAbsent { column: column.into() }).context(format!("{name}:1"));
+    let needs = answers.needs();
+    if let Some(&column) = needs.iter().find(|column| !header.iter().any(|name| name == *column)) {
+        let others: Vec<&str> = header.iter().map(String::as_str).filter(|name| !needs.contains(name)).collect();
+        let near = job::nearest(column, &others).map(|near| format!("; is it {near:?}?")).unwrap_or_default();
+        bail!("{name}:1: {}{near}", DataError::CellAbsent { column: column.into() });
     }
     let mut out = csv::WriterBuilder::new().delimiter(separator).from_writer(out);
     out.write_record(header.iter().cloned().chain(answers.columns().into_iter().map(String::from)))?;

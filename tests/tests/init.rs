@@ -183,6 +183,10 @@ fn values_that_training_did_not_have_are_named() {
     let out = run(dir.path(), &["predict", "runs/houses", "NEW.csv"]);
     let said = text(&out.stderr);
     assert!(out.status.code() == Some(2) && said.contains("NEW.csv:1: ") && said.contains("is not given"), "{said}");
+    // A slip in a name.
+    put(dir.path(), "NEW.csv", "Zone,Romos,Area\nnew,3,90\n");
+    let said = text(&run(dir.path(), &["predict", "runs/houses", "NEW.csv"]).stderr);
+    assert!(said.contains("NEW.csv:1: the column `Rooms`") && said.contains("is it \"Romos\"?"), "{said}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ pub use data::*;
 pub use model::*;
 pub(crate) use parse::ROW_BOUND;
 pub use parse::{JobError, parse};
+pub use reader::nearest;
 pub use train::*;
 
 use serde::{Deserialize, Serialize};

@@ -472,7 +472,7 @@ fn listed(names: &[&str]) -> String {
 }
 
 /// The known name that `got` is probably meant to be.
-fn nearest(got: &str, known: &[&'static str]) -> Option<&'static str> {
+pub fn nearest<'a>(got: &str, known: &[&'a str]) -> Option<&'a str> {
     // One slip of the finger is nearest; of equally near names, the first.
     let score = |k: &str| if strsim::osa_distance(k, got) == 1 { 1.0 } else { strsim::jaro_winkler(k, got) };
     let scored = known.iter().rev().map(|k| (score(k), *k));
