@@ -7,7 +7,7 @@
 
 use crate::access::{self, Standing, Tls};
 use crate::lock;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -111,10 +111,10 @@ impl Complaints {
     }
 }
 
-/// Some, in the order in which they came: where there are too many, the oldest gives way.
+/// Some, by the numbers in whose order they came, whenever they got here: where there are too many, the oldest gives way.
 struct Queue {
     most: usize,
-    all: Mutex<VecDeque<(u64, CancellationToken)>>,
+    all: Mutex<BTreeMap<u64, CancellationToken>>,
 }
 
 impl Queue {
@@ -122,18 +122,18 @@ impl Queue {
         Queue { most, all: Mutex::default() }
     }
 
-    fn enter(&self, pass: &Pass) {
+    fn enter(&self, id: u64, gone: &CancellationToken) {
         let mut all = lock(&self.all);
-        all.push_back((pass.id, pass.gone.clone()));
+        all.insert(id, gone.clone());
         if all.len() > self.most
-            && let Some((_, oldest)) = all.pop_front()
+            && let Some((_, oldest)) = all.pop_first()
         {
             oldest.cancel();
         }
     }
 
     fn leave(&self, id: u64) {
-        lock(&self.all).retain(|(other, _)| *other != id);
+        lock(&self.all).remove(&id);
     }
 }
 
@@ -248,7 +248,7 @@ impl Peer {
         match (trust.fetch_max(now, Ordering::Relaxed), now) {
             (STRANGER, GUEST) => {
                 hall.speaking.leave(pass.id);
-                hall.guests.enter(pass);
+                hall.guests.enter(pass.id, &pass.gone);
             }
             (STRANGER | GUEST, KNOWN) => [&hall.speaking, &hall.guests].iter().for_each(|queue| queue.leave(pass.id)),
             _ => {}
@@ -482,7 +482,7 @@ async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::R
             hall.complaints.say(address, "it opens connections too fast");
         } else {
             let pass = hall.enter(address);
-            hall.silent.enter(&pass);
+            hall.silent.enter(pass.id, &pass.gone);
             tokio::spawn(welcome(stream, pass, send.clone()));
         }
     }
@@ -548,7 +548,7 @@ async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Co
     hall.silent.leave(pass.id);
     let mut place = None;
     if !matches!(&standing, Standing::Known(roles) if !roles.is_empty()) {
-        hall.speaking.enter(&pass);
+        hall.speaking.enter(pass.id, &pass.gone);
         // Who gives way to it takes a moment.
         place = tokio::select! {
             place = hall.places.clone().acquire_owned() => place.ok(),
@@ -604,6 +604,20 @@ mod tests {
         all.expect("a turn was the last one").expect("it is read");
         assert!(got == sent, "other bytes came");
         drop(writer);
+    }
+
+    /// One that came before others, and is heard after them, does not push out the newest.
+    #[test]
+    fn the_oldest_gives_way_whenever_it_got_there() {
+        let (queue, gone) = (Queue::new(2), [(); 5].map(|()| CancellationToken::new()));
+        let are_gone = || [0, 1, 2, 3, 4].map(|id: usize| gone[id].is_cancelled());
+        [4, 1, 2].into_iter().for_each(|id| queue.enter(id, &gone[id as usize]));
+        assert_eq!(are_gone(), [false, true, false, false, false]);
+        queue.enter(0, &gone[0]);
+        assert_eq!(are_gone(), [true, true, false, false, false]);
+        queue.leave(2);
+        queue.enter(3, &gone[3]);
+        assert_eq!(are_gone(), [true, true, false, false, false]);
     }
 
     #[test]

@@ -208,10 +208,12 @@ pub fn run(args: Args) -> Result<ExitCode> {
     println!("{dir}/{JOIN}         for workers, in place of {WORKER}: a join token, no certificate");
     println!("{dir}/ca           keep {CA_KEY} to yourself; with it this command makes new ones");
     println!("valid until {}; run this command again before, with the same --host", end.date());
-    let is = |name: &str, before: &str| name == before || name.parse().is_ok_and(|a: IpAddr| a.to_string() == before);
+    let is = |name: &str, before: &str| {
+        name.eq_ignore_ascii_case(before) || name.parse().is_ok_and(|a: IpAddr| a.to_string() == before)
+    };
     let gone: Vec<String> = before.into_iter().filter(|before| !names.iter().any(|name| is(name, before))).collect();
     if !gone.is_empty() {
-        println!("not for {} any more: a name stays where each call gives it by --host", gone.join(", "));
+        eprintln!("not for {} any more: to keep a name, give it with --host each time", gone.join(", "));
     }
     println!();
     println!("unisono coordinator JOB --listen 0.0.0.0:7070 --identity {dir}/{COORDINATOR}");

@@ -306,8 +306,8 @@ pub fn main(extensions: Extensions) -> ExitCode {
     let result = runtime.block_on(run(cli.command, started));
     runtime.shutdown_timeout(Duration::from_millis(200));
     match result {
-        Ok(code) if out::is_whole() => code,
-        Ok(_) => ExitCode::from(1),
+        Ok(ExitCode::SUCCESS) if !out::is_whole() => ExitCode::from(1),
+        Ok(code) => code,
         Err(e) => {
             eprintln!("unisono: {e:#}");
             ExitCode::from(if e.is::<Wrong>() { 2 } else { 1 })

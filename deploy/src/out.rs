@@ -1,4 +1,4 @@
-//! Standard output. Whoever stops reading it (`| head`) wants no more, and ends nothing; where it cannot be written otherwise, the
+//! Standard output, and error. Whoever stops reading it (`| head`) wants no more, and ends nothing; where it cannot be written otherwise, the
 //! program says so, goes on, and fails at its end.
 
 use std::fmt::Arguments;
@@ -19,7 +19,17 @@ macro_rules! println {
     ($($text:tt)*) => { print!("{}\n", format_args!($($text)*)) };
 }
 
-/// Writes to it.
+/// The same for standard error.
+macro_rules! eprintln {
+    ($($text:tt)*) => { $crate::out::complain(format_args!($($text)*)) };
+}
+
+/// Writes a line to standard error, where somebody reads it.
+pub fn complain(text: Arguments<'_>) {
+    writeln!(std::io::stderr().lock(), "{text}").ok();
+}
+
+/// Writes to standard output.
 pub fn write(text: Arguments<'_>) {
     let mut out = std::io::stdout().lock();
     match out.write_fmt(text).and_then(|()| out.flush()) {

@@ -88,15 +88,17 @@ fn draw(progress: &watch::Receiver<Progress>, stopped: &mpsc::Receiver<()>) {
         run.set_length(p.total_steps);
         run.set_position(p.step);
         let eval = p.eval.map(|e| format!(", test {e}")).unwrap_or_default();
+        let left = |time| format!("{:#} left, ", HumanDuration(time));
         let (left, message) = match (p.workers.is_empty(), p.step) {
             (true, _) => (String::new(), "waiting for workers".into()),
             (false, 0) => (String::new(), "first step".into()),
             _ => (
-                format!("{:#} left, ", HumanDuration(run.eta())),
+                // Before the first step since it waited nobody knows.
+                Some(run.eta()).filter(|_| run.per_sec() > 0.0).map_or_else(String::new, left),
                 format!("loss {:.4}, {:.0} samples/s, epoch {}{eval}", p.loss, p.samples_per_second, p.epoch),
             ),
         };
-        if left.is_empty() {
+        if p.workers.is_empty() {
             run.reset_eta(); // waiting is no pace
         }
         run.set_prefix(left);

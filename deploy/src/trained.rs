@@ -110,15 +110,12 @@ pub fn load(path: &Path) -> Result<Trained> {
     Ok(Trained { path: loaded.path, manifest, model, weights, blocks, rows })
 }
 
-/// Where a job holds out more of the data that a model was trained on, or by other columns: what was held out then.
-fn held_out_then((trained, source): (&Job, &Job)) -> Option<String> {
-    let [trained, source] = [trained, source].map(|job| json!(job.data.source));
-    let [then, now] = [&trained["holdout"], &source["holdout"]];
-    // A smaller share is a part of the larger one.
-    let within = now.as_f64().zip(then.as_f64()).is_some_and(|(now, then)| now <= then) || now == then;
-    let same = within && trained["holdout_by"] == source["holdout_by"];
-    let then = if then.is_null() { "nothing".into() } else { then.to_string() };
-    (trained["train"] == source["train"] && !now.is_null() && !same).then_some(then)
+/// Whether a job tests a part of the data that a model was trained on, which was not held out then.
+fn tests_what_was_trained(trained: &Job, source: &Job) -> bool {
+    let (then, now) = (trained.data.split(trained.seed), source.data.split(source.seed));
+    then.zip(now).is_some_and(|(then, now)| {
+        then.train == now.train && now.share > 0.0 && (then.share < now.share || then.rule != now.rule)
+    })
 }
 
 /// `unisono eval`: the metrics of a checkpoint on its own test set, or on the data of another job; and into a file which classes
@@ -165,9 +162,9 @@ pub fn eval(
         );
         return Err(Wrong(anyhow!(message)).into());
     }
-    if let Some(then) = held_out_then((&job, &source)) {
+    if tests_what_was_trained(&job, &source) {
         eprintln!(
-            "data.holdout is not that of the training, which held out {then}: it tests what was trained on as well"
+            "data.holdout, data.holdout_by or seed are not those of the training: it tests what was trained on as well"
         );
     }
     if test.is_none() {
@@ -190,7 +187,7 @@ pub fn eval(
         })
         .context("the rows are all there")?;
     let (eval, confusions) = (sums.summary(), sums.confusions());
-    // What a model is worth that has learnt nothing but how often each class comes.
+    // What a model is worth that says of all samples what most of them are.
     let each = confusions.rows().into_iter().map(|row| row.sum()).enumerate();
     let most = each.max_by_key(|(class, count)| (*count, std::cmp::Reverse(*class)));
     let most = classes.as_ref().zip(most).filter(|(_, (_, count))| *count > 0);
@@ -220,7 +217,7 @@ pub fn eval(
         );
         if let Some((class, share)) = most {
             println!(
-                "  {:<12} accuracy {:.2}%, of always {class:?}, the most frequent class",
+                "  {:<12} accuracy {:.2}%, of always {class:?}, its most frequent class",
                 "to beat",
                 share * 100.0
             );

@@ -49,7 +49,9 @@ impl Waiting {
     }
 
     fn answers(&self) -> bool {
-        run(self.dir.path(), &["health", "--coordinator", &self.address]).status.success()
+        let asked = run(self.dir.path(), &["health", "--coordinator", &self.address]);
+        eprint!("{}", String::from_utf8_lossy(&asked.stderr));
+        asked.status.success()
     }
 
     /// Its open files.

@@ -1,6 +1,7 @@
 //! `[data]` as values.
 
 use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 
 /// `[data]`
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -276,7 +277,49 @@ pub struct Implicit {
     pub k: u32,
 }
 
+/// What of the training data is the test set.
+#[derive(Debug, PartialEq)]
+pub struct Split {
+    /// The file or folder.
+    pub train: PathBuf,
+    /// 0: nothing. Of two shares by the same rule the smaller one is a part of the other.
+    pub share: f64,
+    /// All else that decides what it is.
+    pub rule: String,
+}
+
 impl Data {
+    /// What of the training data is held out, under the run's `seed`; `None`: of these data nothing can be.
+    pub fn split(&self, seed: u64) -> Option<Split> {
+        let (base, train, share, rule) = match &self.source {
+            Source::Digits => ("", "", 0.2, format!("{seed}")),
+            Source::Table(t) => (&*t.base, &*t.train, t.holdout.unwrap_or(0.0), format!("{seed} {:?}", t.holdout_by)),
+            Source::LibSvm(l) => (&*l.base, &*l.train, l.holdout.unwrap_or(0.0), format!("{seed}")),
+            Source::Images(i) => (&*i.base, &*i.train, i.holdout.unwrap_or(0.0), format!("{seed}")),
+            Source::Text(t) => (&*t.base, &*t.train, t.holdout.unwrap_or(0.0), String::new()),
+            Source::RatingFiles(r) => {
+                let (share, rule) = match r.holdout {
+                    None => (0.0, String::new()),
+                    Some(HeldOut::Share(share)) => (share, format!("{seed} lines")),
+                    Some(HeldOut::Users(share)) => (share, format!("{seed} users")),
+                    Some(HeldOut::Items(share)) => (share, format!("{seed} items")),
+                    Some(HeldOut::Last) => {
+                        (1.0, format!("last {:?}", r.implicit.and_then(|implicit| implicit.threshold)))
+                    }
+                };
+                (&*r.base, &*r.train, share, rule)
+            }
+            Source::Idx { .. }
+            | Source::Cifar(_)
+            | Source::Synthetic { .. }
+            | Source::Added { .. }
+            | Source::Clicks(_)
+            | Source::Ratings(_)
+            | Source::SyntheticText { .. } => return None,
+        };
+        Some(Split { train: Path::new(base).join(train), share, rule })
+    }
+
     /// How feedback is implicit, where it is.
     pub fn implicit(&self) -> Option<Implicit> {
         match &self.source {
