@@ -1,5 +1,5 @@
-//! Standard output, and error. Whoever stops reading it (`| head`) wants no more, and ends nothing; where it cannot be written otherwise, the
-//! program says so, goes on, and fails at its end.
+//! Standard output and standard error. Whoever stops reading (`| head`) wants no more, and ends nothing; where output cannot be
+//! written otherwise, the program says so, goes on, and fails at its end.
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
