@@ -30,13 +30,13 @@ pub fn lanes() -> usize {
     rayon::current_num_threads().max(1)
 }
 
-/// Adds the lanes in a fixed tree.
+/// Joins the lanes in a fixed tree.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
+fn fold(mut lanes: [f32; LANES], join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
-            lanes[i] += lanes[i + half];
+            lanes[i] = join(lanes[i], lanes[i + half]);
         }
         half /= 2;
     }
@@ -57,7 +57,23 @@ pub(crate) fn reduce(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut tail = [0.0; LANES];
     tail.iter_mut().zip(at.iter().zip(bt)).for_each(|(v, (a, b))| *v = f(*a, *b));
     add(tail);
-    fold(sums)
+    fold(sums, |a, b| a + b)
+}
+
+/// `x[i] = f(x[i], a[i])`, for short rows: a plain loop is compiled for many vectors at once, or for single values.
+#[inline(always)]
+pub(crate) fn zip(x: &mut [f32], a: &[f32], f: impl Fn(f32, f32) -> f32) {
+    debug_assert_eq!(x.len(), a.len());
+    let ((x, x_tail), (a, a_tail)) = (x.as_chunks_mut::<LANES>(), a.as_chunks::<LANES>());
+    for (x, a) in x.iter_mut().zip(a) {
+        // An array of its own, so that the values stay in a vector until they are stored.
+        let mut values = [0.0; LANES];
+        for l in 0..LANES {
+            values[l] = f(x[l], a[l]);
+        }
+        *x = values;
+    }
+    x_tail.iter_mut().zip(a_tail).for_each(|(x, a)| *x = f(*x, *a));
 }
 
 /// Sum of the values.
@@ -87,7 +103,7 @@ pub(crate) fn largest(x: &[f32]) -> f32 {
     for block in blocks {
         lanes.iter_mut().zip(block).for_each(|(lane, x)| *lane = pick(*lane, *x));
     }
-    let top = if blocks.is_empty() { f32::NEG_INFINITY } else { lanes.into_iter().fold(f32::NEG_INFINITY, pick) };
+    let top = if blocks.is_empty() { f32::NEG_INFINITY } else { fold(lanes, pick) };
     tail.iter().copied().fold(top, pick)
 }
 

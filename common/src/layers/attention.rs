@@ -1,8 +1,10 @@
 //! Scaled dot-product attention of several heads.
 
 use super::{Grads, Layer, Params, Pass, rows_each};
-use crate::kernels::{self, Finish, Mat, Start, gemm, largest, math, product, vectorized};
+use crate::kernels::gemm::{Triangle, gemm_of_triangle, transposed};
+use crate::kernels::{self, LANES, Mat, math, vectorized, zip};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Queries, and keys, that are worked on together: their products stay in the first-level cache.
 const BLOCK: usize = 64;
@@ -46,10 +48,10 @@ impl Rotary {
         &self.turns
     }
 
-    /// Turns rows of a head, the first of them at position 0; back, where `sign` is -1.
-    fn turn(&self, rows: &mut [f32], sign: f32) {
-        for (row, turns) in rows.chunks_exact_mut(2 * self.half).zip(self.turns.chunks_exact(self.half)) {
-            let (a, b) = row.split_at_mut(self.half);
+    /// Turns the rows of a head, which begin `stride` apart, the first of them at position 0; back, where `sign` is -1.
+    fn turn(&self, rows: &mut [f32], stride: usize, sign: f32) {
+        for (row, turns) in rows.chunks_mut(stride).zip(self.turns.chunks_exact(self.half)) {
+            let (a, b) = row[..2 * self.half].split_at_mut(self.half);
             for ((a, b), [cos, sin]) in a.iter_mut().zip(b).zip(turns) {
                 (*a, *b) = (*a * cos - *b * sin * sign, *b * cos + *a * sin * sign);
             }
@@ -57,33 +59,57 @@ impl Rotary {
     }
 }
 
-/// One head of one sample: rows of `d` values one after another.
+/// One head of one sample: each `(positions, d)`.
 struct Head<'a> {
+    q: Mat<'a>,
+    k: Mat<'a>,
+    v: Mat<'a>,
+    /// The queries divided by `sqrt(d)`, each block of them transposed.
+    q_t: &'a [f32],
+}
+
+/// What is seen of a block of keys, `(keys, queries)`: all of it, or by each query the keys up to its own.
+#[derive(Clone, Copy)]
+struct Seen {
+    diagonal: bool,
+}
+
+impl Seen {
+    /// What products may leave out.
+    fn triangle(self, triangle: Triangle) -> Triangle {
+        if self.diagonal { triangle } else { Triangle::Full }
+    }
+
+    /// The first query that sees key `j`, rounded down to whole lanes.
+    #[inline(always)]
+    fn from(self, j: usize) -> usize {
+        if self.diagonal { j - j % LANES } else { 0 }
+    }
+
+    /// That query, and the row of key `j` from there. What is hidden becomes `hidden` there, and 0 before.
+    #[inline(always)]
+    fn mask(self, row: &mut [f32], j: usize, hidden: f32) -> (usize, &mut [f32]) {
+        let from = self.from(j);
+        if self.diagonal {
+            row[..from].fill(0.0);
+            row[from..j].fill(hidden);
+        }
+        (from, &mut row[from..])
+    }
+}
+
+/// What a thread needs for one head after another.
+struct Room<'a> {
+    /// Queries and keys as they were turned, if they are; queries, and the gradients of outputs, block by block transposed.
     q: &'a mut [f32],
     k: &'a mut [f32],
-    v: &'a mut [f32],
-    y: &'a mut [f32],
-    /// Of each position: what the softmax of its products is divided by, as a logarithm.
-    log_sums: &'a mut [f32],
-    /// Products of a block of queries and one of keys.
-    block: &'a mut [f32],
-    rest: &'a mut [f32],
-}
-
-/// Gradients of a [`Head`], and what they need.
-struct HeadBack<'a> {
-    dq: &'a mut [f32],
-    dk: &'a mut [f32],
-    dv: &'a mut [f32],
-    dy: &'a mut [f32],
+    q_t: &'a mut [f32],
+    dy_t: &'a mut [f32],
     /// Of each position: the product of its output and that output's gradient.
     dots: &'a mut [f32],
-    block: &'a mut [f32],
-}
-
-/// Rows of a matrix whose rows have `d` values.
-fn rows(all: &[f32], d: usize, range: std::ops::Range<usize>) -> Mat<'_> {
-    Mat::new(&all[range.start * d..range.end * d], range.len(), d)
+    /// Products of a block of keys and one of queries, and their gradients.
+    products: &'a mut [f32],
+    gradients: &'a mut [f32],
 }
 
 impl Attention {
@@ -100,152 +126,155 @@ impl Attention {
         1.0 / libm::sqrtf(self.d() as f32)
     }
 
-    /// Floats of a [`Head`] and of a [`HeadBack`].
-    fn head(&self) -> usize {
-        self.positions() * (8 * self.d() + 2) + 2 * BLOCK * BLOCK
+    /// Floats of a [`Room`].
+    fn room(&self) -> usize {
+        self.positions() * (4 * self.d() + 1) + 2 * BLOCK * BLOCK
     }
 
-    fn split<'a>(&self, scratch: &'a mut [f32]) -> Head<'a> {
+    fn split<'a>(&self, scratch: &'a mut [f32]) -> Room<'a> {
         let len = self.positions() * self.d();
         let (q, rest) = scratch.split_at_mut(len);
         let (k, rest) = rest.split_at_mut(len);
-        let (v, rest) = rest.split_at_mut(len);
-        let (y, rest) = rest.split_at_mut(len);
-        let (log_sums, rest) = rest.split_at_mut(self.positions());
-        let (block, rest) = rest.split_at_mut(BLOCK * BLOCK);
-        Head { q, k, v, y, log_sums, block, rest }
-    }
-
-    fn split_back<'a>(&self, scratch: &'a mut [f32]) -> HeadBack<'a> {
-        let len = self.positions() * self.d();
-        let (dq, rest) = scratch.split_at_mut(len);
-        let (dk, rest) = rest.split_at_mut(len);
-        let (dv, rest) = rest.split_at_mut(len);
-        let (dy, rest) = rest.split_at_mut(len);
-        let (dots, block) = rest.split_at_mut(self.positions());
-        HeadBack { dq, dk, dv, dy, dots, block }
-    }
-
-    /// A head's queries (already divided by `sqrt(d)`), keys and values, out of a sample.
-    fn load(&self, x: &[f32], head: usize, q: &mut [f32], k: &mut [f32], v: &mut [f32]) {
-        let (d, width, scale) = (self.d(), self.shape[1], self.scale());
-        vectorized(
-            #[inline(always)]
-            || {
-                let rows = q.chunks_exact_mut(d).zip(k.chunks_exact_mut(d)).zip(v.chunks_exact_mut(d));
-                for (((q, k), v), x) in rows.zip(x.chunks_exact(3 * width)) {
-                    let part = |i: usize| &x[i * width + head * d..][..d];
-                    q.iter_mut().zip(part(0)).for_each(|(q, x)| *q = x * scale);
-                    k.copy_from_slice(part(1));
-                    v.copy_from_slice(part(2));
-                }
-            },
-        );
-        if let Some(rotary) = &self.rotary {
-            rotary.turn(q, 1.0);
-            rotary.turn(k, 1.0);
-        }
+        let (q_t, rest) = rest.split_at_mut(len);
+        let (dy_t, rest) = rest.split_at_mut(len);
+        let (dots, rest) = rest.split_at_mut(self.positions());
+        let (products, gradients) = rest.split_at_mut(BLOCK * BLOCK);
+        Room { q, k, q_t, dy_t, dots, products, gradients }
     }
 
     /// The blocks of positions.
-    fn blocks(&self) -> impl Iterator<Item = std::ops::Range<usize>> + Clone + use<> {
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + Clone + use<> {
         let positions = self.positions();
         (0..positions).step_by(BLOCK).map(move |from| from..(from + BLOCK).min(positions))
     }
 
-    /// The products of some queries and some keys, `(queries, keys)`; minus infinity, where a query does not see a key.
-    fn products(&self, out: &mut [f32], q: Mat<'_>, k: Mat<'_>, diagonal: bool, keys: usize) {
-        product(out, q, k.t(), Start::Zero, Finish::Keep);
-        if diagonal {
-            for (i, row) in out.chunks_exact_mut(keys).enumerate() {
-                row[i + 1..].fill(f32::NEG_INFINITY);
-            }
-        }
+    /// The transposes of all blocks of rows, one after another.
+    fn transpose(&self, all: Mat<'_>, out: &mut [f32]) {
+        let d = self.d();
+        self.blocks().for_each(|block| transposed(&mut out[block.start * d..block.end * d], all.lines(block)));
     }
 
-    fn forward_head(&self, head: &mut Head<'_>) {
+    /// One of these blocks, `(d, positions)`.
+    fn block<'a>(&self, all: &'a [f32], block: &Range<usize>) -> Mat<'a> {
         let d = self.d();
+        Mat::new(&all[block.start * d..block.end * d], d, block.len())
+    }
+
+    /// Head `h` of the sample `x`.
+    fn head<'a>(&self, x: &'a [f32], h: usize, q: &'a mut [f32], k: &'a mut [f32], q_t: &'a mut [f32]) -> Head<'a> {
+        let ([t, width], d) = (self.shape, self.d());
+        let part = |i: usize| Mat::new(x, t, 3 * width).part(i * width + h * d, d);
+        let turned = |i: usize, out: &'a mut [f32]| {
+            let Some(rotary) = &self.rotary else { return part(i) };
+            part(i).copy(out);
+            rotary.turn(out, d, 1.0);
+            Mat::new(out, t, d)
+        };
+        let (q, k) = (turned(0, q), turned(1, k));
+        self.transpose(q, q_t);
+        kernels::scale(q_t, self.scale());
+        Head { q, k, v: part(2), q_t }
+    }
+
+    /// `y` begins with the head's part of the first position, and has a position's in every `width` values.
+    fn forward_head(&self, head: &Head<'_>, y: &mut [f32], log_sums: &mut [f32], room: &mut [f32]) {
+        let ([_, width], d) = (self.shape, self.d());
         for queries in self.blocks() {
-            let y = &mut head.y[queries.start * d..queries.end * d];
-            let sums = &mut head.log_sums[queries.clone()];
-            let mut tops = [f32::NEG_INFINITY; BLOCK];
-            y.fill(0.0);
+            let n = queries.len();
+            let y = &mut y[queries.start * width..];
+            let sums = &mut log_sums[queries.clone()];
+            let (mut tops, mut olds) = ([f32::NEG_INFINITY; BLOCK], [0.0; BLOCK]);
+            let (tops, olds) = (&mut tops[..n], &mut olds[..n]);
             sums.fill(0.0);
             for keys in self.blocks().take_while(|keys| !self.causal || keys.start <= queries.start) {
-                let p = &mut head.block[..queries.len() * keys.len()];
-                let diagonal = self.causal && keys == queries;
-                self.products(p, rows(head.q, d, queries.clone()), rows(head.k, d, keys.clone()), diagonal, keys.len());
+                let first = keys.start == 0;
+                let (p, seen) = (&mut room[..keys.len() * n], Seen { diagonal: self.causal && keys == queries });
+                let (k, q_t) = (head.k.lines(keys.clone()), self.block(head.q_t, &queries));
+                gemm_of_triangle(p, n, k, q_t, false, seen.triangle(Triangle::Upper));
                 vectorized(
                     #[inline(always)]
                     || {
-                        let rows = p.chunks_exact_mut(keys.len()).zip(y.chunks_exact_mut(d));
-                        for ((p, y), (top, sum)) in rows.zip(tops.iter_mut().zip(&mut *sums)) {
-                            let largest = largest(p);
-                            let now = if largest > *top { largest } else { *top };
-                            p.iter_mut().for_each(|p| *p = math::exp(*p - now));
-                            // Nothing is there yet before the first block.
-                            let shrink = math::exp(*top - now);
-                            y.iter_mut().for_each(|y| *y *= shrink);
-                            (*top, *sum) = (now, *sum * shrink + kernels::sum(p));
+                        olds.copy_from_slice(tops);
+                        for (j, p) in p.chunks_exact_mut(n).enumerate() {
+                            let (from, p) = seen.mask(p, j, f32::NEG_INFINITY);
+                            zip(&mut tops[from..], p, |top, p| if p > top { p } else { top });
+                        }
+                        // Nothing is there yet before the first block.
+                        if !first {
+                            zip(olds, tops, |old, top| math::exp(old - top));
+                            zip(sums, olds, |sum, shrink| sum * shrink);
+                            for (y, shrink) in y.chunks_mut(width).zip(&*olds) {
+                                y[..d].iter_mut().for_each(|y| *y *= shrink);
+                            }
+                        }
+                        for (j, p) in p.chunks_exact_mut(n).enumerate() {
+                            let from = seen.from(j);
+                            let p = &mut p[from..];
+                            zip(p, &tops[from..], |p, top| math::exp(p - top));
+                            zip(&mut sums[from..], p, |sum, p| sum + p);
                         }
                     },
                 );
-                let (p, v) = (Mat::new(p, queries.len(), keys.len()), rows(head.v, d, keys.clone()));
-                gemm(y, p, v, true);
+                let p = Mat::new(p, keys.len(), n).t();
+                gemm_of_triangle(y, width, p, head.v.lines(keys), !first, seen.triangle(Triangle::LeftLower));
             }
             vectorized(
                 #[inline(always)]
                 || {
-                    for ((y, sum), top) in y.chunks_exact_mut(d).zip(sums).zip(tops) {
-                        let share = 1.0 / *sum;
-                        y.iter_mut().for_each(|y| *y *= share);
-                        *sum = top + math::ln(*sum as f64) as f32;
+                    for (y, sum) in y.chunks_mut(width).zip(&*sums) {
+                        let share = 1.0 / sum;
+                        y[..d].iter_mut().for_each(|y| *y *= share);
                     }
+                    zip(sums, tops, |sum, top| top + math::ln(sum as f64) as f32);
                 },
             );
         }
     }
 
-    fn backward_head(&self, head: &mut Head<'_>, back: &mut HeadBack<'_>) {
-        let d = self.d();
-        vectorized(
-            #[inline(always)]
-            || {
-                for ((dot, y), dy) in back.dots.iter_mut().zip(head.y.chunks_exact(d)).zip(back.dy.chunks_exact(d)) {
-                    *dot = kernels::dot(y, dy);
-                }
-            },
-        );
-        for gradient in [&mut back.dq, &mut back.dk, &mut back.dv] {
-            gradient.fill(0.0);
-        }
+    /// `dy` is the head's part of the outputs' gradients; `dx` begins with its part of the first position's queries, and has a
+    /// position's queries, keys and values in every `3 width` values.
+    fn backward_head(
+        &self,
+        head: &Head<'_>,
+        dy: Mat<'_>,
+        dy_t: &[f32],
+        dots: &[f32],
+        log_sums: &[f32],
+        dx: &mut [f32],
+        [products, gradients]: [&mut [f32]; 2],
+    ) {
+        let ([_, width], scale) = (self.shape, self.scale());
+        let row = 3 * width;
         for keys in self.blocks() {
-            let of_keys = keys.start * d..keys.end * d;
             for queries in self.blocks().skip_while(|queries| self.causal && queries.start < keys.start) {
-                let of_queries = queries.start * d..queries.end * d;
-                let len = queries.len() * keys.len();
-                let (p, dp) = (&mut head.block[..len], &mut back.block[..len]);
-                let (q, k) = (rows(head.q, d, queries.clone()), rows(head.k, d, keys.clone()));
-                let (dy, v) = (rows(back.dy, d, queries.clone()), rows(head.v, d, keys.clone()));
-                self.products(p, q, k, self.causal && keys == queries, keys.len());
-                product(dp, dy, v.t(), Start::Zero, Finish::Keep);
-                let (log_sums, dots) = (&head.log_sums[queries.clone()], &back.dots[queries.clone()]);
+                let n = queries.len();
+                let (p, dp) = (&mut products[..keys.len() * n], &mut gradients[..keys.len() * n]);
+                let seen = Seen { diagonal: self.causal && keys == queries };
+                let (k, v, upper) =
+                    (head.k.lines(keys.clone()), head.v.lines(keys.clone()), seen.triangle(Triangle::Upper));
+                gemm_of_triangle(p, n, k, self.block(head.q_t, &queries), false, upper);
+                gemm_of_triangle(dp, n, v, self.block(dy_t, &queries), false, upper);
+                let (log_sums, dots) = (&log_sums[queries.clone()], &dots[queries.clone()]);
                 vectorized(
                     #[inline(always)]
                     || {
-                        let rows = p.chunks_exact_mut(keys.len()).zip(dp.chunks_exact_mut(keys.len()));
-                        for ((p, dp), (log_sum, dot)) in rows.zip(log_sums.iter().zip(dots)) {
-                            for (p, dp) in p.iter_mut().zip(dp) {
-                                *p = math::exp(*p - log_sum);
-                                *dp = *p * (*dp - dot);
-                            }
+                        for (j, (p, dp)) in p.chunks_exact_mut(n).zip(dp.chunks_exact_mut(n)).enumerate() {
+                            let (from, p) = seen.mask(p, j, f32::NEG_INFINITY);
+                            let (_, dp) = seen.mask(dp, j, 0.0);
+                            zip(p, &log_sums[from..], |p, log_sum| math::exp(p - log_sum));
+                            zip(dp, &dots[from..], |dp, dot| dp - dot);
+                            zip(dp, p, |dp, p| p * dp * scale);
                         }
                     },
                 );
-                let (p, ds) = (Mat::new(p, queries.len(), keys.len()), Mat::new(dp, queries.len(), keys.len()));
-                gemm(&mut back.dv[of_keys.clone()], p.t(), dy, true);
-                gemm(&mut back.dq[of_queries], ds, k, true);
-                gemm(&mut back.dk[of_keys.clone()], ds.t(), q, true);
+                // Each gradient begins with the first block that it has a part of.
+                let first_query = queries.start == if self.causal { keys.start } else { 0 };
+                let (p, ds) = (Mat::new(p, keys.len(), n), Mat::new(dp, keys.len(), n));
+                let (lower, upper) = (seen.triangle(Triangle::LeftLower), seen.triangle(Triangle::LeftUpper));
+                let (q, dy) = (head.q.lines(queries.clone()), dy.lines(queries.clone()));
+                gemm_of_triangle(&mut dx[queries.start * row..], row, ds.t(), k, keys.start > 0, lower);
+                gemm_of_triangle(&mut dx[keys.start * row + width..], row, ds, q, !first_query, upper);
+                gemm_of_triangle(&mut dx[keys.start * row + 2 * width..], row, p, dy, !first_query, upper);
             }
         }
     }
@@ -262,18 +291,13 @@ impl Layer for Attention {
     }
 
     fn scratch(&self, _: usize, _: usize) -> usize {
-        kernels::lanes() * self.head()
+        kernels::lanes() * self.room()
     }
 
-    /// Products of queries and keys, and of them with values; a causal one computes about half of them.
+    /// Of each query with the keys that it sees, and of that with their values.
     fn multiply_adds(&self) -> u64 {
-        let blocks = self.blocks().map(|b| b.len() as u64);
-        let seen = |queries: usize| -> u64 {
-            let keys = self.blocks().map(|b| b.len() as u64);
-            if self.causal { keys.take(queries + 1).sum() } else { keys.sum() }
-        };
-        let products: u64 = blocks.enumerate().map(|(i, len)| len * seen(i)).sum();
-        2 * products * self.shape[1] as u64
+        let [t, width] = self.shape.map(|n| n as u64);
+        2 * width * if self.causal { t * (t + 1) / 2 } else { t * t }
     }
 
     fn forward(
@@ -289,18 +313,13 @@ impl Layer for Attention {
         let each = rows_each(pass.segments.total());
         let of_lanes = y.par_chunks_mut(each * t * width).zip(x.par_chunks(each * t * 3 * width));
         let of_lanes =
-            of_lanes.zip(saved.par_chunks_mut(each * self.heads * t)).zip(scratch.par_chunks_mut(self.head()));
+            of_lanes.zip(saved.par_chunks_mut(each * self.heads * t)).zip(scratch.par_chunks_mut(self.room()));
         of_lanes.for_each(|(((y, x), saved), scratch)| {
-            let mut head = self.split(scratch);
+            let Room { q, k, q_t, products, .. } = self.split(scratch);
             let samples = y.chunks_exact_mut(t * width).zip(x.chunks_exact(t * 3 * width));
             for ((y, x), saved) in samples.zip(saved.chunks_exact_mut(self.heads * t)) {
-                for (h, saved) in saved.chunks_exact_mut(t).enumerate() {
-                    self.load(x, h, head.q, head.k, head.v);
-                    self.forward_head(&mut head);
-                    saved.copy_from_slice(head.log_sums);
-                    for (y, out) in y.chunks_exact_mut(width).zip(head.y.chunks_exact(d)) {
-                        y[h * d..][..d].copy_from_slice(out);
-                    }
+                for (h, log_sums) in saved.chunks_exact_mut(t).enumerate() {
+                    self.forward_head(&self.head(x, h, q, k, q_t), &mut y[h * d..], log_sums, products);
                 }
             }
         });
@@ -319,35 +338,34 @@ impl Layer for Attention {
         scratch: &mut [f32],
     ) {
         let Some(dx) = dx else { return };
-        let ([t, width], d, scale) = (self.shape, self.d(), self.scale());
+        let ([t, width], d) = (self.shape, self.d());
         let each = rows_each(pass.segments.total());
         let of_lanes = dx.par_chunks_mut(each * t * 3 * width).zip(x.par_chunks(each * t * 3 * width));
         let of_lanes = of_lanes.zip(y.par_chunks(each * t * width).zip(dy.par_chunks(each * t * width)));
-        let of_lanes = of_lanes.zip(saved.par_chunks(each * self.heads * t)).zip(scratch.par_chunks_mut(self.head()));
+        let of_lanes = of_lanes.zip(saved.par_chunks(each * self.heads * t)).zip(scratch.par_chunks_mut(self.room()));
         of_lanes.for_each(|((((dx, x), (y, dy)), saved), scratch)| {
-            let mut head = self.split(scratch);
-            let mut back = self.split_back(std::mem::take(&mut head.rest));
+            let Room { q, k, q_t, dy_t, dots, products, gradients } = self.split(scratch);
             let samples = dx.chunks_exact_mut(t * 3 * width).zip(x.chunks_exact(t * 3 * width));
             let outs = y.chunks_exact(t * width).zip(dy.chunks_exact(t * width));
             for (((dx, x), (y, dy)), saved) in samples.zip(outs).zip(saved.chunks_exact(self.heads * t)) {
-                for (h, saved) in saved.chunks_exact(t).enumerate() {
-                    self.load(x, h, head.q, head.k, head.v);
-                    head.log_sums.copy_from_slice(saved);
-                    for (to, from) in [(&mut *head.y, y), (&mut *back.dy, dy)] {
-                        for (to, from) in to.chunks_exact_mut(d).zip(from.chunks_exact(width)) {
-                            to.copy_from_slice(&from[h * d..][..d]);
-                        }
-                    }
-                    self.backward_head(&mut head, &mut back);
+                for (h, log_sums) in saved.chunks_exact(t).enumerate() {
+                    let head = self.head(x, h, q, k, q_t);
+                    let (of_head, dx) = (h * d..(h + 1) * d, &mut dx[h * d..]);
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            let rows = y.chunks_exact(width).zip(dy.chunks_exact(width));
+                            for (dot, (y, dy)) in dots.iter_mut().zip(rows) {
+                                *dot = kernels::dot(&y[of_head.clone()], &dy[of_head.clone()]);
+                            }
+                        },
+                    );
+                    let dy = Mat::new(dy, t, width).part(h * d, d);
+                    self.transpose(dy, dy_t);
+                    self.backward_head(&head, dy, dy_t, dots, log_sums, dx, [products, gradients]);
                     if let Some(rotary) = &self.rotary {
-                        rotary.turn(back.dq, -1.0);
-                        rotary.turn(back.dk, -1.0);
-                    }
-                    let parts = back.dq.chunks_exact(d).zip(back.dk.chunks_exact(d)).zip(back.dv.chunks_exact(d));
-                    for (dx, ((dq, dk), dv)) in dx.chunks_exact_mut(3 * width).zip(parts) {
-                        dx[h * d..][..d].iter_mut().zip(dq).for_each(|(dx, dq)| *dx = dq * scale);
-                        dx[width + h * d..][..d].copy_from_slice(dk);
-                        dx[2 * width + h * d..][..d].copy_from_slice(dv);
+                        rotary.turn(dx, 3 * width, -1.0);
+                        rotary.turn(&mut dx[width..], 3 * width, -1.0);
                     }
                 }
             }

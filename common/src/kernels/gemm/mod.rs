@@ -49,6 +49,20 @@ impl<'a> Mat<'a> {
         Mat { data: &self.data[from.min(self.data.len())..], cols, ..self }
     }
 
+    /// Some of its rows, of a matrix that is not a transpose.
+    pub fn lines(self, rows: Range<usize>) -> Mat<'a> {
+        assert!(self.strides.1 == 1 && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        Mat { data: &self.data[(rows.start * self.strides.0).min(self.data.len())..], rows: rows.len(), ..self }
+    }
+
+    /// Copies a matrix that is not a transpose, row after row.
+    pub fn copy(self, out: &mut [f32]) {
+        assert_eq!(self.strides.1, 1, "a transpose");
+        for (out, row) in out.chunks_exact_mut(self.cols).zip(self.data.chunks(self.strides.0)) {
+            out.copy_from_slice(&row[..self.cols]);
+        }
+    }
+
     /// The transpose; nothing is moved.
     pub fn t(self) -> Mat<'a> {
         Mat { rows: self.cols, cols: self.rows, strides: (self.strides.1, self.strides.0), ..self }
@@ -81,18 +95,91 @@ pub fn product(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, start: Start<'_>, finish: 
 /// Where the shapes do not fit.
 pub fn product_with<R: Right>(c: &mut [f32], a: Mat<'_>, right: R, start: Start<'_>, finish: Finish) {
     assert_eq!(a.cols, right.rows(), "a product of {} columns and {} rows", a.cols, right.rows());
-    let c_stride = right.columns();
-    let c = &mut c[..a.rows * c_stride];
+    let c = &mut c[..a.rows * right.columns()];
     if !c.is_empty() {
-        super::isa::arch().dispatch(Product { c, c_stride, across: false, left: a, right, start, finish });
+        super::isa::arch().dispatch(Product { finish, ..Product::of(c, a, right, start) });
+    }
+}
+
+/// `c = a b`, or `c += a b`, with the shapes of [`gemm`] but rows of `c` that begin `c_stride` apart, where one of the matrices is
+/// a triangle.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn gemm_of_triangle(c: &mut [f32], c_stride: usize, a: Mat<'_>, b: Mat<'_>, add: bool, triangle: Triangle) {
+    assert_eq!(a.cols, b.rows, "a product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
+    assert!(c_stride >= b.cols, "rows of {} values {c_stride} apart", b.cols);
+    if a.rows > 0 && b.cols > 0 {
+        let start = if add { Start::Old } else { Start::Zero };
+        super::isa::arch().dispatch(Product { c_stride, triangle, ..Product::of(c, a, b, start) });
     }
 }
 
 /// `c = start + a b`, with the shapes of [`gemm`], inside of a kernel.
 #[inline(always)]
 pub(super) fn multiply<S: Simd>(simd: S, c: &mut [f32], a: Mat<'_>, b: Mat<'_>, start: Start<'_>) {
-    let c_stride = b.cols;
-    Product { c, c_stride, across: false, left: a, right: b, start, finish: Finish::Keep }.with_simd(simd);
+    Product::of(c, a, b, start).with_simd(simd);
+}
+
+/// `out`, `(n, m)`, becomes the transpose of `a`, `(m, n)`, which is not one itself.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn transposed(out: &mut [f32], a: Mat<'_>) {
+    assert_eq!(a.strides.1, 1, "a transpose");
+    super::isa::arch().dispatch(Transposed { out: &mut out[..a.rows * a.cols], a });
+}
+
+/// [`transposed`].
+struct Transposed<'a> {
+    out: &'a mut [f32],
+    a: Mat<'a>,
+}
+
+impl WithSimd for Transposed<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Transposed { out, a } = self;
+        let row = |i| &a.data[i * a.strides.0..][..a.cols];
+        transpose(simd, a.rows, row, (a.cols, a.rows), out, a.rows);
+    }
+}
+
+/// What of a product is a triangle. Where the right matrix is read as it lies, tiles leave out what changes nothing, which is `0 b`
+/// added to a sum that began, and what is of no interest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Triangle {
+    /// All of them.
+    Full,
+    /// `a[i, k]` is 0 where `k > i`.
+    LeftLower,
+    /// `a[i, k]` is 0 where `k < i`.
+    LeftUpper,
+    /// `c[i, j]` may become anything where `j < i`.
+    Upper,
+}
+
+impl Triangle {
+    /// The steps of `k` and the columns, among these, that `rows` need.
+    #[inline(always)]
+    fn part<S: Simd>(
+        self,
+        rows: &Range<usize>,
+        k: Range<usize>,
+        columns: Range<usize>,
+    ) -> (Range<usize>, Range<usize>) {
+        match self {
+            Triangle::Full => (k, columns),
+            Triangle::LeftLower => (k.start..rows.end.clamp(k.start, k.end), columns),
+            Triangle::LeftUpper => (rows.start.clamp(k.start, k.end)..k.end, columns),
+            Triangle::Upper => {
+                let before = rows.start.saturating_sub(columns.start);
+                (k, columns.end.min(columns.start + before - before % S::F32_LANES)..columns.end)
+            }
+        }
+    }
 }
 
 /// The right matrix of a product, `(k, n)`, wherever it is.
@@ -450,9 +537,9 @@ impl WithSimd for Either<'_> {
                 Start::Columns(bias) => Start::Rows(bias),
                 same @ (Start::Zero | Start::Old) => same,
             };
-            Product { c, c_stride, across: true, left: b.t(), right: a.t(), start, finish }.with_simd(simd);
+            Product { c_stride, across: true, finish, ..Product::of(c, b.t(), a.t(), start) }.with_simd(simd);
         } else {
-            Product { c, c_stride, across: false, left: a, right: b, start, finish }.with_simd(simd);
+            Product { finish, ..Product::of(c, a, b, start) }.with_simd(simd);
         }
     }
 }
@@ -493,6 +580,15 @@ struct Product<'a, R> {
     right: R,
     start: Start<'a>,
     finish: Finish,
+    triangle: Triangle,
+}
+
+impl<'a, R: Right> Product<'a, R> {
+    /// All of `c = start + left right`.
+    fn of(c: &'a mut [f32], left: Mat<'a>, right: R, start: Start<'a>) -> Product<'a, R> {
+        let (c_stride, finish, triangle) = (right.columns(), Finish::Keep, Triangle::Full);
+        Product { c, c_stride, across: false, left, right, start, finish, triangle }
+    }
 }
 
 /// `0..len` in ranges of about the same length, a multiple of `unit` and `most` at most; an empty one where `len` is 0.
@@ -534,7 +630,7 @@ impl<R: Right> WithSimd for Product<'_, R> {
 impl<R: Right> Product<'_, R> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S, pack: &mut Vec<f32>) {
-        let Product { c, c_stride, across, left, right, start, finish } = self;
+        let Product { c, c_stride, across, left, right, start, finish, triangle } = self;
         let rows_max = tile::<S>().0;
         let blocks = || blocks::<S>(left.cols, right.columns());
         // The first one is the largest.
@@ -561,10 +657,8 @@ impl<R: Right> Product<'_, R> {
                 let (k, columns, out) = (k.clone(), columns.clone(), &mut *packed_right);
                 simd.vectorize(Pack { simd, right: &right, k, columns, out });
             }
-            let (b, b_stride) = match unpacked {
-                Some((b, stride)) => (&b[k.start * stride + columns.start..], Some(stride)),
-                None => (packed.unwrap_or(packed_right), None),
-            };
+            // What is packed is a block's, and is not cut.
+            let triangle = if unpacked.is_some() { triangle } else { Triangle::Full };
             for some in even(left.rows, rows_max, together) {
                 let rows = || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
                 if lie.is_none() {
@@ -576,6 +670,12 @@ impl<R: Right> Product<'_, R> {
                     }
                 }
                 for (rows, at_left) in rows().zip((0..tiles).cycle().map(|i| i * left_each)) {
+                    let all = k.start;
+                    let (k, columns) = triangle.part::<S>(&rows, k.clone(), columns.clone());
+                    let (b, b_stride) = match unpacked {
+                        Some((b, stride)) => (b.get(k.start * stride + columns.start..).unwrap_or(&[]), Some(stride)),
+                        None => (packed.unwrap_or(packed_right), None),
+                    };
                     let at = if across {
                         columns.start * c_stride + rows.start
                     } else {
@@ -587,7 +687,7 @@ impl<R: Right> Product<'_, R> {
                             Some(_) => {
                                 left.data.get(rows.start * left.strides.0 + k.start * left.strides.1..).unwrap_or(&[])
                             }
-                            None => &packed_left[at_left..],
+                            None => &packed_left[at_left + (k.start - all) * rows.len()..],
                         },
                         lie: lie.unwrap_or(Lie::Columns(rows.len())),
                         b,

@@ -92,3 +92,60 @@ proptest! {
         check(m % 4, k + deep * 500, n % 5);
     }
 }
+
+/// `(rows, n)`, of which only those at the right places are there.
+fn triangle(a: &[f32], n: usize, there: impl Fn(usize, usize) -> bool) -> Vec<f32> {
+    a.iter().enumerate().map(|(at, v)| if there(at / n, at % n) { *v } else { 0.0 }).collect()
+}
+
+/// A triangle's product is that of the whole matrix, wherever it is of interest, and writes to its own columns only; `b` lies by
+/// rows of whole vectors, of any values, and far apart.
+fn check_triangle(m: usize, k: usize, n: usize, apart: usize) {
+    let (lower, upper) = (|i, l| l <= i, |i, l| l >= i);
+    let (a, b, old) = (values(m * k, 1), values(k * (n + apart) + 1, 2), values(m * (n + 3), 3));
+    let b = Mat::new(&b, k, n + apart).part(apart, n);
+    for (of, a) in [
+        (Triangle::Full, a.clone()),
+        (Triangle::Upper, a.clone()),
+        (Triangle::LeftLower, triangle(&a, k, lower)),
+        (Triangle::LeftUpper, triangle(&a, k, upper)),
+    ] {
+        let a_t: Vec<f32> = (0..k * m).map(|at| a[at % m * k + at / m]).collect();
+        for (a, add, isa) in Isa::available().flat_map(|isa| {
+            let whole = Mat::new(&a, m, k);
+            [(whole, false, isa), (Mat::new(&a_t, k, m).t(), true, isa)]
+        }) {
+            let (mut c, mut want) = (old.clone(), vec![0.0; m * n]);
+            with_isa(isa, || gemm_of_triangle(&mut c, n + 3, a, b, add, of)).expect("it is available");
+            for (want, old) in want.chunks_exact_mut(n).zip(old.chunks_exact(n + 3)) {
+                want.copy_from_slice(&old[..n]);
+            }
+            gemm(&mut want, a, b, add);
+            for (at, (c, old)) in c.iter().zip(&old).enumerate() {
+                let (i, j) = (at / (n + 3), at % (n + 3));
+                let want = if j < n { want[i * n + j] } else { *old };
+                let any = of == Triangle::Upper && j < i;
+                assert!(any || c.to_bits() == want.to_bits(), "({i}, {j}) of {m}x{k}x{n}, {of:?}, {isa:?}: {c} {want}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn triangles_are_parts_of_the_whole(m in 1usize..70, k in 1usize..70, n in 1usize..70, apart in 0usize..40) {
+        check_triangle(m, k, n, apart);
+        check_triangle(m, k + 1000, n.next_multiple_of(16), apart);
+    }
+
+    #[test]
+    fn a_transpose_is_one(m in 1usize..70, n in 1usize..70, apart in 0usize..20) {
+        let a = values(m * (n + apart), 1);
+        for isa in Isa::available() {
+            let mut out = vec![f32::NAN; m * n];
+            with_isa(isa, || transposed(&mut out, Mat::new(&a, m, n + apart).part(apart, n))).expect("it is available");
+            let want = (0..n * m).map(|at| a[at % m * (n + apart) + apart + at / m]);
+            prop_assert!(out.iter().zip(want).all(|(out, want)| *out == want), "{isa:?}");
+        }
+    }
+}

@@ -171,7 +171,8 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTO
         for from in panels.clone().step_by(width) {
             let columns = width.min(panels.end - from);
             let b = match strip.b_stride {
-                Some(stride) => Lines::<S::f32s, VECTORS>::new(&strip.b[from..], stride, strip.depth),
+                // Without any steps of `k` it has no values.
+                Some(stride) => Lines::<S::f32s, VECTORS>::new(strip.b.get(from..).unwrap_or(&[]), stride, strip.depth),
                 None => Lines::<S::f32s, VECTORS>::new(&strip.b[from * strip.depth..], width, strip.depth),
             };
             let c = if strip.across { &mut c[from * strip.c_stride..] } else { &mut c[from..] };
