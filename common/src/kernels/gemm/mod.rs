@@ -213,15 +213,16 @@ impl Right for Mat<'_> {
         self.cols
     }
 
-    /// Rows of whole vectors, all of which stay in the first-level cache; or in the second, where they are read a few times
-    /// only, or a tile reads whole cache lines of each that do not share the same few places of a cache.
+    /// Rows of whole vectors, all of which stay in the first-level cache; or in the second, where they are read a few times only, or
+    /// a tile reads whole cache lines of each. Rows far apart must not share the same few places of a cache.
     #[inline(always)]
     fn unpacked<S: Simd>(&self, rows: usize) -> Option<(&[f32], usize)> {
         let lie_in_rows = self.rows > 0 && self.strides.1 == 1 && self.strides.0 >= self.cols;
         let whole = lie_in_rows && self.cols.is_multiple_of(S::F32_LANES);
-        let (small, near) = (self.data.len() <= PACKED / 16, self.data.len() <= 2 * PACKED);
-        let (few, apart) = (rows <= 4 * ROWS, S::F32_LANES >= LINE && !self.strides.0.is_multiple_of(16 * LINE));
-        (whole && (small || near && (few || apart))).then_some((self.data, self.strides.0))
+        let (values, apart) = (self.rows * self.cols, !self.strides.0.is_multiple_of(16 * LINE));
+        let small = values <= PACKED / 16 && (apart || self.strides.0 == self.cols);
+        let near = values <= 2 * PACKED && (rows <= 4 * ROWS || S::F32_LANES >= LINE && apart);
+        (whole && (small || near)).then_some((self.data, self.strides.0))
     }
 
     #[inline(always)]
