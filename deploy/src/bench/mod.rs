@@ -214,10 +214,10 @@ mod tests {
             .expect("it can be trained");
         let (first, forward) = (194_688, 194_688 + 4_718_592 + 1_179_648 + 1_280);
         assert_eq!(ready.model().multiply_adds(), [forward, 2 * forward - first]);
-        // Twelve matrices of 128 x 128 a layer and position, and 64 x 64 products of 128 values twice; then the head.
+        // Twelve matrices of 128 x 128 a layer and position; 128 values twice of each query and each key up to it; then the head.
         let ready = unisono_coordinator::prepare_unkept(Workload::Gpt.job(1, BATCHES).expect("a job"))
             .expect("it can be trained");
-        let forward = 4 * (12 * 128 * 128 * 64 + 2 * 64 * 64 * 128) + 128 * 65 * 64;
+        let forward = 4 * (12 * 128 * 128 * 64 + 2 * (64 * 65 / 2) * 128) + 128 * 65 * 64;
         assert_eq!(ready.model().multiply_adds(), [forward, 2 * forward]);
     }
 }
