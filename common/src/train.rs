@@ -206,16 +206,16 @@ pub fn fingerprint() -> [u8; 32] {
     ];
     let attention = |rotary: Option<f64>| Op::Attention { heads: 2, causal: rotary.is_some(), rotary };
     let text = vec![Op::TiedEmbedding {
-        width: 20,
+        width: 32,
         init: None,
         layers: vec![
             Op::Positions { init: None },
             Op::RmsNorm { dims: Some(1), eps: 1e-5 },
-            linear(60),
+            linear(96),
             attention(Some(10_000.0)),
-            linear(60),
+            linear(96),
             attention(None),
-            linear(40),
+            linear(64),
             Op::Swiglu,
             act(Activation::Silu),
         ],

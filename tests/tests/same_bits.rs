@@ -111,7 +111,7 @@ train = { partitions = 7, micro_batch = 3, steps = 60, optimizer = "adamw" }
 kind = "gpt"
 layers = 1
 heads = 2
-width = 16
+width = 32
 positions = "rotary"
 feed_forward = "swiglu"
 norm = "rms-norm"

@@ -86,23 +86,21 @@ impl Seen {
         if self.diagonal { j - j % LANES } else { 0 }
     }
 
-    /// That query, and the row of key `j` from there. What is hidden becomes `hidden` there, and 0 before.
+    /// The row of key `j` with `value` in place of what is hidden.
     #[inline(always)]
-    fn mask(self, row: &mut [f32], j: usize, hidden: f32) -> (usize, &mut [f32]) {
-        let from = self.from(j);
+    fn hide(self, row: &mut [f32], j: usize, value: f32) {
         if self.diagonal {
-            row[..from].fill(0.0);
-            row[from..j].fill(hidden);
+            row[..j].fill(value);
         }
-        (from, &mut row[from..])
     }
 }
 
 /// What a thread needs for one head after another.
 struct Room<'a> {
-    /// Queries and keys as they were turned, if they are; queries, and the gradients of outputs, block by block transposed.
+    /// Queries and keys as they were turned, if they are.
     q: &'a mut [f32],
     k: &'a mut [f32],
+    /// Queries divided by `sqrt(d)`, and the gradients of outputs, block by block transposed.
     q_t: &'a mut [f32],
     dy_t: &'a mut [f32],
     /// Of each position: the product of its output and that output's gradient.
@@ -166,7 +164,7 @@ impl Attention {
         let part = |i: usize| Mat::new(x, t, 3 * width).part(i * width + h * d, d);
         let turned = |i: usize, out: &'a mut [f32]| {
             let Some(rotary) = &self.rotary else { return part(i) };
-            part(i).copy(out);
+            out.chunks_exact_mut(d).zip(part(i).each_line()).for_each(|(out, row)| out.copy_from_slice(row));
             rotary.turn(out, d, 1.0);
             Mat::new(out, t, d)
         };
@@ -177,7 +175,7 @@ impl Attention {
     }
 
     /// `y` begins with the head's part of the first position, and has a position's in every `width` values.
-    fn forward_head(&self, head: &Head<'_>, y: &mut [f32], log_sums: &mut [f32], room: &mut [f32]) {
+    fn forward_head(&self, head: &Head<'_>, y: &mut [f32], log_sums: &mut [f32], products: &mut [f32]) {
         let ([_, width], d) = (self.shape, self.d());
         for queries in self.blocks() {
             let n = queries.len();
@@ -188,7 +186,7 @@ impl Attention {
             sums.fill(0.0);
             for keys in self.blocks().take_while(|keys| !self.causal || keys.start <= queries.start) {
                 let first = keys.start == 0;
-                let (p, seen) = (&mut room[..keys.len() * n], Seen { diagonal: self.causal && keys == queries });
+                let (p, seen) = (&mut products[..keys.len() * n], Seen { diagonal: self.causal && keys == queries });
                 let (k, q_t) = (head.k.lines(keys.clone()), self.block(head.q_t, &queries));
                 gemm_of_triangle(p, n, k, q_t, false, seen.triangle(Triangle::Upper));
                 vectorized(
@@ -196,8 +194,9 @@ impl Attention {
                     || {
                         olds.copy_from_slice(tops);
                         for (j, p) in p.chunks_exact_mut(n).enumerate() {
-                            let (from, p) = seen.mask(p, j, f32::NEG_INFINITY);
-                            zip(&mut tops[from..], p, |top, p| if p > top { p } else { top });
+                            let from = seen.from(j);
+                            seen.hide(p, j, f32::NEG_INFINITY);
+                            zip(&mut tops[from..], &p[from..], |top, p| if p > top { p } else { top });
                         }
                         // Nothing is there yet before the first block.
                         if !first {
@@ -209,9 +208,9 @@ impl Attention {
                         }
                         for (j, p) in p.chunks_exact_mut(n).enumerate() {
                             let from = seen.from(j);
-                            let p = &mut p[from..];
-                            zip(p, &tops[from..], |p, top| math::exp(p - top));
-                            zip(&mut sums[from..], p, |sum, p| sum + p);
+                            zip(&mut p[from..], &tops[from..], |p, top| math::exp(p - top));
+                            zip(&mut sums[from..], &p[from..], |sum, p| sum + p);
+                            seen.hide(p, j, 0.0);
                         }
                     },
                 );
@@ -259,22 +258,23 @@ impl Attention {
                     #[inline(always)]
                     || {
                         for (j, (p, dp)) in p.chunks_exact_mut(n).zip(dp.chunks_exact_mut(n)).enumerate() {
-                            let (from, p) = seen.mask(p, j, f32::NEG_INFINITY);
-                            let (_, dp) = seen.mask(dp, j, 0.0);
-                            zip(p, &log_sums[from..], |p, log_sum| math::exp(p - log_sum));
-                            zip(dp, &dots[from..], |dp, dot| dp - dot);
-                            zip(dp, p, |dp, p| p * dp * scale);
+                            let from = seen.from(j);
+                            zip(&mut p[from..], &log_sums[from..], |p, log_sum| math::exp(p - log_sum));
+                            zip(&mut dp[from..], &dots[from..], |dp, dot| dp - dot);
+                            zip(&mut dp[from..], &p[from..], |dp, p| p * dp * scale);
+                            seen.hide(p, j, 0.0);
+                            seen.hide(dp, j, 0.0);
                         }
                     },
                 );
                 // Each gradient begins with the first block that it has a part of.
                 let first_query = queries.start == if self.causal { keys.start } else { 0 };
                 let (p, ds) = (Mat::new(p, keys.len(), n), Mat::new(dp, keys.len(), n));
-                let (lower, upper) = (seen.triangle(Triangle::LeftLower), seen.triangle(Triangle::LeftUpper));
+                let (lower, left_upper) = (seen.triangle(Triangle::LeftLower), seen.triangle(Triangle::LeftUpper));
                 let (q, dy) = (head.q.lines(queries.clone()), dy.lines(queries.clone()));
                 gemm_of_triangle(&mut dx[queries.start * row..], row, ds.t(), k, keys.start > 0, lower);
-                gemm_of_triangle(&mut dx[keys.start * row + width..], row, ds, q, !first_query, upper);
-                gemm_of_triangle(&mut dx[keys.start * row + 2 * width..], row, p, dy, !first_query, upper);
+                gemm_of_triangle(&mut dx[keys.start * row + width..], row, ds, q, !first_query, left_upper);
+                gemm_of_triangle(&mut dx[keys.start * row + 2 * width..], row, p, dy, !first_query, left_upper);
             }
         }
     }
@@ -370,5 +370,56 @@ impl Layer for Attention {
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Rows, Segments};
+    use super::*;
+    use crate::kernels::{Isa, with_isa};
+    use crate::rng::{Key, Purpose};
+
+    /// Output, gradient and what is kept, of `samples`; nothing that was in memory before is read.
+    fn run(attention: &Attention, samples: usize, isa: Isa) -> [Vec<f32>; 3] {
+        let [t, width] = attention.shape;
+        let values = |salt, n: usize| -> Vec<f32> {
+            let key = Key::new(salt, Purpose::Synthetic);
+            (0..n as u64).map(|i| key.normal(i)).collect()
+        };
+        let (x, dy) = (values(1, samples * t * 3 * width), values(2, samples * t * width));
+        let none = |n| vec![f32::NAN; n];
+        let (mut y, mut dx, mut saved) = (none(dy.len()), none(x.len()), none(attention.saved(samples, 1)));
+        let (segments, key, finished) =
+            (Segments::one(samples), Key::new(0, Purpose::Dropout), |_: usize, _: &[f32]| ());
+        let pass = Pass { segments: &segments, train: true, key, first: 0, finished: &finished };
+        let params = Params { trainable: &[], running: &[], rows: Rows::NONE };
+        let grads = Grads { trainable: &mut [], running: &mut [], rows: &mut [] };
+        let scratch = || none(attention.scratch(samples, 1));
+        with_isa(isa, || {
+            attention.forward(&pass, params, &x, &mut y, &mut saved, &mut scratch());
+            attention.backward(&pass, params, &x, &y, &dy, Some(&mut dx), grads, &mut saved, &mut scratch());
+        })
+        .expect("it is available");
+        [y, dx, saved]
+    }
+
+    /// Heads of whole vectors and others, blocks of keys and queries that are whole, several and short: all values are there, and
+    /// the same on every instruction set.
+    #[test]
+    fn memory_may_hold_anything_and_vectors_move_no_bit() {
+        for ((t, d), (causal, rotary)) in [(1, 16), (17, 2), (64, 32), (65, 16), (130, 6), (200, 128)]
+            .into_iter()
+            .flat_map(|shape| [(true, false), (true, true), (false, false)].map(|how| (shape, how)))
+        {
+            let rotary = rotary.then(|| Rotary::new(t, d, 100.0));
+            let attention = Attention { shape: [t, 2 * d], heads: 2, causal, rotary };
+            let all: Vec<_> = Isa::available().map(|isa| (isa, run(&attention, 2, isa))).collect();
+            for (isa, got) in &all {
+                assert!(got.iter().flatten().all(|v| v.is_finite()), "{t} positions, {d} wide, {causal}, {isa:?}");
+                let same = got.iter().flatten().zip(all[0].1.iter().flatten()).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{t} positions, {d} wide, causal: {causal}: {isa:?} is not {:?}", all[0].0);
+            }
+        }
     }
 }

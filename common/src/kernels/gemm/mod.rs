@@ -55,12 +55,10 @@ impl<'a> Mat<'a> {
         Mat { data: &self.data[(rows.start * self.strides.0).min(self.data.len())..], rows: rows.len(), ..self }
     }
 
-    /// Copies a matrix that is not a transpose, row after row.
-    pub fn copy(self, out: &mut [f32]) {
+    /// Its rows, of a matrix that is not a transpose.
+    pub fn each_line(self) -> impl Iterator<Item = &'a [f32]> {
         assert_eq!(self.strides.1, 1, "a transpose");
-        for (out, row) in out.chunks_exact_mut(self.cols).zip(self.data.chunks(self.strides.0)) {
-            out.copy_from_slice(&row[..self.cols]);
-        }
+        (0..self.rows).map(move |i| &self.data[i * self.strides.0..][..self.cols])
     }
 
     /// The transpose; nothing is moved.
@@ -101,8 +99,8 @@ pub fn product_with<R: Right>(c: &mut [f32], a: Mat<'_>, right: R, start: Start<
     }
 }
 
-/// `c = a b`, or `c += a b`, with the shapes of [`gemm`] but rows of `c` that begin `c_stride` apart, where one of the matrices is
-/// a triangle.
+/// `c = a b`, or `c += a b`, with the shapes of [`gemm`] but rows of `c` that begin `c_stride` apart, without what a triangle leaves
+/// out.
 ///
 /// # Panics
 /// Where the shapes do not fit.
@@ -147,37 +145,46 @@ impl WithSimd for Transposed<'_> {
     }
 }
 
-/// What of a product is a triangle. Where the right matrix is read as it lies, tiles leave out what changes nothing, which is `0 b`
-/// added to a sum that began, and what is of no interest.
+/// What of a product is a triangle, and is left out.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Triangle {
-    /// All of them.
+    /// Nothing.
     Full,
-    /// `a[i, k]` is 0 where `k > i`.
+    /// `a[i, k]` is 0 where `k > i`: a sum ends with the last `k` of its row's [`GROUP`].
     LeftLower,
-    /// `a[i, k]` is 0 where `k < i`.
+    /// `a[i, k]` is 0 where `k < i`: a sum begins with the first `k` of its row's [`GROUP`].
     LeftUpper,
-    /// `c[i, j]` may become anything where `j < i`.
+    /// `c[i, j]` is of no interest where `j < i`: it becomes anything, or stays what it was.
     Upper,
 }
 
+/// Rows of a triangle, from a multiple of it, that leave out the same steps. It is the same on every instruction set, so that a sum's
+/// definition does not depend on it, also of values that are not finite.
+pub const GROUP: usize = 16;
+
 impl Triangle {
-    /// The steps of `k` and the columns, among these, that `rows` need.
-    #[inline(always)]
-    fn part<S: Simd>(
-        self,
-        rows: &Range<usize>,
-        k: Range<usize>,
-        columns: Range<usize>,
-    ) -> (Range<usize>, Range<usize>) {
+    /// Whether it leaves out steps of `k`.
+    fn cuts(self) -> bool {
+        matches!(self, Triangle::LeftLower | Triangle::LeftUpper)
+    }
+
+    /// The steps, among `k`, that a group's `rows` take.
+    fn steps(self, rows: &Range<usize>, k: Range<usize>) -> Range<usize> {
         match self {
-            Triangle::Full => (k, columns),
-            Triangle::LeftLower => (k.start..rows.end.clamp(k.start, k.end), columns),
-            Triangle::LeftUpper => (rows.start.clamp(k.start, k.end)..k.end, columns),
+            Triangle::LeftLower => k.start..rows.start.saturating_add(GROUP).clamp(k.start, k.end),
+            Triangle::LeftUpper => rows.start.clamp(k.start, k.end)..k.end,
+            Triangle::Full | Triangle::Upper => k,
+        }
+    }
+
+    /// The columns, among these, that `rows` have.
+    fn columns<S: Simd>(self, rows: &Range<usize>, columns: Range<usize>) -> Range<usize> {
+        match self {
             Triangle::Upper => {
                 let before = rows.start.saturating_sub(columns.start);
-                (k, columns.end.min(columns.start + before - before % S::F32_LANES)..columns.end)
+                columns.end.min(columns.start + before - before % S::F32_LANES)..columns.end
             }
+            _ => columns,
         }
     }
 }
@@ -213,8 +220,8 @@ impl Right for Mat<'_> {
         self.cols
     }
 
-    /// Rows of whole vectors, all of which stay in the first-level cache; or in the second, where they are read a few times only, or
-    /// a tile reads whole cache lines of each. Rows far apart must not share the same few places of a cache.
+    /// Rows of whole vectors, all of which stay in the first-level cache, and do not share the same few places of it; or in the
+    /// second, where they are read a few times only, or a tile reads whole cache lines of each that do not share places, either.
     #[inline(always)]
     fn unpacked<S: Simd>(&self, rows: usize) -> Option<(&[f32], usize)> {
         let lie_in_rows = self.rows > 0 && self.strides.1 == 1 && self.strides.0 >= self.cols;
@@ -639,9 +646,13 @@ impl<R: Right> Product<'_, R> {
             blocks().next().map_or((0, 0), |(columns, k)| (k.len(), k.len() * whole::<S>(columns.len())));
         // A cache line to begin on.
         let left_each = rows_max * depth_max + ROWS;
-        let tiles = (LEFT / left_each).clamp(1, TILES);
+        let tiles = (LEFT / left_each).clamp(if triangle.cuts() { GROUP.div_ceil(rows_max) } else { 1 }, TILES);
         let lie = left.unpacked_left::<S>(right.columns());
-        let together = if lie.is_some() { left.rows.max(1) } else { tiles * rows_max };
+        let (unit, together) = match lie {
+            _ if triangle.cuts() => (GROUP, GROUP),
+            Some(_) => (rows_max, left.rows.max(1)),
+            None => (rows_max, tiles * rows_max),
+        };
         let room = right_len + tiles * left_each + LINE;
         if pack.len() < room {
             pack.resize(room, 0.0);
@@ -658,24 +669,27 @@ impl<R: Right> Product<'_, R> {
                 let (k, columns, out) = (k.clone(), columns.clone(), &mut *packed_right);
                 simd.vectorize(Pack { simd, right: &right, k, columns, out });
             }
-            // What is packed is a block's, and is not cut.
-            let triangle = if unpacked.is_some() { triangle } else { Triangle::Full };
-            for some in even(left.rows, rows_max, together) {
+            let (b, b_stride) = match unpacked {
+                Some((b, stride)) => (&b[k.start * stride + columns.start..], Some(stride)),
+                None => (packed.unwrap_or(packed_right), None),
+            };
+            for some in even(left.rows, unit, together) {
+                let steps = triangle.steps(&some, k.clone());
                 let rows = || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
                 if lie.is_none() {
                     for (rows, to) in rows().zip(packed_left.chunks_exact_mut(left_each)) {
-                        for (i, k) in k.clone().enumerate() {
+                        for (i, k) in steps.clone().enumerate() {
                             let from = &left.data[k * left.strides.1 + rows.start..];
                             copy_short(from, &mut to[i * rows.len()..], rows.len());
                         }
                     }
                 }
                 for (rows, at_left) in rows().zip((0..tiles).cycle().map(|i| i * left_each)) {
-                    let all = k.start;
-                    let (k, columns) = triangle.part::<S>(&rows, k.clone(), columns.clone());
-                    let (b, b_stride) = match unpacked {
-                        Some((b, stride)) => (b.get(k.start * stride + columns.start..).unwrap_or(&[]), Some(stride)),
-                        None => (packed.unwrap_or(packed_right), None),
+                    let all = columns.start;
+                    // What is packed is a block's, of all its columns.
+                    let columns = match b_stride {
+                        Some(_) => triangle.columns::<S>(&rows, columns.clone()),
+                        None => columns.clone(),
                     };
                     let at = if across {
                         columns.start * c_stride + rows.start
@@ -686,14 +700,17 @@ impl<R: Right> Product<'_, R> {
                         a: match lie {
                             // Without any steps of `k` it has no values.
                             Some(_) => {
-                                left.data.get(rows.start * left.strides.0 + k.start * left.strides.1..).unwrap_or(&[])
+                                let at = rows.start * left.strides.0 + steps.start * left.strides.1;
+                                left.data.get(at..).unwrap_or(&[])
                             }
-                            None => &packed_left[at_left + (k.start - all) * rows.len()..],
+                            None => &packed_left[at_left..],
                         },
                         lie: lie.unwrap_or(Lie::Columns(rows.len())),
-                        b,
+                        b: &b[columns.start - all..],
                         b_stride,
-                        depth: k.len(),
+                        b_depth: k.len(),
+                        before: steps.start - k.start,
+                        depth: steps.len(),
                         c_stride,
                         across,
                         columns: columns.len(),

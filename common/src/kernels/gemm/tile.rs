@@ -97,7 +97,9 @@ pub struct Strip<'a> {
     pub b: &'a [f32],
     /// Values between rows of a panel; without, it is as wide as its vectors.
     pub b_stride: Option<usize>,
-    /// Steps of `k`.
+    /// Steps of `k` in `b`, those before the first, and all that are taken.
+    pub b_depth: usize,
+    pub before: usize,
     pub depth: usize,
     /// Values between rows of `c`; between columns, where `across`.
     pub c_stride: usize,
@@ -172,8 +174,14 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTO
             let columns = width.min(panels.end - from);
             let b = match strip.b_stride {
                 // Without any steps of `k` it has no values.
-                Some(stride) => Lines::<S::f32s, VECTORS>::new(strip.b.get(from..).unwrap_or(&[]), stride, strip.depth),
-                None => Lines::<S::f32s, VECTORS>::new(&strip.b[from * strip.depth..], width, strip.depth),
+                Some(stride) => {
+                    let b = strip.b.get(from + strip.before * stride..).unwrap_or(&[]);
+                    Lines::<S::f32s, VECTORS>::new(b, stride, strip.depth)
+                }
+                None => {
+                    let b = &strip.b[from * strip.b_depth + strip.before * width..];
+                    Lines::<S::f32s, VECTORS>::new(b, width, strip.depth)
+                }
             };
             let c = if strip.across { &mut c[from * strip.c_stride..] } else { &mut c[from..] };
             let mut tile = Tile::<S, ROWS, VECTORS> { simd, c, stride: strip.c_stride, columns };
