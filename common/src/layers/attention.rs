@@ -1,8 +1,8 @@
 //! Scaled dot-product attention of several heads.
 
 use super::{Grads, Layer, Params, Pass, rows_each};
-use crate::kernels::gemm::{Triangle, gemm_of_triangle, transposed};
-use crate::kernels::{self, LANES, Mat, math, vectorized, zip};
+use crate::kernels::gemm::{GROUP, Triangle, gemm_of_triangle, transposed};
+use crate::kernels::{self, Mat, math, vectorized, zip};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -80,17 +80,17 @@ impl Seen {
         if self.diagonal { triangle } else { Triangle::Full }
     }
 
-    /// The first query that sees key `j`, rounded down to whole lanes.
+    /// The first query whose group sees key `j`: no product takes those before it.
     #[inline(always)]
     fn from(self, j: usize) -> usize {
-        if self.diagonal { j - j % LANES } else { 0 }
+        if self.diagonal { j - j % GROUP } else { 0 }
     }
 
-    /// The row of key `j` with `value` in place of what is hidden.
+    /// Puts `value` in place of what is hidden in the row of key `j`.
     #[inline(always)]
     fn hide(self, row: &mut [f32], j: usize, value: f32) {
         if self.diagonal {
-            row[..j].fill(value);
+            row[self.from(j)..j].fill(value);
         }
     }
 }
@@ -210,7 +210,6 @@ impl Attention {
                             let from = seen.from(j);
                             zip(&mut p[from..], &tops[from..], |p, top| math::exp(p - top));
                             zip(&mut sums[from..], &p[from..], |sum, p| sum + p);
-                            seen.hide(p, j, 0.0);
                         }
                     },
                 );
