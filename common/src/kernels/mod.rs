@@ -213,6 +213,9 @@ mod tests {
             close(sum_squared_from(&a, 0.5), a.iter().map(|&v| (v as f64 - 0.5).powi(2)).sum());
             assert_eq!(vectorized(|| dot(&a, &b)).to_bits(), dot(&a, &b).to_bits(), "the width moved a bit");
             let mut out = b.clone();
+            zip(&mut out, &a, |x, a| x - 2.0 * a);
+            assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == b - 2.0 * a));
+            out.copy_from_slice(&b);
             add_into(&mut out, &a);
             assert!(out.iter().zip(a.iter().zip(&b)).all(|(o, (a, b))| *o == a + b));
             out.fill(f32::NAN);

@@ -95,6 +95,14 @@ impl Seen {
     }
 }
 
+/// Multiplies the first `d` values of each row by a factor; rows begin `width` apart.
+#[inline(always)]
+fn scale_rows(rows: &mut [f32], width: usize, d: usize, factors: &[f32]) {
+    for (row, factor) in rows.chunks_mut(width).zip(factors) {
+        row[..d].iter_mut().for_each(|v| *v *= factor);
+    }
+}
+
 /// What a thread needs for one head after another.
 struct Room<'a> {
     /// Queries and keys as they were turned, if they are.
@@ -181,8 +189,8 @@ impl Attention {
             let n = queries.len();
             let y = &mut y[queries.start * width..];
             let sums = &mut log_sums[queries.clone()];
-            let (mut tops, mut olds) = ([f32::NEG_INFINITY; BLOCK], [0.0; BLOCK]);
-            let (tops, olds) = (&mut tops[..n], &mut olds[..n]);
+            let (mut tops, mut factors) = ([f32::NEG_INFINITY; BLOCK], [0.0; BLOCK]);
+            let (tops, factors) = (&mut tops[..n], &mut factors[..n]);
             sums.fill(0.0);
             for keys in self.blocks().take_while(|keys| !self.causal || keys.start <= queries.start) {
                 let first = keys.start == 0;
@@ -192,7 +200,7 @@ impl Attention {
                 vectorized(
                     #[inline(always)]
                     || {
-                        olds.copy_from_slice(tops);
+                        factors.copy_from_slice(tops);
                         for (j, p) in p.chunks_exact_mut(n).enumerate() {
                             let from = seen.from(j);
                             seen.hide(p, j, f32::NEG_INFINITY);
@@ -200,11 +208,9 @@ impl Attention {
                         }
                         // Nothing is there yet before the first block.
                         if !first {
-                            zip(olds, tops, |old, top| math::exp(old - top));
-                            zip(sums, olds, |sum, shrink| sum * shrink);
-                            for (y, shrink) in y.chunks_mut(width).zip(&*olds) {
-                                y[..d].iter_mut().for_each(|y| *y *= shrink);
-                            }
+                            zip(factors, tops, |old, top| math::exp(old - top));
+                            zip(sums, factors, |sum, shrink| sum * shrink);
+                            scale_rows(y, width, d, factors);
                         }
                         for (j, p) in p.chunks_exact_mut(n).enumerate() {
                             let from = seen.from(j);
@@ -219,10 +225,8 @@ impl Attention {
             vectorized(
                 #[inline(always)]
                 || {
-                    for (y, sum) in y.chunks_mut(width).zip(&*sums) {
-                        let share = 1.0 / sum;
-                        y[..d].iter_mut().for_each(|y| *y *= share);
-                    }
+                    zip(factors, sums, |_, sum| 1.0 / sum);
+                    scale_rows(y, width, d, factors);
                     zip(sums, tops, |sum, top| top + math::ln(sum as f64) as f32);
                 },
             );
