@@ -467,7 +467,7 @@ impl Driver {
     /// Opens the next training step, or ends where there is none. The first one of a measurement waits for its workers.
     fn next(&mut self) -> Result<()> {
         let step = self.learning.step;
-        let waits = |measure: &Measure| self.pace.quantile(0.5).is_none() && measure.waits(self.sessions.len());
+        let waits = |measure: &Measure| self.pace.is_new() && measure.waits(self.sessions.len());
         self.waiting = self.shared.measure.as_ref().is_some_and(waits);
         if self.waiting {
             return Ok(());

@@ -77,7 +77,12 @@ impl Pace {
         self.first.map_or(0.0, |first| self.last.saturating_duration_since(first).as_secs_f64())
     }
 
-    /// The `q`-th quantile of the steps' milliseconds, 0 <= q <= 1; `None` before the first.
+    /// Whether no step has been committed yet.
+    pub fn is_new(&self) -> bool {
+        self.step_ms.is_empty()
+    }
+
+    /// The `q`-th quantile of the steps' milliseconds, 0 <= q <= 1; `None` before the first. It sorts them all.
     pub fn quantile(&self, q: f64) -> Option<f64> {
         let mut sorted = self.step_ms.clone();
         sorted.sort_by(f32::total_cmp);
@@ -97,6 +102,7 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let mut pace = Pace::new(start, 40);
         assert_eq!((pace.rate(), pace.train_seconds(), pace.quantile(0.5)), (None, 0.0, None));
+        assert!(pace.is_new());
         // Workers come after 500 ms; two slow steps, then 38 of 10 ms, each of them after a pause of 10 ms.
         pace.begin(at(500));
         pace.commit(at(800), 6);
@@ -110,6 +116,7 @@ mod tests {
         }
         is(pace.rate(), 300.0);
         is(Some(pace.train_seconds()), 1.26);
+        assert!(!pace.is_new());
         is(pace.quantile(0.5), 10.0);
         is(pace.quantile(1.0), 300.0);
         assert!((pace.recent() - 240.0 / 0.88).abs() < 1e-2, "{}", pace.recent());
