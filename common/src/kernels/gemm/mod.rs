@@ -18,10 +18,16 @@
 //! ([`Right::unpacked`]). Which of the two matrices is the right one is free, as a product is the transpose of the
 //! transposes' product.
 
+mod pack;
 mod tile;
+mod triangle;
 
+pub(super) use pack::transpose;
+pub use pack::{pack_columns, pack_rows, transposed};
 pub use tile::{Finish, Start};
+pub use triangle::{GROUP, Triangle};
 
+use pack::pack_strips;
 use pulp::{Simd, WithSimd};
 use std::cell::Cell;
 use std::ops::Range;
@@ -119,76 +125,6 @@ pub(super) fn multiply<S: Simd>(simd: S, c: &mut [f32], a: Mat<'_>, b: Mat<'_>, 
     Product::of(c, a, b, start).with_simd(simd);
 }
 
-/// `out`, `(n, m)`, becomes the transpose of `a`, `(m, n)`, which is not one itself.
-///
-/// # Panics
-/// Where the shapes do not fit.
-pub fn transposed(out: &mut [f32], a: Mat<'_>) {
-    assert_eq!(a.strides.1, 1, "a transpose");
-    super::isa::arch().dispatch(Transposed { out: &mut out[..a.rows * a.cols], a });
-}
-
-/// [`transposed`].
-struct Transposed<'a> {
-    out: &'a mut [f32],
-    a: Mat<'a>,
-}
-
-impl WithSimd for Transposed<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Transposed { out, a } = self;
-        let row = |i| &a.data[i * a.strides.0..][..a.cols];
-        transpose(simd, a.rows, row, (a.cols, a.rows), out, a.rows);
-    }
-}
-
-/// What of a product is a triangle, and is left out.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Triangle {
-    /// Nothing.
-    Full,
-    /// `a[i, k]` is 0 where `k > i`: a sum ends with the last `k` of its row's [`GROUP`].
-    LeftLower,
-    /// `a[i, k]` is 0 where `k < i`: a sum begins with the first `k` of its row's [`GROUP`].
-    LeftUpper,
-    /// `c[i, j]` is of no interest where `j < i`: it becomes anything, or stays what it was.
-    Upper,
-}
-
-/// Rows of a triangle, from a multiple of it, that leave out the same steps. It is the same on every instruction set, so that a sum's
-/// definition does not depend on it, also of values that are not finite.
-pub const GROUP: usize = 16;
-
-impl Triangle {
-    /// Whether it leaves out steps of `k`.
-    fn cuts(self) -> bool {
-        matches!(self, Triangle::LeftLower | Triangle::LeftUpper)
-    }
-
-    /// The steps, among `k`, that a group's `rows` take.
-    fn steps(self, rows: &Range<usize>, k: Range<usize>) -> Range<usize> {
-        match self {
-            Triangle::LeftLower => k.start..rows.start.saturating_add(GROUP).clamp(k.start, k.end),
-            Triangle::LeftUpper => rows.start.clamp(k.start, k.end)..k.end,
-            Triangle::Full | Triangle::Upper => k,
-        }
-    }
-
-    /// The columns, among these, that `rows` have.
-    fn columns<S: Simd>(self, rows: &Range<usize>, columns: Range<usize>) -> Range<usize> {
-        match self {
-            Triangle::Upper => {
-                let before = rows.start.saturating_sub(columns.start);
-                columns.end.min(columns.start + before - before % S::F32_LANES)..columns.end
-            }
-            _ => columns,
-        }
-    }
-}
-
 /// The right matrix of a product, `(k, n)`, wherever it is.
 pub trait Right {
     /// Its rows.
@@ -248,14 +184,29 @@ impl Right for Mat<'_> {
 impl Mat<'_> {
     /// How it lies, where it can as well be read as it lies, as the left matrix of a product of so many columns. By rows it always
     /// can; by columns where they are near each other, or where few panels read them, unless their lines share the same few places
-    /// of the first-level cache. Columns as short as a tile lie as packed ones do.
+    /// of the first-level cache. Narrow panels are many, for which near means within that cache. Columns as short as a tile lie as
+    /// packed ones do.
     #[inline(always)]
     fn unpacked_left<S: Simd>(&self, columns: usize) -> Option<Lie> {
         let (rows, apart) = self.strides;
         let few = columns <= FEW * tile::<S>().1 * S::F32_LANES && !apart.is_multiple_of(32 * LINE);
+        let near = if is_wide::<S>() { apart <= 16 * LINE } else { self.rows * self.cols <= PACKED / 16 };
         match apart {
             1 => Some(Lie::Rows(rows)),
-            _ => (apart > ROWS && (apart <= 16 * LINE || few)).then_some(Lie::Columns(apart)),
+            _ => (apart > ROWS && (near || few)).then_some(Lie::Columns(apart)),
+        }
+    }
+
+    /// Packs `rows` of a matrix that lies by columns, `each` at a time and then those that are left, `apart` from each other in
+    /// `out`, behind which there is room for [`ROWS`] values more.
+    #[inline(always)]
+    fn pack_strips(&self, rows: &Range<usize>, k: Range<usize>, each: usize, out: &mut [f32], apart: usize) {
+        let line = |i| &self.data[(k.start + i) * self.strides.1 + rows.start..];
+        // Code of their own for those that are usual.
+        match each {
+            6 => pack_strips(line, k.len(), rows.len(), 6, out, apart),
+            ROWS => pack_strips(line, k.len(), rows.len(), ROWS, out, apart),
+            _ => pack_strips(line, k.len(), rows.len(), each, out, apart),
         }
     }
 }
@@ -335,72 +286,12 @@ impl Right for Packed<'_> {
     }
 }
 
-/// [`Right::pack`] from `depth` rows of `columns` values.
-#[inline(always)]
-pub fn pack_rows<'a, S: Simd>(
-    simd: S,
-    depth: usize,
-    columns: usize,
-    out: &mut [f32],
-    row: impl Fn(usize) -> &'a [f32],
-) {
-    let width = panels::<S>(columns).next().map_or(0, |panel| whole::<S>(panel.len()));
-    let (most, rest) = (columns - columns % width.max(1), columns % width.max(1));
-    let (panels, last) = out.split_at_mut(most * depth);
-    for i in 0..depth {
-        if i + AHEAD < depth {
-            let row = row(i + AHEAD);
-            (0..columns).step_by(LINE).for_each(|at| super::fetch(row, at));
-        }
-        let row = row(i);
-        match width / S::F32_LANES {
-            1 => copy_apart::<S, 1>(&row[..most], panels, i, depth),
-            2 => copy_apart::<S, 2>(&row[..most], panels, i, depth),
-            3 => copy_apart::<S, 3>(&row[..most], panels, i, depth),
-            _ => {}
-        }
-        if rest > 0 {
-            let width = whole::<S>(rest);
-            copy(simd, &row[most..columns], &mut last[i * width..][..width]);
-        }
-    }
-}
-
-/// Every `N` vectors of `row` become line `i` of a panel of `depth` lines.
-#[inline(always)]
-fn copy_apart<S: Simd, const N: usize>(row: &[f32], panels: &mut [f32], i: usize, depth: usize) {
-    let panels = S::as_mut_simd_f32s(panels).0.chunks_exact_mut(N * depth);
-    for (from, panel) in S::as_simd_f32s(row).0.chunks_exact(N).zip(panels) {
-        panel[i * N..][..N].copy_from_slice(from);
-    }
-}
-
-/// [`Right::pack`] from `columns` lines of `depth` values, each a column.
-#[inline(always)]
-pub fn pack_columns<'a, S: Simd>(
-    simd: S,
-    depth: usize,
-    columns: usize,
-    out: &mut [f32],
-    column: impl Fn(usize) -> &'a [f32],
-) {
-    for panel in panels::<S>(columns) {
-        let width = whole::<S>(panel.len());
-        let out = &mut out[panel.start * depth..][..width * depth];
-        transpose(simd, panel.len(), |j| column(panel.start + j), (depth, width), out, width);
-    }
-}
-
-/// Rows between that which is packed, and that which is fetched.
-const AHEAD: usize = 4;
-
 /// Rows of a tile, at most.
 const ROWS: usize = 8;
 
-/// Tiles' rows of the left matrix that are packed together, while its cache lines stay in the first-level cache: so many, and
-/// values.
+/// Tiles' rows of the left matrix that are packed together, whole cache lines of it: so many, and values.
 const TILES: usize = 8;
-const LEFT: usize = 1 << 14;
+const LEFT: usize = 1 << 15;
 
 /// Panels of a product whose left matrix is read as it lies by columns, at most: for more of them it is as well to pack it.
 const FEW: usize = 3;
@@ -408,10 +299,16 @@ const FEW: usize = 3;
 /// Values of a cache line.
 const LINE: usize = 16;
 
+/// Whether there are as many registers as AVX-512 has.
+#[inline(always)]
+fn is_wide<S: Simd>() -> bool {
+    S::REGISTER_COUNT >= 32
+}
+
 /// The most rows and vectors of a tile, whose sums fill the registers but for the operands.
 #[inline(always)]
 fn tile<S: Simd>() -> (usize, usize) {
-    if S::REGISTER_COUNT >= 32 { (ROWS, 3) } else { (6, 2) }
+    if is_wide::<S>() { (ROWS, 3) } else { (6, 2) }
 }
 
 /// `0..columns` in panels as wide as a tile at most.
@@ -424,91 +321,6 @@ fn panels<S: Simd>(columns: usize) -> impl Iterator<Item = Range<usize>> {
 #[inline(always)]
 fn whole<S: Simd>(columns: usize) -> usize {
     columns.div_ceil(S::F32_LANES) * S::F32_LANES
-}
-
-/// `to` = `from`, then zeros.
-#[inline(always)]
-fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
-    let (vectors, tail) = S::as_simd_f32s(from);
-    let (to, _) = S::as_mut_simd_f32s(to);
-    let (whole, rest) = to.split_at_mut(vectors.len());
-    whole.iter_mut().zip(vectors).for_each(|(to, from)| *to = *from);
-    if let [last] = rest {
-        *last = simd.partial_load_f32s(tail);
-    }
-}
-
-/// `to = from`, for a few values; what lies behind them in `to` may be anything.
-#[inline(always)]
-fn copy_short(from: &[f32], to: &mut [f32], len: usize) {
-    match (from.first_chunk::<ROWS>(), to.first_chunk_mut::<ROWS>()) {
-        (Some(from), Some(to)) => *to = *from,
-        _ => to[..len].copy_from_slice(&from[..len]),
-    }
-}
-
-/// `out[k * stride + j] = line(j)[k]` for `k` in `0..depth` and `j` in `0..width`: zeros from `lines` on.
-#[inline(always)]
-pub(super) fn transpose<'a, S: Simd>(
-    simd: S,
-    lines: usize,
-    line: impl Fn(usize) -> &'a [f32],
-    (depth, width): (usize, usize),
-    out: &mut [f32],
-    stride: usize,
-) {
-    // As many at once as stay in the first-level cache.
-    for ks in even(depth, S::F32_LANES, AT_ONCE) {
-        for j in (0..width).step_by(SIDE) {
-            let mut block: [&[f32]; SIDE] = [&[]; SIDE];
-            for (line_j, j) in block.iter_mut().zip(j..lines) {
-                *line_j = &line(j)[ks.clone()];
-            }
-            if S::F32_LANES < SIDE || width - j < SIDE {
-                for (j, line) in (j..width).zip(block) {
-                    for (i, k) in ks.clone().enumerate() {
-                        out[k * stride + j] = line.get(i).copied().unwrap_or(0.0);
-                    }
-                }
-                continue;
-            }
-            let vectors = block.map(|line| S::as_simd_f32s(line).0);
-            let (mut k, whole) = (ks.start, vectors[SIDE - 1].len());
-            for i in 0..whole {
-                let [a, b, c, d] = vectors;
-                put(simd, [a[i], b[i], c[i], d[i]], S::F32_LANES, &mut out[k * stride + j..], stride);
-                k += S::F32_LANES;
-            }
-            while k < ks.end {
-                let rest = |line: &[f32]| simd.partial_load_f32s(&line[line.len().min(k - ks.start)..]);
-                let [a, b, c, d] = block;
-                put(simd, [rest(a), rest(b), rest(c), rest(d)], ks.end - k, &mut out[k * stride + j..], stride);
-                k += S::F32_LANES;
-            }
-        }
-    }
-}
-
-/// Values of a line that are transposed together with those of all others.
-const AT_ONCE: usize = 64;
-
-/// Side of the squares that are transposed in vectors.
-const SIDE: usize = 4;
-
-/// `out[k * stride + l] = lines[l][k]` for `k` in `0..depth`, at most the lanes of a vector.
-#[inline(always)]
-fn put<S: Simd>(simd: S, lines: [S::f32s; SIDE], depth: usize, out: &mut [f32], stride: usize) {
-    // Transposes each square of 4 lanes of the 4 vectors.
-    let squares: [S::f32s; SIDE] = simd.deinterleave_shfl_f32s(lines);
-    let quads: &[[f32; SIDE]] = bytemuck::cast_slice(&squares);
-    for (l, quads) in quads.chunks_exact(S::F32_LANES / SIDE).enumerate() {
-        for (square, quad) in quads.iter().enumerate() {
-            let k = square * SIDE + l;
-            if k < depth {
-                out[k * stride..][..SIDE].copy_from_slice(quad);
-            }
-        }
-    }
 }
 
 /// A product of which either matrix may become the packed one.
@@ -534,7 +346,8 @@ impl WithSimd for Either<'_> {
                 + match (right.unpacked::<S>(left.rows), right.strides.1) {
                     (Some(_), _) => 0,
                     (None, 1) => packed / 8,
-                    (None, _) => packed / 2,
+                    (None, _) if is_wide::<S>() => packed / 2,
+                    (None, _) => 2 * packed,
                 }
         };
         let across = 2 * c.len() * a.cols.div_ceil(depth::<S>(a.rows));
@@ -677,12 +490,8 @@ impl<R: Right> Product<'_, R> {
                 let steps = triangle.steps(&some, k.clone());
                 let rows = || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
                 if lie.is_none() {
-                    for (rows, to) in rows().zip(packed_left.chunks_exact_mut(left_each)) {
-                        for (i, k) in steps.clone().enumerate() {
-                            let from = &left.data[k * left.strides.1 + rows.start..];
-                            copy_short(from, &mut to[i * rows.len()..], rows.len());
-                        }
-                    }
+                    let each = rows().next().map_or(0, |rows| rows.len());
+                    left.pack_strips(&some, steps.clone(), each, packed_left, left_each);
                 }
                 for (rows, at_left) in rows().zip((0..tiles).cycle().map(|i| i * left_each)) {
                     let all = columns.start;
