@@ -2,6 +2,7 @@
 
 use crate::lock;
 use crate::parameters::{AHEAD, Answer, Parameters, finish, first, streamed};
+use crate::turns::Turns;
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::Frame;
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tokio_stream::StreamExt;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::transport::server::TcpIncoming;
@@ -37,7 +39,8 @@ impl Bare {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}", listener.local_addr()?);
         let streams = Streams { came: came.clone(), values: vec![0; chunk].into(), ahead, turns: Arc::default() };
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        // Read as those of a run are.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).map(|wire| wire.map(Turns::new));
         let server = crate::server().add_service(Parameters(streams)).serve_with_incoming(incoming);
         Ok(Bare { url, came, _server: JoinSet::from_iter([server]) })
     }

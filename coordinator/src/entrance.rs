@@ -7,6 +7,7 @@
 
 use crate::access::{self, Standing, Tls};
 use crate::lock;
+use crate::turns::Turns;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
@@ -42,9 +43,6 @@ const FIRST_BYTES: usize = 64 << 10;
 const JOBS: usize = 4;
 /// So long the other side may take nothing of what is written.
 const STALL: Duration = Duration::from_secs(30);
-/// When a connection has been read so many bytes, others have their turn before the next read: so a chunk is added up while it is in
-/// the cache, and what waits stays with the kernel.
-const TURN: usize = 256 << 10;
 /// New connections of one address: so many at once, and so many a second after them.
 const CONNECTIONS: Rate = Rate { burst: 4000.0, each_second: 100.0 };
 /// Requests on one connection; a worker that is sent its data asks for each partition.
@@ -309,13 +307,11 @@ pub fn admit<T>(request: &Request<T>, role: Option<Role>) -> Result<(), Status> 
 
 /// One connection.
 pub struct Connection {
-    wire: Box<dyn Wire>,
+    wire: Turns<Box<dyn Wire>>,
     peer: Peer,
     stranger: Option<Stranger>,
     /// Ends when nothing that was written has left for long.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Bytes read one after another, without having to wait.
-    turn: usize,
 }
 
 /// A connection of somebody who is not known yet.
@@ -349,11 +345,11 @@ impl Connection {
     fn write<T>(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        part: impl FnOnce(Pin<&mut dyn Wire>, &mut Context<'_>) -> Poll<io::Result<T>>,
+        part: impl FnOnce(Pin<&mut Turns<Box<dyn Wire>>>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         let this = self.get_mut();
         this.check(cx)?;
-        let written = part(Pin::new(&mut *this.wire), cx);
+        let written = part(Pin::new(&mut this.wire), cx);
         if written.is_ready() {
             this.stalled = None;
         } else if this.stalled.get_or_insert_with(|| Box::pin(sleep(STALL))).as_mut().poll(cx).is_ready() {
@@ -375,14 +371,8 @@ impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         this.check(cx)?;
-        if this.turn >= TURN {
-            this.turn = 0;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
-        }
         let before = buf.filled().len();
-        let read = Pin::new(&mut *this.wire).poll_read(cx, buf);
-        this.turn = if read.is_pending() { 0 } else { this.turn + buf.filled().len() - before };
+        let read = Pin::new(&mut this.wire).poll_read(cx, buf);
         if this.stranger.is_some() {
             let (left, came) = (&this.peer.0.left, buf.filled().len() - before);
             left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(came))).ok();
@@ -566,7 +556,7 @@ async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Co
         requests: Mutex::new(Bucket::new(REQUESTS, Instant::now())),
     }));
     let known = Arc::downgrade(&peer.0);
-    if send.send(Ok(Connection { wire, peer, stranger, stalled: None, turn: 0 })).await.is_err() {
+    if send.send(Ok(Connection { wire: Turns::new(wire), peer, stranger, stalled: None })).await.is_err() {
         return;
     }
     drop(send);
@@ -581,30 +571,6 @@ mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio_stream::StreamExt;
-
-    /// All that was sent is read, turn after turn, when nothing more comes that would wake the reader.
-    #[tokio::test]
-    async fn a_turn_that_is_over_is_followed_by_another() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let address = listener.local_addr().expect("it is bound");
-        let mut open = Entrance::new(listener, None).expect("without an identity").open();
-        let sent = [&PREFACE[..], &[7; 8 * TURN]].concat();
-        let writer = tokio::spawn({
-            let sent = sent.clone();
-            async move {
-                let mut stream = TcpStream::connect(address).await.expect("it listens");
-                stream.write_all(&sent).await.expect("it is taken");
-                stream
-            }
-        });
-        let mut connection = open.next().await.expect("somebody came").expect("and is let in");
-        connection.peer.belongs();
-        let mut got = vec![0; sent.len()];
-        let all = tokio::time::timeout(Duration::from_secs(60), connection.read_exact(&mut got)).await;
-        all.expect("a turn was the last one").expect("it is read");
-        assert!(got == sent, "other bytes came");
-        drop(writer);
-    }
 
     /// One that came before others, and is heard after them, does not push out the newest.
     #[test]

@@ -20,6 +20,7 @@ mod service;
 mod shared;
 mod store;
 mod sum;
+mod turns;
 
 pub use access::check_identity;
 use anyhow::{Context, Result, bail};
