@@ -38,7 +38,7 @@ impl Bare {
         let came = Arc::new(AtomicU64::new(0));
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let url = format!("http://{}", listener.local_addr()?);
-        let streams = Streams { came: came.clone(), values: vec![0; chunk].into(), ahead, turns: Arc::default() };
+        let streams = Streams { came: came.clone(), values: vec![0; chunk].into(), ahead, owed: Arc::default() };
         // Read as those of a run are.
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).map(|wire| wire.map(Turns::new));
         let server = crate::server().add_service(Parameters(streams)).serve_with_incoming(incoming);
@@ -51,14 +51,14 @@ struct Streams {
     came: Arc<AtomicU64>,
     values: Bytes,
     ahead: usize,
-    /// Chunks that each session may still be sent.
-    turns: Arc<Mutex<HashMap<Bytes, Arc<Semaphore>>>>,
+    /// Chunks that each session is still to be sent.
+    owed: Arc<Mutex<HashMap<Bytes, Arc<Semaphore>>>>,
 }
 
 impl Streams {
-    fn turns(&self, session: Bytes) -> Arc<Semaphore> {
-        let turns = || Arc::new(Semaphore::new(self.ahead));
-        lock(&self.turns).entry(session).or_insert_with(turns).clone()
+    fn owed(&self, session: Bytes) -> Arc<Semaphore> {
+        let first = || Arc::new(Semaphore::new(self.ahead));
+        lock(&self.owed).entry(session).or_insert_with(first).clone()
     }
 }
 
@@ -70,9 +70,9 @@ impl Answer for Streams {
         if !is_push {
             let asked: v1::BroadcastRequest = first(reader.short()).await?;
             tokio::spawn(async move {
-                let turns = self.turns(asked.session);
-                while let Ok(turn) = turns.acquire().await {
-                    turn.forget();
+                let owed = self.owed(asked.session);
+                while let Ok(one) = owed.acquire().await {
+                    one.forget();
                     for part in stream::weights(ChunkHead::default(), &self.values) {
                         if send.send(Ok(Frame::data(part))).await.is_err() {
                             return;
@@ -84,11 +84,11 @@ impl Answer for Streams {
             let Part::Short(v1::push_part::Kind::Session(session)) = first(reader.part()).await? else {
                 return Err(Status::invalid_argument("the first message of a push must be the session"));
             };
-            let turns = self.turns(session);
+            let owed = self.owed(session);
             while let Some(part) = reader.part().await? {
                 if let Part::Chunk(..) | Part::Rows(..) = part {
                     self.came.fetch_add(reader.values().await?.len() as u64, Ordering::Relaxed);
-                    turns.add_permits(1);
+                    owed.add_permits(1);
                 }
             }
             send.send(Ok(Frame::data(stream::short(&v1::PushReply {})))).await.ok();

@@ -569,8 +569,6 @@ async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Co
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio_stream::StreamExt;
 
     /// One that came before others, and is heard after them, does not push out the newest.
     #[test]

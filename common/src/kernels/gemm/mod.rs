@@ -163,7 +163,7 @@ impl Right for Mat<'_> {
         let lie_in_rows = self.rows > 0 && self.strides.1 == 1 && self.strides.0 >= self.cols;
         let whole = lie_in_rows && self.cols.is_multiple_of(S::F32_LANES);
         let (values, apart) = (self.rows * self.cols, !self.strides.0.is_multiple_of(16 * LINE));
-        let small = values <= PACKED / 16 && (apart || self.strides.0 == self.cols);
+        let small = values <= NEAR && (apart || self.strides.0 == self.cols);
         let near = values <= 2 * PACKED && (rows <= 4 * ROWS || S::F32_LANES >= LINE && apart);
         (whole && (small || near)).then_some((self.data, self.strides.0))
     }
@@ -184,29 +184,33 @@ impl Right for Mat<'_> {
 impl Mat<'_> {
     /// How it lies, where it can as well be read as it lies, as the left matrix of a product of so many columns. By rows it always
     /// can; by columns where they are near each other, or where few panels read them, unless their lines share the same few places
-    /// of the first-level cache. Narrow panels are many, for which near means within that cache. Columns as short as a tile lie as
+    /// of the first-level cache. Narrow panels are many: for them all has to lie in that cache. Columns as short as a tile lie as
     /// packed ones do.
     #[inline(always)]
     fn unpacked_left<S: Simd>(&self, columns: usize) -> Option<Lie> {
         let (rows, apart) = self.strides;
         let few = columns <= FEW * tile::<S>().1 * S::F32_LANES && !apart.is_multiple_of(32 * LINE);
-        let near = if is_wide::<S>() { apart <= 16 * LINE } else { self.rows * self.cols <= PACKED / 16 };
+        let near = if has_wide_panels::<S>() {
+            apart <= 16 * LINE
+        } else {
+            self.rows * self.cols <= NEAR && (apart == self.rows || !apart.is_multiple_of(16 * LINE))
+        };
         match apart {
             1 => Some(Lie::Rows(rows)),
             _ => (apart > ROWS && (near || few)).then_some(Lie::Columns(apart)),
         }
     }
 
-    /// Packs `rows` of a matrix that lies by columns, `each` at a time and then those that are left, `apart` from each other in
-    /// `out`, behind which there is room for [`ROWS`] values more.
+    /// [`pack_strips`] of `rows`, of a left matrix that lies by columns.
     #[inline(always)]
-    fn pack_strips(&self, rows: &Range<usize>, k: Range<usize>, each: usize, out: &mut [f32], apart: usize) {
+    fn pack_left<S: Simd>(&self, rows: &Range<usize>, k: Range<usize>, each: usize, out: &mut [f32], apart: usize) {
         let line = |i| &self.data[(k.start + i) * self.strides.1 + rows.start..];
-        // Code of their own for those that are usual.
-        match each {
-            6 => pack_strips(line, k.len(), rows.len(), 6, out, apart),
-            ROWS => pack_strips(line, k.len(), rows.len(), ROWS, out, apart),
-            _ => pack_strips(line, k.len(), rows.len(), each, out, apart),
+        let most = tile::<S>().0;
+        // Most are as high as a tile may be, and have code of their own.
+        if each == most {
+            pack_strips(line, k.len(), rows.len(), most, out, apart);
+        } else {
+            pack_strips(line, k.len(), rows.len(), each, out, apart);
         }
     }
 }
@@ -289,9 +293,10 @@ impl Right for Packed<'_> {
 /// Rows of a tile, at most.
 const ROWS: usize = 8;
 
-/// Tiles' rows of the left matrix that are packed together, whole cache lines of it: so many, and values.
+/// Tiles' rows of the left matrix that are packed together: so many, which are whole cache lines of it, or fewer where blocks are
+/// deep; and values.
 const TILES: usize = 8;
-const LEFT: usize = 1 << 15;
+const LEFT: usize = TILES * ROWS * (DEPTH + 1);
 
 /// Panels of a product whose left matrix is read as it lies by columns, at most: for more of them it is as well to pack it.
 const FEW: usize = 3;
@@ -299,16 +304,16 @@ const FEW: usize = 3;
 /// Values of a cache line.
 const LINE: usize = 16;
 
-/// Whether there are as many registers as AVX-512 has.
-#[inline(always)]
-fn is_wide<S: Simd>() -> bool {
-    S::REGISTER_COUNT >= 32
-}
-
 /// The most rows and vectors of a tile, whose sums fill the registers but for the operands.
 #[inline(always)]
 fn tile<S: Simd>() -> (usize, usize) {
-    if is_wide::<S>() { (ROWS, 3) } else { (6, 2) }
+    if S::REGISTER_COUNT >= 32 { (ROWS, 3) } else { (6, 2) }
+}
+
+/// Whether a tile has columns of several cache lines, as with AVX-512.
+#[inline(always)]
+fn has_wide_panels<S: Simd>() -> bool {
+    tile::<S>().1 * S::F32_LANES >= 2 * LINE
 }
 
 /// `0..columns` in panels as wide as a tile at most.
@@ -346,7 +351,7 @@ impl WithSimd for Either<'_> {
                 + match (right.unpacked::<S>(left.rows), right.strides.1) {
                     (Some(_), _) => 0,
                     (None, 1) => packed / 8,
-                    (None, _) if is_wide::<S>() => packed / 2,
+                    (None, _) if has_wide_panels::<S>() => packed / 2,
                     (None, _) => 2 * packed,
                 }
         };
@@ -370,6 +375,9 @@ const DEPTH: usize = 512;
 
 /// Values of the right matrix that are packed at once: half of a second-level cache.
 const PACKED: usize = 1 << 17;
+
+/// Values that stay in a first-level cache.
+const NEAR: usize = 1 << 13;
 
 /// Steps of `k` in a block of a right matrix with `columns`.
 #[inline(always)]
@@ -491,7 +499,7 @@ impl<R: Right> Product<'_, R> {
                 let rows = || even(some.len(), 1, rows_max).map(|rows| some.start + rows.start..some.start + rows.end);
                 if lie.is_none() {
                     let each = rows().next().map_or(0, |rows| rows.len());
-                    left.pack_strips(&some, steps.clone(), each, packed_left, left_each);
+                    left.pack_left::<S>(&some, steps.clone(), each, packed_left, left_each);
                 }
                 for (rows, at_left) in rows().zip((0..tiles).cycle().map(|i| i * left_each)) {
                     let all = columns.start;

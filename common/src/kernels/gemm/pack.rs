@@ -75,7 +75,8 @@ fn copy<S: Simd>(simd: S, from: &[f32], to: &mut [f32]) {
     }
 }
 
-/// Packs `rows` values of each of `depth` lines, `each` for a strip and then those that are left; strips lie `apart` in `out`.
+/// Packs `rows` values of each of `depth` lines, `each` for a strip and then those that are left; strips lie `apart` in `out`, each
+/// with room for [`ROWS`] values more behind it.
 ///
 /// Line by line: lines may share the same few places of the caches, where they would be gone before the next strip.
 #[inline(always)]
@@ -87,6 +88,7 @@ pub(super) fn pack_strips<'a>(
     out: &mut [f32],
     apart: usize,
 ) {
+    debug_assert!(apart >= depth * each + ROWS, "strips of {depth} lines of {each} values {apart} apart");
     let (strips, rest) = (rows / each, rows % each);
     for k in 0..depth {
         let line = line(k);

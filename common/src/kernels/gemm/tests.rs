@@ -85,6 +85,15 @@ fn every_value_is_the_defined_sum_at_the_layers_shapes() {
     }
 }
 
+/// Left matrices whose lines lie 512 values apart, and are packed on every instruction set: several strips, and blocks of steps.
+#[test]
+fn every_value_is_the_defined_sum_of_packed_strips() {
+    for rows in [509, 461] {
+        check(rows, 1100, 50);
+    }
+    check_triangle(512, 600, 3, 0);
+}
+
 proptest! {
     #[test]
     fn every_value_is_the_defined_sum(m in 0usize..68, k in 0usize..68, n in 0usize..68, deep in 0usize..3) {
