@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::Level;
+use unisono_common::protocol::Patience;
 use unisono_coordinator::{Entrance, Options, Progress, Ready, Window};
 
 /// What comes before the measured seconds, once all workers are there.
@@ -39,6 +40,8 @@ const CALIBRATES: usize = 8;
 const MOST_CHURN: f64 = 50.0;
 /// While fewer workers are there than were started, another comes within this time.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Workers of this machine may be starved of it for long: they are slow, not gone. Those that end are missed at once.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Simulated workers, at most: they share one process.
 const MOST_SIMULATED: usize = 1000;
 
@@ -280,7 +283,7 @@ impl Run<'_> {
             started: Instant::now(),
             threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
             shared_memory: args.transport != Transport::Grpc,
-            patience: Default::default(),
+            patience: Patience { silence: SILENCE, ..Default::default() },
             is_resumed: false,
             window: Some(Window {
                 workers,
