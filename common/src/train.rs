@@ -1,7 +1,7 @@
 //! The hot path: the gradient of one tree node, and evaluation.
 
 use crate::data::Batch;
-use crate::layers::{Grads, Layer, Params, Pass, Rows, Segments};
+use crate::layers::{Begun, Grads, Layer, Params, Pass, Rows, Segments};
 use crate::loss::{Loss, LossSums};
 use crate::model::Model;
 use crate::rng::{Key, Purpose};
@@ -17,6 +17,10 @@ pub struct Workspace {
     saved: Vec<f32>,
     scratch: Vec<f32>,
 }
+
+/// How far [`ahead`] has come with a forward pass, in a workspace that nothing else has used since.
+#[derive(Default)]
+pub struct Ahead(Begun);
 
 impl Workspace {
     /// Room for batches of up to `rows` samples in up to `segments` partitions, on the current thread pool.
@@ -64,7 +68,8 @@ pub fn gradient(
     d_rows: &mut [f32],
     finished: &mut dyn FnMut(usize, Final<'_>),
 ) -> LossSums {
-    forward(model, params, batch, segments, key, workspace).expect("all parameters are there");
+    let ahead = Ahead::default();
+    forward(model, params, batch, segments, key, workspace, ahead).expect("all parameters are there");
     backward(model, loss, params, batch, segments, key, workspace, grads, d_rows, finished)
 }
 
@@ -76,7 +81,7 @@ fn rows<'a>(model: &Model, batch: &'a Batch) -> Rows<'a> {
 /// The outputs of a training step, and what [`backward`] needs of the way to them, into `workspace`.
 ///
 /// Parameters are asked for layer by layer, from the first to the last, so that it may begin before all have come; `None`
-/// where some do not.
+/// where some do not. What has run `ahead` with the same arguments is not run again.
 pub fn forward(
     model: &Model,
     params: &(impl Source + ?Sized),
@@ -84,6 +89,35 @@ pub fn forward(
     segments: &Segments,
     key: Key,
     workspace: &mut Workspace,
+    mut ahead: Ahead,
+) -> Option<()> {
+    run(model, params, batch, segments, key, workspace, &mut ahead.0, false)
+}
+
+/// The beginning of [`forward`], before all parameters have changed: as much of the first layer that has any as those that `params`
+/// has already are enough for.
+pub fn ahead(
+    model: &Model,
+    params: &(impl Source + ?Sized),
+    batch: &Batch,
+    segments: &Segments,
+    key: Key,
+    workspace: &mut Workspace,
+) -> Ahead {
+    let mut ahead = Ahead::default();
+    run(model, params, batch, segments, key, workspace, &mut ahead.0, true);
+    ahead
+}
+
+fn run(
+    model: &Model,
+    params: &(impl Source + ?Sized),
+    batch: &Batch,
+    segments: &Segments,
+    key: Key,
+    workspace: &mut Workspace,
+    begun: &mut Begun,
+    ahead: bool,
 ) -> Option<()> {
     let Workspace { logits, saved, scratch, .. } = workspace;
     let (net, samples, parts) = (model.net(), batch.samples, segments.len());
@@ -92,7 +126,7 @@ pub fn forward(
     let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
     let rows = self::rows(model, batch);
     let of_layer = |trainable, _| Some(Params { trainable: params.get(trainable)?, running: &[], rows });
-    net.run(&pass, of_layer, &batch.inputs, logits, saved, scratch)
+    net.run(&pass, of_layer, &batch.inputs, logits, saved, scratch, begun, ahead)
 }
 
 /// Loss and gradients of what [`forward`] computed from the same arguments.

@@ -30,7 +30,8 @@ pub struct Window {
 
 /// Where a step's time went, in milliseconds; together the time from one commit to the next.
 ///
-/// A step's critical worker is the one whose gradient was complete last.
+/// A step's critical worker is the one whose gradient was complete last. What it computed ahead of its order counts as its forward
+/// pass; it was hidden behind what lay between two steps (reduction, update, waiting, wire), which counts for as much less.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Phases {
     /// The critical worker gathered its samples.
@@ -227,6 +228,7 @@ impl Measure {
             let sum = &mut track.spent;
             sum.data = sum.data.saturating_add(spent.data);
             sum.forward = sum.forward.saturating_add(spent.forward);
+            sum.ahead = sum.ahead.saturating_add(spent.ahead);
             sum.backward = sum.backward.saturating_add(spent.backward);
             sum.encode = sum.encode.saturating_add(spent.encode);
             sum.encoded = sum.encoded.saturating_add(spent.encoded);
@@ -330,23 +332,30 @@ fn phases(from: Instant, to: Instant, critical: Option<Track>, adding: (Duration
     let arrived = arrived.min(to);
     let span = ms(arrived.saturating_duration_since(ordered.max(from)));
     let of = |nanos: u64| nanos as f64 / 1e6;
-    let busy = of(spent.data) + of(spent.forward) + of(spent.backward) + of(spent.encode);
+    let forward = of(spent.forward.saturating_sub(spent.ahead));
+    let busy = of(spent.data) + forward + of(spent.backward) + of(spent.encode);
     // Of several nodes, one is encoded while the next is computed: together they are not longer than it took.
     let fit = if busy > span { span / busy } else { 1.0 };
     let after = ms(to - arrived);
     let (reducing, updating) = (ms(adding.0), ms(adding.1));
     let share = if updating > 0.0 { reducing / (reducing + updating) } else { 1.0 };
-    let known = Phases {
+    let mut between = [after, (whole - span - after).max(0.0), (span - busy).max(0.0)];
+    let mut ahead = 0.0;
+    for part in &mut between {
+        let hidden = (of(spent.ahead) - ahead).clamp(0.0, *part);
+        (*part, ahead) = (*part - hidden, ahead + hidden);
+    }
+    let [after, wait, wire] = between;
+    Phases {
         data: of(spent.data) * fit,
-        forward: of(spent.forward) * fit,
+        forward: forward * fit + ahead,
         backward: of(spent.backward) * fit,
         encode: of(spent.encode) * fit,
-        wire: (span - busy).max(0.0),
+        wire,
         reduce: after * share,
         optimizer: after * (1.0 - share),
-        wait: 0.0,
-    };
-    Phases { wait: (whole - span - after).max(0.0), ..known }
+        wait,
+    }
 }
 
 #[cfg(test)]
@@ -357,19 +366,32 @@ mod tests {
     fn phases_add_up_to_the_step_whatever_was_reported() {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
-        let spent = |each: u64| Spent { data: each, forward: each, backward: each, encode: each, encoded: 1 };
-        let track = |arrived: u64, each: u64| {
-            Some(Track { ordered: at(2), partitions: 1, arrived: Some(at(arrived)), spent: spent(each * 1_000_000) })
+        let track_ahead = |arrived: u64, each: u64, ahead: u64| {
+            let (each, ahead) = (each * 1_000_000, ahead * 1_000_000);
+            let spent = Spent { data: each, forward: each + ahead, ahead, backward: each, encode: each, encoded: 1 };
+            Some(Track { ordered: at(2), partitions: 1, arrived: Some(at(arrived)), spent })
         };
+        let track = |arrived, each| track_ahead(arrived, each, 0);
         let adding = (Duration::from_millis(1), Duration::from_millis(3));
         let got = phases(at(0), at(50), track(42, 5), adding);
         let [data, forward, backward, encode] = [5.0; 4];
+        let near = |got: Phases, want: Phases| {
+            assert!(got.each().iter().zip(want.each()).all(|(a, b)| (a.1 - b.1).abs() < 1e-9), "{got:?}");
+        };
         let want = Phases { data, forward, backward, encode, wire: 20.0, reduce: 2.0, optimizer: 6.0, wait: 2.0 };
-        assert!(got.each().iter().zip(want.each()).all(|(a, b)| (a.1 - b.1).abs() < 1e-9), "{got:?}");
+        near(got, want);
+        // What was computed ahead was hidden: behind the update, then behind what was waited, then behind the wire.
+        let ahead = |ms| phases(at(0), at(50), track_ahead(42, 5, ms), adding);
+        near(ahead(4), Phases { forward: 9.0, reduce: 1.0, optimizer: 3.0, ..want });
+        near(ahead(9), Phases { forward: 14.0, reduce: 0.0, optimizer: 0.0, wait: 1.0, ..want });
+        near(ahead(99), Phases { forward: 35.0, reduce: 0.0, optimizer: 0.0, wait: 0.0, wire: 0.0, ..want });
         for (arrived, each) in [(42, 5), (42, 1000), (2, 0), (60, 1), (1, 3), (50, u64::MAX >> 40)] {
             for adding in [(Duration::ZERO, Duration::ZERO), adding] {
-                let sum: f64 = phases(at(0), at(50), track(arrived, each), adding).each().iter().map(|p| p.1).sum();
-                assert!((sum - 50.0).abs() < 1e-9, "{arrived} {each}: {sum}");
+                for ahead in [0, 1, 7, 1000] {
+                    let got = phases(at(0), at(50), track_ahead(arrived, each, ahead), adding);
+                    let sum: f64 = got.each().iter().map(|p| p.1).sum();
+                    assert!((sum - 50.0).abs() < 1e-9, "{arrived} {each} {ahead}: {sum}");
+                }
             }
         }
         assert_eq!(phases(at(0), at(50), None, adding), Phases { wait: 50.0, ..Default::default() });

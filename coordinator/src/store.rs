@@ -545,6 +545,7 @@ impl Store {
         chunk.beside = Beside::Previous;
         chunk.step = step.next();
         self.versions[index].store(number(Version::of(chunk.step)), Ordering::Release);
+        self.weights.say(index, chunk.step.0);
     }
 
     /// Puts the average of the weights beside them, between two steps, for those who evaluate it until the next step begins. Running

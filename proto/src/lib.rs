@@ -130,7 +130,7 @@ pub fn header(h: &v1::NodeHeader, partitions: u32) -> Result<shm::frame::Header,
 /// What a worker says that it spent, from the wire.
 pub fn spent(s: &v1::Spent) -> shm::frame::Spent {
     let &v1::Spent { data, forward, backward, encode, encoded } = s;
-    shm::frame::Spent { data, forward, backward, encode, encoded }
+    shm::frame::Spent { data, forward, ahead: 0, backward, encode, encoded }
 }
 
 /// A tree node for the wire.

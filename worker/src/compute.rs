@@ -21,7 +21,7 @@ use unisono_common::metrics::{EvalKind, EvalSums};
 use unisono_common::model::Model;
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::rows::First;
-use unisono_common::train::{self, Final, Source as _, Workspace};
+use unisono_common::train::{self, Ahead, Final, Source as _, Workspace};
 use unisono_common::tree::Node;
 use unisono_proto::shm::frame::Spent;
 use unisono_proto::{self as wire, v1};
@@ -72,6 +72,8 @@ struct Filled {
     asked: Option<Asked>,
     /// Whether all that it needs is there.
     ready: bool,
+    /// How far its forward pass has run, and the time that took.
+    ahead: (Ahead, Duration),
 }
 
 impl Compute {
@@ -120,6 +122,8 @@ impl Compute {
         if self.workspace.as_ref().is_none_or(|(have, _)| *have < rows) {
             let segments = self.job.train.partitions as usize;
             self.workspace = Some((rows, Workspace::new(&self.model, rows, segments)));
+            // What was in it is lost.
+            self.filled.iter_mut().for_each(|filled| filled.ahead = Default::default());
         }
         &mut self.workspace.as_mut().expect("just made").1
     }
@@ -154,7 +158,7 @@ impl Compute {
         }
         self.batch.look_up();
         let asked = rows.ask(step, &self.batch);
-        self.filled = Some(Filled { step, node, segments, asked, ready: false });
+        self.filled = Some(Filled { step, node, segments, asked, ready: false, ahead: Default::default() });
     }
 
     /// Asks for the rows of the next step before this one is computed, where they have to be asked for.
@@ -195,6 +199,28 @@ impl Compute {
         Some(gathered)
     }
 
+    /// Makes room for a node's pass; gives what its layers draw their numbers by.
+    fn plan(&mut self, step: u64, node: Node) -> Key {
+        let rows = node.len() as usize * self.job.train.micro_batch * self.prepared.rows_of_a_sample(false);
+        self.workspace(rows.max(self.eval_rows()));
+        Key::new(self.job.seed, Purpose::Dropout).with(step)
+    }
+
+    /// Begins with a node that is most likely the next: gathers its samples, and computes with those weights that have changed already.
+    fn begin(&mut self, step: u64, node: Node, link: &Link) {
+        if self.simulated().is_some() {
+            return;
+        }
+        self.fill(step, node, link.rows());
+        // What tables hold changes last of all.
+        let Some(early) = link.early(step).filter(|_| self.batch.lookups.keys().is_empty()) else { return };
+        let (began, key) = (Instant::now(), self.plan(step, node));
+        let (_, workspace) = self.workspace.as_mut().expect("planned above");
+        let filled = self.filled.as_mut().expect("filled above");
+        let ahead = train::ahead(&self.model, &early, &self.batch, &filled.segments, key, workspace);
+        filled.ahead = (ahead, began.elapsed());
+    }
+
     /// The gradient sums of one node that [`Compute::prepare`] got ready, into `out` and `d_rows`, and what that took; `ready` hears
     /// which trainable values are final, from the last to the first. `None` where the weights do not come.
     fn gradient(
@@ -217,22 +243,21 @@ impl Compute {
             let spent = Spent { forward: forward.as_nanos() as u64, ..Spent::default() };
             return Some((LossSums { loss: 0.0, weight: samples as f64, samples }, spent));
         }
-        let rows = node.len() as usize * self.job.train.micro_batch * self.prepared.rows_of_a_sample(false);
-        let rows = rows.max(self.eval_rows());
-        self.workspace(rows);
+        let key = self.plan(step, node);
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
-        let segments = &self.filled.as_ref().expect("filled above").segments;
-        let key = Key::new(self.job.seed, Purpose::Dropout).with(step);
+        let Filled { segments, ahead, .. } = self.filled.as_mut().expect("filled above");
         let (model, loss, batch) = (&self.model, &self.loss, &self.batch);
+        let (ahead, early) = std::mem::take(ahead);
         let (filled, waited) = (Instant::now(), weights.waited());
-        train::forward(model, weights, batch, segments, key, workspace)?;
+        train::forward(model, weights, batch, segments, key, workspace, ahead)?;
         let weights_all = weights.get(0..model.layout().len())?;
         let forwarded = Instant::now();
         let sums = train::backward(model, loss, weights_all, batch, segments, key, workspace, out, d_rows, ready);
         let nanos = |time: Duration| time.as_nanos() as u64;
         let spent = Spent {
             data: 0,
-            forward: nanos((forwarded - filled).saturating_sub(weights.waited() - waited)),
+            forward: nanos(early + (forwarded - filled).saturating_sub(weights.waited() - waited)),
+            ahead: nanos(early),
             backward: nanos(forwarded.elapsed()),
             ..Default::default()
         };
@@ -307,8 +332,8 @@ impl Compute {
         // The first node of the last step is most likely that of the next one.
         let mut first: Option<(u64, Node)> = None;
         while let Some(order) = link.next(|| {
-            if let Some((step, node)) = first.filter(|_| self.simulated().is_none()) {
-                self.fill(step + 1, node, link.rows());
+            if let Some((step, node)) = first {
+                self.begin(step + 1, node, &link);
             }
         }) {
             let tell = |kind| session.send(v1::FromWorker { kind: Some(kind) }).ok().context("the session ended");

@@ -5,7 +5,7 @@
 
 use crate::rows;
 use crate::session::FetchOrder;
-use crate::weights::{Coming, Reading};
+use crate::weights::{Coming, Early, Reading};
 use anyhow::{Context, Result};
 use std::cell::Cell;
 use std::ops::Range;
@@ -95,6 +95,14 @@ impl Link {
         match &self.way {
             Way::Shared { weights, .. } => Some(Reading::whole(weights, version)),
             Way::Streams { coming, .. } => Reading::coming(coming, version),
+        }
+    }
+
+    /// Those of a step that nothing is ordered of yet, where they can be seen to change.
+    pub fn early(&self, step: u64) -> Option<Early<'_>> {
+        match &self.way {
+            Way::Shared { weights, .. } => Some(Early { weights, step }),
+            Way::Streams { .. } => None,
         }
     }
 

@@ -136,7 +136,7 @@ async fn encode(
 
 /// Adds what was encoded after the gradient was computed: before that, it was done beside.
 fn with_encoding(spent: Spent, computed: Instant, encoded: &[(Range<Instant>, usize)]) -> v1::Spent {
-    let Spent { data, forward, backward, mut encode, encoded: mut bytes } = spent;
+    let Spent { data, forward, ahead: _, backward, mut encode, encoded: mut bytes } = spent;
     for (time, len) in encoded {
         let (whole, after) = (time.end - time.start, time.end.saturating_duration_since(computed.max(time.start)));
         encode += after.as_nanos() as u64;

@@ -101,6 +101,19 @@ impl<'a> Reading<'a> {
     }
 }
 
+/// The weights of a step that nothing is ordered of yet, as far as they are there.
+pub struct Early<'a> {
+    pub weights: &'a Weights,
+    pub step: u64,
+}
+
+impl Source for Early<'_> {
+    fn get(&self, range: Range<usize>) -> Option<&[f32]> {
+        let there = self.weights.has(self.step, range.clone());
+        there.then(|| self.weights.of_step(self.step, range))
+    }
+}
+
 impl Source for Reading<'_> {
     fn get(&self, range: Range<usize>) -> Option<&[f32]> {
         if let (Some(coming), false) = (self.coming, range.is_empty()) {
@@ -121,14 +134,16 @@ impl Drop for Reading<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::RefCell;
     use std::sync::mpsc;
     use unisono_common::data::{Batch, Targets};
     use unisono_common::ids::Step;
-    use unisono_common::job::{Activation, Model as Spec};
+    use unisono_common::job::{self, Activation, Model as Spec};
     use unisono_common::layers::Segments;
+    use unisono_common::loss::Loss;
     use unisono_common::model::{Model, Signature};
     use unisono_common::rng::{Key, Purpose};
-    use unisono_common::train::{self, Workspace};
+    use unisono_common::train::{self, Ahead, Workspace};
 
     /// Says what it was asked for, and when it has answered.
     struct Told<'a>(Reading<'a>, mpsc::Sender<(Range<usize>, bool)>);
@@ -140,6 +155,87 @@ mod tests {
             let values = self.0.get(range.clone())?;
             tell(true);
             Some(values)
+        }
+    }
+
+    /// Says what it was asked for ahead of an order, and whether it had that.
+    struct Asked<'a>(Early<'a>, RefCell<Vec<(Range<usize>, bool)>>);
+
+    impl Source for Asked<'_> {
+        fn get(&self, range: Range<usize>) -> Option<&[f32]> {
+            let values = self.0.get(range.clone());
+            self.1.borrow_mut().push((range, values.is_some()));
+            values
+        }
+    }
+
+    /// A pass ahead of its order looks at weights that are said to be there only, from the first layer's last outputs on; the pass that
+    /// goes on from there gives the same bits, without looking at them again.
+    #[test]
+    fn a_pass_begins_with_the_weights_that_have_changed() {
+        let spec = Spec::Mlp { hidden: vec![700, 20], activation: Activation::Relu, dropout: 0.5 };
+        let model = Model::build(&spec, &Signature::new(&[500], 3)).expect("a model");
+        let (layout, whole) = (model.layout(), model.layout().init(1));
+        let (samples, step, first) = (5, 8, 700 * 501);
+        let inputs = (0..samples * 500).map(|i| (i % 17) as f32 - 8.0).collect();
+        let targets = Targets::Class((0..samples as u32).map(|i| i % 3).collect());
+        let batch = Batch { inputs, targets, samples, ..Batch::empty() };
+        let (segments, key) = (Segments { lo: 0, starts: vec![0, 2, samples] }, Key::new(1, Purpose::Dropout));
+        let loss = job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
+        let loss = Loss::new(&loss, model.outputs()).expect("a loss");
+        let weights = Arc::new(Weights::private(layout.len()).expect("memory"));
+        let mut pieces = weights.pieces((0..layout.chunks()).map(|i| layout.chunk(i)));
+        let mut put = |index: usize, values: &[f32]| pieces[index].begin(step).copy_from_slice(values);
+        let mut workspace = Workspace::new(&model, samples, 2);
+        let mut run = |ahead: usize| {
+            (0..layout.chunks()).for_each(|i| put(i, &vec![f32::NAN; layout.chunk(i).len()]));
+            for i in (layout.chunks() - ahead..layout.chunks()).rev() {
+                put(i, &whole[layout.chunk(i)]);
+                weights.say(i, step);
+            }
+            let asked = Asked(Early { weights: &weights, step }, RefCell::default());
+            let begun = train::ahead(&model, &asked, &batch, &segments, key, &mut workspace);
+            // What was computed with is gone, but for later layers; the rest comes.
+            for i in 0..layout.chunks() {
+                let range = layout.chunk(i);
+                let used = asked.1.borrow().iter().any(|(asked, there)| *there && asked.start <= range.start);
+                let values =
+                    if used && range.end <= first { vec![f32::NAN; range.len()] } else { whole[range].to_vec() };
+                put(i, &values);
+            }
+            let mut gradient = vec![f32::NAN; layout.len()];
+            let reading = Reading::whole(&weights, Version::of(Step(step)));
+            train::forward(&model, &reading, &batch, &segments, key, &mut workspace, begun).expect("all are there");
+            let (values, work) = (reading.get(0..layout.len()).expect("all"), &mut workspace);
+            let sums = train::backward(
+                &model,
+                &loss,
+                values,
+                &batch,
+                &segments,
+                key,
+                work,
+                &mut gradient,
+                &mut [],
+                &mut |_, _| {},
+            );
+            (0..layout.chunks()).for_each(|i| weights.say(i, step - 2));
+            assert!(sums.loss.is_finite());
+            (asked.1.into_inner(), sums.loss.to_bits(), gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+        };
+        let (none, loss, gradient) = run(0);
+        assert!(none.len() == 1 && !none[0].1, "{none:?}");
+        for ahead in 1..=layout.chunks() {
+            let (asked, some_loss, some_gradient) = run(ahead);
+            assert!(some_loss == loss && some_gradient == gradient, "with {ahead} chunks ahead: {asked:?}");
+            let from = layout.chunk(layout.chunks() - ahead).start;
+            assert!(
+                asked.iter().all(|(range, there)| *there == (range.start >= from) && range.end == first),
+                "{asked:?}"
+            );
+            assert!(asked.is_sorted_by(|a, b| a.0.start > b.0.start), "{asked:?}");
+            assert_eq!(asked.last().is_some_and(|(range, there)| *there && range.start == 0), ahead == layout.chunks());
+            assert!(asked.len() > 2 || ahead < 3, "{asked:?}");
         }
     }
 
@@ -164,7 +260,7 @@ mod tests {
         std::thread::scope(|scope| {
             let pass = scope.spawn(|| {
                 let source = Told(Reading::coming(&coming, Version::of(Step(7))).expect("it is open"), tell);
-                train::forward(&model, &source, &batch, &segments, key, &mut workspace)?;
+                train::forward(&model, &source, &batch, &segments, key, &mut workspace, Ahead::default())?;
                 Some(source.0.waited())
             });
             // Each layer runs as soon as its last chunk is there, and the next one waits for its own.

@@ -2,10 +2,11 @@
 
 use super::activation::masked;
 use super::{Blocks, Grads, Layer, Params, Pass, over_rows, tree_spare, tree_sum};
-use crate::kernels::gemm::{Packed, product_with};
-use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm, product};
+use crate::kernels::gemm::{Packed, product_apart, product_with};
+use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm};
 use crate::layout::{CHUNK, Init, Kind, Role, Tensor};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// `y = finish(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`. Of a sample of shape `[positions, inputs]`, each
 /// position is a row of its own.
@@ -21,7 +22,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    fn outputs(&self) -> usize {
+    pub(super) fn outputs(&self) -> usize {
         self.out_shape[self.out_shape.len() - 1]
     }
 
@@ -39,11 +40,34 @@ impl Linear {
         Blocks { rows, row_len: self.inputs, limit: 1 << 16, most: rows, extra: 0 }
     }
 
-    /// Rows of the weights' gradient that are announced together: about a chunk of them, but enough of them to be computed
-    /// well, and no more than 16 times.
+    /// Rows of the weights whose gradient is announced together, and whose outputs may be computed before those of others: about a
+    /// chunk of them, but enough of them to be computed well, and no more than 16 times.
     fn strip(&self) -> usize {
         let rows = (CHUNK / self.inputs.max(1)).max(self.outputs().div_ceil(16)).max(96);
         rows.next_multiple_of(8 * kernels::lanes())
+    }
+
+    /// The last of the first `missing` outputs, which are computed together where others may have to wait for their weights: those
+    /// whose weights come first.
+    pub(super) fn last_of(&self, missing: usize) -> Range<usize> {
+        missing.saturating_sub(1) / self.strip() * self.strip()..missing
+    }
+
+    /// Where the weights of an output begin among the layer's trainable values.
+    pub(super) fn weights_of(&self, output: usize) -> usize {
+        output * self.inputs
+    }
+
+    /// `outputs` of [`Layer::forward`]; the others of `y` stay as they are. `params` holds the layer's trainable values from
+    /// [`Linear::weights_of`] the first of them on.
+    pub(super) fn forward_of(&self, outputs: Range<usize>, pass: &Pass<'_>, params: &[f32], x: &[f32], y: &mut [f32]) {
+        let (i, o, positions) = (self.inputs, self.outputs(), self.positions());
+        let (w_oi, b_o) = params.split_at(self.weights_of(o - outputs.start));
+        let w_oi = Mat::new(w_oi, outputs.len(), i);
+        let start = if self.bias.is_some() { Start::Columns(&b_o[outputs.clone()]) } else { Start::Zero };
+        over_rows(pass.segments.total() * positions, (y, o), (x, i), |_, y, x| {
+            product_apart(&mut y[outputs.start..], o, Mat::new(x, x.len() / i, i), w_oi.t(), start, self.finish);
+        });
     }
 
     /// Room for the inputs of `rows` rows in `segments` segments, packed for all parts of the weights' gradient; it is
@@ -89,12 +113,11 @@ impl Layer for Linear {
     }
 
     fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
-        let (i, o, positions) = (self.inputs, self.outputs(), self.positions());
-        let (w_oi, b_o) = params.trainable.split_at(self.weights());
-        over_rows(pass.segments.total() * positions, (y, o), (x, i), |_, y, x| {
-            let start = if self.bias.is_some() { Start::Columns(b_o) } else { Start::Zero };
-            product(y, Mat::new(x, x.len() / i, i), Mat::new(w_oi, o, i).t(), start, self.finish);
-        });
+        self.forward_of(0..self.outputs(), pass, params.trainable, x, y);
+    }
+
+    fn as_linear(&self) -> Option<&Linear> {
+        Some(self)
     }
 
     fn backward(

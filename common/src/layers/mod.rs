@@ -37,6 +37,7 @@ pub use linear::Linear;
 pub use lookup::{Lookup, Slice};
 pub use parallel::Parallel;
 pub use pool::{GlobalAvgPool, Pool2d};
+pub(crate) use sequential::Begun;
 pub use sequential::{Flatten, Residual, Sequential};
 
 use crate::kernels;
@@ -153,6 +154,11 @@ pub trait Layer: Send + Sync {
     /// Those for the input's gradient, which a model's first layer with parameters is not asked for.
     fn input_multiply_adds(&self) -> u64 {
         self.multiply_adds()
+    }
+
+    /// The layer itself, where its outputs may be computed in parts, as their parameters come.
+    fn as_linear(&self) -> Option<&Linear> {
+        None
     }
 
     /// `y = f(x)`.

@@ -20,6 +20,15 @@ pub struct Sequential {
     places: Vec<usize>,
 }
 
+/// How far a chain's forward pass has come.
+#[derive(Default)]
+pub(crate) struct Begun {
+    /// The layers that have run.
+    layers: usize,
+    /// Outputs of the next one that are there: its last ones.
+    outputs: usize,
+}
+
 fn len(shape: &[usize]) -> usize {
     shape.iter().product()
 }
@@ -66,7 +75,11 @@ impl Sequential {
     }
 
     /// [`Layer::forward`] with parameters that each layer gets when its turn comes: `params(trainable, running)` gives those
-    /// at these places among all of the chain's. `None` where it gives none: then `y` is not there.
+    /// at these places among all of the chain's. `None` where it gives none: then `y` is not there, but a run with the same memory
+    /// may go on where this one has `begun`.
+    ///
+    /// A run `ahead` ends with the first layer that has parameters, and asks for these part by part, from its last outputs to its
+    /// first: so their gradients are announced, and so they change.
     pub(crate) fn run<'p>(
         &self,
         pass: &Pass<'_>,
@@ -75,6 +88,8 @@ impl Sequential {
         y: &mut [f32],
         saved: &mut [f32],
         scratch: &mut [f32],
+        begun: &mut Begun,
+        ahead: bool,
     ) -> Option<()> {
         let (rows, segments) = (pass.segments.total(), pass.segments.len());
         let (mut between, mut kept) = saved.split_at_mut(self.between() * rows);
@@ -82,7 +97,7 @@ impl Sequential {
         let mut x = x;
         let mut y = Some(y);
         for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate() {
-            let mine = params(trainable..trainable + t, running..running + r)?;
+            let (first, of_running) = (trainable, running..running + r);
             (trainable, running) = (trainable + t, running + r);
             let (saved, rest) = kept.split_at_mut(layer.saved(rows, segments));
             kept = rest;
@@ -93,9 +108,29 @@ impl Sequential {
                 between = rest;
                 out
             };
-            let pass = Pass { key: pass.key.with(self.places[i] as u64), ..*pass };
-            layer.forward(&pass, mine, x, out, saved, &mut scratch[..layer.scratch(rows, segments)]);
+            if i >= begun.layers {
+                let pass = Pass { key: pass.key.with(self.places[i] as u64), ..*pass };
+                match layer.as_linear().filter(|_| ahead || begun.outputs > 0) {
+                    Some(linear) => {
+                        while begun.outputs < linear.outputs() {
+                            let missing = linear.outputs() - begun.outputs;
+                            let some = if ahead { linear.last_of(missing) } else { 0..missing };
+                            let mine = params(first + linear.weights_of(some.start)..trainable, of_running.clone())?;
+                            linear.forward_of(some.clone(), &pass, mine.trainable, x, out);
+                            begun.outputs += some.len();
+                        }
+                    }
+                    None => {
+                        let mine = params(first..trainable, of_running)?;
+                        layer.forward(&pass, mine, x, out, saved, &mut scratch[..layer.scratch(rows, segments)]);
+                    }
+                }
+                *begun = Begun { layers: i + 1, outputs: 0 };
+            }
             x = out;
+            if ahead && i >= self.first() {
+                return None;
+            }
         }
         if let Some(y) = y {
             y.copy_from_slice(x); // no layers at all
@@ -153,7 +188,8 @@ impl Layer for Sequential {
         scratch: &mut [f32],
     ) {
         let part = |t, r| Some(params.part(t, r));
-        self.run(pass, part, x, y, saved, scratch).expect("all parameters are there");
+        let begun = &mut Begun::default();
+        self.run(pass, part, x, y, saved, scratch, begun, false).expect("all parameters are there");
     }
 
     fn backward(

@@ -32,6 +32,8 @@ pub struct Spent {
     /// Gathering the samples.
     pub data: u64,
     pub forward: u64,
+    /// What of it was over when the worker had the order.
+    pub ahead: u64,
     /// Loss and backward pass.
     pub backward: u64,
     /// Making messages of the gradient, as far as it was not done beside the backward pass.
@@ -127,9 +129,11 @@ impl Report {
                 words.u64(sums.loss.to_bits()).u64(sums.weight.to_bits()).u64(sums.samples).u32(rows).frame
             }
             Report::Ready { slot, from, to, spent } => {
-                let words = Words::tagged(3).u32(slot).u32(from).u32(to).u32(spent.is_some().into());
-                let Spent { data, forward, backward, encode, encoded } = spent.unwrap_or_default();
-                words.u64(data).u64(forward).u64(backward).u64(encode).u64(encoded).frame
+                let words = |tag| Words::tagged(tag).u32(slot).u32(from).u32(to);
+                let Some(Spent { data, forward, ahead, backward, encode, encoded }) = spent else {
+                    return words(3).frame;
+                };
+                words(5).u64(data).u64(forward).u64(ahead).u64(backward).u64(encode).u64(encoded).frame
             }
             Report::Rows { slot } => Words::tagged(4).u32(slot).frame,
         }
@@ -148,11 +152,14 @@ impl Report {
                 let sums = LossSums { loss, weight, samples: read.u64() };
                 Ok(Report::Begin { slot, header: Header { step, generation, node, sums, rows: read.u32() } })
             }
-            3 => {
-                let (slot, from, to, said) = (read.u32(), read.u32(), read.u32(), read.u32() != 0);
-                let (data, forward, backward) = (read.u64(), read.u64(), read.u64());
-                let spent = Spent { data, forward, backward, encode: read.u64(), encoded: read.u64() };
-                Ok(Report::Ready { slot, from, to, spent: said.then_some(spent) })
+            tag @ (3 | 5) => {
+                let (slot, from, to) = (read.u32(), read.u32(), read.u32());
+                let mut spent = || {
+                    let (data, forward, ahead) = (read.u64(), read.u64(), read.u64());
+                    Spent { data, forward, ahead, backward: read.u64(), encode: read.u64(), encoded: read.u64() }
+                };
+                let spent = (tag == 5).then(&mut spent);
+                Ok(Report::Ready { slot, from, to, spent })
             }
             4 => Ok(Report::Rows { slot: read.u32() }),
             tag => Err(unknown(tag)),
@@ -173,7 +180,7 @@ mod tests {
             assert!(Report::from_frame(&order.to_frame()).is_err());
             let sums = LossSums { loss: -1.5e300, weight: f64::MIN_POSITIVE, samples: step };
             let begin = Report::Begin { slot: 1, header: Header { step, generation, node, sums, rows: u32::MAX } };
-            let spent = Spent { data: 1, forward: u64::MAX, backward: 3, encode: 1 << 33, encoded: step };
+            let spent = Spent { data: 1, forward: u64::MAX, ahead: 2, backward: 3, encode: 1 << 33, encoded: step };
             let ready = |spent| Report::Ready { slot: 7, from: 1, to: u32::MAX, spent };
             for report in [begin, ready(None), ready(Some(spent)), Report::Rows { slot: 9 }] {
                 assert_eq!(Report::from_frame(&report.to_frame()), Ok(report));

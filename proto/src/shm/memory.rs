@@ -10,7 +10,8 @@ use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
+use unisono_common::layout::CHUNK;
 
 /// Parts of a memory begin at multiples of this: no page, and no line of a cache, belongs to two of them.
 pub const PAGE: usize = 4096;
@@ -244,7 +245,7 @@ impl BellMemory {
     }
 }
 
-/// The weights of two steps, one beside the other.
+/// The weights of two steps, one beside the other, and for each chunk a word that says whose step's weights were written last.
 pub struct Weights {
     memory: Memory,
     len: usize,
@@ -253,7 +254,7 @@ pub struct Weights {
 impl Weights {
     /// Bytes of a memory for `len` weights.
     pub fn bytes(len: usize) -> usize {
-        2 * whole_pages(len * 4)
+        2 * whole_pages(len * 4) + len.div_ceil(CHUNK) * 4
     }
 
     /// Memory for `len` weights that others may read.
@@ -284,6 +285,28 @@ impl Weights {
 
     fn buffer(&self, step: u64) -> usize {
         if step.is_multiple_of(2) { 0 } else { whole_pages(self.len * 4) }
+    }
+
+    /// What a chunk's word says of `step`: not 0, which is what it says at first.
+    fn word(step: u64) -> u32 {
+        (step as u32).wrapping_add(1)
+    }
+
+    /// Says that the weights of `step` at chunk `index` are there, for all who look.
+    ///
+    /// # Panics
+    /// Where this process may only read them.
+    pub fn say(&self, index: usize, step: u64) {
+        let words = self.memory.words(2 * self.buffer(1), self.len.div_ceil(CHUNK));
+        words[index].store(Weights::word(step), Ordering::Release);
+    }
+
+    /// Whether the last that was said of each chunk at `range` is that the weights of `step` are there. They are looked at ahead of
+    /// the step's orders, and stay as they are for whom it is going to ask: what others see may change.
+    pub fn has(&self, step: u64, range: Range<usize>) -> bool {
+        let words = self.memory.read_words(2 * self.buffer(1), self.len.div_ceil(CHUNK));
+        let there = |word: &AtomicU32| word.load(Ordering::Acquire) == Weights::word(step);
+        words[range.start / CHUNK..range.end.div_ceil(CHUNK)].iter().all(there)
     }
 
     /// The weights of `step` at `range`, which have come, and which the coordinator has ordered something to be computed with.
@@ -364,11 +387,14 @@ mod tests {
     fn what_is_given_away_keeps_its_size_and_weights_may_only_be_read() {
         let weights = Weights::create(5).expect("memory");
         let file = || weights.memory.file().expect("a file").try_clone_to_owned().expect("a second handle");
-        assert!(Memory::open(file(), 3 * PAGE, false).is_err(), "another size");
-        assert!(Memory::open(file(), 2 * PAGE, true).is_err(), "for writing");
+        assert!(Memory::open(file(), Weights::bytes(5) + PAGE, false).is_err(), "another size");
+        assert!(Memory::open(file(), Weights::bytes(5), true).is_err(), "for writing");
         assert!(rustix::fs::ftruncate(file(), 0).is_err(), "it can be resized");
         let other = Weights::of(Memory::open(file(), Weights::bytes(5), false).expect("for reading"), 5);
         assert_eq!(other.of_step(0, 0..5), [0.0; 5]);
+        assert!(!other.has(0, 0..5) && other.has(0, 0..0), "nothing was said");
+        weights.say(0, 7);
+        assert!(other.has(7, 0..5) && !other.has(6, 0..5) && !other.has(8, 0..1));
         let bell = BellMemory::create().expect("memory");
         let file = bell.memory().file().expect("a file").try_clone_to_owned().expect("a second handle");
         let theirs = BellMemory::of(Memory::open(file, BELL_BYTES, true).expect("for writing"));

@@ -86,10 +86,19 @@ pub fn gemm(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, add: bool) {
 /// # Panics
 /// Where the shapes do not fit.
 pub fn product(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, start: Start<'_>, finish: Finish) {
+    product_apart(c, b.cols, a, b, start, finish);
+}
+
+/// [`product`] with rows of `c` that begin `c_stride` apart; what lies between them stays as it is.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn product_apart(c: &mut [f32], c_stride: usize, a: Mat<'_>, b: Mat<'_>, start: Start<'_>, finish: Finish) {
     assert_eq!(a.cols, b.rows, "a product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
-    let c = &mut c[..a.rows * b.cols];
-    if !c.is_empty() {
-        super::isa::arch().dispatch(Either { c, a, b, start, finish });
+    assert!(c_stride >= b.cols, "rows of {} values {c_stride} apart", b.cols);
+    if a.rows > 0 && b.cols > 0 {
+        let c = &mut c[..(a.rows - 1) * c_stride + b.cols];
+        super::isa::arch().dispatch(Either { c, c_stride, a, b, start, finish });
     }
 }
 
@@ -331,6 +340,7 @@ fn whole<S: Simd>(columns: usize) -> usize {
 /// A product of which either matrix may become the packed one.
 struct Either<'a> {
     c: &'a mut [f32],
+    c_stride: usize,
     a: Mat<'a>,
     b: Mat<'a>,
     start: Start<'a>,
@@ -342,7 +352,7 @@ impl WithSimd for Either<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Either { c, a, b, start, finish } = self;
+        let Either { c, c_stride, a, b, start, finish } = self;
         // About the cycles: a multiply-add a vector, and moving what is packed or stored across.
         let cost = |left: Mat<'_>, right: Mat<'_>| {
             let (rows, packed) = (left.rows * left.cols, right.rows * right.cols);
@@ -355,8 +365,7 @@ impl WithSimd for Either<'_> {
                     (None, _) => 2 * packed,
                 }
         };
-        let across = 2 * c.len() * a.cols.div_ceil(depth::<S>(a.rows));
-        let c_stride = b.cols;
+        let across = 2 * a.rows * b.cols * a.cols.div_ceil(depth::<S>(a.rows));
         if cost(b.t(), a.t()) + across < cost(a, b) {
             let start = match start {
                 Start::Rows(bias) => Start::Columns(bias),
@@ -365,7 +374,7 @@ impl WithSimd for Either<'_> {
             };
             Product { c_stride, across: true, finish, ..Product::of(c, b.t(), a.t(), start) }.with_simd(simd);
         } else {
-            Product { finish, ..Product::of(c, a, b, start) }.with_simd(simd);
+            Product { c_stride, finish, ..Product::of(c, a, b, start) }.with_simd(simd);
         }
     }
 }

@@ -33,6 +33,19 @@ fn check(m: usize, k: usize, n: usize) {
             .map(|isa| {
                 let mut c = old.clone();
                 with_isa(isa, || product(&mut c, mat_a, mat_b, start, finish)).expect("it is available");
+                // The same in wider rows, of which the rest stays as it is.
+                let mut rows = vec![7.5; m * (n + 3)];
+                (0..m).for_each(|i| rows[i * (n + 3)..][..n].copy_from_slice(&old[i * n..][..n]));
+                let apart = || product_apart(&mut rows, n + 3, mat_a, mat_b, start, finish);
+                with_isa(isa, apart).expect("it is available");
+                for (at, got) in rows.iter().enumerate() {
+                    let (i, j) = (at / (n + 3), at % (n + 3));
+                    let want = if j < n { c[i * n + j] } else { 7.5 };
+                    assert!(
+                        got.to_bits() == want.to_bits(),
+                        "({i}, {j}) of {m}x{k}x{n} in wider rows: {got}, not {want}"
+                    );
+                }
                 (isa, c)
             })
             .collect();
