@@ -94,8 +94,8 @@ pub fn forward(
     run(model, params, batch, segments, key, workspace, &mut ahead.0, false)
 }
 
-/// The beginning of [`forward`], before all parameters have changed: as much of the first layer that has any as those that `params`
-/// has already are enough for.
+/// The beginning of [`forward`], before all parameters have changed: the outputs of a linear layer, if it is the first that has
+/// parameters, for which `params` has them already.
 pub fn ahead(
     model: &Model,
     params: &(impl Source + ?Sized),

@@ -30,8 +30,8 @@ pub struct Window {
 
 /// Where a step's time went, in milliseconds; together the time from one commit to the next.
 ///
-/// A step's critical worker is the one whose gradient was complete last. What it computed ahead of its order counts as its forward
-/// pass; it was hidden behind what lay between two steps (reduction, update, waiting, wire), which counts for as much less.
+/// A step's critical worker is the one whose gradient was complete last. What it did ahead of its order counts as its data and
+/// forward pass; what lay between two steps meanwhile (reduction, update, waiting, wire) was hidden, and counts for as much less.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Phases {
     /// The critical worker gathered its samples.
@@ -332,23 +332,23 @@ fn phases(from: Instant, to: Instant, critical: Option<Track>, adding: (Duration
     let arrived = arrived.min(to);
     let span = ms(arrived.saturating_duration_since(ordered.max(from)));
     let of = |nanos: u64| nanos as f64 / 1e6;
-    let forward = of(spent.forward.saturating_sub(spent.ahead));
-    let busy = of(spent.data) + forward + of(spent.backward) + of(spent.encode);
-    // Of several nodes, one is encoded while the next is computed: together they are not longer than it took.
-    let fit = if busy > span { span / busy } else { 1.0 };
+    let all = of(spent.data) + of(spent.forward) + of(spent.backward) + of(spent.encode);
+    let busy = (all - of(spent.ahead)).clamp(0.0, span);
     let after = ms(to - arrived);
     let (reducing, updating) = (ms(adding.0), ms(adding.1));
     let share = if updating > 0.0 { reducing / (reducing + updating) } else { 1.0 };
-    let mut between = [after, (whole - span - after).max(0.0), (span - busy).max(0.0)];
+    let mut between = [after, (whole - span - after).max(0.0), span - busy];
     let mut ahead = 0.0;
     for part in &mut between {
         let hidden = (of(spent.ahead) - ahead).clamp(0.0, *part);
         (*part, ahead) = (*part - hidden, ahead + hidden);
     }
     let [after, wait, wire] = between;
+    // Of several nodes, one is encoded while the next is computed: together they are not longer than it took.
+    let fit = if all > busy + ahead { (busy + ahead) / all } else { 1.0 };
     Phases {
         data: of(spent.data) * fit,
-        forward: forward * fit + ahead,
+        forward: of(spent.forward) * fit,
         backward: of(spent.backward) * fit,
         encode: of(spent.encode) * fit,
         wire,
@@ -384,7 +384,10 @@ mod tests {
         let ahead = |ms| phases(at(0), at(50), track_ahead(42, 5, ms), adding);
         near(ahead(4), Phases { forward: 9.0, reduce: 1.0, optimizer: 3.0, ..want });
         near(ahead(9), Phases { forward: 14.0, reduce: 0.0, optimizer: 0.0, wait: 1.0, ..want });
-        near(ahead(99), Phases { forward: 35.0, reduce: 0.0, optimizer: 0.0, wait: 0.0, wire: 0.0, ..want });
+        // Never more than there is: then all of its parts count for as much less.
+        let fit = 50.0 / 119.0;
+        let [data, backward, encode] = [5.0 * fit; 3];
+        near(ahead(99), Phases { data, forward: 104.0 * fit, backward, encode, ..Phases::default() });
         for (arrived, each) in [(42, 5), (42, 1000), (2, 0), (60, 1), (1, 3), (50, u64::MAX >> 40)] {
             for adding in [(Duration::ZERO, Duration::ZERO), adding] {
                 for ahead in [0, 1, 7, 1000] {

@@ -742,6 +742,8 @@ mod tests {
         push(Step(7), 0, CHUNK);
         push(Step(7), 0, CHUNK);
         assert_eq!(done.load(Ordering::SeqCst), 0, "one chunk is not a step");
+        let said = |step| [0, 1].map(|index| store.weights.has(step, store.layout.chunk(index)));
+        assert_eq!((said(7), said(8)), ([false, false], [true, false]), "who looks ahead sees what has changed");
         assert!(!store.is_at(Step(7)) && !store.is_at(Step(8)), "half a step would be kept");
         // Who joins now still gets the open step's weights of every chunk, and then what is already there of the next.
         assert_eq!(version(0, None), Some((of(7), value(1.0))));
@@ -824,6 +826,7 @@ mod tests {
             for i in (0..layout.chunks()).rev() {
                 let values = gradient[layout.chunk(i)].to_vec();
                 assert!(store.add(Step(step), Node { lo: 0, hi: 1 }, sums, i, Gradient::Sum(values)));
+                assert!((0..layout.chunks()).all(|i| !store.weights.has(step + 1, layout.chunk(i))), "directions only");
                 store.complete(i);
             }
             let mean: Vec<f32> = gradient.iter().map(|g| g * 0.25).collect();
@@ -855,6 +858,7 @@ mod tests {
                     "{step}"
                 );
                 assert!(step == 0 || new != average);
+                assert!(store.weights.has(step + 1, layout.chunk(i)), "the average is beside them");
             }
             assert!(store.is_at(Step(step + 1)));
         }

@@ -84,8 +84,13 @@ fn check(summary: &Value, workload: &str, transport: &str) {
     let phase = |name: &str| number(&summary["phases"][name]["ms"]);
     let sum: f64 = PHASES.iter().map(|name| phase(name)).sum();
     assert!((sum - mean).abs() < mean * 0.01, "the phases are {sum} ms, a step is {mean} ms: {summary}");
+    // Over shared memory the next forward pass may hide all that comes after a step's last chunk.
     for name in ["data", "forward", "backward", "reduce", "optimizer"] {
-        assert!(phase(name) > 0.0, "{name}: {summary}");
+        let may_hide = transport == "shm" && ["reduce", "optimizer"].contains(&name);
+        assert!(phase(name) > 0.0 || may_hide, "{name}: {summary}");
+    }
+    for name in ["reduce", "optimizer"] {
+        assert!(number(&summary["phases"][name]["gb_per_second"]) > 0.0, "{name}: {summary}");
     }
     for name in ["forward", "backward"] {
         assert!(number(&summary["phases"][name]["gflops"]) > 0.0, "{name}: {summary}");

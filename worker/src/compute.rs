@@ -1,6 +1,8 @@
 //! The compute thread: weights in, gradient sums out. It knows nothing of the network but its link.
 
 mod passes;
+#[cfg(all(test, target_os = "linux"))]
+mod tests;
 
 use crate::Simulated;
 use crate::link::{Announcement, Link, Order};
@@ -72,8 +74,12 @@ struct Filled {
     asked: Option<Asked>,
     /// Whether all that it needs is there.
     ready: bool,
-    /// How far its forward pass has run, and the time that took.
-    ahead: (Ahead, Duration),
+    /// How far its forward pass has run ahead of its order, and what that took.
+    ahead: (Ahead, Spent),
+}
+
+fn nanos(time: Duration) -> u64 {
+    time.as_nanos() as u64
 }
 
 impl Compute {
@@ -211,14 +217,16 @@ impl Compute {
         if self.simulated().is_some() {
             return;
         }
+        let began = Instant::now();
         self.fill(step, node, link.rows());
         // What tables hold changes last of all.
         let Some(early) = link.early(step).filter(|_| self.batch.lookups.keys().is_empty()) else { return };
-        let (began, key) = (Instant::now(), self.plan(step, node));
+        let (data, key) = (began.elapsed(), self.plan(step, node));
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
         let filled = self.filled.as_mut().expect("filled above");
         let ahead = train::ahead(&self.model, &early, &self.batch, &filled.segments, key, workspace);
-        filled.ahead = (ahead, began.elapsed());
+        let [data, all] = [data, began.elapsed()].map(nanos);
+        filled.ahead = (ahead, Spent { data, forward: all - data, ahead: all, ..Spent::default() });
     }
 
     /// The gradient sums of one node that [`Compute::prepare`] got ready, into `out` and `d_rows`, and what that took; `ready` hears
@@ -240,7 +248,7 @@ impl Compute {
             std::thread::sleep(forward);
             out.fill(0.0);
             let samples = (node.lo..node.hi).map(|p| self.feeder.positions(step, p).len() as u64).sum();
-            let spent = Spent { forward: forward.as_nanos() as u64, ..Spent::default() };
+            let spent = Spent { forward: nanos(forward), ..Spent::default() };
             return Some((LossSums { loss: 0.0, weight: samples as f64, samples }, spent));
         }
         let key = self.plan(step, node);
@@ -253,13 +261,10 @@ impl Compute {
         let weights_all = weights.get(0..model.layout().len())?;
         let forwarded = Instant::now();
         let sums = train::backward(model, loss, weights_all, batch, segments, key, workspace, out, d_rows, ready);
-        let nanos = |time: Duration| time.as_nanos() as u64;
         let spent = Spent {
-            data: 0,
-            forward: nanos(early + (forwarded - filled).saturating_sub(weights.waited() - waited)),
-            ahead: nanos(early),
+            forward: early.forward + nanos((forwarded - filled).saturating_sub(weights.waited() - waited)),
             backward: nanos(forwarded.elapsed()),
-            ..Default::default()
+            ..early
         };
         Some((sums, spent))
     }
@@ -380,7 +385,7 @@ impl Compute {
             if sums.loss.is_finite() {
                 // Before the last announcement: then others may be written over them.
                 drop(weights);
-                spent.data += gathered.as_nanos() as u64;
+                spent.data += nanos(gathered);
                 announcement.finish(sums, spent);
             } else {
                 link.drop_slot(slot);
@@ -410,7 +415,7 @@ impl Compute {
         };
         let (sums, mut spent) =
             self.gradient(order.step, order.node, weights, link.gradient(slot), d_rows, &mut ready)?;
-        let telling = telling.as_nanos() as u64;
+        let telling = nanos(telling);
         (spent.backward, spent.encode) = (spent.backward.saturating_sub(telling), telling);
         Some(Computed { announcement, sums, spent })
     }

@@ -186,7 +186,7 @@ mod tests {
         let weights = Arc::new(Weights::private(layout.len()).expect("memory"));
         let mut pieces = weights.pieces((0..layout.chunks()).map(|i| layout.chunk(i)));
         let mut put = |index: usize, values: &[f32]| pieces[index].begin(step).copy_from_slice(values);
-        let mut workspace = Workspace::new(&model, samples, 2);
+        let pools = [1, 2].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("a pool"));
         let mut run = |ahead: usize| {
             (0..layout.chunks()).for_each(|i| put(i, &vec![f32::NAN; layout.chunk(i).len()]));
             for i in (layout.chunks() - ahead..layout.chunks()).rev() {
@@ -194,6 +194,7 @@ mod tests {
                 weights.say(i, step);
             }
             let asked = Asked(Early { weights: &weights, step }, RefCell::default());
+            let mut workspace = Workspace::new(&model, samples, 2);
             let begun = train::ahead(&model, &asked, &batch, &segments, key, &mut workspace);
             // What was computed with is gone, but for later layers; the rest comes.
             for i in 0..layout.chunks() {
@@ -223,10 +224,10 @@ mod tests {
             assert!(sums.loss.is_finite());
             (asked.1.into_inner(), sums.loss.to_bits(), gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
         };
-        let (none, loss, gradient) = run(0);
+        let (none, loss, gradient) = pools[0].install(|| run(0));
         assert!(none.len() == 1 && !none[0].1, "{none:?}");
-        for ahead in 1..=layout.chunks() {
-            let (asked, some_loss, some_gradient) = run(ahead);
+        for (pool, ahead) in pools.iter().flat_map(|pool| (1..=layout.chunks()).map(move |ahead| (pool, ahead))) {
+            let (asked, some_loss, some_gradient) = pool.install(|| run(ahead));
             assert!(some_loss == loss && some_gradient == gradient, "with {ahead} chunks ahead: {asked:?}");
             let from = layout.chunk(layout.chunks() - ahead).start;
             assert!(

@@ -156,7 +156,7 @@ pub trait Layer: Send + Sync {
         self.multiply_adds()
     }
 
-    /// The layer itself, where its outputs may be computed in parts, as their parameters come.
+    /// The layer itself, where its outputs may be computed in parts, as their parameters come; never a layer inside of it.
     fn as_linear(&self) -> Option<&Linear> {
         None
     }

@@ -78,8 +78,8 @@ impl Sequential {
     /// at these places among all of the chain's. `None` where it gives none: then `y` is not there, but a run with the same memory
     /// may go on where this one has `begun`.
     ///
-    /// A run `ahead` ends with the first layer that has parameters, and asks for these part by part, from its last outputs to its
-    /// first: so their gradients are announced, and so they change.
+    /// A run `ahead` ends with the first layer that has parameters. If it is linear, it asks for these part by part, from the last
+    /// outputs to the first: so their gradients are announced, and so they change.
     pub(crate) fn run<'p>(
         &self,
         pass: &Pass<'_>,
@@ -110,7 +110,7 @@ impl Sequential {
             };
             if i >= begun.layers {
                 let pass = Pass { key: pass.key.with(self.places[i] as u64), ..*pass };
-                match layer.as_linear().filter(|_| ahead || begun.outputs > 0) {
+                match layer.as_linear() {
                     Some(linear) => {
                         while begun.outputs < linear.outputs() {
                             let missing = linear.outputs() - begun.outputs;
@@ -120,6 +120,7 @@ impl Sequential {
                             begun.outputs += some.len();
                         }
                     }
+                    None if ahead && i >= self.first() => return None,
                     None => {
                         let mine = params(first..trainable, of_running)?;
                         layer.forward(&pass, mine, x, out, saved, &mut scratch[..layer.scratch(rows, segments)]);

@@ -143,14 +143,14 @@ impl<'a> Report<'a> {
                 "backward" => Some(gflops(work.backward, ms)),
                 "encode" if m.encoded > 0.0 => Some(gb(m.encoded, seconds)),
                 "wire" if self.summary.transport == "grpc" => Some(gb(wired, seconds)),
-                // Their rates are of one thread, over all that they do in a step; a part of it is off the critical path.
+                // Their rates are of one thread, over all that they do in a step; a part of it, or all, is off the critical path.
                 "reduce" => Some(gb(m.bytes_pushed as f64 / m.steps as f64, m.reduce_seconds)),
                 "optimizer" => Some(gb(work.optimizer, m.optimizer_seconds)),
                 _ => None,
             };
             let rate = rate.filter(|rate| {
                 let (Rate::Gflops(rate) | Rate::GbPerSecond(rate)) = rate;
-                ms > 0.0 && rate.is_finite()
+                rate.is_finite()
             });
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
             let share = |limits: Limits| {

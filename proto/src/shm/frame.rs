@@ -32,7 +32,7 @@ pub struct Spent {
     /// Gathering the samples.
     pub data: u64,
     pub forward: u64,
-    /// What of it was over when the worker had the order.
+    /// What of these two was over when the worker looked for the order.
     pub ahead: u64,
     /// Loss and backward pass.
     pub backward: u64,
@@ -154,11 +154,10 @@ impl Report {
             }
             tag @ (3 | 5) => {
                 let (slot, from, to) = (read.u32(), read.u32(), read.u32());
-                let mut spent = || {
+                let spent = (tag == 5).then(|| {
                     let (data, forward, ahead) = (read.u64(), read.u64(), read.u64());
                     Spent { data, forward, ahead, backward: read.u64(), encode: read.u64(), encoded: read.u64() }
-                };
-                let spent = (tag == 5).then(&mut spent);
+                });
                 Ok(Report::Ready { slot, from, to, spent })
             }
             4 => Ok(Report::Rows { slot: read.u32() }),

@@ -187,7 +187,7 @@ impl Memory {
     ///
     /// # Safety
     /// As long as the slice lives, nobody whose word counts writes to it: the protocol has said that they are final, and
-    /// not yet that they are free. (Who was given up may: then the values are anything, but are values.)
+    /// not yet that they are free. (For who was given up, or looks ahead, it may: then the values are anything, but are values.)
     pub(super) unsafe fn values(&self, byte: usize, range: Range<usize>) -> &[f32] {
         let start = self.at(byte + range.start * 4, range.len() * 4);
         // SAFETY: within the mapping and aligned; any bits are an f32; the rest is the caller's.
@@ -289,7 +289,7 @@ impl Weights {
 
     /// What a chunk's word says of `step`: not 0, which is what it says at first.
     fn word(step: u64) -> u32 {
-        (step as u32).wrapping_add(1)
+        (step % u64::from(u32::MAX)) as u32 + 1
     }
 
     /// Says that the weights of `step` at chunk `index` are there, for all who look.
@@ -309,10 +309,12 @@ impl Weights {
         words[range.start / CHUNK..range.end.div_ceil(CHUNK)].iter().all(there)
     }
 
-    /// The weights of `step` at `range`, which have come, and which the coordinator has ordered something to be computed with.
+    /// The weights of `step` at `range`, which have come, and which the coordinator has ordered something to be computed with, or
+    /// which there are ([`Weights::has`]).
     pub fn of_step(&self, step: u64, range: Range<usize>) -> &[f32] {
         assert!(range.end <= self.len, "{range:?} of {} weights", self.len);
-        // SAFETY: no update writes them before all orders of this step are answered; see the module's documentation.
+        // SAFETY: no update writes them before all orders of this step are answered, of which there may be none for who looks ahead:
+        // then nobody takes what follows from them; see the module's documentation.
         unsafe { self.memory.values(self.buffer(step), range) }
     }
 
@@ -392,7 +394,8 @@ mod tests {
         assert!(rustix::fs::ftruncate(file(), 0).is_err(), "it can be resized");
         let other = Weights::of(Memory::open(file(), Weights::bytes(5), false).expect("for reading"), 5);
         assert_eq!(other.of_step(0, 0..5), [0.0; 5]);
-        assert!(!other.has(0, 0..5) && other.has(0, 0..0), "nothing was said");
+        assert!([0, u64::from(u32::MAX), u64::MAX].iter().all(|step| !other.has(*step, 0..5)), "nothing was said");
+        assert!(other.has(0, 0..0));
         weights.say(0, 7);
         assert!(other.has(7, 0..5) && !other.has(6, 0..5) && !other.has(8, 0..1));
         let bell = BellMemory::create().expect("memory");

@@ -1,7 +1,7 @@
 //! Gradient accumulation: a node in several passes, whose sums are added up where the tree adds them up, so that their number
 //! changes no bit.
 
-use super::{Compute, Computed};
+use super::{Compute, Computed, nanos};
 use crate::link::{Link, Order};
 use crate::rows::Source;
 use crate::weights::Reading;
@@ -69,7 +69,7 @@ impl Compute {
             let mut values = vec![0.0; self.batch.rows.len()];
             let (sums, spent) = self.gradient(step, node, weights, out, &mut values, &mut |_, _| {})?;
             let rows = RowSums { keys: self.batch.lookups.keys().to_vec(), values };
-            return Some(Passed { sums, rows, spent: Spent { data: gathered.as_nanos() as u64, ..spent } });
+            return Some(Passed { sums, rows, spent: Spent { data: spent.data + nanos(gathered), ..spent } });
         };
         let left = self.add_up(passes, left, out)?;
         let mut other = self.spare.pop().unwrap_or_default();
