@@ -380,7 +380,7 @@ mod tests {
         };
         let want = Phases { data, forward, backward, encode, wire: 20.0, reduce: 2.0, optimizer: 6.0, wait: 2.0 };
         near(got, want);
-        // What was computed ahead was hidden: behind the update, then behind what was waited, then behind the wire.
+        // What was computed ahead hides others: the update, then what was waited, then the wire.
         let ahead = |ms| phases(at(0), at(50), track_ahead(42, 5, ms), adding);
         near(ahead(4), Phases { forward: 9.0, reduce: 1.0, optimizer: 3.0, ..want });
         near(ahead(9), Phases { forward: 14.0, reduce: 0.0, optimizer: 0.0, wait: 1.0, ..want });
