@@ -121,19 +121,21 @@ async fn send(shared: &Shared, tables: &Tables, pull: &mut Pull, replies: &Repli
     }
     let width = tables.layout().width();
     let each = (PIECE / (4 + 4 * width)).max(1);
-    let mut pieces = places.chunks(each).zip(values.chunks(each * width)).peekable();
-    let mut empty = places.is_empty().then_some((&places[..], &values[..]));
-    while let Some((places, values)) = pieces.next().or_else(|| empty.take()) {
-        let places: Vec<u8> = places.iter().flat_map(|place| place.to_le_bytes()).collect();
-        let values = wire::encode_values(values);
-        shared.store.bytes_pulled.fetch_add((places.len() + values.len()) as u64, Ordering::Relaxed);
+    let (mut places, mut values) = (Bytes::from(places), Bytes::from(values));
+    loop {
+        let some = places.len().min(4 * each);
+        let (places_of, values_of) = (places.split_to(some), values.split_to(some * width));
+        shared.store.bytes_pulled.fetch_add((places_of.len() + values_of.len()) as u64, Ordering::Relaxed);
         let mut crc = wire::Crc::new();
-        crc.update(&places);
-        crc.update(&values);
-        let last = pieces.peek().is_none() && at == pull.step;
-        let crc = crc.finalize();
-        let reply = v1::RowReply { pull: pull.id, places: places.into(), values, crc, last, late: false };
+        crc.update(&places_of);
+        crc.update(&values_of);
+        let (all, crc) = (places.is_empty(), crc.finalize());
+        let last = all && at == pull.step;
+        let reply = v1::RowReply { pull: pull.id, places: places_of, values: values_of, crc, last, late: false };
         replies.send(Ok(reply)).await.map_err(gone)?;
+        if all {
+            break;
+        }
     }
     pull.sent = Some(at);
     Ok(())

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use unisono_common::ids::Step;
 use unisono_common::job;
 use unisono_common::kernels;
+use unisono_common::layout::le_bytes;
 use unisono_common::loss::LossSums;
 use unisono_common::optim::sum_squares;
 use unisono_common::rows::optim::RowOptimizer;
@@ -304,21 +305,18 @@ impl Tables {
         }
     }
 
-    /// The rows of `keys` that there are and that have changed since `since` (or all of them): places among the keys, and values;
-    /// and the step whose rows they are.
-    pub fn pull(&self, keys: &[u64], since: Option<Step>) -> (Step, Vec<u32>, Vec<f32>) {
+    /// The rows of `keys` that there are and that have changed since `since` (or all of them): places among the keys, and values,
+    /// as little-endian bytes; and the step whose rows they are.
+    pub fn pull(&self, keys: &[u64], since: Option<Step>) -> (Step, Vec<u8>, Vec<u8>) {
+        // Most are there, and few of them have changed.
+        let room = if since.is_none() { keys.len() } else { 0 };
+        let (mut places, mut values) =
+            (Vec::with_capacity(4 * room), Vec::with_capacity(4 * self.layout.width() * room));
         let held = self.read();
-        let (mut places, mut values) = (Vec::new(), Vec::new());
-        for (i, key) in keys.iter().enumerate() {
-            let place = match since {
-                None => held.store.find(*key),
-                Some(since) => held.store.find_changed(*key, since.0),
-            };
-            if let Some(place) = place {
-                places.push(i as u32);
-                values.extend_from_slice(held.store.values(place));
-            }
-        }
+        held.store.each_changed(keys, since.map(|step| step.0), |i, row| {
+            places.extend_from_slice(&(i as u32).to_le_bytes());
+            values.extend_from_slice(le_bytes(row));
+        });
         (held.step, places, values)
     }
 
@@ -401,8 +399,8 @@ mod tests {
     fn value(tables: &Tables, id: u64) -> f32 {
         let mut row = [0.0; 2];
         tables.layout.first(7).fill(key(id), &mut row);
-        let (_, places, values) = tables.pull(&[key(id)], None);
-        if places.is_empty() { 0.0 } else { values[0] - row[0] }
+        let (_, _, values) = tables.pull(&[key(id)], None);
+        values.first_chunk().map_or(0.0, |value| f32::from_le_bytes(*value) - row[0])
     }
 
     #[test]
@@ -419,16 +417,20 @@ mod tests {
         assert!(near(value(&tables, 1), -0.5) && near(value(&tables, 2), -1.0) && near(value(&tables, 3), -0.5));
         // Only what has changed since is pulled again.
         let keys = [1, 9, 2].map(key);
-        assert_eq!(tables.pull(&keys, None).1, [0, 2]);
+        let pulled = |tables: &Tables, since| -> Vec<u32> {
+            let (_, places, _) = tables.pull(&keys, since);
+            places.as_chunks().0.iter().map(|place| u32::from_le_bytes(*place)).collect()
+        };
+        assert_eq!(pulled(&tables, None), [0, 2]);
         tables.keep();
         step(&tables, 6, [&[2, 9], &[]]);
         tables.update(1.0, 1.0, Some(0.25)).expect("finite");
-        assert_eq!(tables.pull(&keys, Some(Step(6))).1, [1, 2]);
+        assert_eq!(pulled(&tables, Some(Step(6))), [1, 2]);
         assert!(near(value(&tables, 2), -1.25) && near(value(&tables, 9), -0.25));
         // One that changes twice is kept as it was before both.
         step(&tables, 7, [&[2], &[]]);
         tables.update(1.0, 1.0, None).expect("finite");
-        assert_eq!(tables.pull(&keys, Some(Step(7))).1, [2]);
+        assert_eq!(pulled(&tables, Some(Step(7))), [2]);
         assert!(near(value(&tables, 2), -2.25));
         let mut kept = Vec::new();
         tables.flush(|block| kept.push(block.clone()));

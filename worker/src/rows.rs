@@ -7,6 +7,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Status;
 use unisono_common::data::Batch;
+use unisono_common::layout::le_bytes_mut;
 use unisono_common::rows::First;
 use unisono_proto::shm::Rows;
 use unisono_proto::{self as wire, v1};
@@ -68,20 +69,25 @@ impl Source {
             }
             Source::Pulled(_) => {
                 let asked = asked.or_else(|| self.ask(step, batch))?;
-                batch.put_rows(first, width);
+                batch.make_room(width);
+                let (keys, rows) = (batch.lookups.keys(), &mut batch.rows);
+                // Whether each row has come.
+                places.clear();
+                places.resize(keys.len(), 0);
                 loop {
                     let reply = asked.0.recv().ok()?;
-                    let places =
-                        reply.places.as_chunks::<4>().0.iter().map(|place| u32::from_le_bytes(*place) as usize);
-                    let values = reply.values.chunks_exact(4 * width);
-                    for (place, values) in places.zip(values) {
-                        let row = batch.rows.get_mut(place * width..(place + 1) * width)?;
-                        let values = values.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value));
-                        row.iter_mut().zip(values).for_each(|(to, value)| *to = value);
+                    let numbers = reply.places.as_chunks::<4>().0.iter();
+                    let numbers = numbers.map(|number| u32::from_le_bytes(*number) as usize);
+                    for (i, values) in numbers.zip(reply.values.chunks_exact(4 * width)) {
+                        le_bytes_mut(rows.get_mut(i * width..(i + 1) * width)?).copy_from_slice(values);
+                        places[i] = 1;
                     }
-                    if reply.last {
-                        return (!reply.late).then_some(());
+                    if !reply.last {
+                        continue;
                     }
+                    let all = keys.iter().zip(rows.chunks_exact_mut(width)).zip(&*places);
+                    all.filter(|(_, came)| **came == 0).for_each(|((key, row), _)| first.fill(*key, row));
+                    return (!reply.late).then_some(());
                 }
             }
         }

@@ -131,6 +131,11 @@ impl Index<'_> {
         })
     }
 
+    /// Whether the row of an entry has changed since it was that of step `since`.
+    fn has_changed(&self, at: usize, since: u64) -> bool {
+        self.entry(at)[3].load(Ordering::Relaxed).wrapping_sub(since as u32).cast_signed() > 0
+    }
+
     fn put(&self, at: usize, key: u64, row: u32, step: u32) {
         let entry = self.entry(at);
         entry[0].store(key as u32, Ordering::Relaxed);
@@ -162,27 +167,6 @@ impl Rows {
         Index { words: self.memory.read_words(self.capacity.index_at(generation), ENTRY << bits), bits }
     }
 
-    /// The place of a key's row, where it has one, and what is known of when it changed last.
-    fn look(&self, key: u64) -> Option<(u32, u32)> {
-        let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
-        match index.find(key) {
-            Found::Row(row, at) if row < self.capacity.rows => Some((row, index.entry(at)[3].load(Ordering::Relaxed))),
-            Found::Row(..) | Found::Free(_) => None,
-        }
-    }
-
-    /// The place of a key's row, where it has one.
-    pub fn find(&self, key: u64) -> Option<u32> {
-        self.look(key).map(|(row, _)| row)
-    }
-
-    /// The place of a key's row, where it has one that has changed since it was that of step `since`, which is less than 2^31 steps
-    /// ago. (One that has not changed for 2^31 steps may be said to have.)
-    pub fn find_changed(&self, key: u64, since: u64) -> Option<u32> {
-        let changed = |changed: u32| changed.wrapping_sub(since as u32).cast_signed() > 0;
-        self.look(key).filter(|(_, last)| changed(*last)).map(|(row, _)| row)
-    }
-
     /// How many rows there are.
     pub fn len(&self) -> u32 {
         self.header()[ROWS].load(Ordering::Acquire).min(self.capacity.rows)
@@ -212,16 +196,13 @@ impl Rows {
     /// Copies each key's row to `out`, `(keys, width)`; `absent` fills those of a row that nobody has
     /// touched. `places` is memory to work with.
     pub fn read(&self, keys: &[u64], places: &mut Vec<u32>, out: &mut [f32], mut absent: impl FnMut(u64, &mut [f32])) {
-        let (index, width) = (self.index(self.header()[GENERATION].load(Ordering::Acquire)), self.capacity.width);
-        for (keys, out) in keys.chunks(BLOCK).zip(out.chunks_mut(BLOCK * width)) {
-            places.clear();
-            places.extend(
-                index.places(keys, self.capacity.rows).map(|(place, _)| place).inspect(|place| self.come(*place)),
-            );
+        let width = self.capacity.width;
+        self.in_blocks(keys, None, places, |some, places| {
+            let out = &mut out[some.start * width..some.end * width];
             kernels::vectorized(
                 #[inline(always)]
                 || {
-                    for ((key, place), out) in keys.iter().zip(&*places).zip(out.chunks_exact_mut(width)) {
+                    for ((key, place), out) in keys[some].iter().zip(places).zip(out.chunks_exact_mut(width)) {
                         match *place {
                             NOWHERE => absent(*key, out),
                             place => kernels::copy(out, self.values(place)),
@@ -229,6 +210,36 @@ impl Rows {
                     }
                 },
             );
+        });
+    }
+
+    /// Gives `row` the number and the values of each key that has a row; with `since`, of those whose row has changed since it was
+    /// that of this step, which is less than 2^31 steps ago. (One that has not changed for 2^31 steps may be said to have.)
+    pub fn each_changed(&self, keys: &[u64], since: Option<u64>, mut row: impl FnMut(usize, &[f32])) {
+        self.in_blocks(keys, since, &mut Vec::with_capacity(BLOCK), |some, places| {
+            let there = some.zip(places).filter(|(_, place)| **place != NOWHERE);
+            there.for_each(|(i, place)| row(i, self.values(*place)));
+        });
+    }
+
+    /// Gives `with` some keys' numbers and the places of their rows after another, whose values are on their way meanwhile;
+    /// [`NOWHERE`] for a key without a row, or without one that has changed `since`.
+    fn in_blocks(
+        &self,
+        keys: &[u64],
+        since: Option<u64>,
+        places: &mut Vec<u32>,
+        mut with: impl FnMut(Range<usize>, &[u32]),
+    ) {
+        let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
+        for from in (0..keys.len()).step_by(BLOCK) {
+            let some = from..keys.len().min(from + BLOCK);
+            let wanted = |at| since.is_none_or(|since| index.has_changed(at, since));
+            let found = index.places(&keys[some.clone()], self.capacity.rows);
+            let found = found.map(|(place, at)| if place != NOWHERE && wanted(at) { place } else { NOWHERE });
+            places.clear();
+            places.extend(found.inspect(|place| self.come(*place)));
+            with(some, places);
         }
     }
 
@@ -466,6 +477,19 @@ mod tests {
     use super::*;
     use unisono_common::rows::key;
 
+    /// The place of a key's row.
+    fn find(rows: &Rows, key: u64) -> Option<u32> {
+        let mut place = None;
+        rows.in_blocks(&[key], None, &mut Vec::new(), |_, places| place = Some(places[0]));
+        place.filter(|place| *place != NOWHERE)
+    }
+
+    fn has_changed(rows: &Rows, key: u64, since: u64) -> bool {
+        let mut changed = false;
+        rows.each_changed(&[key], Some(since), |_, _| changed = true);
+        changed
+    }
+
     fn capacity(rows: u32) -> Capacity {
         Capacity { width: 3, state: 1, rows }
     }
@@ -512,20 +536,22 @@ mod tests {
                 }
             }
         });
-        let new: Vec<u32> = keys.iter().filter_map(|key| store.find(*key)).filter(|place| *place >= 700).collect();
+        let new: Vec<u32> = keys.iter().filter_map(|key| find(&store, *key)).filter(|place| *place >= 700).collect();
         assert_eq!((store.len(), new), (3000, (700..3000).collect()));
-        assert!((0..3000u64).all(|id| store.find(key(id)).map(|place| store.row(place)) == Some(&[id as f32; 4][..])));
+        assert!(
+            (0..3000u64).all(|id| find(&store, key(id)).map(|place| store.row(place)) == Some(&[id as f32; 4][..]))
+        );
         // All have room, or none has.
         let more: Vec<u64> = (1..=2001).map(|i| i << 40).collect();
-        assert!(store.places(&more, 2).is_err() && store.len() == 3000 && store.find(1 << 40).is_none());
+        assert!(store.places(&more, 2).is_err() && store.len() == 3000 && find(&store, 1 << 40).is_none());
         assert!(store.places(&more[1..], 2).is_ok() && store.len() == 5000);
         // Keys that begin alike, up to the end of the index and around it.
         let mut store = RowStore::private(capacity(5000)).expect("memory");
         for low in 0..600u64 {
             assert_eq!(store.place(u64::MAX - low, 0, |_| ()), Ok(low as u32));
         }
-        assert!((0..600u64).all(|low| store.find(u64::MAX - low) == Some(low as u32)));
-        assert_eq!(store.find(5), None);
+        assert!((0..600u64).all(|low| find(&store, u64::MAX - low) == Some(low as u32)));
+        assert_eq!(find(&store, 5), None);
     }
 
     #[test]
@@ -560,15 +586,15 @@ mod tests {
         let always = always.is_ok_and(|said| ["[always]", "[force]"].iter().any(|on| said.contains(on)));
         let theirs = Rows::of(Memory::open(file, capacity.bytes(), false).expect("for reading"), capacity);
         for id in 0..100_000u64 {
-            assert_eq!(theirs.find(key(id)), None);
+            assert_eq!(find(&theirs, key(id)), None);
             store.place(key(id), id, |row| row.fill(id as f32)).expect("room");
-            assert_eq!(theirs.find(key(id)).map(|place| theirs.values(place)), Some(&[id as f32; 16][..]));
+            assert_eq!(find(&theirs, key(id)).map(|place| theirs.values(place)), Some(&[id as f32; 16][..]));
             if id == 1000 && !always {
                 assert!(taken(&store) < 1 << 20, "{} bytes for few rows", taken(&store));
             }
         }
         assert!(
-            (0..100_000u64).all(|id| theirs.find(key(id)).map(|place| theirs.values(place)[15]) == Some(id as f32))
+            (0..100_000u64).all(|id| find(&theirs, key(id)).map(|place| theirs.values(place)[15]) == Some(id as f32))
         );
         let (rows, index) = (100_000 * 64, capacity.index_at(9) - capacity.index_at(0));
         let taken = taken(&store);
@@ -577,12 +603,12 @@ mod tests {
             "{taken} bytes for {rows} of rows and {index} of their index"
         );
         // Of each row it is known when it changed last.
-        let since = |since, id| store.find_changed(key(id), since).is_some();
+        let since = |since, id| has_changed(&store, key(id), since);
         assert!(since(41, 42) && !since(42, 42) && !since(0, 200_000));
         // Also where its 32 bits have begun anew.
         let anew = (1 << 32) + 1;
         store.place(key(100_000), anew, |_| ()).expect("room");
-        let since = |since| store.find_changed(key(100_000), since).is_some();
+        let since = |since| has_changed(&store, key(100_000), since);
         assert!(since(anew - 2) && since(anew - 1) && !since(anew));
     }
 
@@ -593,10 +619,10 @@ mod tests {
         let file = store.memory().file().expect("a file").try_clone_to_owned().expect("a second handle");
         let memory = Memory::open(file, capacity(3000).bytes(), false).expect("for reading");
         let theirs = Rows::of(memory, capacity(3000));
-        assert!(theirs.is_empty() && theirs.find(key(1)).is_none());
+        assert!(theirs.is_empty() && find(&theirs, key(1)).is_none());
         for id in 0..3000u64 {
             store.place(key(id), 0, |row| row.fill(id as f32)).expect("room");
         }
-        assert!((0..3000u64).all(|id| theirs.values(theirs.find(key(id)).expect("a row"))[1] == id as f32));
+        assert!((0..3000u64).all(|id| theirs.values(find(&theirs, key(id)).expect("a row"))[1] == id as f32));
     }
 }
