@@ -70,6 +70,11 @@ fn workload(name: &str) -> (Spec, Signature, usize) {
                 12,
             )
         }
+        "dlrm" => {
+            let dlrm =
+                Spec::Dlrm { width: 16, bottom: vec![64], top: vec![256, 64], interaction: job::Interaction::Concat };
+            (dlrm, Signature { ids: 26, ..Signature::new(&[13], 1) }, 512)
+        }
         _ => {
             let pool = Op::MaxPool2d { size: 2, stride: 2 };
             let features = [conv(32), relu.clone(), conv(64), relu.clone(), pool, Op::Flatten];
@@ -79,7 +84,7 @@ fn workload(name: &str) -> (Spec, Signature, usize) {
     }
 }
 
-#[divan::bench(args = ["softmax", "mlp", "mlp-wide", "cnn", "gpt"])]
+#[divan::bench(args = ["softmax", "mlp", "mlp-wide", "cnn", "gpt", "dlrm"])]
 fn step(bencher: Bencher<'_, '_>, name: &str) {
     let (spec, signature, samples) = workload(name);
     let model = Model::build(&spec, &signature).expect("it fits");
@@ -87,15 +92,26 @@ fn step(bencher: Bencher<'_, '_>, name: &str) {
         Some(n) => (0..samples * model.input_len()).map(|i| (i * 7 % n) as f32).collect(),
         None => values(samples * model.input_len()),
     };
-    let batch =
-        Batch { inputs, targets: labels(samples * model.targets(), model.outputs()), samples, ..Batch::empty() };
-    let (loss, segments) = (cross_entropy(model.outputs()), Segments::one(samples));
+    let (targets, loss) = match name {
+        "dlrm" => {
+            let loss = Loss::new(&LossKind::BinaryCrossEntropy { positive_weight: 1.0 }, 1).expect("it fits");
+            (Targets::Value((0..samples).map(|i| (i % 2) as f32).collect()), loss)
+        }
+        _ => (labels(samples * model.targets(), model.outputs()), cross_entropy(model.outputs())),
+    };
+    // Of 20,000 for each field, few of which are often there.
+    let id = |i: usize| (i % signature.ids * 20_000) as u64 + (20_000.0 * key().uniform(i as u64).powi(4)) as u64;
+    let ids = (0..samples * signature.ids).map(id).collect();
+    let mut batch = Batch { inputs, ids, targets, samples, ..Batch::empty() };
+    batch.look_up();
+    batch.put_rows(&model.rows().first(1), model.rows().width());
+    let segments = Segments::one(samples);
     let params = model.layout().init(1);
-    let mut grads = vec![0.0; params.len()];
+    let (mut grads, mut d_rows) = (vec![0.0; params.len()], vec![0.0; batch.rows.len()]);
     let mut workspace = Workspace::new(&model, samples, 1);
     bencher.counter(ItemsCount::new(samples)).bench_local(|| {
-        let (workspace, grads) = (&mut workspace, &mut grads);
-        gradient(&model, &loss, &params, &batch, &segments, key(), workspace, grads, &mut [], &mut |_, _| {})
+        let (workspace, grads, d_rows) = (&mut workspace, &mut grads, &mut d_rows);
+        gradient(&model, &loss, &params, &batch, &segments, key(), workspace, grads, d_rows, &mut |_, _| {})
     });
 }
 
