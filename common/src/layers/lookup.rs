@@ -1,6 +1,6 @@
 //! Rows of a sparse table, chosen by the ids of a sample.
 
-use super::{Grads, Layer, Params, Pass, Rows, Segments, over_rows};
+use super::{Grads, Layer, Params, Pass, over_rows};
 use crate::kernels::{self, vectorized};
 use crate::layout::Init;
 use crate::rows::lookup::NOWHERE;
@@ -21,90 +21,9 @@ pub struct Lookup {
 /// Rows whose gradients a thread sums up at once.
 const ROWS: usize = 64;
 
-/// Where a layer's outputs lie among wider rows, or their gradients.
-#[derive(Clone, Copy)]
-pub(super) struct Among {
-    /// Values before them in a row, and of a row.
-    pub before: usize,
-    pub of: usize,
-}
-
 impl Lookup {
     fn spare(&self, segments: usize) -> usize {
         sums::spare(segments, self.shape[1])
-    }
-
-    /// Its outputs alone.
-    fn alone(&self) -> Among {
-        Among { before: 0, of: self.shape.iter().product() }
-    }
-
-    /// [`Layer::forward`] into rows of `y`, of which the rest stays as it is.
-    pub(super) fn forward_among(&self, among: Among, rows: Rows<'_>, y: &mut [f32]) {
-        let ([ids, width], Among { before, of }) = (self.shape, among);
-        let samples = y.len() / of.max(1);
-        over_rows(samples, (y, of), (rows.lookups.places(), ids), |_, y, places| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (y, places) in y.chunks_exact_mut(of).zip(places.chunks_exact(ids)) {
-                        for (y, &place) in y[before..].chunks_exact_mut(width).zip(places) {
-                            match place {
-                                NOWHERE => y.fill(0.0),
-                                place => {
-                                    kernels::copy(y, &rows.values[place as usize * rows.width + self.at..][..width])
-                                }
-                            }
-                        }
-                    }
-                },
-            );
-        });
-        // The kernel above is that of ids without factors, which most are.
-        over_rows(samples, (y, of), (rows.factors, ids), |_, y, factors| {
-            for (y, factors) in y.chunks_exact_mut(of).zip(factors.chunks_exact(ids)) {
-                for (y, factor) in y[before..].chunks_exact_mut(width).zip(factors) {
-                    y.iter_mut().for_each(|y| *y *= factor);
-                }
-            }
-        });
-    }
-
-    /// The sums of rows' gradients, from rows of gradients.
-    pub(super) fn backward_among(
-        &self,
-        among: Among,
-        segments: &Segments,
-        rows: Rows<'_>,
-        dy: &[f32],
-        out: &mut [f32],
-        scratch: &mut [f32],
-    ) {
-        let ([ids, width], Among { before, of }) = (self.shape, among);
-        let spare = self.spare(segments.len()).max(1);
-        let end = |segment: usize| (segments.starts[segment + 1] * ids) as u32;
-        let gradient = |id: u32| {
-            let (sample, i) = (id / ids as u32, id % ids as u32);
-            &dy[sample as usize * of + before + i as usize * width..][..width]
-        };
-        let each = rows.lookups.keys().len().div_ceil(kernels::lanes()).max(ROWS);
-        let work = |(i, (out, spare)): (usize, (&mut [f32], &mut [f32]))| {
-            for (j, row) in out.chunks_exact_mut(rows.width).enumerate() {
-                let at = rows.lookups.of_row(i * each + j);
-                let sum = &mut row[self.at..self.at + width];
-                let parts = (0, segments.len());
-                match rows.factors {
-                    [] => sums::tree_sum(parts, at, &end, &gradient, &|_| 1.0, sum, spare),
-                    factors => sums::tree_sum(parts, at, &end, &gradient, &|id| factors[id as usize], sum, spare),
-                }
-            }
-        };
-        let out = out.par_chunks_mut(each * rows.width);
-        if scratch.is_empty() {
-            out.enumerate().for_each(|(i, out)| work((i, (out, &mut []))));
-        } else {
-            out.zip(scratch.par_chunks_mut(spare)).enumerate().for_each(work);
-        }
     }
 }
 
@@ -117,17 +36,35 @@ impl Layer for Lookup {
         vec![Table { name: "weight".into(), width: self.shape[1], init: self.init }]
     }
 
-    fn as_lookup(&self) -> Option<&Lookup> {
-        Some(self)
-    }
-
     /// What each thread needs to sum a row's gradients in the tree.
     fn scratch(&self, _: usize, segments: usize) -> usize {
         kernels::lanes() * self.spare(segments)
     }
 
     fn forward(&self, _: &Pass<'_>, params: Params<'_>, _: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
-        self.forward_among(self.alone(), params.rows, y);
+        let ([_, width], rows) = (self.shape, params.rows);
+        let places = rows.lookups.places();
+        // A place is 4 bytes, as a value is: they are split alike.
+        let each = places.len().div_ceil(kernels::lanes()).max(1);
+        y.par_chunks_mut(each * width).zip(places.par_chunks(each)).for_each(|(y, places)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, &place) in y.chunks_exact_mut(width).zip(places) {
+                        match place {
+                            NOWHERE => y.fill(0.0),
+                            place => kernels::copy(y, &rows.values[place as usize * rows.width + self.at..][..width]),
+                        }
+                    }
+                },
+            );
+        });
+        // The kernel above is that of ids without factors, which most are.
+        y.par_chunks_mut(each * width).zip(rows.factors.par_chunks(each)).for_each(|(y, factors)| {
+            for (y, factor) in y.chunks_exact_mut(width).zip(factors) {
+                y.iter_mut().for_each(|y| *y *= factor);
+            }
+        });
     }
 
     fn backward(
@@ -142,7 +79,28 @@ impl Layer for Lookup {
         _: &mut [f32],
         scratch: &mut [f32],
     ) {
-        self.backward_among(self.alone(), pass.segments, params.rows, dy, grads.rows, scratch);
+        let ([ids, width], rows, segments) = (self.shape, params.rows, pass.segments);
+        let spare = self.spare(segments.len()).max(1);
+        let end = |segment: usize| (segments.starts[segment + 1] * ids) as u32;
+        let gradient = |id: u32| &dy[id as usize * width..][..width];
+        let each = rows.lookups.keys().len().div_ceil(kernels::lanes()).max(ROWS);
+        let work = |(i, (out, spare)): (usize, (&mut [f32], &mut [f32]))| {
+            for (j, row) in out.chunks_exact_mut(rows.width).enumerate() {
+                let at = rows.lookups.of_row(i * each + j);
+                let sum = &mut row[self.at..self.at + width];
+                let parts = (0, segments.len());
+                match rows.factors {
+                    [] => sums::tree_sum(parts, at, &end, &gradient, &|_| 1.0, sum, spare),
+                    factors => sums::tree_sum(parts, at, &end, &gradient, &|id| factors[id as usize], sum, spare),
+                }
+            }
+        };
+        let out = grads.rows.par_chunks_mut(each * rows.width);
+        if scratch.is_empty() {
+            out.enumerate().for_each(|(i, out)| work((i, (out, &mut []))));
+        } else {
+            out.zip(scratch.par_chunks_mut(spare)).enumerate().for_each(work);
+        }
         // Ids have no slope.
         if let Some(dx) = dx {
             dx.fill(0.0);

@@ -161,11 +161,6 @@ pub trait Layer: Send + Sync {
         None
     }
 
-    /// The layer itself, where its outputs may lie among others'; never a layer inside of it.
-    fn as_lookup(&self) -> Option<&Lookup> {
-        None
-    }
-
     /// `y = f(x)`.
     fn forward(
         &self,
@@ -319,11 +314,11 @@ fn rows_each(rows: usize) -> usize {
 }
 
 /// Runs `f(first row, y, x)` over the rows of `y: (rows, y_len)` and `x: (rows, x_len)`, split over the threads.
-fn over_rows<T: Sync>(
+fn over_rows(
     rows: usize,
     (y, y_len): (&mut [f32], usize),
-    (x, x_len): (&[T], usize),
-    f: impl Fn(usize, &mut [f32], &[T]) + Sync,
+    (x, x_len): (&[f32], usize),
+    f: impl Fn(usize, &mut [f32], &[f32]) + Sync,
 ) {
     let each = rows_each(rows);
     let split = y.par_chunks_mut((each * y_len).max(1)).zip(x.par_chunks((each * x_len).max(1)));

@@ -1,6 +1,5 @@
 //! Chains of layers beside each other, which all take the same.
 
-use super::lookup::{Among, Lookup};
 use super::{Grads, Layer, Params, Pass, Sequential, over_rows};
 use crate::job::Join;
 use crate::kernels;
@@ -37,18 +36,6 @@ impl Parallel {
     /// Values of a sample that all branches give.
     fn total(&self) -> usize {
         self.lens.iter().sum()
-    }
-
-    /// A branch that needs no outputs of its own: it puts them where all are joined, and takes their gradients from there.
-    fn in_place(&self, branch: usize) -> Option<(&Lookup, Among)> {
-        let lookup =
-            self.branches[branch].only().and_then(|layer| layer.as_lookup()).filter(|_| self.join == Join::Concat)?;
-        Some((lookup, Among { before: self.lens[..branch].iter().sum(), of: self.total() }))
-    }
-
-    /// Values of a sample that each branch gives into memory of its own.
-    fn own(&self) -> impl Iterator<Item = usize> {
-        self.lens.iter().enumerate().map(|(i, len)| if self.in_place(i).is_some() { 0 } else { *len })
     }
 
     /// Puts a part of each sample of `y`, or adds to all of it, where it is not the first.
@@ -92,12 +79,12 @@ impl Layer for Parallel {
 
     /// What each branch gives, then what each keeps.
     fn saved(&self, rows: usize, segments: usize) -> usize {
-        rows * self.own().sum::<usize>() + self.branches.iter().map(|b| b.saved(rows, segments)).sum::<usize>()
+        rows * self.total() + self.branches.iter().map(|b| b.saved(rows, segments)).sum::<usize>()
     }
 
     /// The gradients of one branch's outputs and inputs, and what it needs.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
-        let widest = self.own().max().unwrap_or(0);
+        let widest = self.lens.iter().max().copied().unwrap_or(0);
         let inner = self.branches.iter().map(|b| b.scratch(rows, segments)).max().unwrap_or(0);
         rows * (widest + self.in_len) + inner
     }
@@ -120,13 +107,9 @@ impl Layer for Parallel {
         scratch: &mut [f32],
     ) {
         let (rows, segments) = (pass.segments.total(), pass.segments.len());
-        let (mut outs, mut kept) = saved.split_at_mut(rows * self.own().sum::<usize>());
+        let (mut outs, mut kept) = saved.split_at_mut(rows * self.total());
         let (mut trainable, mut running) = (0, 0);
         for (i, (branch, &(t, r))) in self.branches.iter().zip(&self.sizes).enumerate() {
-            if let Some((lookup, among)) = self.in_place(i) {
-                lookup.forward_among(among, params.rows, y);
-                continue;
-            }
             let mine = params.part(trainable..trainable + t, running..running + r);
             (trainable, running) = (trainable + t, running + r);
             let (out, rest) = outs.split_at_mut(rows * self.lens[i]);
@@ -152,8 +135,8 @@ impl Layer for Parallel {
         scratch: &mut [f32],
     ) {
         let (rows, segments) = (pass.segments.total(), pass.segments.len());
-        let (mut outs, mut kept) = saved.split_at_mut(rows * self.own().sum::<usize>());
-        let widest = self.own().max().unwrap_or(0);
+        let (mut outs, mut kept) = saved.split_at_mut(rows * self.total());
+        let widest = self.lens.iter().max().copied().unwrap_or(0);
         let (d_out, scratch) = scratch.split_at_mut(rows * widest);
         let (d_in, scratch) = scratch.split_at_mut(rows * self.in_len);
         let Grads { trainable: mut d_trainable, running: mut d_running, rows: d_rows } = grads;
@@ -161,16 +144,6 @@ impl Layer for Parallel {
         let (mut before, mut first) = (all, true);
         // From the last branch to the first, as gradients are announced.
         for (i, branch) in self.branches.iter().enumerate().rev() {
-            if let Some((lookup, among)) = self.in_place(i) {
-                before -= self.lens[i];
-                let scratch = &mut scratch[..branch.scratch(rows, segments)];
-                lookup.backward_among(among, pass.segments, params.rows, dy, d_rows, scratch);
-                if let Some(dx) = dx.as_deref_mut().filter(|_| first) {
-                    dx.fill(0.0); // ids have no slope
-                }
-                first = false;
-                continue;
-            }
             let (t, r) = self.sizes[i];
             let (rest, grad_t) = d_trainable.split_at_mut(d_trainable.len() - t);
             d_trainable = rest;

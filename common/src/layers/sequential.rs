@@ -49,14 +49,6 @@ impl Sequential {
         Sequential { layers, in_len: len(in_shape), out_shape, sizes, places }
     }
 
-    /// The one layer of a chain of one.
-    pub(super) fn only(&self) -> Option<&dyn Layer> {
-        match &self.layers[..] {
-            [one] => Some(one.as_ref()),
-            _ => None,
-        }
-    }
-
     /// Trainable and running values of all layers.
     fn size(&self) -> (usize, usize) {
         self.sizes.iter().fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1))
