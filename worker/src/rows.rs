@@ -72,22 +72,25 @@ impl Source {
                 batch.make_room(width);
                 let (keys, rows) = (batch.lookups.keys(), &mut batch.rows);
                 // Whether each row has come.
-                places.clear();
-                places.resize(keys.len(), 0);
+                let came = places;
+                came.clear();
+                came.resize(keys.len(), 0);
                 loop {
                     let reply = asked.0.recv().ok()?;
+                    if reply.late {
+                        return None;
+                    }
                     let numbers = reply.places.as_chunks::<4>().0.iter();
                     let numbers = numbers.map(|number| u32::from_le_bytes(*number) as usize);
                     for (i, values) in numbers.zip(reply.values.chunks_exact(4 * width)) {
                         le_bytes_mut(rows.get_mut(i * width..(i + 1) * width)?).copy_from_slice(values);
-                        places[i] = 1;
+                        came[i] = 1;
                     }
-                    if !reply.last {
-                        continue;
+                    if reply.last {
+                        let all = keys.iter().zip(rows.chunks_exact_mut(width)).zip(&*came);
+                        all.filter(|(_, came)| **came == 0).for_each(|((key, row), _)| first.fill(*key, row));
+                        return Some(());
                     }
-                    let all = keys.iter().zip(rows.chunks_exact_mut(width)).zip(&*places);
-                    all.filter(|(_, came)| **came == 0).for_each(|((key, row), _)| first.fill(*key, row));
-                    return (!reply.late).then_some(());
                 }
             }
         }

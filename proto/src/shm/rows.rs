@@ -555,6 +555,23 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_have_changed_are_given_with_their_numbers() {
+        let mut store = RowStore::private(capacity(3000)).expect("memory");
+        // More than are looked for at once; every seventh has no row.
+        let ids: Vec<u64> = (0..2 * BLOCK as u64 + 100).collect();
+        let keys: Vec<u64> = ids.iter().map(|id| key(*id)).collect();
+        for id in ids.iter().filter(|id| *id % 7 > 0) {
+            store.place(key(*id), id % 5, |row| row.fill(*id as f32)).expect("room");
+        }
+        for since in [None, Some(0), Some(2), Some(4)] {
+            let mut given = Vec::new();
+            store.each_changed(&keys, since, |i, row| given.push((i as u64, row.to_vec())));
+            let want = ids.iter().filter(|id| *id % 7 > 0 && since.is_none_or(|since| *id % 5 > since));
+            assert_eq!(given, want.map(|id| (*id, vec![*id as f32; 3])).collect::<Vec<_>>(), "since {since:?}");
+        }
+    }
+
+    #[test]
     #[should_panic(expected = "keys are ascending")]
     fn no_row_is_changed_by_two() {
         RowStore::private(capacity(10)).expect("memory").places(&[5, 5], 1).ok();
