@@ -99,7 +99,7 @@ fn step(bencher: Bencher<'_, '_>, name: &str) {
         }
         _ => (labels(samples * model.targets(), model.outputs()), cross_entropy(model.outputs())),
     };
-    // Of 20,000 for each field, few of which are often there.
+    // 20,000 ids a field, a few of which come up often, as in torch_ddp.py. Finding and getting their rows is not timed.
     let id = |i: usize| (i % signature.ids * 20_000) as u64 + (20_000.0 * key().uniform(i as u64).powi(4)) as u64;
     let ids = (0..samples * signature.ids).map(id).collect();
     let mut batch = Batch { inputs, ids, targets, samples, ..Batch::empty() };

@@ -3,7 +3,7 @@
 //! A worker asks for the rows of its next batch while it computes this one: it is sent at once what there is, and when the step
 //! is committed only what has changed since.
 
-use crate::rows::Tables;
+use crate::rows::{Pulled, Tables};
 use crate::shared::{Input, Shared};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -109,7 +109,7 @@ async fn send(shared: &Shared, tables: &Tables, pull: &mut Pull, replies: &Repli
     if pull.sent.is_some() && tables.is_before(pull.step) {
         return Ok(()); // it has what there is
     }
-    let (at, places, values) = tables.pull(&pull.keys, pull.sent);
+    let Pulled { step: at, places, values } = tables.pull(&pull.keys, pull.sent);
     let gone = |_| Status::cancelled("nobody takes the rows");
     if at > pull.step {
         pull.sent = Some(at);
@@ -121,22 +121,47 @@ async fn send(shared: &Shared, tables: &Tables, pull: &mut Pull, replies: &Repli
     }
     let width = tables.layout().width();
     let each = (PIECE / (4 + 4 * width)).max(1);
-    let (mut places, mut values) = (Bytes::from(places), Bytes::from(values));
-    loop {
-        let some = places.len().min(4 * each);
-        let (places_of, values_of) = (places.split_to(some), values.split_to(some * width));
-        shared.store.bytes_pulled.fetch_add((places_of.len() + values_of.len()) as u64, Ordering::Relaxed);
+    let mut pieces = pieces(places.into(), values.into(), width, each).peekable();
+    while let Some((places, values)) = pieces.next() {
+        shared.store.bytes_pulled.fetch_add((places.len() + values.len()) as u64, Ordering::Relaxed);
         let mut crc = wire::Crc::new();
-        crc.update(&places_of);
-        crc.update(&values_of);
-        let (all, crc) = (places.is_empty(), crc.finalize());
-        let last = all && at == pull.step;
-        let reply = v1::RowReply { pull: pull.id, places: places_of, values: values_of, crc, last, late: false };
+        crc.update(&places);
+        crc.update(&values);
+        let crc = crc.finalize();
+        let last = pieces.peek().is_none() && at == pull.step;
+        let reply = v1::RowReply { pull: pull.id, places, values, crc, last, late: false };
         replies.send(Ok(reply)).await.map_err(gone)?;
-        if all {
-            break;
-        }
     }
     pull.sent = Some(at);
     Ok(())
+}
+
+/// Places and values of rows, `each` of them at most in a piece; one piece at least.
+fn pieces(mut places: Bytes, mut values: Bytes, width: usize, each: usize) -> impl Iterator<Item = (Bytes, Bytes)> {
+    let pieces = (places.len() / 4).div_ceil(each).max(1);
+    (0..pieces).map(move |_| {
+        let rows = each.min(places.len() / 4);
+        (places.split_to(4 * rows), values.split_to(4 * rows * width))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_all_rows_in_their_order() {
+        let (width, each) = (3, 10);
+        for rows in [0, 1, 9, 10, 11, 20, 21] {
+            let places: Vec<u8> = (0..rows as u32).flat_map(u32::to_le_bytes).collect();
+            let values: Vec<u8> = (0..4 * rows * width).map(|i| i as u8).collect();
+            let all: Vec<_> = pieces(places.clone().into(), values.clone().into(), width, each).collect();
+            assert_eq!(all.len(), rows.div_ceil(each).max(1), "{rows} rows");
+            assert!(
+                all.iter().all(|(places, values)| places.len() <= 4 * each && values.len() == places.len() * width)
+            );
+            assert_eq!((all.iter().flat_map(|piece| piece.0.to_vec())).collect::<Vec<u8>>(), places);
+            assert_eq!((all.iter().flat_map(|piece| piece.1.to_vec())).collect::<Vec<u8>>(), values);
+        }
+    }
 }

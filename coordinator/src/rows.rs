@@ -103,6 +103,15 @@ pub struct Tables {
     committed: watch::Sender<u64>,
 }
 
+/// Rows as they are sent.
+pub struct Pulled {
+    /// The step whose rows they are.
+    pub step: Step,
+    /// Their places among the keys that were asked for (u32), and their values (f32), little-endian.
+    pub places: Vec<u8>,
+    pub values: Vec<u8>,
+}
+
 /// Why an update did not come about.
 #[derive(Debug)]
 pub enum Failed {
@@ -305,19 +314,18 @@ impl Tables {
         }
     }
 
-    /// The rows of `keys` that there are and that have changed since `since` (or all of them): places among the keys, and values,
-    /// as little-endian bytes; and the step whose rows they are.
-    pub fn pull(&self, keys: &[u64], since: Option<Step>) -> (Step, Vec<u8>, Vec<u8>) {
+    /// The rows of `keys` that there are and that have changed since `since` (or all of them).
+    pub fn pull(&self, keys: &[u64], since: Option<Step>) -> Pulled {
         // Most are there, and few of them have changed.
         let room = if since.is_none() { keys.len() } else { 0 };
         let (mut places, mut values) =
             (Vec::with_capacity(4 * room), Vec::with_capacity(4 * self.layout.width() * room));
         let held = self.read();
-        held.store.each_changed(keys, since.map(|step| step.0), |i, row| {
+        held.store.each_row(keys, since.map(|step| step.0), |i, row| {
             places.extend_from_slice(&(i as u32).to_le_bytes());
             values.extend_from_slice(le_bytes(row));
         });
-        (held.step, places, values)
+        Pulled { step: held.step, places, values }
     }
 
     /// Whether the rows are those of a step before `step`.
@@ -399,8 +407,7 @@ mod tests {
     fn value(tables: &Tables, id: u64) -> f32 {
         let mut row = [0.0; 2];
         tables.layout.first(7).fill(key(id), &mut row);
-        let (_, _, values) = tables.pull(&[key(id)], None);
-        values.first_chunk().map_or(0.0, |value| f32::from_le_bytes(*value) - row[0])
+        tables.pull(&[key(id)], None).values.first_chunk().map_or(0.0, |value| f32::from_le_bytes(*value) - row[0])
     }
 
     #[test]
@@ -418,8 +425,7 @@ mod tests {
         // Only what has changed since is pulled again.
         let keys = [1, 9, 2].map(key);
         let pulled = |tables: &Tables, since| -> Vec<u32> {
-            let (_, places, _) = tables.pull(&keys, since);
-            places.as_chunks().0.iter().map(|place| u32::from_le_bytes(*place)).collect()
+            tables.pull(&keys, since).places.as_chunks().0.iter().map(|place| u32::from_le_bytes(*place)).collect()
         };
         assert_eq!(pulled(&tables, None), [0, 2]);
         tables.keep();

@@ -1,6 +1,5 @@
 //! The wire: generated messages, the chunk codec, and the checks that everything from outside passes.
 
-use bytes::Bytes;
 pub use crc32fast::Hasher as Crc;
 use stream::ChunkHead;
 use unisono_common::kernels;
@@ -138,13 +137,6 @@ pub fn to_wire(node: Node) -> v1::TreeNode {
     v1::TreeNode { lo: node.lo, hi: node.hi }
 }
 
-/// The values of a chunk as little-endian bytes.
-pub fn encode_values(values: &[f32]) -> Bytes {
-    let mut out = Vec::with_capacity(values.len() * 4);
-    out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-    out.into()
-}
-
 /// CRC-32 of a chunk.
 pub fn crc(bytes: &[u8]) -> u32 {
     crc32fast::hash(bytes)
@@ -212,7 +204,7 @@ pub fn first_not_finite(values: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use unisono_common::layout::{Init, Kind, Role, Tensor};
+    use unisono_common::layout::{Init, Kind, Role, Tensor, le_bytes};
 
     #[test]
     fn a_bad_chunk_is_named() {
@@ -223,16 +215,16 @@ mod tests {
             kind: Kind::Weight,
             init: Init::Constant(0.0),
         }]);
-        let good = encode_values(&[1.0, -2.0, 3.5]);
+        let good = le_bytes(&[1.0, -2.0, 3.5]);
         let check = |index, crc, values: &[u8]| {
             check_chunk(&layout, ChunkHead { index, crc: Some(crc), ..Default::default() }, values, |_, _| ())
         };
-        assert_eq!(check(0, crc(&good), &good), Ok(()));
-        assert!(matches!(check(1, crc(&good), &good), Err(WireError::NoSuchChunk { .. })));
-        assert!(matches!(check(0, crc(&good) ^ 1, &good), Err(WireError::Checksum { .. })));
+        assert_eq!(check(0, crc(good), good), Ok(()));
+        assert!(matches!(check(1, crc(good), good), Err(WireError::NoSuchChunk { .. })));
+        assert!(matches!(check(0, crc(good) ^ 1, good), Err(WireError::Checksum { .. })));
         assert!(matches!(check(0, crc(&good[..8]), &good[..8]), Err(WireError::ChunkLength { .. })));
-        let bad = encode_values(&[1.0, f32::NAN, 3.5]);
-        assert_eq!(check(0, crc(&bad), &bad), Err(WireError::NotFinite { index: 0, tensor: "0.weight".into() }));
+        let bad = le_bytes(&[1.0, f32::NAN, 3.5]);
+        assert_eq!(check(0, crc(bad), bad), Err(WireError::NotFinite { index: 0, tensor: "0.weight".into() }));
     }
 
     #[test]
@@ -240,7 +232,7 @@ mod tests {
         let values: Vec<f32> = (0..3 * BLOCK / 4 + 5).map(|i| i as f32).collect();
         for shift in 0..4 {
             let mut bytes = vec![0; shift];
-            bytes.extend(encode_values(&values));
+            bytes.extend(le_bytes(&values));
             let bytes = &mut bytes[shift..];
             let mut copy = vec![0; bytes.len()];
             let look = Look::at(bytes, true, |at, block| copy[at..at + block.len()].copy_from_slice(block));

@@ -8,7 +8,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use unisono_common::data::partition::Partitions;
 use unisono_common::job::Job;
-use unisono_common::layout::Layout;
+use unisono_common::layout::{Layout, le_bytes};
 use unisono_common::model::Model;
 use unisono_proto::shm::SlotSize;
 use unisono_proto::shm::door::Opened;
@@ -121,8 +121,8 @@ async fn goodbye(session: &mut Streaming<v1::ToWorker>) -> v1::Goodbye {
 }
 
 fn chunk(index: u32, values: &[f32]) -> v1::GradientChunk {
-    let values = wire::encode_values(values);
-    v1::GradientChunk { index, crc: Some(wire::crc(&values)), values }
+    let values = le_bytes(values).to_vec();
+    v1::GradientChunk { index, crc: Some(wire::crc(&values)), values: values.into() }
 }
 
 fn header(step: u64, lo: u32, hi: u32) -> v1::NodeHeader {

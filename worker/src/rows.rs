@@ -50,7 +50,7 @@ impl Source {
     }
 
     /// Puts the rows of `step`, of `width` values, into the batch that asks for them; those that nobody has touched are as they are
-    /// at first; `places` is memory to work with. `None` where nobody waits for what would be computed with them.
+    /// at first; `spare` is memory to work with. `None` where nobody waits for what would be computed with them.
     pub fn fill(
         &self,
         step: u64,
@@ -58,13 +58,13 @@ impl Source {
         first: &First,
         width: usize,
         batch: &mut Batch,
-        places: &mut Vec<u32>,
+        spare: &mut Vec<u32>,
     ) -> Option<()> {
         match self {
             Source::None => Some(()),
             Source::Shared(rows) => {
                 batch.make_room(width);
-                rows.read(batch.lookups.keys(), places, &mut batch.rows, |key, row| first.fill(key, row));
+                rows.read(batch.lookups.keys(), spare, &mut batch.rows, |key, row| first.fill(key, row));
                 Some(())
             }
             Source::Pulled(_) => {
@@ -72,7 +72,7 @@ impl Source {
                 batch.make_room(width);
                 let (keys, rows) = (batch.lookups.keys(), &mut batch.rows);
                 // Whether each row has come.
-                let came = places;
+                let came = spare;
                 came.clear();
                 came.resize(keys.len(), 0);
                 loop {
@@ -80,9 +80,9 @@ impl Source {
                     if reply.late {
                         return None;
                     }
-                    let numbers = reply.places.as_chunks::<4>().0.iter();
-                    let numbers = numbers.map(|number| u32::from_le_bytes(*number) as usize);
-                    for (i, values) in numbers.zip(reply.values.chunks_exact(4 * width)) {
+                    let places = reply.places.as_chunks::<4>().0.iter();
+                    let places = places.map(|place| u32::from_le_bytes(*place) as usize);
+                    for (i, values) in places.zip(reply.values.chunks_exact(4 * width)) {
                         le_bytes_mut(rows.get_mut(i * width..(i + 1) * width)?).copy_from_slice(values);
                         came[i] = 1;
                     }

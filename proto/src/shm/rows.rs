@@ -213,33 +213,33 @@ impl Rows {
         });
     }
 
-    /// Gives `row` the number and the values of each key that has a row; with `since`, of those whose row has changed since it was
+    /// Passes on the number and the values of each key that has a row; with `since`, of those whose row has changed since it was
     /// that of this step, which is less than 2^31 steps ago. (One that has not changed for 2^31 steps may be said to have.)
-    pub fn each_changed(&self, keys: &[u64], since: Option<u64>, mut row: impl FnMut(usize, &[f32])) {
+    pub fn each_row(&self, keys: &[u64], since: Option<u64>, mut give: impl FnMut(usize, &[f32])) {
         self.in_blocks(keys, since, &mut Vec::with_capacity(BLOCK), |some, places| {
             let there = some.zip(places).filter(|(_, place)| **place != NOWHERE);
-            there.for_each(|(i, place)| row(i, self.values(*place)));
+            there.for_each(|(i, place)| give(i, self.values(*place)));
         });
     }
 
-    /// Gives `with` some keys' numbers and the places of their rows after another, whose values are on their way meanwhile;
+    /// Passes on block after block of keys: their numbers, and the places of their rows, whose values are on their way meanwhile;
     /// [`NOWHERE`] for a key without a row, or without one that has changed `since`.
     fn in_blocks(
         &self,
         keys: &[u64],
         since: Option<u64>,
         places: &mut Vec<u32>,
-        mut with: impl FnMut(Range<usize>, &[u32]),
+        mut give: impl FnMut(Range<usize>, &[u32]),
     ) {
         let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
+        let wanted = |at| since.is_none_or(|since| index.has_changed(at, since));
         for from in (0..keys.len()).step_by(BLOCK) {
             let some = from..keys.len().min(from + BLOCK);
-            let wanted = |at| since.is_none_or(|since| index.has_changed(at, since));
             let found = index.places(&keys[some.clone()], self.capacity.rows);
             let found = found.map(|(place, at)| if place != NOWHERE && wanted(at) { place } else { NOWHERE });
             places.clear();
             places.extend(found.inspect(|place| self.come(*place)));
-            with(some, places);
+            give(some, places);
         }
     }
 
@@ -486,7 +486,7 @@ mod tests {
 
     fn has_changed(rows: &Rows, key: u64, since: u64) -> bool {
         let mut changed = false;
-        rows.each_changed(&[key], Some(since), |_, _| changed = true);
+        rows.each_row(&[key], Some(since), |_, _| changed = true);
         changed
     }
 
@@ -565,7 +565,7 @@ mod tests {
         }
         for since in [None, Some(0), Some(2), Some(4)] {
             let mut given = Vec::new();
-            store.each_changed(&keys, since, |i, row| given.push((i as u64, row.to_vec())));
+            store.each_row(&keys, since, |i, row| given.push((i as u64, row.to_vec())));
             let want = ids.iter().filter(|id| *id % 7 > 0 && since.is_none_or(|since| *id % 5 > since));
             assert_eq!(given, want.map(|id| (*id, vec![*id as f32; 3])).collect::<Vec<_>>(), "since {since:?}");
         }
