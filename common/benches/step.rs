@@ -197,7 +197,8 @@ fn run(bencher: Bencher<'_, '_>, name: &str, back: bool) {
     let (layer, in_len, rows) = layer(name);
     let out_len: usize = layer.out_shape().iter().product();
     let segments = Segments::one(rows);
-    let pass = Pass { segments: &segments, train: true, key: key(), first: 0, finished: &|_, _| {} };
+    let pass =
+        Pass { segments: &segments, train: true, key: key(), first: 0, finished: &|_, _| {}, finished_rows: None };
     let size = |trainable| -> usize {
         layer.tensors().iter().filter(|t| (t.role == Role::Trainable) == trainable).map(Tensor::len).sum()
     };

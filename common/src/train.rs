@@ -16,6 +16,8 @@ pub struct Workspace {
     d_logits: Vec<f32>,
     saved: Vec<f32>,
     scratch: Vec<f32>,
+    /// Whether the gradients of rows are final as early as can be, and said to be, because it takes long to change them.
+    pub rows_first: bool,
 }
 
 /// How far [`ahead`] has come with a forward pass, in a workspace that nothing else has used since.
@@ -31,6 +33,7 @@ impl Workspace {
             d_logits: vec![0.0; logits],
             saved: vec![0.0; model.net().saved(rows, segments)],
             scratch: vec![0.0; model.net().scratch(rows, segments)],
+            rows_first: false,
         }
     }
 }
@@ -47,11 +50,12 @@ impl Source for [f32] {
     }
 }
 
-/// A part of a gradient that is not touched any more.
-pub struct Final<'a> {
-    pub values: &'a [f32],
-    /// The loss sums of the whole batch.
-    pub sums: LossSums,
+/// A part of the gradients that is not touched any more.
+pub enum Final<'a> {
+    /// The trainable one from this place on, up to where the one before began.
+    From(usize, &'a [f32]),
+    /// Those of all rows of sparse tables, where they come first.
+    Rows,
 }
 
 /// Gradient **sum** over the samples of `batch` into `grads` (as long as the layout) and `d_rows` (as long as the batch's rows),
@@ -66,7 +70,7 @@ pub fn gradient(
     workspace: &mut Workspace,
     grads: &mut [f32],
     d_rows: &mut [f32],
-    finished: &mut dyn FnMut(usize, Final<'_>),
+    finished: &mut dyn FnMut(Final<'_>, LossSums),
 ) -> LossSums {
     let ahead = Ahead::default();
     forward(model, params, batch, segments, key, workspace, ahead).expect("all parameters are there");
@@ -123,7 +127,7 @@ fn run(
     let (net, samples, parts) = (model.net(), batch.samples, segments.len());
     let logits = &mut logits[..samples * model.targets() * model.outputs()];
     let (saved, scratch) = (&mut saved[..net.saved(samples, parts)], &mut scratch[..net.scratch(samples, parts)]);
-    let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {} };
+    let pass = Pass { segments, train: true, key, first: 0, finished: &|_, _| {}, finished_rows: None };
     let rows = self::rows(model, batch);
     let of_layer = |trainable, _| Some(Params { trainable: params.get(trainable)?, running: &[], rows });
     net.run(&pass, of_layer, &batch.inputs, logits, saved, scratch, begun, ahead)
@@ -133,10 +137,10 @@ fn run(
 ///
 /// `segments` says which rows belong to which partition; the result is the node's sum in the fixed tree.
 ///
-/// `finished(from, became)` is called while the backward pass runs, from the last layer to the first: the trainable
-/// gradient from `from` on is final, up to where the call before began (the first call's values go up to
-/// [`Layout::trainable`](crate::layout::Layout::trainable), the last call's begin at 0). Running statistics are final when
-/// this returns, and so are the sums of the rows' gradients in `d_rows`.
+/// `finished` is called while the backward pass runs, with what is final and the loss sums of the whole batch: with the trainable
+/// gradient from the last layer to the first (the first values go up to
+/// [`Layout::trainable`](crate::layout::Layout::trainable), the last ones begin at 0), and once when the sums of the rows' gradients
+/// are in `d_rows`, where these come first ([`Workspace::rows_first`]). Running statistics are final when this returns.
 pub fn backward(
     model: &Model,
     loss: &Loss,
@@ -147,9 +151,9 @@ pub fn backward(
     workspace: &mut Workspace,
     grads: &mut [f32],
     d_rows: &mut [f32],
-    finished: &mut dyn FnMut(usize, Final<'_>),
+    finished: &mut dyn FnMut(Final<'_>, LossSums),
 ) -> LossSums {
-    let Workspace { logits, d_logits, saved, scratch } = workspace;
+    let Workspace { logits, d_logits, saved, scratch, rows_first } = workspace;
     let (net, targets, trainable) = (model.net(), model.targets(), model.layout().trainable());
     let (rows, parts) = (batch.samples, segments.len());
     let values = rows * targets * model.outputs();
@@ -166,18 +170,28 @@ pub fn backward(
             ..loss.forward_backward(logits, &batch.targets, &batch.weights, rows, d_logits)
         }
     });
-    let open = RefCell::new((trainable, finished));
+    let open = RefCell::new((trainable, model.rows().tables().count(), finished));
     let announce = |from: usize, values: &[f32]| {
-        let (end, finished) = &mut *open.borrow_mut();
+        let (end, _, finished) = &mut *open.borrow_mut();
         assert_eq!(from + values.len(), *end, "gradients are finished from the last layer to the first");
         *end = from;
-        finished(from, Final { values, sums });
+        finished(Final::From(from, values), sums);
     };
-    let pass = Pass { segments, train: true, key, first: 0, finished: &announce };
+    let announce_rows = || {
+        let (_, tables, finished) = &mut *open.borrow_mut();
+        *tables -= 1;
+        if *tables == 0 {
+            finished(Final::Rows, sums);
+        }
+    };
+    let finished_rows = rows_first.then_some(&announce_rows as &dyn Fn());
+    let pass = Pass { segments, train: true, key, first: 0, finished: &announce, finished_rows };
     let params = Params { trainable: w, running, rows: self::rows(model, batch) };
     let into = Grads { trainable: dw, running: d_running, rows: d_rows };
     net.backward(&pass, params, &batch.inputs, logits, d_logits, None, into, saved, scratch);
-    assert_eq!(open.borrow().0, 0, "every layer finishes its gradient");
+    let (trainable, tables, _) = open.into_inner();
+    assert_eq!(trainable, 0, "every layer finishes its gradient");
+    assert!(tables == 0 || !*rows_first, "every table's gradient is finished");
     sums
 }
 
@@ -200,8 +214,8 @@ pub fn evaluate<'w>(model: &Model, params: &[f32], batch: &Batch, workspace: &'w
     let logits = &mut logits[..targets * model.outputs()];
     let (saved, scratch) = (&mut saved[..net.saved(rows, 1)], &mut scratch[..net.scratch(rows, 1)]);
     let (trainable, running) = params.split_at(model.layout().trainable());
-    let pass =
-        Pass { segments: &segments, train: false, key: Key::new(0, Purpose::Dropout), first: 0, finished: &|_, _| {} };
+    let key = Key::new(0, Purpose::Dropout);
+    let pass = Pass { segments: &segments, train: false, key, first: 0, finished: &|_, _| {}, finished_rows: None };
     let params = Params { trainable, running, rows: self::rows(model, batch) };
     net.forward(&pass, params, &batch.inputs, logits, saved, scratch);
     ArrayView2::from_shape((targets, model.outputs()), logits).expect("as long as its shape")

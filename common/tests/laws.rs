@@ -9,7 +9,7 @@ use unisono_common::data::{Batch, Targets};
 use unisono_common::job::{Activation, Join, Layer, Loss as LossKind, Model as Spec, RowInit};
 use unisono_common::layers::Segments;
 use unisono_common::layout::{CHUNK, Role};
-use unisono_common::loss::Loss;
+use unisono_common::loss::{Loss, LossSums};
 use unisono_common::model::{Model, Signature};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::rows::{NO_ID, sums::RowSums};
@@ -326,7 +326,8 @@ proptest! {
             let mut grads = vec![f32::NAN; weights.len()];
             let mut workspace = Workspace::new(&model, rows, 2);
             let (mut starts, mut announced) = (Vec::new(), vec![f32::NAN; model.layout().trainable()]);
-            let mut keep = |from: usize, Final { values, .. }: Final<'_>| {
+            let mut keep = |part: Final<'_>, _: LossSums| {
+                let Final::From(from, values) = part else { return };
                 starts.push(from);
                 announced[from..from + values.len()].copy_from_slice(values);
             };
@@ -340,6 +341,52 @@ proptest! {
             prop_assert!(starts.iter().filter(|start| first.contains(start)).count() >= parts, "{:?}", starts);
             let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&announced), bits(&grads[..announced.len()]));
+        }
+    }
+
+    #[test]
+    fn rows_are_announced_once_and_before_the_layer_above_their_tables(rows in 1usize..5, salt in any::<u64>()) {
+        let lookup = |width| vec![Layer::Lookup { width, init: RowInit::Normal { std: 1.0 } }];
+        let join = |join, branches| Layer::Parallel { join, branches };
+        let (concat, sum) = (Join::Concat, Join::Sum);
+        let above = || vec![linear(6), act(Activation::Relu), linear(3)];
+        let both = join(concat, vec![vec![linear(4)], lookup(4), [lookup(2), vec![Layer::Sum]].concat()]);
+        let dots = vec![join(concat, vec![vec![linear(4)], lookup(4)]), Layer::DotInteraction { width: 4 }];
+        let branch = [vec![join(concat, vec![vec![linear(4)], lookup(4)])], above()].concat();
+        // Of each the weights that the rows come before, and how many tensors with weights come before the rows.
+        let kinds = [
+            ([vec![both], above()].concat(), "1.weight", 1),
+            ([dots, above()].concat(), "2.weight", 1),
+            ([lookup(4), vec![Layer::Sum], above()].concat(), "2.weight", 1),
+            // Gradients are announced from the last to the first: those of a branch behind the table, and so of all above it, come first.
+            ([vec![join(concat, vec![lookup(4), vec![linear(4)]])], above()].concat(), "", 3),
+            (vec![join(sum, vec![branch.clone(), vec![linear(3)]])], "0.0.1.weight", 2),
+            // A chain whose inputs' gradient somebody wants does not wait.
+            (vec![linear(2), join(sum, vec![branch, vec![linear(3)]])], "1.0.0.0.0.weight", 3),
+        ];
+        for (layers, before, count) in kinds {
+            let signature = Signature { ids: 2, ..Signature::new(&[2], 3) };
+            let model = Model::build(&Spec::Layers { layers }, &signature).expect("the model fits");
+            let loss = Loss::new(&LossKind::CrossEntropy { label_smoothing: 0.0, class_weights: None }, 3).expect("it fits");
+            let mut batch = batch(&[2], rows, Targets::Class(vec![1; rows]), salt);
+            batch.ids = (0..2 * rows as u64).map(|i| i % 3).collect();
+            batch.look_up();
+            batch.put_rows(&model.rows().first(salt), model.rows().width());
+            let (weights, segments) = (params(&model, salt), Segments::one(rows));
+            let (mut grads, mut d_rows) = (vec![f32::NAN; weights.len()], vec![f32::NAN; batch.rows.len()]);
+            let mut said = Vec::new();
+            let mut keep = |part: Final<'_>, _: LossSums| said.push(match part {
+                Final::From(from, _) => model.layout().tensor_at(from).map(|t| t.name.clone()),
+                Final::Rows => None,
+            });
+            let (key, mut workspace) = (Key::new(salt, Purpose::Dropout), Workspace::new(&model, rows, 1));
+            workspace.rows_first = true;
+            gradient(&model, &loss, &weights, &batch, &segments, key, &mut workspace, &mut grads, &mut d_rows, &mut keep);
+            let mut of_rows = (0..said.len()).filter(|i| said[*i].is_none());
+            let (at, again) = (of_rows.next().expect("they are announced"), of_rows.next());
+            let next = said[at + 1..].iter().flatten().find(|name| name.ends_with("weight"));
+            let weights_of = said[..at].iter().flatten().filter(|name| name.ends_with("weight")).count();
+            prop_assert_eq!((again, next.map_or("", |name| name.as_str()), weights_of), (None, before, count), "{:?}", said);
         }
     }
 
@@ -378,7 +425,7 @@ proptest! {
         let of_texts = Signature { output: vec![4], ..tokens(40_000, 4) };
         let lookup = |width| Layer::Lookup { width, init: RowInit::Normal { std: 1.0 } };
         let both = vec![vec![linear(7)], vec![lookup(7)], vec![lookup(3), Layer::Sum]];
-        let clicks = vec![Layer::Parallel { join: Join::Concat, branches: both }, linear(4)];
+        let clicks = vec![Layer::Parallel { join: Join::Concat, branches: both }, linear(6), act(Activation::Relu), linear(4)];
         let of_clicks = Signature { ids: 3, ..Signature::new(&[2], 4) };
         of_parts_and_whole(clicks, &of_clicks, &sizes, lo, salt, threads)?;
         for (layers, signature) in [(bag, of_texts), (images, of_images), (tied, tokens(50, 50)), (apart, tokens(40_000, 4))] {
@@ -432,6 +479,7 @@ fn of_parts_and_whole(
             let mut grads = vec![f32::NAN; weights.len()];
             let mut d_rows = RowSums { keys: batch.lookups.keys().to_vec(), values: vec![f32::NAN; batch.rows.len()] };
             let mut workspace = Workspace::new(&model, rows.max(1), sizes.len());
+            workspace.rows_first = segments.len() > 1;
             let sums = gradient(
                 &model,
                 &loss,

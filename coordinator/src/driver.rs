@@ -222,7 +222,14 @@ impl Driver {
     /// Lets go of a worker's session and lane; false where it has none.
     fn forget(&mut self, worker: WorkerId) -> bool {
         self.lanes.remove(&worker);
+        self.share_cores();
         self.sessions.remove(&worker).is_some()
+    }
+
+    /// Tells the store how many threads compute beside it.
+    fn share_cores(&self) {
+        let threads = self.lanes.values().map(LaneEnd::threads).sum();
+        self.shared.store.beside.store(threads, Ordering::Relaxed);
     }
 
     fn tell(&self, worker: WorkerId, kind: v1::to_worker::Kind) {
@@ -249,7 +256,8 @@ impl Driver {
                 tracing::info!("worker {worker} ({name}, {threads} threads, {isa}) joined by {by}");
                 self.isas.insert(isa);
                 if let Some(lane) = lane {
-                    self.lanes.insert(worker, LaneEnd::new(worker, lane, &self.shared));
+                    self.lanes.insert(worker, LaneEnd::new(worker, threads, lane, &self.shared));
+                    self.share_cores();
                     self.transports[0] = true;
                 } else {
                     self.transports[1] = true;

@@ -16,6 +16,8 @@ use unisono_proto::shm::{Hold, Lane, Part, RowPart};
 /// One worker's lane, and what is coming through it.
 pub struct LaneEnd {
     lane: Arc<Lane>,
+    /// The worker's compute threads.
+    threads: usize,
     push: Push,
     /// The slot that the open node's sums are in, and how many rows of sparse tables it has.
     hold: Option<(u32, Arc<Hold>, u32)>,
@@ -24,9 +26,15 @@ pub struct LaneEnd {
 }
 
 impl LaneEnd {
-    /// The lane of `worker`.
-    pub fn new(worker: WorkerId, lane: Arc<Lane>, shared: &Shared) -> LaneEnd {
-        LaneEnd { lane, push: Push::of(worker, shared.store.layout().chunks()), hold: None, reads: None }
+    /// The lane of `worker`, which has so many compute threads.
+    pub fn new(worker: WorkerId, threads: u32, lane: Arc<Lane>, shared: &Shared) -> LaneEnd {
+        let push = Push::of(worker, shared.store.layout().chunks());
+        LaneEnd { lane, threads: threads as usize, push, hold: None, reads: None }
+    }
+
+    /// The worker's compute threads.
+    pub fn threads(&self) -> usize {
+        self.threads
     }
 
     /// Orders nodes; false where the worker takes none.
@@ -34,9 +42,9 @@ impl LaneEnd {
         if self.reads.replace(step) != Some(step) {
             shared.store.bytes_pulled.fetch_add(shared.store.layout().len() as u64 * 4, Ordering::Relaxed);
         }
-        let evaluate = kind == Kind::Evaluate;
+        let (evaluate, rows_first) = (kind == Kind::Evaluate, shared.store.rows_first());
         nodes.iter().all(|&node| {
-            let order = Order { step: step.0, generation: generation.0, node, evaluate };
+            let order = Order { step: step.0, generation: generation.0, node, evaluate, rows_first };
             self.lane.order(order)
         })
     }

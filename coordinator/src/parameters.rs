@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::server::NamedService;
@@ -129,9 +130,11 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
     let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut spent = None;
     let mut coming = Coming::default();
+    let mut adding = None::<JoinHandle<()>>;
     while let Some(part) = reader.part().await? {
         match part {
             Part::Short(v1::push_part::Kind::Node(header)) => {
+                end(&mut adding).await?;
                 spent = None;
                 push.begin(shared, &wire::header(&header, shared.job.train.partitions)?)?;
                 coming = Coming { rows: header.rows as usize, ..Coming::default() };
@@ -162,11 +165,10 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 if let Some(sums) = coming.add(shared, head, &values)?
                     && let Some(rows) = push.rows()?
                 {
-                    // It may be the last of a step: the update of all rows keeps no other stream waiting.
+                    // They may be the last of a step: what all rows become is computed while chunks come.
                     let shared = shared.clone();
                     let accept = move || rows.accept(&shared, RowGradient::Sums(sums));
-                    let done = tokio::task::spawn_blocking(accept).await;
-                    done.map_err(|_| Status::internal("the rows could not be added"))?;
+                    adding = Some(tokio::task::spawn_blocking(accept));
                 }
             }
             Part::Short(_) => {
@@ -175,8 +177,19 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 ));
             }
         }
+        if push.is_whole() {
+            end(&mut adding).await?;
+        }
     }
     Ok(())
+}
+
+/// Waits until a node's rows are added.
+async fn end(adding: &mut Option<JoinHandle<()>>) -> Result<(), Status> {
+    match adding.take() {
+        Some(adding) => adding.await.map_err(|_| Status::internal("the rows could not be added")),
+        None => Ok(()),
+    }
 }
 
 /// The rows of an open node, piece by piece.

@@ -1,7 +1,12 @@
 //! Sparse tables: the rows that were touched, the open reduction tree of their gradients, and the update.
 //!
-//! Rows change between two steps only, when all gradients of a step are there, dense and sparse: until then, whoever joins or is
-//! slow can still read those of the open step. A checkpoint that is being written copies only rows that change meanwhile.
+//! What rows become is computed as soon as their own gradients are there, beside those that there are. They change between two steps
+//! only, when all gradients of a step are there, dense and sparse: until then, whoever joins or is slow can still read those of the
+//! open step. A checkpoint that is being written copies only rows that change meanwhile.
+//!
+//! Locks are taken in the order of the fields. While rows are computed, the pool's threads may take up what else the pool has to do.
+//! That may be a chunk, which waits for its lock: whoever holds one must not wait for a change of rows. It must never be rows
+//! that came, for these wait for locks that are held here.
 
 use crate::lock;
 use anyhow::{Context, Result, bail};
@@ -18,7 +23,7 @@ use unisono_common::rows::optim::RowOptimizer;
 use unisono_common::rows::sums::{RowSums, merge};
 use unisono_common::rows::{First, RowBlock, RowLayout};
 use unisono_common::tree::{Node, Offer, Open};
-use unisono_proto::shm::{Capacity, Memory, RowPart, RowStore};
+use unisono_proto::shm::{Capacity, Memory, Plan, RowPart, RowStore};
 
 /// Gradient sums of some rows.
 pub enum RowGradient {
@@ -72,7 +77,6 @@ struct Held {
     step: Step,
     store: RowStore,
     keys: Vec<u64>,
-    keeping: Option<Keeping>,
 }
 
 /// A checkpoint that has not taken all rows yet.
@@ -84,10 +88,42 @@ struct Keeping {
     old: HashMap<u32, Vec<f32>>,
 }
 
-/// The open step's gradients.
+/// The open step's gradients, and what becomes of them.
 struct Coming {
     tree: Open<Part>,
+    /// Whether all are there.
+    is_whole: bool,
     whole: Option<Part>,
+    next: Option<Next>,
+    /// Memory for them.
+    spare: Vec<f32>,
+}
+
+/// The rows of the next step.
+struct Next {
+    plan: Plan,
+    /// What they were computed from. It is kept until they are there: when its slots become free their workers wake, and are
+    /// awake when the next orders come.
+    whole: Part,
+    /// The place in a row of the first value that is not finite.
+    bad: Option<usize>,
+}
+
+/// The rows that there are while the next ones are computed.
+enum Rows<'a> {
+    /// Somebody needs them.
+    Beside(&'a RowStore),
+    InPlace(&'a mut RowStore),
+}
+
+/// What makes an update of the sums of rows' gradients.
+#[derive(Clone, Copy)]
+pub struct Update {
+    pub lr: f32,
+    /// What the sums are multiplied by.
+    pub factor: f32,
+    /// What each value is clamped to then, from `-limit` on.
+    pub limit: Option<f32>,
 }
 
 /// The sparse tables of one run.
@@ -97,8 +133,9 @@ pub struct Tables {
     optimizer: RowOptimizer,
     partitions: u32,
     memory: u64,
-    held: RwLock<Held>,
     coming: Mutex<Coming>,
+    held: RwLock<Held>,
+    keeping: Mutex<Option<Keeping>>,
     /// The step whose rows are there.
     committed: watch::Sender<u64>,
 }
@@ -121,7 +158,7 @@ pub enum Failed {
     Full(String),
 }
 
-/// Rows that a checkpoint takes at once; updates wait meanwhile.
+/// Rows that a checkpoint takes at once; no rows change meanwhile.
 const BLOCK: usize = 16_384;
 
 impl Tables {
@@ -141,7 +178,7 @@ impl Tables {
         let width = layout.width();
         let capacity = Capacity::of_bytes(width, optimizer.state_len(), job.memory);
         let store = RowStore::create(capacity).context("no memory for the tables; lower train.tables.memory_mb")?;
-        let mut held = Held { step, store, keys: Vec::new(), keeping: None };
+        let mut held = Held { step, store, keys: Vec::new() };
         for block in rows {
             for (key, row) in block.keys.iter().zip(block.rows.chunks_exact(optimizer.row_len())) {
                 if held.store.place(*key, step.0, |to| to.copy_from_slice(row)).is_err() {
@@ -156,8 +193,15 @@ impl Tables {
             optimizer,
             partitions,
             memory: job.memory,
+            coming: Mutex::new(Coming {
+                tree: Open::new(partitions),
+                is_whole: false,
+                whole: None,
+                next: None,
+                spare: Vec::new(),
+            }),
             held: RwLock::new(held),
-            coming: Mutex::new(Coming { tree: Open::new(partitions), whole: None }),
+            keeping: Mutex::new(None),
             committed: watch::Sender::new(step.0),
         })
     }
@@ -199,7 +243,7 @@ impl Tables {
     pub fn accept(&self, step: Step, node: Node, sums: LossSums, gradient: RowGradient) -> Option<LossSums> {
         let width = self.layout.width();
         let mut coming = lock(&self.coming);
-        if coming.whole.is_some() || coming.tree.holds(node) || self.read().step != step {
+        if coming.is_whole || coming.tree.holds(node) || self.read().step != step {
             return None; // late, or there already
         }
         // The root's halves wait for all others; below it, what meets its sibling is summed up at once.
@@ -219,7 +263,7 @@ impl Tables {
         if coming.tree.offer(node, part, add) != Offer::Complete {
             return None;
         }
-        coming.whole = coming.tree.take_root();
+        (coming.is_whole, coming.whole) = (true, coming.tree.take_root());
         coming.whole.as_ref().map(|whole| whole.sums)
     }
 
@@ -238,15 +282,67 @@ impl Tables {
         sum
     }
 
-    /// The rows of the next step, from the whole tree's gradients times `factor`, each clamped to `-limit..=limit`; on the
-    /// current thread pool.
+    /// Computes the rows of the next step beside those that there are, on the current thread pool; [`Tables::commit`] puts them in
+    /// their place.
+    pub fn prepare(&self, update: Update) {
+        let (whole, spare) = {
+            let mut coming = lock(&self.coming);
+            (coming.whole.take(), std::mem::take(&mut coming.spare))
+        };
+        let Some(whole) = whole else { return };
+        let held = self.read();
+        let next = self.next(whole, update, held.step.next(), Rows::Beside(&held.store), spare);
+        drop(held);
+        lock(&self.coming).next = Some(next);
+    }
+
+    /// The rows become those of the next step, by `update` where they were not prepared; on the current thread pool.
     ///
     /// # Errors
-    /// Values that are not finite, and no room for new rows.
-    pub fn update(&self, lr: f32, factor: f32, limit: Option<f32>) -> Result<(), Failed> {
+    /// Values that are not finite, and no room for new rows: then there is no next step.
+    pub fn commit(&self, update: Update) -> Result<(), Failed> {
         // Until the step has changed nothing is taken for it: it would be taken for the next one.
         let mut coming = lock(&self.coming);
-        let Some(whole) = coming.whole.take() else { return Ok(()) };
+        let mut held = self.write();
+        let mut keeping = lock(&self.keeping);
+        let Held { step, store, keys } = &mut *held;
+        let Next { mut plan, whole, bad } = match (coming.next.take(), coming.whole.take()) {
+            (Some(next), _) => next,
+            (None, Some(whole)) => {
+                let spare = std::mem::take(&mut coming.spare);
+                let rows = if keeping.is_some() { Rows::Beside(store) } else { Rows::InPlace(store) };
+                self.next(whole, update, step.next(), rows, spare)
+            }
+            (None, None) => return Ok(()),
+        };
+        if let Some(at) = bad {
+            return Err(Failed::Diverged(self.layout.table_at(at).map(|t| t.name.clone()).unwrap_or_default()));
+        }
+        if let Some(keeping) = &mut *keeping {
+            for (_, place) in plan.places() {
+                if (keeping.taken..keeping.rows).contains(&(place as usize)) {
+                    // Where it is there already, it was changed before.
+                    keeping.old.entry(place).or_insert_with(|| store.row(place).to_vec());
+                }
+            }
+        }
+        store.put(&mut plan).map_err(|_| Failed::Full(full(store.capacity().rows, self.memory)))?;
+        if keys.len() < store.len() as usize {
+            // Those that are new, in the order of their keys.
+            let there = keys.len();
+            keys.extend(plan.places().filter(|(_, place)| *place as usize >= there).map(|(key, _)| key));
+        }
+        *step = step.next();
+        let step = *step;
+        (coming.is_whole, coming.spare) = (false, plan.into_spare());
+        drop((keeping, held, coming));
+        self.committed.send_replace(step.0);
+        drop(whole);
+        Ok(())
+    }
+
+    /// The rows of `step`, from the whole tree's gradients.
+    fn next(&self, whole: Part, update: Update, step: Step, rows: Rows<'_>, spare: Vec<f32>) -> Next {
         let [left, right] = whole.gradient.halves();
         let most = left.0.len() + right.0.len();
         let (mut keys, mut sides) = (Vec::with_capacity(most), Vec::with_capacity(most));
@@ -254,64 +350,41 @@ impl Tables {
             keys.push(key);
             sides.push(side);
         });
-        let width = self.layout.width();
-        let mut held = self.write();
-        let Held { step, store, keys: known, keeping } = &mut *held;
-        let next = step.next();
-        let places = store.places(&keys, next.0).map_err(|_| Failed::Full(full(store.capacity().rows, self.memory)))?;
-        if known.len() < store.len() as usize {
-            // Those that are new, in the order of their keys.
-            let new = keys.iter().zip(places.as_slice()).filter(|(_, place)| **place as usize >= known.len());
-            let new: Vec<u64> = new.map(|(key, _)| *key).collect();
-            known.extend(new);
-        }
-        if let Some(keeping) = keeping {
-            for &place in places.as_slice() {
-                if (keeping.taken..keeping.rows).contains(&(place as usize)) {
-                    // Where it is there already, it was changed before.
-                    keeping.old.entry(place).or_insert_with(|| store.row(place).to_vec());
+        let (width, Update { lr, factor, limit }) = (self.layout.width(), update);
+        let update = self.optimizer.at(step.0, lr);
+        let bad = Mutex::new(None::<usize>);
+        let make = || {
+            let (first, optimizer, sides, bad) = (&self.first, &self.optimizer, &sides, &bad);
+            let mut gradient = vec![0.0; width];
+            #[inline(always)]
+            move |(key, i): (u64, usize), is_new, row: &mut [f32]| {
+                let (values, state) = row.split_at_mut(width);
+                if is_new {
+                    first.fill(key, values);
+                    optimizer.first_state(values, state);
+                }
+                sides[i].read((left.1, right.1), width, &mut gradient);
+                gradient.iter_mut().for_each(|g| *g *= factor);
+                let mut finite = true;
+                if let Some(limit) = limit {
+                    // It would hide an infinite one.
+                    finite = kernels::finite(&gradient);
+                    gradient.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
+                }
+                if !(update.run(&gradient, values, state) && finite) {
+                    let mut pairs = gradient.iter().zip(&*values);
+                    let at = pairs.position(|(g, w)| !g.is_finite() || !w.is_finite()).unwrap_or(0);
+                    let mut bad = lock(bad);
+                    *bad = Some(bad.map_or(at, |first| first.min(at)));
                 }
             }
-        }
-        let update = self.optimizer.at(next.0, lr);
-        let bad = Mutex::new(None::<usize>);
-        store.change(&places, |some, mut rows| {
-            let mut gradient = vec![0.0; width];
-            kernels::vectorized(
-                #[inline(always)]
-                || {
-                    for i in some {
-                        let is_new = rows.is_new(i);
-                        let (values, state) = rows.row(i).split_at_mut(width);
-                        if is_new {
-                            self.first.fill(keys[i], values);
-                            self.optimizer.first_state(values, state);
-                        }
-                        sides[i].read((left.1, right.1), width, &mut gradient);
-                        gradient.iter_mut().for_each(|g| *g *= factor);
-                        let mut finite = true;
-                        if let Some(limit) = limit {
-                            // It would hide an infinite one.
-                            finite = kernels::finite(&gradient);
-                            gradient.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
-                        }
-                        if !(update.run(&gradient, values, state) && finite) {
-                            let mut pairs = gradient.iter().zip(&*values);
-                            let at = pairs.position(|(g, w)| !g.is_finite() || !w.is_finite()).unwrap_or(0);
-                            let mut bad = lock(&bad);
-                            *bad = Some(bad.map_or(at, |first| first.min(at)));
-                        }
-                    }
-                },
-            );
-        });
-        *step = next;
-        drop((held, coming));
-        self.committed.send_replace(next.0);
-        match bad.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
-            Some(at) => Err(Failed::Diverged(self.layout.table_at(at).map(|t| t.name.clone()).unwrap_or_default())),
-            None => Ok(()),
-        }
+        };
+        let plan = match rows {
+            Rows::Beside(store) => store.plan(keys, step.0, spare, make),
+            Rows::InPlace(store) => store.plan_in_place(keys, step.0, spare, make),
+        };
+        let bad = bad.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+        Next { plan, whole, bad }
     }
 
     /// The rows of `keys` that there are and that have changed since `since` (or all of them).
@@ -340,17 +413,17 @@ impl Tables {
 
     /// Promises that [`Tables::flush`] gives the rows as they are now.
     pub fn keep(&self) {
-        let mut held = self.write();
-        let rows = held.keys.len();
-        held.keeping = Some(Keeping { rows, taken: 0, old: HashMap::new() });
+        let held = self.read();
+        *lock(&self.keeping) = Some(Keeping { rows: held.keys.len(), taken: 0, old: HashMap::new() });
     }
 
     /// Gives away all rows that were promised, in the order in which they were first touched.
     pub fn flush(&self, mut give: impl FnMut(&RowBlock)) {
         let len = self.optimizer.row_len();
         loop {
-            let mut held = self.write();
-            let Held { store, keys, keeping, .. } = &mut *held;
+            let held = self.read();
+            let Held { store, keys, .. } = &*held;
+            let mut keeping = lock(&self.keeping);
             let Some(kept) = keeping.as_mut().filter(|kept| kept.taken < kept.rows) else {
                 *keeping = None;
                 return;
@@ -365,7 +438,7 @@ impl Tables {
                 }
             }
             kept.taken = next;
-            drop(held);
+            drop((keeping, held));
             give(&block);
         }
     }
@@ -404,6 +477,10 @@ mod tests {
         last
     }
 
+    fn update(lr: f32, factor: f32, limit: Option<f32>) -> Update {
+        Update { lr, factor, limit }
+    }
+
     fn value(tables: &Tables, id: u64) -> f32 {
         let mut row = [0.0; 2];
         tables.layout.first(7).fill(key(id), &mut row);
@@ -418,7 +495,7 @@ mod tests {
         assert!(step(&tables, 5, [&[1], &[1]]).is_none(), "it is there already");
         assert_eq!((tables.rows(), value(&tables, 2)), (0, 0.0), "nothing changes before it is committed");
         assert_eq!(tables.sum_squares(0.5), (2.0 + 2.0 + 4.0 * 2.0) / 4.0);
-        tables.update(1.0, 0.5, None).expect("finite");
+        tables.commit(update(1.0, 0.5, None)).expect("finite");
         assert!(tables.is_at(Step(6)) && tables.rows() == 3);
         let near = |a: f32, b: f32| (a - b).abs() < 1e-6;
         assert!(near(value(&tables, 1), -0.5) && near(value(&tables, 2), -1.0) && near(value(&tables, 3), -0.5));
@@ -430,12 +507,12 @@ mod tests {
         assert_eq!(pulled(&tables, None), [0, 2]);
         tables.keep();
         step(&tables, 6, [&[2, 9], &[]]);
-        tables.update(1.0, 1.0, Some(0.25)).expect("finite");
+        tables.commit(update(1.0, 1.0, Some(0.25))).expect("finite");
         assert_eq!(pulled(&tables, Some(Step(6))), [1, 2]);
         assert!(near(value(&tables, 2), -1.25) && near(value(&tables, 9), -0.25));
         // One that changes twice is kept as it was before both.
         step(&tables, 7, [&[2], &[]]);
-        tables.update(1.0, 1.0, None).expect("finite");
+        tables.commit(update(1.0, 1.0, None)).expect("finite");
         assert_eq!(pulled(&tables, Some(Step(7))), [2]);
         assert!(near(value(&tables, 2), -2.25));
         let mut kept = Vec::new();
@@ -447,11 +524,53 @@ mod tests {
     }
 
     #[test]
+    fn rows_are_the_same_prepared_or_not_and_change_when_they_are_committed() {
+        let held = |tables: &Tables| {
+            let keys = tables.read().keys.clone();
+            let values = tables.pull(&keys, None).values;
+            (keys, values)
+        };
+        // Each at once and prepared, without and with a checkpoint that is written meanwhile.
+        let runs = [(false, false), (true, false), (false, true), (true, true)].map(|(early, keeps)| {
+            let tables = tables(1 << 20, &[]);
+            for (at, ids) in (5..).zip([[&[1, 2][..], &[2, 3]], [&[2, 7], &[]], [&[3, 9], &[1, 9]]]) {
+                if keeps {
+                    tables.keep();
+                }
+                step(&tables, at, ids);
+                let before = held(&tables);
+                if early {
+                    tables.prepare(update(0.5, 0.5, None));
+                    assert!(step(&tables, at, ids).is_none(), "it is there already");
+                }
+                assert_eq!(held(&tables), before, "what is prepared is not there yet");
+                tables.commit(update(0.5, 0.5, None)).expect("finite");
+                assert!(tables.is_at(Step(at + 1)) && held(&tables) != before);
+                let (mut keys, mut values) = (Vec::new(), Vec::new());
+                tables.flush(|block| {
+                    keys.extend_from_slice(&block.keys);
+                    values.extend_from_slice(le_bytes(&block.rows));
+                });
+                assert!(!keeps || (keys, values) == before, "a checkpoint has them as they were");
+            }
+            held(&tables)
+        });
+        assert!(runs.iter().all(|run| *run == runs[0]) && runs[0].0.len() == 5);
+    }
+
+    #[test]
     fn what_is_not_finite_and_what_does_not_fit_is_said() {
+        [false, true].into_iter().for_each(what_is_wrong_is_said);
+    }
+
+    fn what_is_wrong_is_said(early: bool) {
         let tables = tables(1 << 10, &[]);
         let ids: Vec<u64> = (0..1000).collect();
         step(&tables, 5, [&ids, &[]]);
-        match tables.update(1.0, 1.0, None) {
+        if early {
+            tables.prepare(update(1.0, 1.0, None));
+        }
+        match tables.commit(update(1.0, 1.0, None)) {
             Err(Failed::Full(why)) => {
                 let room = tables.read().store.capacity().rows;
                 assert!(why.contains("memory_mb") && why.contains(&format!("room for {room} rows")), "{why}");
@@ -460,6 +579,10 @@ mod tests {
         }
         let tables = self::tables(1 << 20, &[]);
         step(&tables, 5, [&[1], &[2]]);
-        assert!(matches!(tables.update(1.0, f32::INFINITY, Some(1.0)), Err(Failed::Diverged(table)) if table == "a"));
+        let infinite = update(1.0, f32::INFINITY, Some(1.0));
+        if early {
+            tables.prepare(infinite);
+        }
+        assert!(matches!(tables.commit(infinite), Err(Failed::Diverged(table)) if table == "a"));
     }
 }

@@ -7,7 +7,7 @@
 
 use crate::lock;
 use crate::measure::{THREAD, cpu_time};
-use crate::rows::{Failed, RowGradient, Tables};
+use crate::rows::{Failed, RowGradient, Tables, Update};
 use crate::sum::{Gradient, Part, Spare};
 use anyhow::Context;
 use bytes::Bytes;
@@ -233,6 +233,8 @@ pub struct Store {
     applied: Box<dyn Fn(Applied) + Send + Sync>,
     /// Threads that reduce and update.
     pub pool: rayon::ThreadPool,
+    /// Threads that compute gradients on this host, of workers that share memory with it.
+    pub beside: AtomicUsize,
     /// Whether chunks for the wire need a checksum: what is encrypted has a better one.
     pub needs_crc: bool,
     /// Where somebody wants to know.
@@ -304,6 +306,7 @@ impl Store {
             changed: watch::Sender::new(0),
             applied,
             pool,
+            beside: AtomicUsize::new(0),
             needs_crc: true,
             timers: None,
             bytes_pushed: AtomicU64::new(0),
@@ -380,6 +383,9 @@ impl Store {
         let (keys, values) = gradient.parts();
         self.bytes_pushed.fetch_add((8 * keys.len() + 4 * values.len()) as u64, Ordering::Relaxed);
         if let Some(sums) = tables.accept(step, node, sums, gradient) {
+            if self.rows_first() {
+                self.change_rows(inverse(sums), |tables, update| tables.prepare(update));
+            }
             self.one_less(step, sums);
         }
     }
@@ -398,23 +404,32 @@ impl Store {
         let mean = inverse(sums);
         let factor = if self.waits() { mean * self.apply_together(mean) } else { mean };
         // Rows change in place, when nobody reads those of this step any more.
+        let changed = self.change_rows(factor, |tables, update| tables.commit(update)).unwrap_or(Ok(()));
+        self.finish(step, sums, changed);
+    }
+
+    /// A part of the update of rows by their gradients' sums times `factor`, where there are any; on the pool.
+    fn change_rows<R: Send>(&self, factor: f32, change: impl FnOnce(&Tables, Update) -> R + Send) -> Option<R> {
+        let tables = self.tables.as_ref()?;
         let began = self.timers.as_ref().map(|timers| (timers, Instant::now()));
-        let updated = match &self.tables {
-            Some(tables) => {
-                let rate = (tables.optimizer().lr() as f64 * *lock(&self.factor)) as f32;
-                self.pool.install(|| tables.update(rate, factor, self.clip.value))
-            }
-            None => Ok(()),
-        };
+        let lr = (tables.optimizer().lr() as f64 * *lock(&self.factor)) as f32;
+        let done = self.pool.install(|| change(tables, Update { lr, factor, limit: self.clip.value }));
         if let Some((timers, began)) = began {
             timers.add(Duration::ZERO, began.elapsed());
         }
-        self.finish(step, sums, updated);
+        Some(done)
     }
 
     /// Whether `node`'s sum of chunk `index` would be added to another, or is all there is to add.
     pub fn merges(&self, index: usize, node: Node) -> bool {
         node.len() == self.partitions || lock(&self.chunks[index]).open.merges(node)
+    }
+
+    /// Whether the next rows of sparse tables are computed as soon as their gradients are there: not where the global norm is
+    /// needed first, and not where workers that share memory compute on all cores, whom it would only interrupt.
+    pub fn rows_first(&self) -> bool {
+        let has_a_core = self.beside.load(Ordering::Relaxed) < self.pool.current_num_threads();
+        self.tables.is_some() && self.clip.norm.is_none() && has_a_core
     }
 
     /// Whether a mean has to wait until all gradients are there.

@@ -454,6 +454,12 @@ fn candidates_that_are_drawn_are_the_same_for_all() {
     }
 }
 
+/// Without a norm to wait for, rows come first wherever the coordinator has a core for them.
+#[test]
+fn a_dlrm_whose_rows_come_first_is_the_same_for_all() {
+    is_the_same_for_all(DOTS, 4000);
+}
+
 #[test]
 fn a_gpt_with_a_tied_table_and_dropout_is_the_same_for_all() {
     is_the_same_for_all(TEXT, 1500);

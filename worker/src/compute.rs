@@ -51,9 +51,8 @@ pub struct Compute {
     /// The next step's, in a batch of its own, whose rows are asked for while this one is computed.
     ahead: Option<Filled>,
     next: Batch,
-    /// What rows of sparse tables are at first, and memory to look for them.
+    /// What rows of sparse tables are at first.
     first: First,
-    places: Vec<u32>,
     /// Gradients of passes that are to be added to others.
     spare: Vec<Vec<f32>>,
 }
@@ -96,7 +95,6 @@ impl Compute {
             ahead: None,
             next: Batch::empty(),
             first: model.rows().first(job.seed),
-            places: Vec::new(),
             spare: Vec::new(),
             workspace: None,
             no_sums: EvalSums::new(EvalKind::of(&prepared, job.train.top_k)),
@@ -198,8 +196,7 @@ impl Compute {
         let gathered = began.elapsed();
         let filled = self.filled.as_mut().expect("just filled");
         if !filled.ready {
-            let (width, batch, places) = (self.model.rows().width(), &mut self.batch, &mut self.places);
-            rows.fill(step, filled.asked.take(), &self.first, width, batch, places)?;
+            rows.fill(step, filled.asked.take(), &self.first, self.model.rows().width(), &mut self.batch)?;
             filled.ready = true;
         }
         Some(gathered)
@@ -230,15 +227,16 @@ impl Compute {
     }
 
     /// The gradient sums of one node that [`Compute::prepare`] got ready, into `out` and `d_rows`, and what that took; `ready` hears
-    /// which trainable values are final, from the last to the first. `None` where the weights do not come.
+    /// what is final, of rows if they come first. `None` where the weights do not come.
     fn gradient(
         &mut self,
         step: u64,
         node: Node,
         weights: &Reading<'_>,
+        rows_first: bool,
         out: &mut [f32],
         d_rows: &mut [f32],
-        ready: &mut dyn FnMut(usize, Final<'_>),
+        ready: &mut dyn FnMut(Final<'_>, LossSums),
     ) -> Option<(LossSums, Spent)> {
         if let Some(Simulated { partition, seed }) = self.simulated() {
             weights.get(0..out.len())?;
@@ -253,6 +251,7 @@ impl Compute {
         }
         let key = self.plan(step, node);
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
+        workspace.rows_first = rows_first;
         let Filled { segments, ahead, .. } = self.filled.as_mut().expect("filled above");
         let (model, loss, batch) = (&self.model, &self.loss, &self.batch);
         let (ahead, early) = std::mem::take(ahead);
@@ -312,7 +311,7 @@ impl Compute {
                 break;
             }
             let mut d_rows = vec![0.0; self.batch.rows.len()];
-            let computed = self.gradient(step, leaf, weights, &mut gradient, &mut d_rows, &mut |_, _| {});
+            let computed = self.gradient(step, leaf, weights, false, &mut gradient, &mut d_rows, &mut |_, _| {});
             let Some((sums, _)) = computed else { break };
             if !sums.loss.is_finite() {
                 return diverged(leaf, "loss");
@@ -350,9 +349,7 @@ impl Compute {
                 ensure!(self.simulated().is_none(), "a worker that computes nothing cannot evaluate");
                 let Some(all) = weights.get(0..self.model.layout().len()) else { continue };
                 let width = self.model.rows().width();
-                let mut places = Vec::new();
-                let mut rows =
-                    |first: &First, batch: &mut Batch| link.rows().fill(step, None, first, width, batch, &mut places);
+                let mut rows = |first: &First, batch: &mut Batch| link.rows().fill(step, None, first, width, batch);
                 let Some(sums) = self.evaluate(node, all, &mut rows) else { continue };
                 drop(weights);
                 if !sums.is_finite() {
@@ -408,13 +405,17 @@ impl Compute {
         keys.copy_from_slice(self.batch.lookups.keys());
         let announcement = link.announce(layout, slot, order, keys.len());
         let mut telling = Duration::ZERO;
-        let mut ready = |from, part: Final<'_>| {
+        let mut ready = |part: Final<'_>, sums| {
             let began = Instant::now();
-            announcement.ready(from, part.sums);
+            match part {
+                Final::From(from, _) => announcement.ready(from, sums),
+                Final::Rows => announcement.ready_rows(sums),
+            }
             telling += began.elapsed();
         };
+        let Order { step, node, rows_first, .. } = *order;
         let (sums, mut spent) =
-            self.gradient(order.step, order.node, weights, link.gradient(slot), d_rows, &mut ready)?;
+            self.gradient(step, node, weights, rows_first, link.gradient(slot), d_rows, &mut ready)?;
         let telling = nanos(telling);
         (spent.backward, spent.encode) = (spent.backward.saturating_sub(telling), telling);
         Some(Computed { announcement, sums, spent })

@@ -27,6 +27,8 @@ pub struct Order {
     pub generation: u64,
     pub node: Node,
     pub evaluate: bool,
+    /// Whether the gradients of rows of sparse tables are wanted before others.
+    pub rows_first: bool,
 }
 
 /// What the push stream sends.
@@ -79,8 +81,8 @@ impl Link {
     pub fn next(&self, meanwhile: impl FnOnce()) -> Option<Order> {
         match &self.way {
             Way::Shared { .. } => {
-                let frame::Order { step, generation, node, evaluate } = self.lane.next_order(meanwhile)?;
-                Some(Order { step, generation, node, evaluate })
+                let frame::Order { step, generation, node, evaluate, rows_first } = self.lane.next_order(meanwhile)?;
+                Some(Order { step, generation, node, evaluate, rows_first })
             }
             Way::Streams { orders, .. } => orders.try_recv().ok().or_else(|| {
                 meanwhile();
@@ -158,6 +160,7 @@ impl Link {
                 Way::Shared { .. } => None, // it is the coordinator's to free
             },
             begun: Cell::new(false),
+            are_rows_said: Cell::new(matches!(self.rows, rows::Source::None)),
             trained: whole,
             said: Cell::new(whole),
         }
@@ -173,6 +176,8 @@ pub struct Announcement<'a> {
     rows: u32,
     hold: Option<Arc<Hold>>,
     begun: Cell<bool>,
+    /// Whether the gradients of rows were announced, or there are none.
+    are_rows_said: Cell<bool>,
     /// The chunks below hold nothing but trainable values.
     trained: usize,
     /// Of those, the ones from here on were announced.
@@ -185,6 +190,16 @@ impl Announcement<'_> {
         let first = from.div_ceil(CHUNK).max(1);
         if first < self.said.get() && sums.loss.is_finite() {
             self.say(first..self.said.replace(first), sums, None);
+        }
+    }
+
+    /// The gradients of all rows of sparse tables are final.
+    pub fn ready_rows(&self, sums: LossSums) {
+        if sums.loss.is_finite() {
+            self.say_rows(sums);
+            if let Way::Shared { coordinator, .. } = &self.link.way {
+                coordinator.bell().ring();
+            }
         }
     }
 
@@ -209,10 +224,9 @@ impl Announcement<'_> {
         }
     }
 
-    /// Announces the gradients of the rows, of a model that has sparse tables; the coordinator hears its bell with the chunk behind
-    /// them.
+    /// Announces the gradients of the rows of a model that has sparse tables, once; the coordinator sees it when its bell rings.
     fn say_rows(&self, sums: LossSums) {
-        if matches!(self.link.rows, rows::Source::None) {
+        if self.are_rows_said.replace(true) {
             return;
         }
         self.begin(sums);

@@ -50,21 +50,13 @@ impl Source {
     }
 
     /// Puts the rows of `step`, of `width` values, into the batch that asks for them; those that nobody has touched are as they are
-    /// at first; `spare` is memory to work with. `None` where nobody waits for what would be computed with them.
-    pub fn fill(
-        &self,
-        step: u64,
-        asked: Option<Asked>,
-        first: &First,
-        width: usize,
-        batch: &mut Batch,
-        spare: &mut Vec<u32>,
-    ) -> Option<()> {
+    /// at first. `None` where nobody waits for what would be computed with them.
+    pub fn fill(&self, step: u64, asked: Option<Asked>, first: &First, width: usize, batch: &mut Batch) -> Option<()> {
         match self {
             Source::None => Some(()),
             Source::Shared(rows) => {
                 batch.make_room(width);
-                rows.read(batch.lookups.keys(), spare, &mut batch.rows, |key, row| first.fill(key, row));
+                rows.read(batch.lookups.keys(), &mut batch.rows, |key, row| first.fill(key, row));
                 Some(())
             }
             Source::Pulled(_) => {
@@ -72,9 +64,7 @@ impl Source {
                 batch.make_room(width);
                 let (keys, rows) = (batch.lookups.keys(), &mut batch.rows);
                 // Whether each row has come.
-                let came = spare;
-                came.clear();
-                came.resize(keys.len(), 0);
+                let mut came = vec![false; keys.len()];
                 loop {
                     let reply = asked.0.recv().ok()?;
                     if reply.late {
@@ -84,11 +74,11 @@ impl Source {
                     let places = places.map(|place| u32::from_le_bytes(*place) as usize);
                     for (i, values) in places.zip(reply.values.chunks_exact(4 * width)) {
                         le_bytes_mut(rows.get_mut(i * width..(i + 1) * width)?).copy_from_slice(values);
-                        came[i] = 1;
+                        came[i] = true;
                     }
                     if reply.last {
-                        let all = keys.iter().zip(rows.chunks_exact_mut(width)).zip(&*came);
-                        all.filter(|(_, came)| **came == 0).for_each(|((key, row), _)| first.fill(*key, row));
+                        let all = keys.iter().zip(rows.chunks_exact_mut(width)).zip(&came);
+                        all.filter(|(_, came)| !**came).for_each(|((key, row), _)| first.fill(*key, row));
                         return Some(());
                     }
                 }

@@ -427,7 +427,8 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
                     for node in nodes {
                         let evaluate = kind == Kind::Evaluate;
                         // Where compute has ended, the loop hears of it.
-                        streams.orders.send(Order { step: step.0, generation, node, evaluate }).ok();
+                        // The coordinator's cores are, as a rule, its own.
+                        streams.orders.send(Order { step: step.0, generation, node, evaluate, rows_first: true }).ok();
                     }
                 }
             }

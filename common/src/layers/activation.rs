@@ -114,6 +114,12 @@ pub(super) fn masked<'a>(
         return (dy, scratch);
     }
     let (dx, scratch) = scratch.split_at_mut(dy.len());
+    unmask(finish, y, dy, dx);
+    (dx, scratch)
+}
+
+/// That gradient, into `dx`.
+pub(super) fn unmask(finish: Finish, y: &[f32], dy: &[f32], dx: &mut [f32]) {
     let blocks = dx.par_chunks_mut(BLOCK).zip(y.par_chunks(BLOCK).zip(dy.par_chunks(BLOCK)));
     blocks.for_each(|(dx, (y, dy))| {
         vectorized(
@@ -121,7 +127,6 @@ pub(super) fn masked<'a>(
             || finish.gradient(y, dy, dx),
         );
     });
-    (dx, scratch)
 }
 
 impl Layer for Activation {

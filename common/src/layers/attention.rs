@@ -395,7 +395,7 @@ mod tests {
         let (mut y, mut dx, mut saved) = (none(dy.len()), none(x.len()), none(attention.saved(samples, 1)));
         let (segments, key, finished) =
             (Segments::one(samples), Key::new(0, Purpose::Dropout), |_: usize, _: &[f32]| ());
-        let pass = Pass { segments: &segments, train: true, key, first: 0, finished: &finished };
+        let pass = Pass { segments: &segments, train: true, key, first: 0, finished: &finished, finished_rows: None };
         let params = Params { trainable: &[], running: &[], rows: Rows::NONE };
         let grads = Grads { trainable: &mut [], running: &mut [], rows: &mut [] };
         let scratch = || none(attention.scratch(samples, 1));

@@ -1,6 +1,6 @@
 //! The fully connected layer.
 
-use super::activation::masked;
+use super::activation::{masked, unmask};
 use super::{Blocks, Grads, Layer, Params, Pass, over_rows, tree_spare, tree_sum};
 use crate::kernels::gemm::{Packed, product_apart, product_with};
 use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm};
@@ -70,6 +70,13 @@ impl Linear {
         });
     }
 
+    /// Floats for [`Linear::backward_in_halves`]: the sums' gradient, then what the parameters' gradients need.
+    pub(super) fn scratch_of_halves(&self, rows: usize, segments: usize) -> usize {
+        let (rows, outputs) = (rows * self.positions(), self.outputs());
+        let trees = self.blocks(outputs).scratch(segments).max(tree_spare(segments, outputs));
+        rows * outputs + self.packed(rows, segments) + trees
+    }
+
     /// Room for the inputs of `rows` rows in `segments` segments, packed for all parts of the weights' gradient; it is
     /// needed where this is the first layer.
     fn packed(&self, rows: usize, segments: usize) -> usize {
@@ -102,10 +109,8 @@ impl Layer for Linear {
 
     /// The sums' gradient, where it is not the output's, then what the parameters' gradients need.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
-        let (rows, outputs) = (rows * self.positions(), self.outputs());
-        let masked = if self.finish == Finish::Keep { 0 } else { rows * outputs };
-        let sums = self.blocks(outputs).scratch(segments).max(tree_spare(segments, outputs));
-        masked + self.packed(rows, segments) + sums
+        let sums = if self.finish == Finish::Keep { rows * self.positions() * self.outputs() } else { 0 };
+        self.scratch_of_halves(rows, segments) - sums
     }
 
     fn multiply_adds(&self) -> u64 {
@@ -132,14 +137,52 @@ impl Layer for Linear {
         _: &mut [f32],
         scratch: &mut [f32],
     ) {
+        let (dy, scratch) = masked(self.finish, y, dy, scratch);
+        self.parameters(pass, x, dy, dx.is_none(), grads.trainable, scratch);
+        if let Some(dx) = dx {
+            self.input(pass, params, dy, dx);
+        }
+    }
+}
+
+impl Linear {
+    /// [`Layer::backward`] with the inputs' gradient first; gives what computes and announces the parameters'. `scratch` is that of
+    /// [`Linear::scratch_of_halves`].
+    pub(super) fn backward_in_halves<'a>(
+        &'a self,
+        pass: Pass<'a>,
+        params: Params<'_>,
+        x: &'a [f32],
+        y: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+        grads: &'a mut [f32],
+        scratch: &'a mut [f32],
+    ) -> impl FnOnce() + 'a {
+        let (sums, scratch) = scratch.split_at_mut(dy.len());
+        unmask(self.finish, y, dy, sums);
+        self.input(&pass, params, sums, dx);
+        move || self.parameters(&pass, x, sums, false, grads, scratch)
+    }
+
+    /// The inputs' gradient, of that of the sums `dy`.
+    fn input(&self, pass: &Pass<'_>, params: Params<'_>, dy: &[f32], dx: &mut [f32]) {
+        let (i, o) = (self.inputs, self.outputs());
+        let w_oi = Mat::new(params.trainable, o, i);
+        over_rows(pass.segments.total() * self.positions(), (dx, i), (dy, o), |_, dx, dy| {
+            gemm(dx, Mat::new(dy, dy.len() / o, o), w_oi, false);
+        });
+    }
+
+    /// The parameters' gradients, of that of the sums `dy`, announced; part by part, if they are the `last` of the model's.
+    fn parameters(&self, pass: &Pass<'_>, x: &[f32], dy: &[f32], last: bool, grads: &mut [f32], scratch: &mut [f32]) {
         let (i, o, positions) = (self.inputs, self.outputs(), self.positions());
-        let (dw_oi, db_o) = grads.trainable.split_at_mut(self.weights());
+        let (dw_oi, db_o) = grads.split_at_mut(self.weights());
         let segments = pass.segments;
         let rows_of = |segment| {
             let samples = segments.rows(segment);
             samples.start * positions..samples.end * positions
         };
-        let (dy, scratch) = masked(self.finish, y, dy, scratch);
         if self.bias.is_some() {
             tree_sum(0, segments.len(), db_o, scratch, &mut |segment, out| {
                 let rows = rows_of(segment);
@@ -152,8 +195,8 @@ impl Layer for Linear {
             let (dy, x) = (&dy[rows.start * o..rows.end * o], &x[rows.start * i..rows.end * i]);
             (Mat::new(dy, rows.len(), o), Mat::new(x, rows.len(), i))
         };
-        // The first layer's gradient comes last of all: part by part, so that its update need not wait for the whole.
-        if dx.is_none() && self.strip() < o {
+        // What comes last of all comes part by part, so that its update need not wait for the whole.
+        if last && self.strip() < o {
             let (mut room, scratch) = scratch.split_at_mut(self.packed(segments.total() * positions, segments.len()));
             let mut split = |segment| {
                 let len = Packed::room(rows_of(segment).len(), i);
@@ -176,12 +219,6 @@ impl Layer for Linear {
                 gemm(out, dy.part(block.start, block.len()).t(), x, false);
             });
             pass.finish_from(0, dw_oi);
-        }
-        if let Some(dx) = dx {
-            let w_oi = Mat::new(params.trainable, o, i);
-            over_rows(segments.total() * positions, (dx, i), (dy, o), |_, dx, dy| {
-                gemm(dx, Mat::new(dy, dy.len() / o, o), w_oi, false);
-            });
         }
     }
 }
@@ -210,7 +247,8 @@ mod tests {
             let starts = RefCell::new(Vec::new());
             let finished = |from: usize, _: &[f32]| starts.borrow_mut().push(from);
             let key = Key::new(0, Purpose::Dropout);
-            let pass = Pass { segments: &segments, train: true, key, first: 0, finished: &finished };
+            let pass =
+                Pass { segments: &segments, train: true, key, first: 0, finished: &finished, finished_rows: None };
             let mut gradient = vec![f32::NAN; parameters.len()];
             let grads = Grads { trainable: &mut gradient, running: &mut [], rows: &mut [] };
             let params = Params { trainable: &parameters, running: &[], rows: Rows::NONE };

@@ -101,6 +101,7 @@ impl Layer for Lookup {
         } else {
             out.zip(scratch.par_chunks_mut(spare)).enumerate().for_each(work);
         }
+        pass.finish_rows();
         // Ids have no slope.
         if let Some(dx) = dx {
             dx.fill(0.0);

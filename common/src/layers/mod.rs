@@ -90,6 +90,8 @@ pub struct Pass<'a> {
     pub first: usize,
     /// Takes gradients that are final, and where they begin in the flat vector: from the last layer's to the first's.
     pub finished: &'a dyn Fn(usize, &[f32]),
+    /// Hears of each sparse table whose rows' gradients are final, where they are to come before others.
+    pub finished_rows: Option<&'a dyn Fn()>,
 }
 
 impl Pass<'_> {
@@ -104,6 +106,13 @@ impl Pass<'_> {
         let partitions = self.segments.len();
         let mut spare = vec![0.0; tree_spare(partitions, out.len())];
         tree_sum(0, partitions, out, &mut spare, &mut |partition, out| of(self.segments.rows(partition), out));
+    }
+
+    /// Announces the gradients of a sparse table's rows, as [`Pass::finish`] does those of tensors.
+    pub fn finish_rows(&self) {
+        if let Some(finished) = self.finished_rows {
+            finished();
+        }
     }
 
     /// Announces a part of it, which begins at its value `from` and ends where the part before began.
@@ -175,7 +184,8 @@ pub trait Layer: Send + Sync {
     /// `dx = f'(x)^T dy` (where wanted), and the **sum** over samples of the parameter gradients into `grads`, overwritten;
     /// running tensors get `segment rows x segment statistic`, summed over the tree.
     ///
-    /// A layer with trainable tensors announces their gradient as early as it can: before it computes `dx`.
+    /// A layer with trainable tensors announces their gradient as early as it can: before it computes `dx`, unless rows of sparse
+    /// tables below it come first. One with such tables announces each.
     fn backward(
         &self,
         pass: &Pass<'_>,

@@ -3,6 +3,7 @@
 use super::{Grads, Layer, Params, Pass, RowTable, over_rows};
 use crate::kernels::{self, vectorized};
 use crate::layout::{Role, Tensor};
+use std::cell::Cell;
 use std::ops::Range;
 
 /// `y = layers[n-1](... layers[0](x))`; tensors are named `index.name`, as PyTorch's `nn.Sequential` does
@@ -18,6 +19,8 @@ pub struct Sequential {
     sizes: Vec<(usize, usize)>,
     /// The place of each layer in the job.
     places: Vec<usize>,
+    /// The linear layer whose own gradient may wait for those of sparse tables below it, where there is one.
+    above_tables: Option<usize>,
 }
 
 /// How far a chain's forward pass has come.
@@ -46,7 +49,12 @@ impl Sequential {
             Some(*end)
         });
         let places = ends.zip(&layers).map(|(end, l)| end - l.span()).collect();
-        Sequential { layers, in_len: len(in_shape), out_shape, sizes, places }
+        let mut chain = Sequential { layers, in_len: len(in_shape), out_shape, sizes, places, above_tables: None };
+        let first = chain.first();
+        if chain.layers.get(first).is_some_and(|layer| !layer.tables().is_empty()) {
+            chain.above_tables = (first..chain.layers.len()).find(|i| chain.layers[*i].as_linear().is_some());
+        }
+        chain
     }
 
     /// Trainable and running values of all layers.
@@ -72,6 +80,12 @@ impl Sequential {
 
     fn inner_scratch(&self, rows: usize, segments: usize) -> usize {
         self.layers.iter().map(|l| l.scratch(rows, segments)).max().unwrap_or(0)
+    }
+
+    /// What a layer that waits keeps until it is its turn.
+    fn waiting_scratch(&self, rows: usize, segments: usize) -> usize {
+        let waiting = self.above_tables.and_then(|i| self.layers[i].as_linear());
+        waiting.map_or(0, |linear| linear.scratch_of_halves(rows, segments))
     }
 
     /// [`Layer::forward`] with parameters that each layer gets when its turn comes: `params(trainable, running)` gives those
@@ -165,9 +179,9 @@ impl Layer for Sequential {
         self.between() * rows + self.layers.iter().map(|l| l.saved(rows, segments)).sum::<usize>()
     }
 
-    /// Two gradients between layers, and what a layer needs.
+    /// Two gradients between layers, and what a layer needs, and one that waits.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
-        2 * self.widest() * rows + self.inner_scratch(rows, segments)
+        2 * self.widest() * rows + self.inner_scratch(rows, segments) + self.waiting_scratch(rows, segments)
     }
 
     fn multiply_adds(&self) -> u64 {
@@ -209,18 +223,26 @@ impl Layer for Sequential {
         let (between, mut kept) = saved.split_at_mut(self.between() * rows);
         let (gradients, scratch) = scratch.split_at_mut(2 * self.widest() * rows);
         let (mut above, mut below) = gradients.split_at_mut(self.widest() * rows);
+        let (scratch, mut of_waiting) = scratch.split_at_mut(self.inner_scratch(rows, segments));
         let (mut trainable, mut running) = (params.trainable, params.running);
         let Grads { trainable: mut d_trainable, running: mut d_running, rows: d_rows } = grads;
         let mut between = &*between;
         let mut dx = dx;
         let end = if dx.is_some() { 0 } else { self.first() };
+        // Where rows come first, the layer above their tables waits until something else than they is announced.
+        let waits = pass.finished_rows.and(self.above_tables).filter(|_| dx.is_none());
+        let waiting = Cell::new(None::<Box<dyn FnOnce() + '_>>);
+        let do_it = || waiting.take().map_or((), |it| it());
+        let finished = |from: usize, values: &[f32]| {
+            do_it();
+            (pass.finished)(from, values);
+        };
         for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate().skip(end).rev() {
             let (rest, mine_t) = trainable.split_at(trainable.len() - t);
             trainable = rest;
             let (rest, mine_r) = running.split_at(running.len() - r);
             running = rest;
-            let (rest, grad_t) = d_trainable.split_at_mut(d_trainable.len() - t);
-            d_trainable = rest;
+            let grad_t = d_trainable.split_off_mut(d_trainable.len() - t..).unwrap_or_default();
             let (rest, grad_r) = d_running.split_at_mut(d_running.len() - r);
             d_running = rest;
             let (rest, saved) = kept.split_at_mut(kept.len() - layer.saved(rows, segments));
@@ -236,14 +258,24 @@ impl Layer for Sequential {
             let x = if i == 0 { x } else { &between[between.len() - in_len..] };
             let dy = if last { dy } else { &above[..out_len] };
             let into = if i == end { dx.take() } else { Some(&mut below[..in_len]) };
-            let key = pass.key.with(self.places[i] as u64);
-            let pass = Pass { key, first: pass.first + d_trainable.len(), ..*pass };
+            let (key, first) = (pass.key.with(self.places[i] as u64), pass.first + d_trainable.len());
             let mine = Params { trainable: mine_t, running: mine_r, ..params };
-            let into_grads = Grads { trainable: grad_t, running: grad_r, rows: &mut *d_rows };
-            let scratch = &mut scratch[..layer.scratch(rows, segments)];
-            layer.backward(&pass, mine, x, y, dy, into, into_grads, saved, scratch);
+            match (layer.as_linear().filter(|_| waits == Some(i)), into) {
+                (Some(linear), Some(into)) => {
+                    let pass = Pass { key, first, ..*pass };
+                    let scratch = std::mem::take(&mut of_waiting);
+                    waiting.set(Some(Box::new(linear.backward_in_halves(pass, mine, x, y, dy, into, grad_t, scratch))));
+                }
+                (_, into) => {
+                    let pass = Pass { key, first, finished: &finished, ..*pass };
+                    let into_grads = Grads { trainable: grad_t, running: grad_r, rows: &mut *d_rows };
+                    let scratch = &mut scratch[..layer.scratch(rows, segments)];
+                    layer.backward(&pass, mine, x, y, dy, into, into_grads, saved, scratch);
+                }
+            }
             std::mem::swap(&mut above, &mut below);
         }
+        do_it();
         if let Some(dx) = dx {
             dx.copy_from_slice(dy); // no layers at all
         }

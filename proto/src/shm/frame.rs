@@ -13,6 +13,8 @@ pub struct Order {
     pub node: Node,
     /// Evaluation sums of the test set instead of gradients.
     pub evaluate: bool,
+    /// The gradients of rows of sparse tables are wanted before others.
+    pub rows_first: bool,
 }
 
 /// Opens the push of a node.
@@ -104,7 +106,7 @@ impl Order {
     /// As a frame.
     pub fn to_frame(self) -> [u32; FRAME] {
         let words = Words::tagged(1).u64(self.step).u64(self.generation).node(self.node);
-        words.u32(self.evaluate.into()).frame
+        words.u32(self.evaluate.into()).u32(self.rows_first.into()).frame
     }
 
     /// From a frame.
@@ -114,7 +116,10 @@ impl Order {
     pub fn from_frame(frame: &[u32; FRAME]) -> Result<Order, WireError> {
         let mut read = Read(frame.iter());
         match read.u32() {
-            1 => Ok(Order { step: read.u64(), generation: read.u64(), node: read.node(), evaluate: read.u32() != 0 }),
+            1 => {
+                let (step, generation, node) = (read.u64(), read.u64(), read.node());
+                Ok(Order { step, generation, node, evaluate: read.u32() != 0, rows_first: read.u32() != 0 })
+            }
             tag => Err(unknown(tag)),
         }
     }
@@ -174,7 +179,7 @@ mod tests {
     fn frames_say_what_was_put_into_them() {
         let node = Node { lo: 3, hi: u32::MAX };
         for (step, generation, evaluate) in [(0, 0, false), (u64::MAX, 1 << 40, true)] {
-            let order = Order { step, generation, node, evaluate };
+            let order = Order { step, generation, node, evaluate, rows_first: !evaluate };
             assert_eq!(Order::from_frame(&order.to_frame()), Ok(order));
             assert!(Report::from_frame(&order.to_frame()).is_err());
             let sums = LossSums { loss: -1.5e300, weight: f64::MIN_POSITIVE, samples: step };

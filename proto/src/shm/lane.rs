@@ -311,7 +311,7 @@ mod tests {
     use unisono_common::tree::Node;
 
     fn order(step: u64) -> Order {
-        Order { step, generation: 1, node: Node { lo: 0, hi: 2 }, evaluate: false }
+        Order { step, generation: 1, node: Node { lo: 0, hi: 2 }, evaluate: false, rows_first: true }
     }
 
     #[test]

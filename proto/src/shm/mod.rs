@@ -28,4 +28,4 @@ pub mod rows;
 
 pub use lane::{Hold, Lane, Part, RowPart, SlotSize};
 pub use memory::{Memory, Piece, Weights};
-pub use rows::{Capacity, Full, Places, RowStore, Rows};
+pub use rows::{Capacity, Full, Plan, RowStore, Rows};

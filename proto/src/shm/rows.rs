@@ -9,7 +9,6 @@
 use super::memory::{HUGE, Memory, PAGE, whole_pages};
 use rayon::prelude::*;
 use std::io;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use unisono_common::kernels;
 
@@ -18,10 +17,7 @@ use unisono_common::kernels;
 const ENTRY: usize = 4;
 
 /// Entries and rows that are fetched while one is worked on.
-const AHEAD: usize = 24;
-
-/// Rows that are looked for before they are copied: they stay in the caches that are close.
-const BLOCK: usize = 256;
+const AHEAD: usize = 32;
 
 /// Entries of the first generation.
 const FIRST: usize = 1024;
@@ -117,6 +113,7 @@ impl Index<'_> {
 
     /// The places of keys' rows among so many, or [`NOWHERE`], and their entries; entries are somewhere in a large memory, and fetched
     /// while others are looked at.
+    #[inline(always)]
     fn places(&self, keys: &[u64], rows: u32) -> impl Iterator<Item = (u32, usize)> {
         let fetch = |key: u64| kernels::fetch(self.words, self.start(key) * ENTRY);
         keys.iter().take(AHEAD).for_each(|key| fetch(*key));
@@ -194,52 +191,58 @@ impl Rows {
     }
 
     /// Copies each key's row to `out`, `(keys, width)`; `absent` fills those of a row that nobody has
-    /// touched. `places` is memory to work with.
-    pub fn read(&self, keys: &[u64], places: &mut Vec<u32>, out: &mut [f32], mut absent: impl FnMut(u64, &mut [f32])) {
+    /// touched.
+    pub fn read(&self, keys: &[u64], out: &mut [f32], mut absent: impl FnMut(u64, &mut [f32])) {
         let width = self.capacity.width;
-        self.in_blocks(keys, None, places, |some, places| {
-            let out = &mut out[some.start * width..some.end * width];
-            kernels::vectorized(
-                #[inline(always)]
-                || {
-                    for ((key, place), out) in keys[some].iter().zip(places).zip(out.chunks_exact_mut(width)) {
-                        match *place {
-                            NOWHERE => absent(*key, out),
+        kernels::vectorized(
+            #[inline(always)]
+            || {
+                self.each_place(
+                    keys,
+                    |_, _| true,
+                    #[inline(always)]
+                    |i, place| {
+                        let out = &mut out[i * width..(i + 1) * width];
+                        match place {
+                            NOWHERE => absent(keys[i], out),
                             place => kernels::copy(out, self.values(place)),
                         }
-                    }
-                },
-            );
-        });
+                    },
+                );
+            },
+        );
     }
 
     /// Passes on the number and the values of each key that has a row; with `since`, of those whose row has changed since it was
     /// that of this step, which is less than 2^31 steps ago. (One that has not changed for 2^31 steps may be said to have.)
     pub fn each_row(&self, keys: &[u64], since: Option<u64>, mut give: impl FnMut(usize, &[f32])) {
-        self.in_blocks(keys, since, &mut Vec::with_capacity(BLOCK), |some, places| {
-            let there = some.zip(places).filter(|(_, place)| **place != NOWHERE);
-            there.for_each(|(i, place)| give(i, self.values(*place)));
+        let wanted = |index: &Index<'_>, at| since.is_none_or(|since| index.has_changed(at, since));
+        self.each_place(keys, wanted, |i, place| {
+            if place != NOWHERE {
+                give(i, self.values(place));
+            }
         });
     }
 
-    /// Passes on block after block of keys: their numbers, and the places of their rows, whose values are on their way meanwhile;
-    /// [`NOWHERE`] for a key without a row, or without one that has changed `since`.
-    fn in_blocks(
-        &self,
-        keys: &[u64],
-        since: Option<u64>,
-        places: &mut Vec<u32>,
-        mut give: impl FnMut(Range<usize>, &[u32]),
-    ) {
+    /// Passes on each key's number and the place of its row, whose values were fetched while others were passed on; [`NOWHERE`] for a
+    /// key without a row, or one whose entry in the index is not `wanted`.
+    #[inline(always)]
+    fn each_place(&self, keys: &[u64], wanted: impl Fn(&Index<'_>, usize) -> bool, mut give: impl FnMut(usize, u32)) {
         let index = self.index(self.header()[GENERATION].load(Ordering::Acquire));
-        let wanted = |at| since.is_none_or(|since| index.has_changed(at, since));
-        for from in (0..keys.len()).step_by(BLOCK) {
-            let some = from..keys.len().min(from + BLOCK);
-            let found = index.places(&keys[some.clone()], self.capacity.rows);
-            let found = found.map(|(place, at)| if place != NOWHERE && wanted(at) { place } else { NOWHERE });
-            places.clear();
-            places.extend(found.inspect(|place| self.come(*place)));
-            give(some, places);
+        let found = index.places(keys, self.capacity.rows);
+        let mut found = found.map(|(place, at)| {
+            let place = if place != NOWHERE && wanted(&index, at) { place } else { NOWHERE };
+            self.come(place);
+            place
+        });
+        let mut coming = [NOWHERE; AHEAD];
+        coming.iter_mut().zip(&mut found).for_each(|(to, place)| *to = place);
+        for i in 0..keys.len() {
+            let place = coming[i % AHEAD];
+            if let Some(ahead) = found.next() {
+                coming[i % AHEAD] = ahead;
+            }
+            give(i, place);
         }
     }
 
@@ -363,113 +366,170 @@ impl RowStore {
 
     #[allow(unsafe_code, reason = "shared memory")]
     fn row_mut(&mut self, place: u32) -> &mut [f32] {
-        let (len, rows) = (self.capacity.record(), self.capacity.rows);
-        assert!(place < rows, "row {place} of {rows}");
-        let at = place as usize * len;
-        // SAFETY: this is the one who writes, and it is borrowed; nobody finds the row before it is in the index.
-        unsafe { self.memory().values_mut(self.capacity.rows_at(), at..at + len) }
+        // SAFETY: the one who writes is borrowed.
+        unsafe { self.row_of_one(place) }
     }
 
-    /// The places of keys' rows, which become those of `step`, on the current thread pool. New rows hold anything until
-    /// [`RowStore::change`] has changed them.
-    ///
-    /// # Errors
-    /// No room for all that are new: then there are none, and those that there are count as changed.
+    /// What keys' rows become at `step`, on the current thread pool: what `make` gives, for some of them at once, gets a key and
+    /// its number, whether it has no row yet, and the row to change. The rows that there are stay as they are, but
+    /// count as changed. `spare` is memory to work with.
     ///
     /// # Panics
     /// Where keys are not ascending.
-    pub fn places(&mut self, keys: &[u64], step: u64) -> Result<Places, Full> {
+    pub fn plan<M>(&self, keys: Vec<u64>, step: u64, spare: Vec<f32>, make: impl Fn() -> M + Sync) -> Plan
+    where
+        M: FnMut((u64, usize), bool, &mut [f32]),
+    {
+        self.plan_where(keys, step, spare, make, false)
+    }
+
+    /// [`RowStore::plan`] where nobody needs the rows as they are: those that there are change at once, and [`RowStore::put`] has
+    /// only those to put that are new.
+    ///
+    /// # Panics
+    /// Where keys are not ascending.
+    pub fn plan_in_place<M>(&mut self, keys: Vec<u64>, step: u64, spare: Vec<f32>, make: impl Fn() -> M + Sync) -> Plan
+    where
+        M: FnMut((u64, usize), bool, &mut [f32]),
+    {
+        self.plan_where(keys, step, spare, make, true)
+    }
+
+    #[allow(unsafe_code, reason = "shared memory")]
+    fn plan_where<M>(
+        &self,
+        keys: Vec<u64>,
+        step: u64,
+        spare: Vec<f32>,
+        make: impl Fn() -> M + Sync,
+        is_in_place: bool,
+    ) -> Plan
+    where
+        M: FnMut((u64, usize), bool, &mut [f32]),
+    {
         assert!(keys.is_sorted_by(|a, b| a < b), "keys are ascending");
-        let (rows, generation) = (self.capacity.rows, self.header()[GENERATION].load(Ordering::Relaxed));
-        let (index, mut places) = (self.index(generation), vec![NOWHERE; keys.len()]);
-        let each = each(keys.len());
-        places.par_chunks_mut(each).zip(keys.par_chunks(each)).for_each(|(places, keys)| {
-            for (to, (place, at)) in places.iter_mut().zip(index.places(keys, rows)) {
-                *to = place;
-                if place != NOWHERE {
-                    index.entry(at)[3].store(step as u32, Ordering::Relaxed);
-                }
-            }
+        let (mut places, mut rows) = (vec![NOWHERE; keys.len()], spare);
+        let (len, each) = (self.capacity.record(), each(keys.len()));
+        rows.resize(keys.len() * len, 0.0);
+        let mark = |index: &Index<'_>, at| {
+            index.entry(at)[3].store(step as u32, Ordering::Relaxed);
+            true
+        };
+        let all = keys.par_chunks(each).zip(places.par_chunks_mut(each)).zip(rows.par_chunks_mut(each * len));
+        all.enumerate().for_each(|(chunk, ((keys, places), rows))| {
+            let mut make = make();
+            kernels::vectorized(
+                #[inline(always)]
+                || {
+                    self.each_place(
+                        keys,
+                        mark,
+                        #[inline(always)]
+                        |i, place| {
+                            places[i] = place;
+                            let (key, row) = ((keys[i], chunk * each + i), &mut rows[i * len..(i + 1) * len]);
+                            match place {
+                                NOWHERE => make(key, true, row),
+                                place if is_in_place => {
+                                    // SAFETY: keys are different, so no place is there twice, and each is given to one
+                                    // thread; the one who writes is borrowed by `RowStore::plan_in_place`.
+                                    make(key, false, unsafe { self.row_of_one(place) });
+                                }
+                                place => {
+                                    kernels::copy(row, self.row(place));
+                                    make(key, false, row);
+                                }
+                            }
+                        },
+                    );
+                },
+            );
         });
-        let new = places.iter().filter(|place| **place == NOWHERE).count();
+        Plan { step, keys, places, rows, is_in_place }
+    }
+
+    /// Puts what was planned in its place, on the current thread pool; nothing else was put since.
+    ///
+    /// # Errors
+    /// No room for all that are new: then none is put.
+    #[allow(unsafe_code, reason = "shared memory")]
+    pub fn put(&mut self, plan: &mut Plan) -> Result<(), Full> {
+        let Plan { step, keys, places, rows, is_in_place } = plan;
         let before = self.len();
-        if new > (rows - before) as usize {
+        let new = places.iter().filter(|place| **place == NOWHERE).count();
+        if new > (self.capacity.rows - before) as usize {
             return Err(Full);
         }
         self.grow_to(before + new as u32);
         let index = self.index(self.header()[GENERATION].load(Ordering::Relaxed));
-        let absent = places.iter_mut().zip(keys).filter(|(place, _)| **place == NOWHERE);
+        let absent = places.iter_mut().zip(&*keys).filter(|(place, _)| **place == NOWHERE);
         for (row, (place, key)) in (before..).zip(absent) {
             *place = row;
             if let Found::Free(free) = index.find(*key) {
-                index.put(free, *key, row, step as u32);
+                index.put(free, *key, row, *step as u32);
             }
         }
-        Ok(Places { places, before })
-    }
-
-    /// Calls `change` with some of the places' numbers and the rows there, until all were given, on the current thread pool.
-    pub fn change(&mut self, places: &Places, change: impl Fn(Range<usize>, Changing<'_>) + Sync) {
-        let Places { places, before } = places;
-        let each = each(places.len());
-        let store = &*self;
-        places.par_chunks(each).enumerate().for_each(|(chunk, places)| {
-            let first = chunk * each;
-            change(first..first + places.len(), Changing { store, first, places, before: *before });
-        });
-    }
-}
-
-/// Rows that are changed: nobody else has them.
-pub struct Changing<'a> {
-    store: &'a RowStore,
-    first: usize,
-    places: &'a [u32],
-    /// Rows that there were before.
-    before: u32,
-}
-
-impl Changing<'_> {
-    /// Whether the row with this number among all places is new, and holds anything.
-    #[inline(always)]
-    pub fn is_new(&self, i: usize) -> bool {
-        self.places[i - self.first] >= self.before
-    }
-
-    /// The values of the row with this number among all places, and its state.
-    #[inline(always)]
-    #[allow(unsafe_code, reason = "shared memory")]
-    pub fn row(&mut self, i: usize) -> &mut [f32] {
-        let (store, i) = (&self.store.rows, i - self.first);
-        if let Some(ahead) = self.places.get(i + AHEAD) {
-            store.come(*ahead);
+        if *is_in_place && new == 0 {
+            return Ok(());
         }
-        let (place, len) = (self.places[i], store.capacity.record());
-        assert!(place < store.capacity.rows, "row {place} of {}", store.capacity.rows);
+        let (len, each, store) = (self.capacity.record(), each(places.len()), &*self);
+        let from = if *is_in_place { before } else { 0 };
+        places.par_chunks(each).zip(rows.par_chunks(each * len)).for_each(|(places, rows)| {
+            let wanted = |place: &u32| *place >= from;
+            for (i, row) in rows.chunks_exact(len).enumerate() {
+                places.get(i + AHEAD).filter(|place| wanted(place)).into_iter().for_each(|place| store.come(*place));
+                if wanted(&places[i]) {
+                    // SAFETY: keys are different, so no place is there twice, and each is given to one thread; the one who writes
+                    // is borrowed.
+                    kernels::copy(unsafe { store.row_of_one(places[i]) }, row);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// A row, to be changed.
+    ///
+    /// # Safety
+    /// Nobody else in this process has it. (Nobody elsewhere has an order to read rows that change.)
+    #[inline(always)]
+    #[allow(unsafe_code, clippy::mut_from_ref, reason = "shared memory")]
+    unsafe fn row_of_one(&self, place: u32) -> &mut [f32] {
+        let (len, rows) = (self.capacity.record(), self.capacity.rows);
+        assert!(place < rows, "row {place} of {rows}");
         let at = place as usize * len;
-        // SAFETY: `RowStore::change` borrows the one who writes, no place is there twice, and each is given to one thread, which
-        // borrows these rows; nobody has an order to read rows now.
-        unsafe { store.memory.values_mut(store.capacity.rows_at(), at..at + len) }
+        // SAFETY: as promised.
+        unsafe { self.memory().values_mut(self.capacity.rows_at(), at..at + len) }
+    }
+}
+
+/// What rows become, beside those that there are.
+pub struct Plan {
+    step: u64,
+    keys: Vec<u64>,
+    /// [`NOWHERE`] for a key that has no row yet.
+    places: Vec<u32>,
+    /// `(keys, values and state)`
+    rows: Vec<f32>,
+    /// Whether the rows that there were are those already.
+    is_in_place: bool,
+}
+
+impl Plan {
+    /// Its keys, and their rows' places; once it was put, those of all.
+    pub fn places(&self) -> impl Iterator<Item = (u64, u32)> {
+        self.keys.iter().copied().zip(self.places.iter().copied())
+    }
+
+    /// The memory that it was made in.
+    pub fn into_spare(self) -> Vec<f32> {
+        self.rows
     }
 }
 
 /// Of so many rows those that a thread takes at once: few, so that nobody waits long for a thread that has no core.
 fn each(rows: usize) -> usize {
     rows.div_ceil(8 * rayon::current_num_threads()).max(256)
-}
-
-/// Places of different rows.
-pub struct Places {
-    places: Vec<u32>,
-    /// Rows that there were before: from here on they are new.
-    before: u32,
-}
-
-impl Places {
-    /// The places.
-    pub fn as_slice(&self) -> &[u32] {
-        &self.places
-    }
 }
 
 #[cfg(test)]
@@ -480,7 +540,7 @@ mod tests {
     /// The place of a key's row.
     fn find(rows: &Rows, key: u64) -> Option<u32> {
         let mut place = None;
-        rows.in_blocks(&[key], None, &mut Vec::new(), |_, places| place = Some(places[0]));
+        rows.each_place(&[key], |_, _| true, |_, at| place = Some(at));
         place.filter(|place| *place != NOWHERE)
     }
 
@@ -504,7 +564,7 @@ mod tests {
         assert_eq!((store.len(), store.place(key(5000), 0, |_| ())), (5000, Err(Full)));
         let keys: Vec<u64> = [7, 6000, 4999].map(key).to_vec();
         let mut out = vec![9.0; 9];
-        store.read(&keys, &mut Vec::new(), &mut out, |absent, row| {
+        store.read(&keys, &mut out, |absent, row| {
             assert_eq!(absent, key(6000));
             row.fill(-1.0);
         });
@@ -512,39 +572,60 @@ mod tests {
         let mut ids: Vec<u64> = (0..4000).step_by(3).collect();
         ids.sort_by_key(|id| key(*id));
         let keys: Vec<u64> = ids.iter().copied().map(key).collect();
-        let places = store.places(&keys, 1).expect("room");
-        assert_eq!(places.as_slice().iter().map(|place| *place as u64).collect::<Vec<_>>(), ids);
-        store.change(&places, |some, mut rows| some.for_each(|i| rows.row(i).fill(10_000.0 + ids[i] as f32)));
+        let make = || {
+            |(of, i): (u64, usize), is_new, row: &mut [f32]| {
+                assert_eq!((of, is_new, &*row), (key(ids[i]), false, &[ids[i] as f32; 4][..]));
+                row.fill(10_000.0 + ids[i] as f32);
+            }
+        };
+        let mut plan = store.plan(keys, 1, vec![9.0], make);
+        assert_eq!(plan.places().map(|(_, place)| place as u64).collect::<Vec<_>>(), ids);
+        assert!((0..5000).all(|id| store.row(id) == [id as f32; 4]), "what is planned is not there yet");
+        store.put(&mut plan).expect("room");
         for id in 0..5000 {
             let more = if id < 4000 && id % 3 == 0 { 10_000.0 } else { 0.0 };
             assert_eq!(store.row(id), [more + id as f32; 4]);
         }
         // Some are new: places in the order of their keys behind all others, through several generations.
-        let mut store = RowStore::create(capacity(5000)).expect("memory");
         let mut ids: Vec<u64> = (0..3000).collect();
         ids.sort_by_key(|id| key(*id));
         let keys: Vec<u64> = ids.iter().copied().map(key).collect();
-        for id in 0..700u64 {
-            store.place(key(id), 0, |row| row.fill(id as f32)).expect("room");
-        }
-        let places = store.places(&keys, 1).expect("room");
-        store.change(&places, |some, mut rows| {
-            for i in some {
-                assert_eq!(rows.is_new(i), ids[i] >= 700);
-                if rows.is_new(i) {
-                    rows.row(i).fill(ids[i] as f32);
-                }
+        let make = || {
+            |(_, i): (u64, usize), is_new, row: &mut [f32]| {
+                assert_eq!(is_new, ids[i] >= 700);
+                row.fill(2.0 * ids[i] as f32);
             }
-        });
-        let new: Vec<u32> = keys.iter().filter_map(|key| find(&store, *key)).filter(|place| *place >= 700).collect();
-        assert_eq!((store.len(), new), (3000, (700..3000).collect()));
-        assert!(
-            (0..3000u64).all(|id| find(&store, key(id)).map(|place| store.row(place)) == Some(&[id as f32; 4][..]))
-        );
+        };
+        let grown = |in_place: bool| {
+            let mut store = RowStore::create(capacity(5000)).expect("memory");
+            for id in 0..700u64 {
+                store.place(key(id), 0, |row| row.fill(id as f32)).expect("room");
+            }
+            let spare = Vec::new();
+            let mut plan = match in_place {
+                true => store.plan_in_place(keys.clone(), 1, spare, make),
+                false => store.plan(keys.clone(), 1, spare, make),
+            };
+            let times = if in_place { 2.0 } else { 1.0 };
+            assert!(store.len() == 700 && (0..700).all(|id| store.row(id) == [times * id as f32; 4]));
+            store.put(&mut plan).expect("room");
+            let new: Vec<u32> =
+                keys.iter().filter_map(|key| find(&store, *key)).filter(|place| *place >= 700).collect();
+            assert_eq!((store.len(), new), (3000, (700..3000).collect()));
+            let row = |id: u64| find(&store, key(id)).map(|place| store.row(place));
+            assert!((0..3000u64).all(|id| row(id) == Some(&[2.0 * id as f32; 4][..])));
+            store
+        };
+        grown(true);
+        let mut store = grown(false);
         // All have room, or none has.
         let more: Vec<u64> = (1..=2001).map(|i| i << 40).collect();
-        assert!(store.places(&more, 2).is_err() && store.len() == 3000 && find(&store, 1 << 40).is_none());
-        assert!(store.places(&more[1..], 2).is_ok() && store.len() == 5000);
+        let mut put = |keys: &[u64]| {
+            let mut plan = store.plan(keys.to_vec(), 2, Vec::new(), || |_, _, row: &mut [f32]| row.fill(0.0));
+            (store.put(&mut plan), store.len(), find(&store, 1 << 40))
+        };
+        assert_eq!(put(&more), (Err(Full), 3000, None));
+        assert_eq!(put(&more[1..]), (Ok(()), 5000, None));
         // Keys that begin alike, up to the end of the index and around it.
         let mut store = RowStore::private(capacity(5000)).expect("memory");
         for low in 0..600u64 {
@@ -557,8 +638,8 @@ mod tests {
     #[test]
     fn rows_that_have_changed_are_given_with_their_numbers() {
         let mut store = RowStore::private(capacity(3000)).expect("memory");
-        // More than are looked for at once; every seventh has no row.
-        let ids: Vec<u64> = (0..2 * BLOCK as u64 + 100).collect();
+        // More than are looked for ahead; every seventh has no row.
+        let ids: Vec<u64> = (0..2 * AHEAD as u64 + 10).collect();
         let keys: Vec<u64> = ids.iter().map(|id| key(*id)).collect();
         for id in ids.iter().filter(|id| *id % 7 > 0) {
             store.place(key(*id), id % 5, |row| row.fill(*id as f32)).expect("room");
@@ -573,8 +654,8 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "keys are ascending")]
-    fn no_row_is_changed_by_two() {
-        RowStore::private(capacity(10)).expect("memory").places(&[5, 5], 1).ok();
+    fn no_row_is_changed_twice() {
+        RowStore::private(capacity(10)).expect("memory").plan(vec![5, 5], 1, Vec::new(), || |_, _, _: &mut [f32]| ());
     }
 
     #[test]

@@ -67,7 +67,7 @@ impl Compute {
         let Some((left, right)) = node.children().filter(|_| node.len() > most) else {
             let gathered = self.prepare(step, node, rows)?;
             let mut values = vec![0.0; self.batch.rows.len()];
-            let (sums, spent) = self.gradient(step, node, weights, out, &mut values, &mut |_, _| {})?;
+            let (sums, spent) = self.gradient(step, node, weights, false, out, &mut values, &mut |_, _| {})?;
             let rows = RowSums { keys: self.batch.lookups.keys().to_vec(), values };
             return Some(Passed { sums, rows, spent: Spent { data: spent.data + nanos(gathered), ..spent } });
         };

@@ -56,7 +56,7 @@ impl Pair {
         self.compute.prepare(step, node, &Source::None).expect("there are no rows");
         let mut out = vec![f32::NAN; self.model.layout().len()];
         let weights = Reading::whole(&self.weights, Version::of(Step(step)));
-        let computed = self.compute.gradient(step, node, &weights, &mut out, &mut [], &mut |_, _| {});
+        let computed = self.compute.gradient(step, node, &weights, false, &mut out, &mut [], &mut |_, _| {});
         let (sums, _) = computed.expect("the weights are there");
         [sums.loss.to_bits()].into_iter().chain(out.iter().map(|g| g.to_bits() as u64)).collect()
     }
