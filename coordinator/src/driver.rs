@@ -214,8 +214,9 @@ impl Driver {
     }
 
     fn part(&mut self, worker: WorkerId, goodbye: v1::Goodbye) {
-        self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
+        // Who hears of it is out already: nothing that it sends then is taken.
         self.shared.leave(worker);
+        self.tell(worker, v1::to_worker::Kind::Goodbye(goodbye));
         self.forget(worker);
     }
 
