@@ -125,6 +125,13 @@ pub enum Offer {
     Duplicate,
 }
 
+/// Where a sibling lies.
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+pub enum Side {
+    Left,
+    Right,
+}
+
 impl<T> Open<T> {
     /// An empty tree over `partitions` leaves.
     pub fn new(partitions: u32) -> Self {
@@ -144,15 +151,27 @@ impl<T> Open<T> {
 
     /// Adds `value` as the sum of `node`; `add(left, right)` merges siblings.
     pub fn offer(&mut self, node: Node, value: T, mut add: impl FnMut(T, T) -> T) -> Offer {
+        let pair = |value, (side, other)| match side {
+            Side::Left => add(other, value),
+            Side::Right => add(value, other),
+        };
+        self.offer_to_all(node, value, |value, siblings| siblings.into_iter().fold(value, pair))
+    }
+
+    /// [`Open::offer`] where `add` gets all siblings that wait at once: `value` is to be added to the first, that sum to the second, and
+    /// so on up the tree.
+    pub fn offer_to_all(&mut self, node: Node, value: T, add: impl FnOnce(T, Vec<(Side, T)>) -> T) -> Offer {
         if self.holds(node) {
             return Offer::Duplicate;
         }
-        let (mut node, mut value) = (node, value);
-        while let Some((sibling, parent)) = node.sibling_and_parent(self.partitions) {
-            let Some(other) = self.parts.remove(&sibling) else { break };
-            value = if node.lo < sibling.lo { add(value, other) } else { add(other, value) };
+        let (mut node, mut siblings) = (node, Vec::new());
+        while let Some((sibling, parent)) = node.sibling_and_parent(self.partitions)
+            && let Some(other) = self.parts.remove(&sibling)
+        {
+            siblings.push((if sibling.lo < node.lo { Side::Left } else { Side::Right }, other));
             node = parent;
         }
+        let value = if siblings.is_empty() { value } else { add(value, siblings) };
         self.parts.insert(node, value);
         if node == Node::root(self.partitions) { Offer::Complete } else { Offer::Taken }
     }

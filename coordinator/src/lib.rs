@@ -425,7 +425,7 @@ pub async fn run(
         Box::new(move |a| applied.put(Input::Applied(a))),
     )?;
     drop((weights, slots, rows));
-    store.needs_crc = !entrance.is_encrypted();
+    store.needs_checksum = !entrance.is_encrypted();
     store.timers = options.window.map(|_| Default::default());
     let eval_kind = EvalKind::of(&opened.prepared, job.train.top_k);
     let shared = Arc::new(Shared {

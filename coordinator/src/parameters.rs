@@ -145,7 +145,7 @@ async fn take(shared: &Arc<Shared>, worker: WorkerId, mut reader: Reader<Body>) 
                 // Room first: a worker whose chunks wait is not read from.
                 let turn = turns.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
                 let values = reader.values().await?;
-                wire::check_chunk(layout, head.summed(shared.store.needs_crc)?, &values, |_, _| ())?;
+                wire::check_chunk(layout, head.summed(shared.store.needs_checksum)?, &values, |_, _| ())?;
                 if let Some(chunk) = push.chunk(shared, head.index, spent)? {
                     // Here, while it is in the cache: to wake another thread takes longer than to add it up.
                     if let Some(index) = chunk.add(shared, Gradient::Wire(values)) {
@@ -208,7 +208,7 @@ impl Coming {
         let Some(tables) = &shared.store.tables else { return wrong("the model has no sparse tables") };
         let width = tables.layout().width();
         let (each, rows) = (8 + 4 * width, values.len() / (8 + 4 * width));
-        head.summed(shared.store.needs_crc)?.check(|| wire::crc(values))?;
+        head.summed(shared.store.needs_checksum)?.check(|| wire::checksum(values))?;
         let all = self.sums.keys.len() + rows;
         let most = self.rows.min(shared.slots().rows);
         if values.len() != rows * each {
@@ -252,7 +252,7 @@ async fn broadcast(shared: Arc<Shared>, session: Bytes, send: mpsc::Sender<Resul
         shared.store.bytes_pulled.fetch_add(next.bytes.len() as u64, Ordering::Relaxed);
         sent[index] = Some(next.version);
         let Version { step, average } = next.version;
-        let head = ChunkHead { step: step.0, average, index: index as u32, crc: next.crc };
+        let head = ChunkHead { step: step.0, average, index: index as u32, checksum: next.checksum };
         for part in stream::weights(head, &next.bytes) {
             if send.send(Ok(Frame::data(part))).await.is_err() {
                 return;

@@ -6,6 +6,7 @@
 use crate::rows::{Pulled, Tables};
 use crate::shared::{Input, Shared};
 use bytes::Bytes;
+use std::hash::Hasher;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use tokio::sync::mpsc;
@@ -124,12 +125,12 @@ async fn send(shared: &Shared, tables: &Tables, pull: &mut Pull, replies: &Repli
     let mut pieces = pieces(places.into(), values.into(), width, each).peekable();
     while let Some((places, values)) = pieces.next() {
         shared.store.bytes_pulled.fetch_add((places.len() + values.len()) as u64, Ordering::Relaxed);
-        let mut crc = wire::Crc::new();
-        crc.update(&places);
-        crc.update(&values);
-        let crc = crc.finalize();
+        let mut checksum = wire::Checksum::new();
+        checksum.write(&places);
+        checksum.write(&values);
+        let checksum = checksum.finish();
         let last = pieces.peek().is_none() && at == pull.step;
-        let reply = v1::RowReply { pull: pull.id, places, values, crc, last, late: false };
+        let reply = v1::RowReply { pull: pull.id, places, values, checksum, last, late: false };
         replies.send(Ok(reply)).await.map_err(gone)?;
     }
     pull.sent = Some(at);

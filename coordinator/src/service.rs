@@ -187,9 +187,10 @@ impl v1::coordinator_server::Coordinator for Service {
             let total = bytes.len() as u64;
             for at in (0..bytes.len()).step_by(1 << 20) {
                 let piece = bytes.slice(at..(at + (1 << 20)).min(bytes.len()));
-                let crc = wire::crc(&piece);
+                let checksum = wire::checksum(&piece);
                 // Who does not read what it asked for keeps others from theirs.
-                let sent = send.send_timeout(Ok(v1::DataPiece { bytes: piece, crc, total }), Duration::from_secs(30));
+                let sent =
+                    send.send_timeout(Ok(v1::DataPiece { bytes: piece, checksum, total }), Duration::from_secs(30));
                 if sent.await.is_err() {
                     return;
                 }

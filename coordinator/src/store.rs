@@ -12,6 +12,7 @@ use crate::sum::{Gradient, Part, Spare};
 use anyhow::Context;
 use bytes::Bytes;
 use rayon::prelude::*;
+use std::hash::Hasher;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -37,7 +38,7 @@ const COPIES: usize = 16;
 struct Copy {
     version: Version,
     values: Vec<f32>,
-    crc: Option<u32>,
+    checksum: Option<u64>,
     spare: Arc<Spare>,
 }
 
@@ -50,25 +51,25 @@ impl Drop for Copy {
 /// One that is being made, from the chunk's beginning to its end.
 struct Copying {
     copy: Copy,
-    crc: Option<unisono_proto::Crc>,
+    checksum: Option<unisono_proto::Checksum>,
 }
 
 impl Copying {
-    fn of(version: Version, len: usize, needs_crc: bool, spare: &Arc<Spare>) -> Copying {
+    fn of(version: Version, len: usize, needs_checksum: bool, spare: &Arc<Spare>) -> Copying {
         let mut values = spare.take(len);
         values.clear();
-        let copy = Copy { version, values, crc: None, spare: spare.clone() };
-        Copying { copy, crc: needs_crc.then(unisono_proto::Crc::new) }
+        let copy = Copy { version, values, checksum: None, spare: spare.clone() };
+        Copying { copy, checksum: needs_checksum.then(unisono_proto::Checksum::new) }
     }
 
     fn add(&mut self, values: &[f32]) {
         self.copy.values.extend_from_slice(values);
-        self.crc.iter_mut().for_each(|crc| crc.update(le_bytes(values)));
+        self.checksum.iter_mut().for_each(|checksum| checksum.write(le_bytes(values)));
     }
 
     fn end(self) -> Arc<Copy> {
-        let Copying { mut copy, crc } = self;
-        copy.crc = crc.map(unisono_proto::Crc::finalize);
+        let Copying { mut copy, checksum } = self;
+        copy.checksum = checksum.map(|checksum| checksum.finish());
         Arc::new(copy)
     }
 }
@@ -84,8 +85,8 @@ impl AsRef<[u8]> for Shared {
 /// A chunk of weights that a stream sends.
 pub struct Sent {
     pub version: Version,
-    /// CRC-32, where streams need one.
-    pub crc: Option<u32>,
+    /// XXH3 (64 bits), where streams need one.
+    pub checksum: Option<u64>,
     pub bytes: Bytes,
 }
 
@@ -146,11 +147,11 @@ impl Chunk {
     }
 
     /// The weights of `version`, for the wire.
-    fn send(&mut self, version: Version, needs_crc: bool, spare: &Arc<Spare>) -> Sent {
+    fn send(&mut self, version: Version, needs_checksum: bool, spare: &Arc<Spare>) -> Sent {
         let last = &mut self.copies[version.place() as usize % 2];
         let copy = last.upgrade().filter(|copy| copy.version == version).unwrap_or_else(|| {
             let values = self.piece.of_step(version.place());
-            let mut copy = Copying::of(version, values.len(), needs_crc, spare);
+            let mut copy = Copying::of(version, values.len(), needs_checksum, spare);
             copy.add(values);
             let copy = copy.end();
             *last = Arc::downgrade(&copy);
@@ -164,7 +165,7 @@ impl Chunk {
                 self.made = None;
             }
         }
-        Sent { version, crc: copy.crc, bytes: Bytes::from_owner(Shared(copy)) }
+        Sent { version, checksum: copy.checksum, bytes: Bytes::from_owner(Shared(copy)) }
     }
 }
 
@@ -236,7 +237,7 @@ pub struct Store {
     /// Threads that compute gradients on this host, of workers that share memory with it.
     pub beside: AtomicUsize,
     /// Whether chunks for the wire need a checksum: what is encrypted has a better one.
-    pub needs_crc: bool,
+    pub needs_checksum: bool,
     /// Where somebody wants to know.
     pub timers: Option<Timers>,
     /// Bytes of gradients accepted.
@@ -307,7 +308,7 @@ impl Store {
             applied,
             pool,
             beside: AtomicUsize::new(0),
-            needs_crc: true,
+            needs_checksum: true,
             timers: None,
             bytes_pushed: AtomicU64::new(0),
             bytes_pulled: AtomicU64::new(0),
@@ -348,8 +349,8 @@ impl Store {
         let gradient = if chunk.open.merges(node) { gradient } else { self.spare.keep(gradient) };
         let part = Part { gradient, sums, partitions: node.len() };
         // The last addition of all is a part of the update's pass.
-        let add = |l, r| self.spare.add(l, r, self.partitions);
-        let offered = chunk.open.offer(node, part, add);
+        let add = |part, siblings| self.spare.add(part, siblings, self.partitions);
+        let offered = chunk.open.offer_to_all(node, part, add);
         if let Some((timers, began)) = began {
             timers.add(cpu_time(THREAD) - began, Duration::ZERO);
         }
@@ -516,7 +517,8 @@ impl Store {
         // Each copy holds the spare buffers, beside this store.
         let (streams, copies) = (self.changed.receiver_count(), Arc::strong_count(&self.spare) - 1);
         let wanted = streams > 0 && copies < COPIES;
-        let mut copy = wanted.then(|| Copying::of(Version::of(step.next()), range.len(), self.needs_crc, &self.spare));
+        let mut copy =
+            wanted.then(|| Copying::of(Version::of(step.next()), range.len(), self.needs_checksum, &self.spare));
         let began = self.timers.as_ref().map(|timers| (timers, cpu_time(THREAD)));
         let mut done = |at: Range<usize>, finite: bool, new: &[f32]| {
             if !finite {
@@ -650,7 +652,7 @@ impl Store {
     fn next_of(&self, index: usize, than: Option<Version>) -> Option<Sent> {
         let mut chunk = lock(&self.chunks[index]);
         let next = chunk.after(than)?;
-        Some(chunk.send(next, self.needs_crc, &self.spare))
+        Some(chunk.send(next, self.needs_checksum, &self.spare))
     }
 
     /// Whether the store is at the beginning of `step`, and no update of it has run.
@@ -747,7 +749,7 @@ mod tests {
         };
         let version = |index, than| {
             let sent = store.next_of(index, than)?;
-            assert_eq!(sent.crc, Some(unisono_proto::crc(&sent.bytes)));
+            assert_eq!(sent.checksum, Some(unisono_proto::checksum(&sent.bytes)));
             Some((sent.version, sent.bytes[..4].to_vec()))
         };
         let of = |step| Version::of(Step(step));

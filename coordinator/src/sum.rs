@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use unisono_common::kernels;
 use unisono_common::layout::{CHUNK, le_bytes, le_bytes_mut};
 use unisono_common::loss::LossSums;
+use unisono_common::tree::Side;
 use unisono_proto::shm;
 
 /// A node's sums of one chunk. The loss sums travel with each chunk, so that a chunk is whole by itself: a worker that
@@ -67,6 +68,15 @@ impl Gradient {
     }
 }
 
+/// Values that are added up together: they stay in the first-level cache.
+const BLOCK: usize = 4096;
+
+/// `out` is the sum of the values at `at` of `all`, two or more, one after another.
+fn added(all: &[Gradient], at: Range<usize>, out: &mut [f32]) {
+    kernels::add_bytes(out, all[0].bytes(at.clone()), all[1].bytes(at.clone()));
+    all[2..].iter().for_each(|one| kernels::add_bytes_into(out, one.bytes(at.clone())));
+}
+
 /// Buffers of a chunk's length that are not in use.
 #[derive(Default)]
 pub struct Spare(Mutex<Vec<Vec<f32>>>);
@@ -97,24 +107,42 @@ impl Spare {
     pub fn sum(&self, gradient: Gradient) -> Vec<f32> {
         match gradient {
             Gradient::Sum(sum) => sum,
-            Gradient::Both(both) => match *both {
-                // Which one is added to which does not matter: a sum of two is the same either way.
-                [Gradient::Sum(mut sum), other] | [other, Gradient::Sum(mut sum)] => {
-                    kernels::add_bytes_into(&mut sum, other.bytes(0..other.len()));
-                    self.free(other);
-                    sum
-                }
-                both => self.copy(Gradient::Both(Box::new(both))),
-            },
-            one => self.copy(one),
+            Gradient::Both(both) => self.chain(Vec::from(*both)),
+            one => {
+                let mut sum = self.take(one.len());
+                one.read(0..sum.len(), &mut sum);
+                sum
+            }
         }
     }
 
-    /// The values in a buffer that is taken for them.
-    fn copy(&self, gradient: Gradient) -> Vec<f32> {
-        let mut sum = self.take(gradient.len());
-        gradient.read(0..sum.len(), &mut sum);
-        self.free(gradient);
+    /// The first of them plus the second, plus the third, and so on, in one pass over memory. Which of two is added to which does not
+    /// matter: so the first that is a sum already becomes that of all.
+    fn chain(&self, mut all: Vec<Gradient>) -> Vec<f32> {
+        let place = all.iter().position(|one| matches!(one, Gradient::Sum(_)));
+        let after = place.map_or(Vec::new(), |place| all.split_off(place));
+        let mut after = after.into_iter();
+        let (mut sum, is_one) = match after.next() {
+            Some(Gradient::Sum(sum)) => (sum, true),
+            _ => (self.take(all[0].len()), false),
+        };
+        let mut block = [0.0; BLOCK];
+        for start in (0..sum.len()).step_by(BLOCK) {
+            let at = start..(start + BLOCK).min(sum.len());
+            let sum = &mut sum[at.clone()];
+            match (&*all, is_one) {
+                ([], _) => {}
+                (before, false) => added(before, at.clone(), sum),
+                ([one], true) => kernels::add_bytes_into(sum, one.bytes(at.clone())),
+                (before, true) => {
+                    let block = &mut block[..at.len()];
+                    added(before, at.clone(), block);
+                    kernels::add_into(sum, block);
+                }
+            }
+            after.as_slice().iter().for_each(|one| kernels::add_bytes_into(sum, one.bytes(at.clone())));
+        }
+        all.into_iter().chain(after).for_each(|one| self.free(one));
         sum
     }
 
@@ -127,11 +155,67 @@ impl Spare {
         }
     }
 
-    /// Adds two siblings of a tree over `partitions`; the root's are left to whoever reads them.
-    pub fn add(&self, left: Part, right: Part, partitions: u32) -> Part {
-        let (sums, below) = (left.sums + right.sums, left.partitions + right.partitions);
-        let both = Gradient::Both(Box::new([left.gradient, right.gradient]));
-        let gradient = if below == partitions { both } else { Gradient::Sum(self.sum(both)) };
+    /// Adds to a part its siblings in a tree over `partitions`, one after another, in one pass; the root's two halves are left to whoever
+    /// reads them.
+    pub fn add(&self, part: Part, siblings: Vec<(Side, Part)>, partitions: u32) -> Part {
+        let (mut all, mut sums, mut below) = (vec![part.gradient], part.sums, part.partitions);
+        for (_, sibling) in siblings {
+            all.push(sibling.gradient);
+            (sums, below) = (sums + sibling.sums, below + sibling.partitions);
+        }
+        let half = all.pop_if(|_| below == partitions);
+        let sum = match <[Gradient; 1]>::try_from(all) {
+            Ok([one]) => one,
+            Err(all) => Gradient::Sum(self.chain(all)),
+        };
+        let gradient = match half {
+            Some(half) => Gradient::Both(Box::new([sum, half])),
+            None => sum,
+        };
         Part { gradient, sums, partitions: below }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sums of one chunk, of which some came over the wire, whatever their order.
+    #[test]
+    fn a_chain_is_added_one_after_another_and_gives_its_buffers_back() {
+        let value = |which: usize, i: usize| ((which * 7919 + i) as f32 * 0.37).sin() * 1e4;
+        for len in [1, BLOCK, 2 * BLOCK + 5] {
+            for (all, wires) in (2..=4).flat_map(|all| (0..1 << all).map(move |wires| (all, wires))) {
+                let is_wire = |which: usize| wires >> which & 1 == 1;
+                let part = |which: usize| {
+                    let values: Vec<f32> = (0..len).map(|i| value(which, i)).collect();
+                    // The bytes lie anywhere.
+                    let wire = || Bytes::from([&[0][..], le_bytes(&values)].concat()).slice(1..);
+                    let gradient = if is_wire(which) { Gradient::Wire(wire()) } else { Gradient::Sum(values) };
+                    Part { gradient, sums: LossSums { samples: 1, ..LossSums::default() }, partitions: 1 }
+                };
+                let expected: Vec<f32> =
+                    (0..len).map(|i| (1..all).fold(value(0, i), |sum, which| sum + value(which, i))).collect();
+                for partitions in [all as u32, 100] {
+                    let spare = Spare::default();
+                    let siblings = (1..all).map(|which| (Side::Right, part(which))).collect();
+                    let Part { gradient, sums, partitions: below } = spare.add(part(0), siblings, partitions);
+                    let is_open = matches!(gradient, Gradient::Both(_));
+                    assert_eq!((is_open, sums.samples, below), (below == partitions, all as u64, all as u32));
+                    let mut read = vec![0.0; len];
+                    gradient.read(0..len, &mut read);
+                    assert_eq!(
+                        (read, spare.sum(gradient)),
+                        (expected.clone(), expected.clone()),
+                        "{len} {all} {wires:b}"
+                    );
+                    // A buffer is taken where no sum is there to add to.
+                    let below_root = all - usize::from(is_open);
+                    let is_taken = below_root > 1 && (0..below_root).all(is_wire);
+                    let buffers = (0..all).filter(|which| !is_wire(*which)).count() + usize::from(is_taken);
+                    assert_eq!(lock(&spare.0).len() + 1, buffers.max(1), "{len} {all} {wires:b} {is_open}");
+                }
+            }
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! The wire: generated messages, the chunk codec, and the checks that everything from outside passes.
 
-pub use crc32fast::Hasher as Crc;
+use std::hash::Hasher;
 use stream::ChunkHead;
+pub use twox_hash::XxHash3_64 as Checksum;
 use unisono_common::kernels;
 use unisono_common::layout::Layout;
 use unisono_common::loss::LossSums;
@@ -71,8 +72,8 @@ pub enum WireError {
     NoSuchChunk { index: u32, chunks: usize },
     #[error("chunk {index} has {got} bytes, the layout says {want}: was the other side built from another version?")]
     ChunkLength { index: u32, got: usize, want: usize },
-    #[error("chunk {index} was damaged on the way: its checksum is {got:08x}, it should be {want:08x}")]
-    Checksum { index: u32, got: u32, want: u32 },
+    #[error("chunk {index} was damaged on the way: its checksum is {got:016x}, it should be {want:016x}")]
+    Checksum { index: u32, got: u64, want: u64 },
     #[error("chunk {index} has no checksum, and needs one where it is not encrypted")]
     Unsummed { index: u32 },
     #[error("chunk {index} holds a value that is not finite, in tensor `{tensor}`")]
@@ -137,9 +138,9 @@ pub fn to_wire(node: Node) -> v1::TreeNode {
     v1::TreeNode { lo: node.lo, hi: node.hi }
 }
 
-/// CRC-32 of a chunk.
-pub fn crc(bytes: &[u8]) -> u32 {
-    crc32fast::hash(bytes)
+/// XXH3 (64 bits) of a chunk.
+pub fn checksum(bytes: &[u8]) -> u64 {
+    Checksum::oneshot(bytes)
 }
 
 /// Checks a chunk that is coming in: its number, which it gives back, and its length in bytes.
@@ -156,8 +157,8 @@ const BLOCK: usize = 16 << 10;
 
 /// What a chunk's values are on the way.
 pub struct Look {
-    /// CRC-32, where it was asked for.
-    pub crc: Option<u32>,
+    /// XXH3 (64 bits), where it was asked for.
+    pub checksum: Option<u64>,
     /// Whether all are finite.
     pub finite: bool,
 }
@@ -166,13 +167,13 @@ impl Look {
     /// Looks at all `values`, in one pass over memory, in which `also` gets each block of them, and where it begins; at their checksum
     /// where they are `summed`.
     pub fn at(values: &[u8], summed: bool, mut also: impl FnMut(usize, &[u8])) -> Look {
-        let (mut crc, mut finite) = (summed.then(Crc::new), true);
+        let (mut checksum, mut finite) = (summed.then(Checksum::new), true);
         for (n, block) in values.chunks(BLOCK).enumerate() {
             also(n * BLOCK, block);
-            crc.iter_mut().for_each(|crc| crc.update(block));
+            checksum.iter_mut().for_each(|checksum| checksum.write(block));
             finite &= kernels::all_finite_bytes(block);
         }
-        Look { crc: crc.map(Crc::finalize), finite }
+        Look { checksum: checksum.map(|checksum| checksum.finish()), finite }
     }
 }
 
@@ -186,8 +187,8 @@ pub fn check_chunk(
 ) -> Result<(), WireError> {
     let index = head.index;
     let range = layout.chunk(check_head(layout, index, values.len())?);
-    let look = Look::at(values, head.crc.is_some(), also);
-    head.check(|| look.crc.unwrap_or_default())?;
+    let look = Look::at(values, head.checksum.is_some(), also);
+    head.check(|| look.checksum.unwrap_or_default())?;
     if !look.finite {
         let tensor = layout.tensor_at(range.start + first_not_finite(values)).map(|t| t.name.clone());
         return Err(WireError::NotFinite { index, tensor: tensor.unwrap_or_default() });
@@ -216,15 +217,15 @@ mod tests {
             init: Init::Constant(0.0),
         }]);
         let good = le_bytes(&[1.0, -2.0, 3.5]);
-        let check = |index, crc, values: &[u8]| {
-            check_chunk(&layout, ChunkHead { index, crc: Some(crc), ..Default::default() }, values, |_, _| ())
+        let check = |index, checksum, values: &[u8]| {
+            check_chunk(&layout, ChunkHead { index, checksum: Some(checksum), ..Default::default() }, values, |_, _| ())
         };
-        assert_eq!(check(0, crc(good), good), Ok(()));
-        assert!(matches!(check(1, crc(good), good), Err(WireError::NoSuchChunk { .. })));
-        assert!(matches!(check(0, crc(good) ^ 1, good), Err(WireError::Checksum { .. })));
-        assert!(matches!(check(0, crc(&good[..8]), &good[..8]), Err(WireError::ChunkLength { .. })));
+        assert_eq!(check(0, checksum(good), good), Ok(()));
+        assert!(matches!(check(1, checksum(good), good), Err(WireError::NoSuchChunk { .. })));
+        assert!(matches!(check(0, checksum(good) ^ 1, good), Err(WireError::Checksum { .. })));
+        assert!(matches!(check(0, checksum(&good[..8]), &good[..8]), Err(WireError::ChunkLength { .. })));
         let bad = le_bytes(&[1.0, f32::NAN, 3.5]);
-        assert_eq!(check(0, crc(bad), bad), Err(WireError::NotFinite { index: 0, tensor: "0.weight".into() }));
+        assert_eq!(check(0, checksum(bad), bad), Err(WireError::NotFinite { index: 0, tensor: "0.weight".into() }));
     }
 
     #[test]
@@ -236,7 +237,7 @@ mod tests {
             let bytes = &mut bytes[shift..];
             let mut copy = vec![0; bytes.len()];
             let look = Look::at(bytes, true, |at, block| copy[at..at + block.len()].copy_from_slice(block));
-            assert!(copy == bytes && look.finite && look.crc == Some(crc(bytes)), "{shift}");
+            assert!(copy == bytes && look.finite && look.checksum == Some(checksum(bytes)), "{shift}");
             for at in [0, BLOCK / 4 - 1, BLOCK / 4, values.len() - 1] {
                 let place = &mut bytes[4 * at..4 * at + 4];
                 let good: [u8; 4] = place.try_into().expect("four bytes");

@@ -24,8 +24,8 @@ pub struct ChunkHead {
     pub step: u64,
     pub average: bool,
     pub index: u32,
-    /// CRC-32 of the values; none on an encrypted connection, whose own check is better.
-    pub crc: Option<u32>,
+    /// XXH3 (64 bits) of the values; none on an encrypted connection, whose own check is better.
+    pub checksum: Option<u64>,
 }
 
 impl ChunkHead {
@@ -34,16 +34,16 @@ impl ChunkHead {
     /// # Errors
     /// None where one is `needed`.
     pub fn summed(self, needed: bool) -> Result<ChunkHead, WireError> {
-        if needed && self.crc.is_none() { Err(WireError::Unsummed { index: self.index }) } else { Ok(self) }
+        if needed && self.checksum.is_none() { Err(WireError::Unsummed { index: self.index }) } else { Ok(self) }
     }
 
     /// Checks what the values' checksum is, where they were sent with one.
     ///
     /// # Errors
     /// Another than they were sent with.
-    pub fn check(self, crc: impl FnOnce() -> u32) -> Result<(), WireError> {
-        let Some(want) = self.crc else { return Ok(()) };
-        let (index, got) = (self.index, crc());
+    pub fn check(self, checksum: impl FnOnce() -> u64) -> Result<(), WireError> {
+        let Some(want) = self.checksum else { return Ok(()) };
+        let (index, got) = (self.index, checksum());
         if got == want { Ok(()) } else { Err(WireError::Checksum { index, got, want }) }
     }
 }
@@ -78,8 +78,8 @@ fn values_field(number: u32, len: usize) -> BytesMut {
 
 /// A message `WeightChunk`.
 pub fn weights(head: ChunkHead, values: &Bytes) -> impl Iterator<Item = Bytes> + use<> {
-    let ChunkHead { step, average, index, crc } = head;
-    let chunk = v1::WeightChunk { step, average, index, crc, values: Bytes::new() };
+    let ChunkHead { step, average, index, checksum } = head;
+    let chunk = v1::WeightChunk { step, average, index, checksum, values: Bytes::new() };
     let mut message = BytesMut::from(&chunk.encode_to_vec()[..]);
     message.extend_from_slice(&values_field(5, values.len()));
     framed(&message, values)
@@ -103,8 +103,8 @@ const GRADIENT: u32 = 3;
 const ROWS: u32 = 5;
 
 fn pushed(kind: u32, head: ChunkHead, values: &Bytes) -> impl Iterator<Item = Bytes> + use<> {
-    let ChunkHead { index, crc, .. } = head;
-    let inner = v1::GradientChunk { index, crc, values: Bytes::new() }.encode_to_vec();
+    let ChunkHead { index, checksum, .. } = head;
+    let inner = v1::GradientChunk { index, checksum, values: Bytes::new() }.encode_to_vec();
     let field = values_field(3, values.len());
     let mut message = BytesMut::new();
     encode_key(kind, WireType::LengthDelimited, &mut message);
@@ -230,7 +230,7 @@ where
             match fields.key()? {
                 (1, WireType::Varint) => chunk.step = fields.varint()?,
                 (2, WireType::Varint) => chunk.index = fields.small()?,
-                (3, WireType::ThirtyTwoBit) => chunk.crc = Some(fields.fixed()?),
+                (3, WireType::SixtyFourBit) => chunk.checksum = Some(fields.fixed()?),
                 (4, WireType::Varint) => chunk.average = fields.varint()? != 0,
                 (5, WireType::LengthDelimited) => {
                     values = fields.small()? as usize;
@@ -265,7 +265,7 @@ where
         while !fields.0.is_empty() {
             match fields.key()? {
                 (1, WireType::Varint) => chunk.index = fields.small()?,
-                (2, WireType::ThirtyTwoBit) => chunk.crc = Some(fields.fixed()?),
+                (2, WireType::SixtyFourBit) => chunk.checksum = Some(fields.fixed()?),
                 (3, WireType::LengthDelimited) => {
                     values = fields.small()? as usize;
                     break;
@@ -344,8 +344,8 @@ impl Fields<'_> {
         prost::encoding::decode_key(&mut self.0).map_err(wrong)
     }
 
-    fn fixed(&mut self) -> Result<u32, Status> {
-        self.0.try_get_u32_le().map_err(wrong)
+    fn fixed(&mut self) -> Result<u64, Status> {
+        self.0.try_get_u64_le().map_err(wrong)
     }
 }
 
@@ -387,15 +387,15 @@ mod tests {
             let values: Bytes = (0..len).map(|i| i as u8).collect::<Vec<_>>().into();
             for head in [
                 ChunkHead::default(),
-                ChunkHead { step: u64::MAX, average: true, index: n as u32, crc: Some(u32::MAX) },
+                ChunkHead { step: u64::MAX, average: true, index: n as u32, checksum: Some(u64::MAX) },
             ] {
-                let ChunkHead { step, average, index, crc } = head;
+                let ChunkHead { step, average, index, checksum } = head;
                 let sent: Vec<Bytes> = weights(head, &values).collect();
-                let message = v1::WeightChunk { step, average, index, crc, values: values.clone() };
+                let message = v1::WeightChunk { step, average, index, checksum, values: values.clone() };
                 assert_eq!(v1::WeightChunk::decode(&sent.concat()[PREFIX..]).expect("a message"), message);
                 assert!(len == 0 || sent[1].as_ptr() == values.as_ptr(), "values are shared");
                 let sent_push: Vec<Bytes> = gradient(head, &values).collect();
-                let chunk = v1::GradientChunk { index, crc, values: values.clone() };
+                let chunk = v1::GradientChunk { index, checksum, values: values.clone() };
                 let message = v1::PushPart { kind: Some(v1::push_part::Kind::Chunk(chunk)) };
                 assert_eq!(v1::PushPart::decode(&sent_push.concat()[PREFIX..]).expect("a message"), message);
                 // As they are sent; nobody copies them. In a frame that is much longer they are not kept from where they came.
@@ -421,7 +421,7 @@ mod tests {
                     let mut reader = Reader::new(body(&all, cut));
                     let node = || Some(Part::Short(v1::push_part::Kind::Node(v1::NodeHeader::default())));
                     assert_eq!(now(reader.part()).expect("readable"), node());
-                    let expected = Part::Chunk(ChunkHead { index, crc, ..ChunkHead::default() }, len);
+                    let expected = Part::Chunk(ChunkHead { index, checksum, ..ChunkHead::default() }, len);
                     assert_eq!(now(reader.part()).expect("readable"), Some(expected));
                     if len > 0 {
                         assert!(now(reader.part()).is_err(), "values come first");

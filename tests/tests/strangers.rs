@@ -122,7 +122,7 @@ async fn goodbye(session: &mut Streaming<v1::ToWorker>) -> v1::Goodbye {
 
 fn chunk(index: u32, values: &[f32]) -> v1::GradientChunk {
     let values = le_bytes(values).to_vec();
-    v1::GradientChunk { index, crc: Some(wire::crc(&values)), values: values.into() }
+    v1::GradientChunk { index, checksum: Some(wire::checksum(&values)), values: values.into() }
 }
 
 fn header(step: u64, lo: u32, hi: u32) -> v1::NodeHeader {
@@ -199,10 +199,10 @@ async fn wrong_pushes(client: &mut Client) {
         (vec![Chunk(chunk(0, &zeros[1..]))], vec![format!("{} bytes", bytes - 4), format!("says {bytes}")]),
         (vec![Chunk(chunk(0, &[]))], vec!["chunk 0 has 0 bytes".into()]),
         (
-            vec![Chunk(v1::GradientChunk { crc: Some(1), ..chunk(0, &zeros) })],
+            vec![Chunk(v1::GradientChunk { checksum: Some(1), ..chunk(0, &zeros) })],
             vec!["checksum".into(), "damaged".into()],
         ),
-        (vec![Chunk(v1::GradientChunk { crc: None, ..chunk(0, &zeros) })], vec!["chunk 0 has no checksum".into()]),
+        (vec![Chunk(v1::GradientChunk { checksum: None, ..chunk(0, &zeros) })], vec!["chunk 0 has no checksum".into()]),
         (vec![Chunk(chunk(0, &nan))], vec!["not finite".into(), "tensor `".into()]),
         (vec![Node(header(0, 0, p)), Chunk(chunk(0, &zeros)), Chunk(chunk(0, &zeros))], vec!["twice".into()]),
         (vec![Node(header(1, 3, 3))], vec!["3..3 is not a node".into()]),
@@ -360,7 +360,9 @@ async fn half_a_node(client: &mut Client) -> Streaming<v1::ToWorker> {
         let zeros = vec![0.0; layout.chunk(0).len()];
         let (pushed, words): (_, &[&str]) = match wrong {
             0 => (vec![Node(header), Chunk(chunk(0, &[1.0]))], &["chunk 0 has 4 bytes"]),
-            1 => (vec![Node(header), Chunk(v1::GradientChunk { crc: Some(1), ..chunk(0, &zeros) })], &["checksum"]),
+            1 => {
+                (vec![Node(header), Chunk(v1::GradientChunk { checksum: Some(1), ..chunk(0, &zeros) })], &["checksum"])
+            }
             _ => (vec![Node(v1::NodeHeader { samples: 0, ..header })], &["samples", "out of range"]),
         };
         let refusal = push(client, [vec![of(&mine)], pushed].concat()).await;
@@ -394,7 +396,7 @@ const OF_CLICKS: u64 = 20_000;
 fn piece(index: u32, keys: &[u64], gradients: &[f32]) -> v1::RowPiece {
     let keys = keys.iter().flat_map(|key| key.to_le_bytes());
     let values = keys.chain(gradients.iter().flat_map(|value| value.to_le_bytes())).collect::<Vec<u8>>();
-    v1::RowPiece { index, crc: Some(wire::crc(&values)), values: values.into() }
+    v1::RowPiece { index, checksum: Some(wire::checksum(&values)), values: values.into() }
 }
 
 /// Gradients of rows that are not what they must be.
@@ -405,9 +407,9 @@ async fn wrong_rows(client: &mut Client) {
     let with = |rows: u32| Node(v1::NodeHeader { rows, ..header(0, 0, p) });
     let zeros = |rows: usize| vec![0.0; 3 * rows];
     let keys = |rows: u64| (0..rows).collect::<Vec<u64>>();
-    let damaged = v1::RowPiece { crc: Some(1), ..piece(0, &[5], &zeros(1)) };
+    let damaged = v1::RowPiece { checksum: Some(1), ..piece(0, &[5], &zeros(1)) };
     let long = vec![0; (1 << 20) + 20];
-    let long = v1::RowPiece { index: 0, crc: Some(wire::crc(&long)), values: long.into() };
+    let long = v1::RowPiece { index: 0, checksum: Some(wire::checksum(&long)), values: long.into() };
     let cases: Vec<(Vec<_>, &[&str])> = vec![
         (vec![with(2), Rows(piece(0, &[5, 3], &zeros(2)))], &["gradients of rows", "not in order"]),
         (vec![with(2), Rows(piece(0, &[5, 5], &zeros(2)))], &["not in order"]),
@@ -425,7 +427,7 @@ async fn wrong_rows(client: &mut Client) {
         (vec![with(1), Rows(piece(1, &[5], &zeros(1)))], &["not the next one"]),
         (vec![with(1), Rows(long)], &["more than 1 MiB"]),
         (vec![with(1), Rows(damaged)], &["checksum", "damaged"]),
-        (vec![with(1), Rows(v1::RowPiece { crc: None, ..piece(0, &[5], &zeros(1)) })], &["no checksum"]),
+        (vec![with(1), Rows(v1::RowPiece { checksum: None, ..piece(0, &[5], &zeros(1)) })], &["no checksum"]),
         (vec![with(0), Rows(piece(0, &[], &[])), Rows(piece(1, &[], &[]))], &["came twice"]),
         (vec![Rows(piece(0, &[5], &zeros(1)))], &["more rows than can be"]),
         (vec![Rows(piece(0, &[], &[]))], &["came twice"]),

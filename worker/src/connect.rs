@@ -234,7 +234,7 @@ pub struct Channel {
 
 impl Channel {
     /// Whether chunks need a checksum of their own: what is encrypted has a better one.
-    pub fn needs_crc(&self) -> bool {
+    pub fn needs_checksum(&self) -> bool {
         !self.encrypted
     }
 }

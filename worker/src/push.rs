@@ -37,13 +37,13 @@ pub fn start(
     to_coordinator: &mpsc::UnboundedSender<v1::FromWorker>,
 ) -> JoinHandle<Result<(), Status>> {
     let (send, parts) = mpsc::channel(AHEAD);
-    let (to_coordinator, needs_crc) = (to_coordinator.clone(), channel.needs_crc());
+    let (to_coordinator, needs_checksum) = (to_coordinator.clone(), channel.needs_checksum());
     tokio::spawn(async move {
         let body = Body::new(StreamBody::new(ReceiverStream::new(parts)));
         let pushed = async { call(channel, "Push", body).await?.short::<v1::PushReply>().await };
         let sent = async {
             if send.send(short(v1::push_part::Kind::Session(session))).await.is_ok() {
-                encode(layout, pieces, needs_crc, send, to_coordinator).await;
+                encode(layout, pieces, needs_checksum, send, to_coordinator).await;
             }
         };
         let (pushed, ()) = tokio::join!(pushed, sent);
@@ -55,7 +55,7 @@ pub fn start(
 async fn encode(
     layout: Layout,
     mut pieces: mpsc::UnboundedReceiver<Piece>,
-    needs_crc: bool,
+    needs_checksum: bool,
     send: mpsc::Sender<Data>,
     to_coordinator: mpsc::UnboundedSender<v1::FromWorker>,
 ) {
@@ -94,7 +94,11 @@ async fn encode(
                     keys[some.clone()].iter().for_each(|key| bytes.extend_from_slice(&key.to_le_bytes()));
                     bytes.extend_from_slice(le_bytes(&values[some.start * width..some.end * width]));
                     let (bytes, index) = (Bytes::from(bytes), index as u32);
-                    let head = ChunkHead { index, crc: needs_crc.then(|| wire::crc(&bytes)), ..ChunkHead::default() };
+                    let head = ChunkHead {
+                        index,
+                        checksum: needs_checksum.then(|| wire::checksum(&bytes)),
+                        ..ChunkHead::default()
+                    };
                     for data in stream::rows(head, &bytes) {
                         if send.send(Ok(Frame::data(data))).await.is_err() {
                             return;
@@ -106,7 +110,7 @@ async fn encode(
                 let Some(header) = of else { continue };
                 let began = Instant::now();
                 let values = Bytes::from_owner(part);
-                let look = wire::Look::at(&values, needs_crc, |_, _| ());
+                let look = wire::Look::at(&values, needs_checksum, |_, _| ());
                 if !look.finite {
                     let bad = wire::first_not_finite(&values);
                     let tensor = layout.tensor_at(layout.chunk(index).start + bad).map(|t| t.name.clone());
@@ -123,7 +127,7 @@ async fn encode(
                         return;
                     }
                 }
-                let head = ChunkHead { index: index as u32, crc: look.crc, ..ChunkHead::default() };
+                let head = ChunkHead { index: index as u32, checksum: look.checksum, ..ChunkHead::default() };
                 for data in stream::gradient(head, &values) {
                     if send.send(Ok(Frame::data(data))).await.is_err() {
                         return;

@@ -2,6 +2,7 @@
 
 use crate::connect::Client;
 use std::collections::HashMap;
+use std::hash::Hasher;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -136,13 +137,13 @@ pub fn start(
 
 /// Whether a reply to a pull of so many keys is whole: it came as it was sent, of keys that there are, and values are finite.
 fn check(reply: &v1::RowReply, keys: usize, width: usize) -> Result<(), Status> {
-    let v1::RowReply { places, values, crc, late, .. } = reply;
-    let mut got = wire::Crc::new();
-    got.update(places);
-    got.update(values);
+    let v1::RowReply { places, values, checksum, late, .. } = reply;
+    let mut got = wire::Checksum::new();
+    got.write(places);
+    got.write(values);
     let rows = places.len() / 4;
     let known = places.as_chunks::<4>().0.iter().all(|place| (u32::from_le_bytes(*place) as usize) < keys);
     let whole = known && places.len() == 4 * rows && values.len() == 4 * rows * width;
-    let sound = whole && (*late || got.finalize() == *crc) && unisono_common::kernels::all_finite_bytes(values);
+    let sound = whole && (*late || got.finish() == *checksum) && unisono_common::kernels::all_finite_bytes(values);
     if sound { Ok(()) } else { Err(Status::data_loss("rows were damaged on the way")) }
 }

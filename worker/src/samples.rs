@@ -103,7 +103,7 @@ async fn download(client: &mut Client, request: v1::FetchRequest, most: u64) -> 
     let mut pieces = client.fetch_partition(request).await?.into_inner();
     let (mut bytes, mut total) = (Vec::new(), 0);
     while let Some(piece) = pieces.message().await? {
-        if wire::crc(&piece.bytes) != piece.crc {
+        if wire::checksum(&piece.bytes) != piece.checksum {
             bail!("a piece of partition {partition} was damaged on the way");
         }
         total = piece.total;

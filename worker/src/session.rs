@@ -195,9 +195,9 @@ impl Drop for Streams {
 }
 
 /// Puts the chunks of a broadcast into their places, until it ends; gives why it does.
-async fn receive(mut broadcast: Reader<Body>, mut incoming: Incoming, layout: Layout, needs_crc: bool) -> String {
+async fn receive(mut broadcast: Reader<Body>, mut incoming: Incoming, layout: Layout, needs_checksum: bool) -> String {
     loop {
-        match receive_chunk(&mut broadcast, &mut incoming, &layout, needs_crc).await {
+        match receive_chunk(&mut broadcast, &mut incoming, &layout, needs_checksum).await {
             Ok(true) => {}
             Ok(false) => return "the broadcast ended".into(),
             Err(e) => return format!("the broadcast broke off: {}", why(&e)),
@@ -210,10 +210,10 @@ async fn receive_chunk(
     broadcast: &mut Reader<Body>,
     incoming: &mut Incoming,
     layout: &Layout,
-    needs_crc: bool,
+    needs_checksum: bool,
 ) -> Result<bool, tonic::Status> {
     let Some((chunk, len)) = broadcast.weights().await? else { return Ok(false) };
-    let chunk = chunk.summed(needs_crc)?;
+    let chunk = chunk.summed(needs_checksum)?;
     let index = wire::check_head(layout, chunk.index, len)?;
     let values = broadcast.values().await?;
     let version = Version { step: Step(chunk.step), average: chunk.average };
@@ -335,7 +335,7 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
             };
             let streams = Streams {
                 pulling,
-                receiving: tokio::spawn(receive(broadcast, incoming, layout.clone(), channel.needs_crc())),
+                receiving: tokio::spawn(receive(broadcast, incoming, layout.clone(), channel.needs_checksum())),
                 pushing: push::start(channel, joined.session.clone(), layout.clone(), pieces, &to_coordinator),
                 machine: Machine::new(fetcher.as_ref().map(|f| f.sent.at_hand())),
                 coming: coming.clone(),

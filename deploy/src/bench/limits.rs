@@ -153,7 +153,7 @@ async fn streams() -> Result<f64> {
     let mut client = v1::parameters_client::ParametersClient::new(channel);
 
     let (send, parts) = mpsc::channel(4);
-    let kind = v1::push_part::Kind::Chunk(v1::GradientChunk { index: 0, crc: None, values });
+    let kind = v1::push_part::Kind::Chunk(v1::GradientChunk { index: 0, checksum: None, values });
     let part = v1::PushPart { kind: Some(kind) };
     let mut pushing = client.clone();
     let up = tokio::spawn(async move { pushing.push(ReceiverStream::new(parts)).await.map(|_| ()) });

@@ -47,7 +47,7 @@ pub async fn cost(workers: usize, model_bytes: usize) -> Result<f64> {
 async fn clients(url: &str, came: &AtomicU64, workers: usize, chunks: usize) -> Result<f64> {
     let address = Address::new(url, None)?;
     let went = Arc::new(AtomicU64::new(0));
-    let chunk = Kind::Chunk(GradientChunk { index: 0, crc: None, values: vec![0; 4 * CHUNK].into() });
+    let chunk = Kind::Chunk(GradientChunk { index: 0, checksum: None, values: vec![0; 4 * CHUNK].into() });
     let mut moving = JoinSet::new();
     for worker in 0..workers {
         let session = bytes::Bytes::from(worker.to_le_bytes().to_vec());
