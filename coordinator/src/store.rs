@@ -29,7 +29,7 @@ use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
 
 /// Values that are updated before they are copied for the wire: they are in the first-level cache still.
-const BLOCK: usize = 4096;
+pub const BLOCK: usize = 4096;
 
 /// Copies for the wire that exist at once, at most, where an update makes one: streams that are slower make their own.
 const COPIES: usize = 16;
@@ -349,7 +349,9 @@ impl Store {
         let gradient = if chunk.open.merges(node) { gradient } else { self.spare.keep(gradient) };
         let part = Part { gradient, sums, partitions: node.len() };
         // The last addition of all is a part of the update's pass.
-        let add = |part, siblings| self.spare.add(part, siblings, self.partitions);
+        let add = |part, siblings: Vec<(Node, Part)>| {
+            self.spare.add(part, siblings.into_iter().map(|(_, sibling)| sibling), self.partitions)
+        };
         let offered = chunk.open.offer_to_all(node, part, add);
         if let Some((timers, began)) = began {
             timers.add(cpu_time(THREAD) - began, Duration::ZERO);
@@ -692,7 +694,7 @@ fn number(Version { step, average }: Version) -> u64 {
 }
 
 /// A range in blocks of up to [`BLOCK`] values.
-fn blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+pub fn blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     range.clone().step_by(BLOCK).map(move |from| from..(from + BLOCK).min(range.end))
 }
 

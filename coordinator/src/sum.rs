@@ -1,13 +1,13 @@
 //! Gradient sums on their way through the reduction tree, chunk by chunk.
 
 use crate::lock;
+use crate::store::{BLOCK, blocks};
 use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Mutex;
 use unisono_common::kernels;
 use unisono_common::layout::{CHUNK, le_bytes, le_bytes_mut};
 use unisono_common::loss::LossSums;
-use unisono_common::tree::Side;
 use unisono_proto::shm;
 
 /// A node's sums of one chunk. The loss sums travel with each chunk, so that a chunk is whole by itself: a worker that
@@ -68,9 +68,6 @@ impl Gradient {
     }
 }
 
-/// Values that are added up together: they stay in the first-level cache.
-const BLOCK: usize = 4096;
-
 /// `out` is the sum of the values at `at` of `all`, two or more, one after another.
 fn added(all: &[Gradient], at: Range<usize>, out: &mut [f32]) {
     kernels::add_bytes(out, all[0].bytes(at.clone()), all[1].bytes(at.clone()));
@@ -116,33 +113,33 @@ impl Spare {
         }
     }
 
-    /// The first of them plus the second, plus the third, and so on, in one pass over memory. Which of two is added to which does not
-    /// matter: so the first that is a sum already becomes that of all.
+    /// The first of two or more plus the second, plus the third, and so on, in one pass over memory: into the first that is a sum
+    /// already, where one is.
     fn chain(&self, mut all: Vec<Gradient>) -> Vec<f32> {
-        let place = all.iter().position(|one| matches!(one, Gradient::Sum(_)));
-        let after = place.map_or(Vec::new(), |place| all.split_off(place));
-        let mut after = after.into_iter();
-        let (mut sum, is_one) = match after.next() {
+        let place = all.iter().position(|one| matches!(one, Gradient::Sum(_))).unwrap_or(all.len());
+        let mut after = all.split_off(place).into_iter();
+        let before = all;
+        let (mut sum, is_there) = match after.next() {
             Some(Gradient::Sum(sum)) => (sum, true),
-            _ => (self.take(all[0].len()), false),
+            _ => (self.take(before[0].len()), false),
         };
         let mut block = [0.0; BLOCK];
-        for start in (0..sum.len()).step_by(BLOCK) {
-            let at = start..(start + BLOCK).min(sum.len());
+        for at in blocks(0..sum.len()) {
             let sum = &mut sum[at.clone()];
-            match (&*all, is_one) {
-                ([], _) => {}
-                (before, false) => added(before, at.clone(), sum),
-                ([one], true) => kernels::add_bytes_into(sum, one.bytes(at.clone())),
-                (before, true) => {
+            match &*before {
+                [] => {}
+                // Of two it does not matter which is added to which.
+                [one] => kernels::add_bytes_into(sum, one.bytes(at.clone())),
+                several if is_there => {
                     let block = &mut block[..at.len()];
-                    added(before, at.clone(), block);
+                    added(several, at.clone(), block);
                     kernels::add_into(sum, block);
                 }
+                several => added(several, at.clone(), sum),
             }
             after.as_slice().iter().for_each(|one| kernels::add_bytes_into(sum, one.bytes(at.clone())));
         }
-        all.into_iter().chain(after).for_each(|one| self.free(one));
+        before.into_iter().chain(after).for_each(|one| self.free(one));
         sum
     }
 
@@ -155,11 +152,11 @@ impl Spare {
         }
     }
 
-    /// Adds to a part its siblings in a tree over `partitions`, one after another, in one pass; the root's two halves are left to whoever
-    /// reads them.
-    pub fn add(&self, part: Part, siblings: Vec<(Side, Part)>, partitions: u32) -> Part {
+    /// Adds to a part its siblings in a tree over `partitions`, one or more, one after another, in one pass; the root's two halves are
+    /// left to whoever reads them.
+    pub fn add(&self, part: Part, siblings: impl Iterator<Item = Part>, partitions: u32) -> Part {
         let (mut all, mut sums, mut below) = (vec![part.gradient], part.sums, part.partitions);
-        for (_, sibling) in siblings {
+        for sibling in siblings {
             all.push(sibling.gradient);
             (sums, below) = (sums + sibling.sums, below + sibling.partitions);
         }
@@ -180,7 +177,7 @@ impl Spare {
 mod tests {
     use super::*;
 
-    /// Sums of one chunk, of which some came over the wire, whatever their order.
+    /// Sums of one chunk, of which any came over the wire.
     #[test]
     fn a_chain_is_added_one_after_another_and_gives_its_buffers_back() {
         let value = |which: usize, i: usize| ((which * 7919 + i) as f32 * 0.37).sin() * 1e4;
@@ -198,8 +195,7 @@ mod tests {
                     (0..len).map(|i| (1..all).fold(value(0, i), |sum, which| sum + value(which, i))).collect();
                 for partitions in [all as u32, 100] {
                     let spare = Spare::default();
-                    let siblings = (1..all).map(|which| (Side::Right, part(which))).collect();
-                    let Part { gradient, sums, partitions: below } = spare.add(part(0), siblings, partitions);
+                    let Part { gradient, sums, partitions: below } = spare.add(part(0), (1..all).map(part), partitions);
                     let is_open = matches!(gradient, Gradient::Both(_));
                     assert_eq!((is_open, sums.samples, below), (below == partitions, all as u64, all as u32));
                     let mut read = vec![0.0; len];

@@ -129,6 +129,10 @@ fn wrong(what: impl std::fmt::Display) -> Status {
     Status::invalid_argument(format!("a message cannot be read: {what}"))
 }
 
+fn unknown(field: u32, of: &str) -> Status {
+    wrong(format_args!("field {field} is not one of {of}: was the other side built from another version?"))
+}
+
 /// Reads messages from a body. Whoever stops waiting for a chunk or its values loses nothing: the next call goes on where it
 /// was.
 pub struct Reader<B> {
@@ -236,7 +240,7 @@ where
                     values = fields.small()? as usize;
                     break;
                 }
-                (field, _) => return Err(wrong(format_args!("field {field} is not one of a chunk of weights"))),
+                (field, _) => return Err(unknown(field, "a chunk of weights")),
             }
         }
         let at = head - fields.0.len();
@@ -270,7 +274,7 @@ where
                     values = fields.small()? as usize;
                     break;
                 }
-                (field, _) => return Err(wrong(format_args!("field {field} is not one of a chunk"))),
+                (field, _) => return Err(unknown(field, "a chunk")),
             }
         }
         let at = head - fields.0.len();
