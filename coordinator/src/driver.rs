@@ -46,6 +46,8 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// How often a log line says where the run stands.
 const SAY_EVERY: Duration = Duration::from_secs(10);
+/// The same for tests, but for the first and the last.
+const TESTS_EVERY: Duration = Duration::from_secs(1);
 
 pub(crate) struct Driver {
     pub shared: Arc<Shared>,
@@ -79,8 +81,9 @@ pub(crate) struct Driver {
     pub waiting: bool,
     pub started: Instant,
     pub pace: Pace,
-    /// When the last log line said where the run stands.
+    /// When the last log line said where the run stands, and when one said what a test gave.
     pub said: Instant,
+    pub tested: Option<Instant>,
     pub joined: u64,
     pub most_workers: usize,
     pub finishing: bool,
@@ -434,7 +437,6 @@ impl Driver {
 
     fn evaluated(&mut self, eval: EvalSummary) -> Result<()> {
         let job = &self.shared.job;
-        tracing::info!("step {}: test {}", self.learning.step, eval);
         // An evaluation because of a stop must not change what a resumed run does.
         let due = self.is_evaluation_due(self.learning.step.0);
         if due {
@@ -447,14 +449,21 @@ impl Driver {
         {
             self.learning.plateau.observe(&job.train.schedule.kind, value);
         }
-        if due
-            && let Some(early) = &job.train.early_stopping
-            && let Some(value) = eval.get(early.metric)
-            && self.learning.early.observe(early, value)
-        {
+        let stops = match &job.train.early_stopping {
+            Some(early) if due => eval.get(early.metric).is_some_and(|value| self.learning.early.observe(early, value)),
+            Some(_) | None => false,
+        };
+        if stops {
+            self.total_steps = self.learning.step.0;
+        }
+        let is_last = self.learning.step.0 >= self.total_steps;
+        if is_last || self.tested.is_none_or(|tested| tested.elapsed() >= TESTS_EVERY) {
+            self.tested = Some(Instant::now());
+            tracing::info!("step {}: test {}", self.learning.step, eval);
+        }
+        if stops && let Some(early) = &job.train.early_stopping {
             let (metric, patience) = (early.metric.name(), early.patience);
             tracing::info!("{metric} has not improved for more than {patience} evaluations: stopping");
-            self.total_steps = self.learning.step.0;
         }
         self.learning.eval = Some(eval);
         self.after_step()

@@ -491,6 +491,7 @@ pub async fn run(
         started: options.started,
         pace,
         said: Instant::now(),
+        tested: None,
         joined: 0,
         most_workers: 0,
         finishing: false,

@@ -1,6 +1,7 @@
 //! `unisono predict --generate`: text that a language model goes on with.
 
 use crate::Wrong;
+use crate::out::Out;
 use crate::predict::is_broken_pipe;
 use crate::trained::{Trained, load};
 use anyhow::{Context, Result, anyhow};
@@ -93,7 +94,7 @@ pub fn generate(checkpoint: &Path, prompt: &str, sampling: Sampling) -> Result<E
         text.push(tokenizer.encoder().encode("\n").ok().and_then(|tokens| tokens.last().copied()).unwrap_or(0));
     }
     let before = text.len() - given;
-    let mut said = Said { tokenizer, known: before, written: before, out: std::io::stdout().lock() };
+    let mut said = Said { tokenizer, known: before, written: before, out: Out::new() };
     let done: Result<()> = (|| {
         said.write(&text, false)?;
         let mut writer = Writer::new(&trained);

@@ -2,7 +2,7 @@
 //! written otherwise, the program says so, goes on, and fails at its end.
 
 use std::fmt::Arguments;
-use std::io::{ErrorKind, Write};
+use std::io::{self, ErrorKind, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Whether something is missing that somebody may have waited for.
@@ -33,11 +33,37 @@ pub fn complain(text: Arguments<'_>) {
 pub fn write(text: Arguments<'_>) {
     let mut out = std::io::stdout().lock();
     match out.write_fmt(text).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != ErrorKind::BrokenPipe && !LOST.swap(true, Ordering::Relaxed) => {
-            eprintln!("unisono: cannot write to the standard output: {e}");
-        }
+        Err(e) if e.kind() != ErrorKind::BrokenPipe && is_whole() => eprintln!("unisono: {}", lost(e)),
         Ok(()) | Err(_) => {}
     }
+}
+
+/// Standard output for whoever ends at the first error, which says then where it was.
+pub struct Out(StdoutLock<'static>);
+
+impl Out {
+    pub fn new() -> Out {
+        Out(io::stdout().lock())
+    }
+}
+
+impl Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).map_err(lost)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(lost)
+    }
+}
+
+/// Notes and says that something could not be written; not where nobody reads.
+fn lost(e: io::Error) -> io::Error {
+    if e.kind() == ErrorKind::BrokenPipe {
+        return e;
+    }
+    LOST.store(true, Ordering::Relaxed);
+    io::Error::new(e.kind(), format!("cannot write to the standard output: {e}"))
 }
 
 /// Whether all was written that somebody wanted to read.

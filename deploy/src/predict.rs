@@ -1,5 +1,6 @@
 //! `unisono predict`: what a trained model says of new inputs, row by row, in the format that they come in.
 
+use crate::out::{self, Out};
 use crate::trained::{Trained, load};
 use crate::{Wrong, recommend};
 use anyhow::{Context, Result, anyhow, bail};
@@ -185,7 +186,7 @@ pub fn predict(
         };
         return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());
     }
-    let out = std::io::stdout().lock();
+    let out = Out::new();
     let mut answers: Box<dyn Answers> = match top {
         Some(top) => Box::new(recommend::Recommender::new(&trained, top).map_err(Wrong)?),
         None => Box::new(Predictor::new(&trained, ROWS)),
@@ -208,7 +209,8 @@ pub fn predict(
     match done {
         // Who reads the answers has enough of them.
         Err(e) if is_broken_pipe(&e) => Ok(ExitCode::SUCCESS),
-        done => done.map_err(|e| Wrong(e).into()).map(|()| ExitCode::SUCCESS),
+        Err(e) if out::is_whole() => Err(Wrong(e).into()),
+        done => done.map(|()| ExitCode::SUCCESS),
     }
 }
 

@@ -4,8 +4,9 @@ use prost::Message;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::process::Output;
-use unisono_tests::{finish, free_port, root, run, start, summary};
+use std::process::{Command, Output};
+use std::time::Instant;
+use unisono_tests::{finish, free_port, program, root, run, start, summary};
 
 /// A short run on the digits; its summary and checkpoint.
 fn trained(dir: &Path) -> (Value, PathBuf) {
@@ -67,6 +68,17 @@ fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
     assert_eq!(json["prediction"].as_str(), Some(lines[1][64]));
     assert_eq!(json["probability"].to_string(), lines[1][65]);
     assert_eq!(json["id"], 5);
+    // A full disk is nothing that is wrong with the rows.
+    for rows in [&rows, &lined] {
+        let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+        let mut command = Command::new(program());
+        let out =
+            command.args(["predict", text(&checkpoint), text(rows)]).current_dir(dir.path()).stdout(full).output();
+        let out = out.expect("it runs");
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(said.contains("cannot write to the standard output: No space left"), "{said}");
+        assert_eq!(out.status.code(), Some(1), "{said}");
+    }
 
     std::fs::write(&lined, "{\"features\":[1,2]}\n").expect("written");
     refused(&run(dir.path(), &["predict", text(&checkpoint), text(&lined)]), &["rows.jsonl:1", "2 values", "takes 64"]);
@@ -75,6 +87,23 @@ fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
         &run(dir.path(), &["predict", text(&checkpoint), text(&rows)]),
         &["rows.csv:2", "\"x\"", "not a finite number"],
     );
+}
+
+/// Of short epochs only some tests are logged, the first and the last among them.
+#[test]
+fn tests_are_logged_now_and_then() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = root().join("examples/digits-mlp.toml");
+    let began = Instant::now();
+    let out = run(
+        dir.path(),
+        &["local", text(&job), "--workers", "1", "--set", "train.eval_every=1", "--set", "train.steps=150"],
+    );
+    let (said, seconds) = (String::from_utf8_lossy(&out.stderr).to_string(), began.elapsed().as_secs() as usize);
+    let tests: Vec<&str> = said.lines().filter(|line| line.contains(": test loss")).collect();
+    let (first, last) = (tests.first().expect("a line"), tests.last().expect("a line"));
+    assert!(first.contains("step 1: ") && last.contains("step 150: "), "{said}");
+    assert!(tests.len() <= 2 + seconds, "{} lines in {seconds} s: {said}", tests.len());
 }
 
 #[test]

@@ -84,6 +84,21 @@ fn a_table_of_ones_own_is_three_commands_from_predictions() {
     assert!(lines.len() == 3 && lines[1].contains("a,setosa,") && lines[2].contains("b,virginica,"), "{said}");
 }
 
+/// A class that comes once is a slip more often than not.
+#[test]
+fn a_class_that_comes_once_is_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    put(dir.path(), "flowers.csv", flowers());
+    let (says, _) = init(dir.path(), &["flowers.csv"]);
+    assert!(!says.contains("one row each"), "{says}");
+    put(dir.path(), "slip.csv", flowers() + "1,1,1,virginia\n");
+    let (says, _) = init(dir.path(), &["slip.csv", "--out", "slip.toml"]);
+    assert!(
+        says.contains("one of 4 classes") && says.contains("classes of one row each, as a slip makes them: virginia\n"),
+        "{says}"
+    );
+}
+
 /// What is between the cells of the training data is between those of new rows, and of the answers; commas are understood as well.
 #[test]
 fn predictions_take_what_is_between_the_cells_of_the_training_data() {

@@ -152,6 +152,12 @@ impl Column {
         format!("{}{}", shown.join(", "), if all.len() > SHOWN { ", ..." } else { "" })
     }
 
+    /// The values that come once, where there are many cells.
+    pub fn once(&self) -> Vec<String> {
+        let once = self.values.iter().filter(|(_, n)| self.filled >= LEAST_ROWS && **n == 1);
+        once.map(|(value, _)| short(value)).collect()
+    }
+
     pub fn different(&self) -> usize {
         self.values.len()
     }

@@ -359,6 +359,10 @@ fn rows(table: &Table, files: &Pair<PathBuf>, place: &Place, target: Option<&str
     };
     let other = if target.is_none() { "; another: --target COLUMN" } else { "" };
     section = section.say("target", format!("{} ({}), {what}{other}", plan.target.name, plan.because));
+    let once = plan.target.once();
+    if plan.task == Task::Classification && !once.is_empty() {
+        section = section.say("rare", format!("classes of one row each, as a slip makes them: {}", few(&once)));
+    }
     section = match plan.text {
         Some(text) => section.say("text", &*text.name),
         None => {
