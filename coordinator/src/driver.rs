@@ -46,7 +46,7 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// How often a log line says where the run stands.
 const SAY_EVERY: Duration = Duration::from_secs(10);
-/// The same for tests, but for the first and the last.
+/// The least time between two log lines that say what a test gave, but for the first and the last.
 const TESTS_EVERY: Duration = Duration::from_secs(1);
 
 pub(crate) struct Driver {
@@ -449,19 +449,20 @@ impl Driver {
         {
             self.learning.plateau.observe(&job.train.schedule.kind, value);
         }
-        let stops = match &job.train.early_stopping {
-            Some(early) if due => eval.get(early.metric).is_some_and(|value| self.learning.early.observe(early, value)),
-            Some(_) | None => false,
-        };
-        if stops {
+        let early = job.train.early_stopping.as_ref().filter(|early| {
+            due && eval.get(early.metric).is_some_and(|value| self.learning.early.observe(early, value))
+        });
+        if early.is_some() {
             self.total_steps = self.learning.step.0;
         }
-        let is_last = self.learning.step.0 >= self.total_steps;
+        let is_last = self.stop || self.learning.step.0 >= self.total_steps;
         if is_last || self.tested.is_none_or(|tested| tested.elapsed() >= TESTS_EVERY) {
             self.tested = Some(Instant::now());
             tracing::info!("step {}: test {}", self.learning.step, eval);
+        } else {
+            tracing::debug!("step {}: test {}", self.learning.step, eval);
         }
-        if stops && let Some(early) = &job.train.early_stopping {
+        if let Some(early) = early {
             let (metric, patience) = (early.metric.name(), early.patience);
             tracing::info!("{metric} has not improved for more than {patience} evaluations: stopping");
         }

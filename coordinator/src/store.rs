@@ -28,7 +28,7 @@ use unisono_common::rows::{self, RowBlock};
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
 
-/// Values that are updated before they are copied for the wire: they are in the first-level cache still.
+/// Values that are worked on together, added up or updated and copied: they stay in the first-level cache.
 pub const BLOCK: usize = 4096;
 
 /// Copies for the wire that exist at once, at most, where an update makes one: streams that are slower make their own.

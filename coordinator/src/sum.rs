@@ -129,7 +129,7 @@ impl Spare {
             match &*before {
                 [] => {}
                 // Of two it does not matter which is added to which.
-                [one] => kernels::add_bytes_into(sum, one.bytes(at.clone())),
+                [one] if is_there => kernels::add_bytes_into(sum, one.bytes(at.clone())),
                 several if is_there => {
                     let block = &mut block[..at.len()];
                     added(several, at.clone(), block);
@@ -177,7 +177,7 @@ impl Spare {
 mod tests {
     use super::*;
 
-    /// Sums of one chunk, of which any came over the wire.
+    /// Sums of one chunk, whichever of them came over the wire.
     #[test]
     fn a_chain_is_added_one_after_another_and_gives_its_buffers_back() {
         let value = |which: usize, i: usize| ((which * 7919 + i) as f32 * 0.37).sin() * 1e4;

@@ -57,9 +57,9 @@ impl Write for Out {
     }
 }
 
-/// Notes and says that something could not be written; not where nobody reads.
+/// Notes that something could not be written, and names where; not where nobody reads, or it is tried again.
 fn lost(e: io::Error) -> io::Error {
-    if e.kind() == ErrorKind::BrokenPipe {
+    if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::Interrupted) {
         return e;
     }
     LOST.store(true, Ordering::Relaxed);

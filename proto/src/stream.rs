@@ -130,7 +130,7 @@ fn wrong(what: impl std::fmt::Display) -> Status {
 }
 
 fn unknown(field: u32, of: &str) -> Status {
-    wrong(format_args!("field {field} is not one of {of}: was the other side built from another version?"))
+    wrong(format_args!("field {field} is not as {of} has it: was the other side built from another version?"))
 }
 
 /// Reads messages from a body. Whoever stops waiting for a chunk or its values loses nothing: the next call goes on where it

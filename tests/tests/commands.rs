@@ -4,7 +4,7 @@ use prost::Message;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 use unisono_tests::{finish, free_port, program, root, run, start, summary};
 
@@ -68,16 +68,26 @@ fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
     assert_eq!(json["prediction"].as_str(), Some(lines[1][64]));
     assert_eq!(json["probability"].to_string(), lines[1][65]);
     assert_eq!(json["id"], 5);
-    // A full disk is nothing that is wrong with the rows.
-    for rows in [&rows, &lined] {
+    // A full disk is nothing that is wrong with the rows, and whoever reads no more has enough of them.
+    let [many, many_lined] = ["many.csv", "many.jsonl"].map(|name| dir.path().join(name));
+    let row =
+        |name: &Path| std::fs::read_to_string(name).expect("there").lines().last().expect("a row").to_string() + "\n";
+    std::fs::write(&many, format!("{}\n{}", header.join(","), row(&rows).repeat(300))).expect("written");
+    std::fs::write(&many_lined, row(&lined).repeat(300)).expect("written");
+    for rows in [&rows, &lined, &many, &many_lined] {
+        let into = |out: Stdio| {
+            let mut command = Command::new(program());
+            command.args(["predict", text(&checkpoint), text(rows)]).current_dir(dir.path());
+            let out = command.stdout(out).stderr(Stdio::piped()).output().expect("it runs");
+            (out.status.code(), String::from_utf8_lossy(&out.stderr).to_string())
+        };
         let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
-        let mut command = Command::new(program());
-        let out =
-            command.args(["predict", text(&checkpoint), text(rows)]).current_dir(dir.path()).stdout(full).output();
-        let out = out.expect("it runs");
-        let said = String::from_utf8_lossy(&out.stderr);
+        let (code, said) = into(full.into());
         assert!(said.contains("cannot write to the standard output: No space left"), "{said}");
-        assert_eq!(out.status.code(), Some(1), "{said}");
+        assert_eq!(code, Some(1), "{said}");
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        assert_eq!(into(writer.into()), (Some(0), String::new()));
     }
 
     std::fs::write(&lined, "{\"features\":[1,2]}\n").expect("written");
@@ -94,6 +104,7 @@ fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
 fn tests_are_logged_now_and_then() {
     let dir = tempfile::tempdir().expect("a folder");
     let job = root().join("examples/digits-mlp.toml");
+    program(); // it may have to be built
     let began = Instant::now();
     let out = run(
         dir.path(),

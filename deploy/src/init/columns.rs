@@ -152,10 +152,10 @@ impl Column {
         format!("{}{}", shown.join(", "), if all.len() > SHOWN { ", ..." } else { "" })
     }
 
-    /// The values that come once, where there are many cells.
+    /// The texts that come once, where they are few: they may be misspelt.
     pub fn once(&self) -> Vec<String> {
-        let once = self.values.iter().filter(|(_, n)| self.filled >= LEAST_ROWS && **n == 1);
-        once.map(|(value, _)| short(value)).collect()
+        let once: Vec<_> = self.values.iter().filter(|(_, n)| **n == 1).map(|(value, _)| short(value)).collect();
+        if self.is_number() || once.len() > (self.values.len() / 10).max(3) { Vec::new() } else { once }
     }
 
     pub fn different(&self) -> usize {
