@@ -8,7 +8,7 @@
 use crate::lock;
 use crate::measure::{THREAD, cpu_time};
 use crate::rows::{Failed, RowGradient, Tables, Update};
-use crate::sum::{Gradient, Part, Spare};
+use crate::sum::{BLOCK, Gradient, Part, Spare, blocks};
 use anyhow::Context;
 use bytes::Bytes;
 use rayon::prelude::*;
@@ -27,9 +27,6 @@ use unisono_common::optim::{self, Lengths, MAX_SLOTS, Sums};
 use unisono_common::rows::{self, RowBlock};
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
-
-/// Values that are worked on together, added up or updated and copied: they stay in the first-level cache.
-pub const BLOCK: usize = 4096;
 
 /// Copies for the wire that exist at once, at most, where an update makes one: streams that are slower make their own.
 const COPIES: usize = 16;
@@ -691,11 +688,6 @@ impl Store {
 /// In the order of the versions.
 fn number(Version { step, average }: Version) -> u64 {
     2 * step.0 + u64::from(average)
-}
-
-/// A range in blocks of up to [`BLOCK`] values.
-pub fn blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    range.clone().step_by(BLOCK).map(move |from| from..(from + BLOCK).min(range.end))
 }
 
 /// The state vectors of the values at `at`.

@@ -1,7 +1,6 @@
 //! Gradient sums on their way through the reduction tree, chunk by chunk.
 
 use crate::lock;
-use crate::store::{BLOCK, blocks};
 use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -66,6 +65,14 @@ impl Gradient {
             Gradient::Both(both) => both[0].len(),
         }
     }
+}
+
+/// Values that are worked on together, added up or updated and copied: they stay in the first-level cache.
+pub const BLOCK: usize = 4096;
+
+/// A range in blocks of up to [`BLOCK`] values.
+pub fn blocks(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(BLOCK).map(move |from| from..(from + BLOCK).min(range.end))
 }
 
 /// `out` is the sum of the values at `at` of `all`, two or more, one after another.
