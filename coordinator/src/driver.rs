@@ -3,43 +3,28 @@
 //! It sleeps on one bell, which rings for whatever comes by gRPC and for what workers of this host put into their lanes, so
 //! that a step over shared memory costs one wake on each side.
 
-use crate::files;
 use crate::lanes::LaneEnd;
 use crate::lock;
 use crate::measure::Measure;
 use crate::pace::Pace;
+use crate::saves::{Learning, Saves};
 use crate::shared::{Input, Shared, ToWorker};
-use crate::store::{Applied, Keep};
+use crate::store::Applied;
 use crate::sum::Gradient;
 use crate::{Progress, Summary};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use unisono_common::checkpoint::Manifest;
 use unisono_common::data::partition::Partitions;
-use unisono_common::ids::{Step, WorkerId};
+use unisono_common::ids::WorkerId;
 use unisono_common::job::ScheduleKind;
 use unisono_common::metrics::{EvalKind, EvalSummary, EvalSums};
 use unisono_common::protocol::{Command, Event, Kind, Reason};
-use unisono_common::schedule::{self, EarlyState, PlateauState};
+use unisono_common::schedule;
 use unisono_common::tree::{Offer, Open};
 use unisono_proto::v1;
-
-/// What training remembers besides weights and optimizer state.
-#[derive(Clone, Default)]
-pub(crate) struct Learning {
-    pub step: Step,
-    pub samples: u64,
-    pub train_loss: f64,
-    pub plateau: PlateauState,
-    pub early: EarlyState,
-    pub eval: Option<EvalSummary>,
-    /// The step of the last evaluation that schedule and early stopping have seen.
-    pub evaluated: Option<u64>,
-}
 
 /// How often silence and lateness are looked for.
 const TICK: Duration = Duration::from_millis(100);
@@ -55,8 +40,6 @@ pub(crate) struct Driver {
     pub total_steps: u64,
     pub steps_per_epoch: u64,
     pub eval_kind: EvalKind,
-    /// Where checkpoints are written; `None` where nothing is kept.
-    pub dir: Option<PathBuf>,
     pub sessions: BTreeMap<WorkerId, ToWorker>,
     /// Of the sessions, those that share memory with this process.
     pub lanes: BTreeMap<WorkerId, LaneEnd>,
@@ -65,14 +48,7 @@ pub(crate) struct Driver {
     /// The instruction sets of all workers.
     pub isas: BTreeSet<String>,
     pub evals: Open<EvalSums>,
-    pub saving: bool,
-    pub save_again: bool,
-    /// The last whole checkpoint, and the digest of its weights.
-    pub last_saved: Option<(PathBuf, String)>,
-    /// The step of the checkpoint that is being written, or was written last.
-    pub saved_at: Option<Step>,
-    /// Whether it began afresh and has not written a checkpoint yet: those of an earlier run are where they were.
-    pub is_new: bool,
+    pub saves: Saves,
     pub stop: bool,
     /// Whether it stops because this process is to end, and whether somebody goes on with the run then.
     pub interrupted: bool,
@@ -373,22 +349,15 @@ impl Driver {
             }
             Input::Abandoned => bail!("the run was given up"),
             Input::Saved(result) => {
-                self.saving = false;
-                let again = std::mem::take(&mut self.save_again);
-                match result {
-                    Ok(saved) => self.last_saved = Some(saved),
-                    Err(e) if self.finishing && !again => return Err(e),
-                    Err(e) => {
-                        self.saved_at = None;
-                        tracing::error!("no checkpoint was written: {e:#}; training goes on");
-                    }
+                match self.saves.ended(result) {
+                    Err(e) if self.finishing && !self.saves.is_due() => return Err(e),
+                    Err(e) => tracing::error!("no checkpoint was written: {e:#}; training goes on"),
+                    Ok(()) => {}
                 }
-                if self.finishing && again {
+                if self.finishing && self.saves.is_due() {
                     self.save()?;
                 } else if self.finishing {
                     return self.finish().map(Some);
-                } else {
-                    self.save_again = again;
                 }
             }
         }
@@ -397,12 +366,10 @@ impl Driver {
 
     /// Waits for the checkpoint that is being written: nothing half-written stays when a run fails.
     fn settle(&mut self) {
-        while self.saving {
+        while self.saves.is_writing() {
             let Some(Input::Saved(result)) = self.wait(None) else { continue };
-            self.saving = false;
-            match result {
-                Ok(saved) => self.last_saved = Some(saved),
-                Err(e) => tracing::error!("no checkpoint was written: {e:#}"),
+            if let Err(e) = self.saves.ended(result) {
+                tracing::error!("no checkpoint was written: {e:#}");
             }
         }
     }
@@ -410,7 +377,7 @@ impl Driver {
     /// Where a run that fails can be gone on with.
     fn kept(&mut self) -> String {
         self.settle();
-        match &self.last_saved {
+        match self.saves.last() {
             Some((path, _)) => format!("The last good checkpoint is {}", path.display()),
             None => "There is no checkpoint yet".into(),
         }
@@ -441,7 +408,7 @@ impl Driver {
         let due = self.is_evaluation_due(self.learning.step.0);
         if due {
             self.learning.evaluated = Some(self.learning.step.0);
-            self.saved_at = None; // a checkpoint of this step does not know it
+            self.saves.outdated(); // a checkpoint of this step does not know it
         }
         if due
             && let ScheduleKind::Plateau { metric, .. } = job.train.schedule.kind
@@ -477,7 +444,7 @@ impl Driver {
             return self.save();
         }
         let every = self.shared.job.checkpoint.every_steps;
-        if self.save_again && !self.saving || every > 0 && step.is_multiple_of(every) {
+        if self.saves.is_due() || every > 0 && step.is_multiple_of(every) {
             self.save()?;
         }
         self.next()
@@ -530,82 +497,13 @@ impl Driver {
         }
     }
 
-    /// Writes a checkpoint beside training. Called between steps only; while one is being written, the next one waits for
-    /// the next step's end.
+    /// Writes a checkpoint beside training. Called between steps only.
     fn save(&mut self) -> Result<()> {
-        self.save_again = self.saving;
-        if self.saving {
-            return Ok(());
-        }
-        let Some(dir) = self.dir.clone() else {
-            self.saving = true;
-            self.shared.input(Input::Saved(Ok(Default::default())));
-            return Ok(());
-        };
-        if let Some(saved) = self.last_saved.clone().filter(|_| self.saved_at == Some(self.learning.step)) {
-            self.saving = true;
-            self.shared.input(Input::Saved(Ok(saved)));
-            return Ok(());
-        }
-        let step = self.learning.step;
-        if self.is_new && step.0 == 0 && files::are_there(&dir) {
-            // Nothing was learnt, and what an earlier run has learnt keeps its place.
-            self.saving = true;
-            self.shared.input(Input::Saved(Ok((PathBuf::new(), self.shared.store.untrained(self.shared.job.seed)))));
-            return Ok(());
-        }
-        (self.saving, self.saved_at) = (true, Some(step));
-        if self.is_new {
-            match files::set_aside(&dir) {
-                Ok(Some(previous)) => {
-                    tracing::warn!("checkpoints of an earlier run are now in {}", previous.display());
-                }
-                Ok(None) => {}
-                Err(e) => {
-                    self.shared.input(Input::Saved(Err(e)));
-                    return Ok(());
-                }
-            }
-            self.is_new = false;
-        }
-        let (shared, learning) = (self.shared.clone(), &self.learning);
-        let (job, layout) = (&shared.job, shared.store.layout().clone());
-        let manifest = Manifest {
-            digest: String::new(),
-            format_version: files::FORMAT,
-            name: job.name.clone(),
-            job: job.clone(),
-            job_digest: crate::hex(job.digest()),
-            layout_digest: crate::hex(shared.model_digest),
-            prepared: shared.prepared.clone(),
-            step: step.0,
-            epoch: step.0 / self.steps_per_epoch,
-            samples: learning.samples,
-            weights_digest: String::new(),
-            evaluated: learning.evaluated,
-            plateau: serde_json::to_value(&learning.plateau)?,
-            early: serde_json::to_value(&learning.early)?,
-            train_loss: learning.train_loss,
-            eval: serde_json::to_value(&learning.eval)?,
-            files: Default::default(),
-        };
-        let slots = shared.store.groups().optimizer().slot_names();
-        match files::Writing::begin(&dir, step.0, layout, &slots, shared.store.tables.as_ref()) {
-            Err(e) => shared.input(Input::Saved(Err(e))),
-            Ok(writing) => {
-                let (writing, keep) = (Arc::new(writing), job.checkpoint.keep);
-                if !shared.store.keep(step, &(writing.clone() as Arc<dyn Keep>)) {
-                    // What a worker had sent before it left is being applied: the step must be finished, by whoever comes.
-                    writing.abandon();
-                    ensure!(self.finishing, "a step was open when a checkpoint was due");
-                    (self.finishing, self.saving, self.saved_at) = (false, false, None);
-                    return Ok(());
-                }
-                std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
-                    shared.store.flush(&*writing);
-                    shared.input(Input::Saved(writing.finish(manifest, keep)));
-                })?;
-            }
+        let epoch = self.learning.step.0 / self.steps_per_epoch;
+        if !self.saves.begin(&self.shared, &self.learning, epoch)? {
+            // What a worker had sent before it left is being applied: the step must be finished, by whoever comes.
+            ensure!(self.finishing, "a step was open when a checkpoint was due");
+            self.finishing = false;
         }
         Ok(())
     }
@@ -632,7 +530,7 @@ impl Driver {
         let layout = shared.store.layout();
         let (reissued, lost) = lock(&shared.machine).losses();
         let step = self.learning.step.0;
-        let (path, digest) = self.last_saved.as_ref().context("the last checkpoint was not written")?;
+        let (path, digest) = self.saves.last().context("the last checkpoint was not written")?;
         Ok(Summary {
             job: shared.job.name.clone(),
             status: if step >= self.total_steps { "done" } else { "stopped" }.into(),

@@ -7,6 +7,7 @@
 
 use crate::access::{self, Standing, Tls};
 use crate::lock;
+use crate::rate::{Bucket, Complaints, Rate};
 use crate::turns::Turns;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, IoSlice};
@@ -47,67 +48,8 @@ const STALL: Duration = Duration::from_secs(30);
 const CONNECTIONS: Rate = Rate { burst: 4000.0, each_second: 100.0 };
 /// Requests on one connection; a worker that is sent its data asks for each partition.
 const REQUESTS: Rate = Rate { burst: 10_000.0, each_second: 1000.0 };
-/// Log lines about those who are turned away.
-const LINES: Rate = Rate { burst: 20.0, each_second: 1.0 };
 /// Addresses whose rates are remembered.
 const ADDRESSES: usize = 4096;
-
-/// How often something may happen.
-#[derive(Clone, Copy)]
-struct Rate {
-    burst: f64,
-    each_second: f64,
-}
-
-/// What is left of a rate: a bucket that fills with time.
-struct Bucket {
-    left: f64,
-    at: Instant,
-}
-
-impl Bucket {
-    fn new(rate: Rate, now: Instant) -> Bucket {
-        Bucket { left: rate.burst, at: now }
-    }
-
-    /// Whether it may happen once more.
-    fn take(&mut self, rate: Rate, now: Instant) -> bool {
-        let more = now.saturating_duration_since(self.at).as_secs_f64() * rate.each_second;
-        (self.left, self.at) = ((self.left + more).min(rate.burst), now);
-        let may = self.left >= 1.0;
-        if may {
-            self.left -= 1.0;
-        }
-        may
-    }
-
-    fn is_full(&self, rate: Rate, now: Instant) -> bool {
-        self.left + now.saturating_duration_since(self.at).as_secs_f64() * rate.each_second >= rate.burst
-    }
-}
-
-/// Says who was turned away, but not as often as somebody may want it.
-struct Complaints(Mutex<(Bucket, u64)>);
-
-impl Complaints {
-    fn new() -> Complaints {
-        Complaints(Mutex::new((Bucket::new(LINES, Instant::now()), 0)))
-    }
-
-    fn say(&self, address: SocketAddr, why: &str) {
-        let mut state = lock(&self.0);
-        let (bucket, silent) = &mut *state;
-        if !bucket.take(LINES, Instant::now()) {
-            *silent += 1;
-            return;
-        }
-        let others = match std::mem::take(silent) {
-            0 => String::new(),
-            n => format!(" (and {n} others since the last such line)"),
-        };
-        tracing::warn!("turned away {}: {why}{others}", address.ip().to_canonical());
-    }
-}
 
 /// Some, by the numbers in whose order they came, whenever they got here: where there are too many, the oldest gives way.
 struct Queue {

@@ -4,6 +4,7 @@
 
 mod access;
 mod bare;
+mod copies;
 mod door;
 mod driver;
 mod entrance;
@@ -15,7 +16,9 @@ mod parameters;
 mod probe;
 mod pulls;
 mod push;
+mod rate;
 mod rows;
+mod saves;
 mod service;
 mod shared;
 mod store;
@@ -25,13 +28,14 @@ mod turns;
 pub use access::check_identity;
 use anyhow::{Context, Result, bail};
 pub use bare::Bare;
-use driver::{Driver, Learning};
+use driver::Driver;
 pub use entrance::Entrance;
 use entrance::{asks, counts};
 use measure::Measure;
 pub use measure::{Measured, Phases, Window};
 use pace::Pace;
 use rows::Tables;
+use saves::{Learning, Saved, Saves};
 use serde::Serialize;
 use shared::{Input, Shared};
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,7 +47,6 @@ use tonic::service::interceptor::InterceptedService;
 use unisono_common::checkpoint;
 use unisono_common::data::{self, Prepared, Skipped, partition::Partitions};
 use unisono_common::groups::Groups;
-use unisono_common::ids::Step;
 use unisono_common::job::{Job, Length, ScheduleKind};
 use unisono_common::loss::Loss;
 use unisono_common::metrics::{EvalKind, EvalSummary};
@@ -200,8 +203,7 @@ impl Ready {
 
 /// Where an earlier run left off.
 struct Resumed {
-    path: PathBuf,
-    digest: String,
+    saved: Saved,
     weights: Vec<f32>,
     slots: Vec<Vec<f32>>,
     rows: Vec<RowBlock>,
@@ -337,16 +339,9 @@ fn find(job: &Job, prepared: &Prepared, dir: &Path, model: &Model, optimizer: &O
             path.display()
         );
     }
-    let learning = Learning {
-        step: Step(manifest.step),
-        samples: manifest.samples,
-        train_loss: manifest.train_loss,
-        plateau: serde_json::from_value(manifest.plateau).with_context(mine)?,
-        early: serde_json::from_value(manifest.early).with_context(mine)?,
-        eval: serde_json::from_value(manifest.eval).with_context(mine)?,
-        evaluated: manifest.evaluated,
-    };
-    Ok(Resumed { path, digest: manifest.weights_digest, weights, slots, rows, learning })
+    let saved = (path.clone(), manifest.weights_digest.clone());
+    let learning = Learning::of(manifest).with_context(mine)?;
+    Ok(Resumed { saved, weights, slots, rows, learning })
 }
 
 /// Requests that are open at once on one connection, at most.
@@ -385,9 +380,9 @@ pub async fn run(
         Some(_) => (u64::MAX, None),
         None => (ready_steps, test_parts),
     };
-    let (weights, slots, rows, learning, last_saved) = match from {
-        Some(Resumed { path, digest, weights, slots, rows, learning }) => {
-            tracing::info!("resuming from {} at step {}", path.display(), learning.step);
+    let (weights, slots, rows, learning, last) = match from {
+        Some(Resumed { saved, weights, slots, rows, learning }) => {
+            tracing::info!("resuming from {} at step {}", saved.0.display(), learning.step);
             if job.train.early_stopping.as_ref().is_some_and(|early| learning.early.is_over(early)) {
                 tracing::info!("that run had stopped early");
                 total_steps = learning.step.0;
@@ -395,7 +390,7 @@ pub async fn run(
             if learning.step.0 >= total_steps {
                 tracing::warn!("there is nothing to train: the run is at step {} of {total_steps}", learning.step);
             }
-            (weights, slots, rows, learning, Some((path, digest)))
+            (weights, slots, rows, learning, Some(saved))
         }
         None => (layout.init(job.seed), Vec::new(), Vec::new(), Learning::default(), None),
     };
@@ -473,17 +468,12 @@ pub async fn run(
         total_steps,
         steps_per_epoch,
         eval_kind,
-        dir,
         sessions: BTreeMap::new(),
         lanes: BTreeMap::new(),
         transports: [false; 2],
         isas: BTreeSet::new(),
         evals: Open::new(p),
-        saving: false,
-        save_again: false,
-        saved_at: last_saved.as_ref().map(|_| first),
-        is_new: last_saved.is_none(),
-        last_saved,
+        saves: Saves::new(dir, last.map(|saved| (saved, first))),
         stop: false,
         is_resumed: options.is_resumed,
         waiting: false,

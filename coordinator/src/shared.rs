@@ -3,12 +3,12 @@
 use crate::door::Door;
 use crate::lock;
 use crate::measure::Measure;
+use crate::saves::Saved;
 use crate::store::{Applied, Store};
 use crate::{Member, Progress};
 use anyhow::{Result, anyhow};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
@@ -75,7 +75,7 @@ pub enum Input {
     },
     Stop,
     /// A checkpoint's path, and the digest of its weights.
-    Saved(Result<(PathBuf, String)>),
+    Saved(Result<Saved>),
 }
 
 /// Samples that workers evaluate at once.

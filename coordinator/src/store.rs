@@ -5,87 +5,27 @@
 //! and the checks are one pass over memory. A checkpoint that is being written copies nothing: what it has not yet written
 //! of a chunk is written by the update that would replace it.
 
+use crate::copies::{self, Copies, Copying, Sent};
 use crate::lock;
 use crate::measure::{THREAD, cpu_time};
 use crate::rows::{Failed, RowGradient, Tables, Update};
 use crate::sum::{BLOCK, Gradient, Part, Spare, blocks};
 use anyhow::Context;
-use bytes::Bytes;
 use rayon::prelude::*;
-use std::hash::Hasher;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use unisono_common::groups::{self, Groups};
 use unisono_common::ids::{Step, Version};
 use unisono_common::kernels;
-use unisono_common::layout::{Layout, Role, le_bytes};
+use unisono_common::layout::{Layout, Role};
 use unisono_common::loss::LossSums;
 use unisono_common::optim::{self, Lengths, MAX_SLOTS, Sums};
 use unisono_common::rows::{self, RowBlock};
 use unisono_common::tree::{Node, Offer, Open};
 use unisono_proto::shm::{Piece, Weights};
-
-/// Copies for the wire that exist at once, at most, where an update makes one: streams that are slower make their own.
-const COPIES: usize = 16;
-
-/// A chunk's weights for the wire: a copy, because the weights' own memory is used again. All streams share it.
-struct Copy {
-    version: Version,
-    values: Vec<f32>,
-    checksum: Option<u64>,
-    spare: Arc<Spare>,
-}
-
-impl Drop for Copy {
-    fn drop(&mut self) {
-        self.spare.put(std::mem::take(&mut self.values));
-    }
-}
-
-/// One that is being made, from the chunk's beginning to its end.
-struct Copying {
-    copy: Copy,
-    checksum: Option<unisono_proto::Checksum>,
-}
-
-impl Copying {
-    fn of(version: Version, len: usize, needs_checksum: bool, spare: &Arc<Spare>) -> Copying {
-        let mut values = spare.take(len);
-        values.clear();
-        let copy = Copy { version, values, checksum: None, spare: spare.clone() };
-        Copying { copy, checksum: needs_checksum.then(unisono_proto::Checksum::new) }
-    }
-
-    fn add(&mut self, values: &[f32]) {
-        self.copy.values.extend_from_slice(values);
-        self.checksum.iter_mut().for_each(|checksum| checksum.write(le_bytes(values)));
-    }
-
-    fn end(self) -> Arc<Copy> {
-        let Copying { mut copy, checksum } = self;
-        copy.checksum = checksum.map(|checksum| checksum.finish());
-        Arc::new(copy)
-    }
-}
-
-struct Shared(Arc<Copy>);
-
-impl AsRef<[u8]> for Shared {
-    fn as_ref(&self) -> &[u8] {
-        le_bytes(&self.0.values)
-    }
-}
-
-/// A chunk of weights that a stream sends.
-pub struct Sent {
-    pub version: Version,
-    /// XXH3 (64 bits), where streams need one.
-    pub checksum: Option<u64>,
-    pub bytes: Bytes,
-}
 
 /// Takes the chunks of a checkpoint, in any order, from any thread.
 pub trait Keep: Send + Sync {
@@ -102,10 +42,7 @@ struct Chunk {
     piece: Piece,
     /// What lies beside them.
     beside: Beside,
-    /// The last copies for the wire, of either place, while they are on their way.
-    copies: [Weak<Copy>; 2],
-    /// The one that the update made while it had the values at hand, until so many streams have taken it.
-    made: Option<(Arc<Copy>, usize)>,
+    copies: Copies,
     slots: Vec<Vec<f32>>,
     open: Open<Part>,
     /// The whole sums, while they wait for the global norm.
@@ -141,28 +78,6 @@ impl Chunk {
             Beside::Average => [Some(weights), Some(Version { average: true, ..weights })],
         };
         [first, second].into_iter().flatten().find(|version| than.is_none_or(|than| than < *version))
-    }
-
-    /// The weights of `version`, for the wire.
-    fn send(&mut self, version: Version, needs_checksum: bool, spare: &Arc<Spare>) -> Sent {
-        let last = &mut self.copies[version.place() as usize % 2];
-        let copy = last.upgrade().filter(|copy| copy.version == version).unwrap_or_else(|| {
-            let values = self.piece.of_step(version.place());
-            let mut copy = Copying::of(version, values.len(), needs_checksum, spare);
-            copy.add(values);
-            let copy = copy.end();
-            *last = Arc::downgrade(&copy);
-            copy
-        });
-        if let Some((made, streams)) = &mut self.made
-            && made.version == version
-        {
-            *streams -= 1;
-            if *streams == 0 {
-                self.made = None;
-            }
-        }
-        Sent { version, checksum: copy.checksum, bytes: Bytes::from_owner(Shared(copy)) }
     }
 }
 
@@ -279,8 +194,7 @@ impl Store {
                     step,
                     piece,
                     beside: Beside::Nothing,
-                    copies: Default::default(),
-                    made: None,
+                    copies: Copies::default(),
                     slots,
                     open: Open::new(partitions),
                     reduced: None,
@@ -514,8 +428,8 @@ impl Store {
         let Chunk { piece, slots, .. } = chunk;
         let (old, new) = piece.update(step.0);
         // Each copy holds the spare buffers, beside this store.
-        let (streams, copies) = (self.changed.receiver_count(), Arc::strong_count(&self.spare) - 1);
-        let wanted = streams > 0 && copies < COPIES;
+        let (streams, there) = (self.changed.receiver_count(), Arc::strong_count(&self.spare) - 1);
+        let wanted = streams > 0 && there < copies::AT_ONCE;
         let mut copy =
             wanted.then(|| Copying::of(Version::of(step.next()), range.len(), self.needs_checksum, &self.spare));
         let began = self.timers.as_ref().map(|timers| (timers, cpu_time(THREAD)));
@@ -554,10 +468,7 @@ impl Store {
             let reduce = whole.mul_f64(halves as f64 / (halves + 2 + 2 * slots.len()) as f64);
             timers.add(reduce, whole - reduce);
         }
-        chunk.made = copy.map(|copy| (copy.end(), streams));
-        if let Some((made, _)) = &chunk.made {
-            chunk.copies[made.version.place() as usize % 2] = Arc::downgrade(made);
-        }
+        chunk.copies.updated(copy, streams);
         chunk.beside = Beside::Previous;
         chunk.step = step.next();
         self.versions[index].store(number(Version::of(chunk.step)), Ordering::Release);
@@ -651,7 +562,8 @@ impl Store {
     fn next_of(&self, index: usize, than: Option<Version>) -> Option<Sent> {
         let mut chunk = lock(&self.chunks[index]);
         let next = chunk.after(than)?;
-        Some(chunk.send(next, self.needs_checksum, &self.spare))
+        let Chunk { piece, copies, .. } = &mut *chunk;
+        Some(copies.send(next, piece.of_step(next.place()), self.needs_checksum, &self.spare))
     }
 
     /// Whether the store is at the beginning of `step`, and no update of it has run.
@@ -780,7 +692,7 @@ mod tests {
         assert_eq!(version(0, Some(of(8))), Some((of(9), value(-3.0))));
         assert_eq!(version(0, None), Some((of(8), value(-1.0))));
         assert_eq!(on_its_way.bytes[..4], value(-1.0));
-        assert!(lock(&store.chunks[0]).made.is_none(), "all streams have taken it");
+        assert!(!lock(&store.chunks[0]).copies.any_waits(), "all streams have taken it");
         assert!(!store.keep(Step(8), &keep) && !store.keep(Step(9), &keep), "half a step would be kept");
         store.flush(&*kept);
         store.flush(&*kept);
@@ -793,16 +705,16 @@ mod tests {
         drop(store.next_of(1, Some(of(8))));
         // Where nothing gets through, updates make no more than so many.
         let mut stuck = vec![on_its_way];
-        for step in 9..9 + COPIES as u64 {
+        for step in 9..9 + copies::AT_ONCE as u64 {
             store.begin(1.0);
             push(Step(step), 0, CHUNK);
             push(Step(step), 1, 5);
             drop(store.next_of(1, Some(of(step))));
-            let made = lock(&store.chunks[0]).made.is_some();
-            assert_eq!(made, stuck.len() < COPIES, "{} are on their way", stuck.len());
+            let made = lock(&store.chunks[0]).copies.any_waits();
+            assert_eq!(made, stuck.len() < copies::AT_ONCE, "{} are on their way", stuck.len());
             stuck.extend(store.next_of(0, Some(of(step))));
         }
-        assert!(stuck.len() > COPIES);
+        assert!(stuck.len() > copies::AT_ONCE);
         drop(stuck);
         assert_eq!(Arc::strong_count(&store.spare), 1, "all buffers are back");
     }
