@@ -3,6 +3,7 @@
 use crate::data::Batch;
 use crate::layers::{Begun, Grads, Layer, Params, Pass, Rows, Segments};
 use crate::loss::{Loss, LossSums};
+use crate::memory::zeros;
 use crate::model::Model;
 use crate::rng::{Key, Purpose};
 use crate::tree::Node;
@@ -29,10 +30,10 @@ impl Workspace {
     pub fn new(model: &Model, rows: usize, segments: usize) -> Workspace {
         let logits = rows * model.targets() * model.outputs();
         Workspace {
-            logits: vec![0.0; logits],
-            d_logits: vec![0.0; logits],
-            saved: vec![0.0; model.net().saved(rows, segments)],
-            scratch: vec![0.0; model.net().scratch(rows, segments)],
+            logits: zeros(logits),
+            d_logits: zeros(logits),
+            saved: zeros(model.net().saved(rows, segments)),
+            scratch: zeros(model.net().scratch(rows, segments)),
             rows_first: false,
         }
     }

@@ -27,6 +27,7 @@ fn a_gradient_allocates_nothing_after_the_first() {
         Layer::AvgPool2d { size: 2, stride: 1 },
         Layer::Flatten,
         linear(40),
+        act(Activation::Gelu),
         Layer::LayerNorm { dims: None, eps: 1e-5 },
         act(Activation::Tanh),
         Layer::Dropout { rate: 0.3 },

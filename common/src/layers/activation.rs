@@ -5,8 +5,8 @@ use crate::job;
 use crate::kernels::{Finish, LANES, math, vectorized};
 use rayon::prelude::*;
 
-/// Values that one thread takes at a time.
-const BLOCK: usize = 1 << 14;
+/// Values that one thread takes at a time: they stay in the first-level cache.
+const BLOCK: usize = 1 << 12;
 
 /// `y = f(x)`, value by value.
 pub struct Activation {
@@ -14,69 +14,54 @@ pub struct Activation {
     pub shape: Vec<usize>,
 }
 
+/// `y[i] = f(y[i])`.
 #[inline(always)]
-fn map(y: &mut [f32], x: &[f32], f: impl Fn(f32) -> f32 + Sync) {
-    let blocks = y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK));
-    blocks.for_each(|(y, x)| {
-        vectorized(
-            #[inline(always)]
-            || {
-                for (y, x) in y.iter_mut().zip(x) {
-                    *y = f(*x);
-                }
-            },
-        )
-    });
+fn map(y: &mut [f32], f: impl Fn(f32) -> f32) {
+    vectorized(
+        #[inline(always)]
+        || y.iter_mut().for_each(|y| *y = f(*y)),
+    );
 }
 
+/// `out[i] = f(a[i], b[i])`, on all threads.
 #[inline(always)]
 fn map2(out: &mut [f32], a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) {
     let blocks = out.par_chunks_mut(BLOCK).zip(a.par_chunks(BLOCK).zip(b.par_chunks(BLOCK)));
-    blocks.for_each(|(o, (a, b))| {
+    blocks.for_each(|(out, (a, b))| {
         vectorized(
             #[inline(always)]
-            || {
-                for (o, (a, b)) in o.iter_mut().zip(a.iter().zip(b)) {
-                    *o = f(*a, *b);
-                }
-            },
+            || out.iter_mut().zip(a.iter().zip(b)).for_each(|(out, (a, b))| *out = f(*a, *b)),
         );
     });
 }
 
 /// [`map`] by an `f` that gives value and slope, of which the slope is kept where it is wanted.
 #[inline(always)]
-fn map_and_slope(y: &mut [f32], slopes: &mut [f32], x: &[f32], keep: bool, f: impl Fn(f32) -> (f32, f32) + Sync) {
-    if !keep {
+fn map_and_slope(y: &mut [f32], slopes: Option<&mut [f32]>, f: impl Fn(f32) -> (f32, f32)) {
+    let Some(slopes) = slopes else {
         return map(
             y,
-            x,
             #[inline(always)]
             |x| f(x).0,
         );
-    }
-    let blocks = y.par_chunks_mut(BLOCK).zip(slopes.par_chunks_mut(BLOCK)).zip(x.par_chunks(BLOCK));
-    blocks.for_each(|((y, slopes), x)| {
-        vectorized(
-            #[inline(always)]
-            || {
-                let ((y, y_tail), (slopes, slopes_tail)) =
-                    (y.as_chunks_mut::<LANES>(), slopes.as_chunks_mut::<LANES>());
-                let (x, x_tail) = x.as_chunks::<LANES>();
-                // Arrays of their own between loads and stores: only so do both results stay in vectors.
-                for ((y, slopes), x) in y.iter_mut().zip(slopes).zip(x) {
-                    let (mut values, mut at) = ([0.0; LANES], [0.0; LANES]);
-                    for l in 0..LANES {
-                        (values[l], at[l]) = f(x[l]);
-                    }
-                    (*y, *slopes) = (values, at);
+    };
+    vectorized(
+        #[inline(always)]
+        || {
+            let ((y, y_tail), (slopes, slopes_tail)) = (y.as_chunks_mut::<LANES>(), slopes.as_chunks_mut::<LANES>());
+            // Arrays of their own between loads and stores: only so do both results stay in vectors.
+            for (y, slopes) in y.iter_mut().zip(slopes) {
+                let (mut values, mut at) = ([0.0; LANES], [0.0; LANES]);
+                for l in 0..LANES {
+                    (values[l], at[l]) = f(y[l]);
                 }
-                for ((y, slope), x) in y_tail.iter_mut().zip(slopes_tail).zip(x_tail) {
-                    (*y, *slope) = f(*x);
-                }
-            },
-        );
-    });
+                (*y, *slopes) = (values, at);
+            }
+            for (y, slope) in y_tail.iter_mut().zip(slopes_tail) {
+                (*y, *slope) = f(*y);
+            }
+        },
+    );
 }
 
 /// Value and slope of `x` times the normal distribution function (Hendrycks and Gimpel, 2016, eq. 2).
@@ -93,6 +78,12 @@ fn silu(x: f32) -> (f32, f32) {
     (x * s, s * (1.0 + x * (1.0 - s)))
 }
 
+/// Value and slope of `x` where `x > 0`, else `slope x`.
+#[inline(always)]
+fn leaky(slope: f32, x: f32) -> (f32, f32) {
+    if x > 0.0 { (x, 1.0) } else { (slope * x, slope) }
+}
+
 /// How a product computes the activation at its end, if it can: if the output tells where the gradient goes.
 pub(crate) fn finish(kind: job::Activation) -> Option<Finish> {
     match kind {
@@ -100,6 +91,39 @@ pub(crate) fn finish(kind: job::Activation) -> Option<Finish> {
         job::Activation::LeakyRelu { slope } if slope > 0.0 => Some(Finish::LeakyRelu { slope }),
         job::Activation::LeakyRelu { .. } => None,
         job::Activation::Gelu | job::Activation::Silu | job::Activation::Tanh | job::Activation::Sigmoid => None,
+    }
+}
+
+/// Whether the slopes are kept for the way back: where the output does not tell them, and they take as long as it.
+pub(super) fn keeps_slopes(kind: job::Activation) -> bool {
+    match kind {
+        job::Activation::Gelu | job::Activation::Silu => true,
+        job::Activation::LeakyRelu { slope } => slope <= 0.0,
+        job::Activation::Relu | job::Activation::Tanh | job::Activation::Sigmoid => false,
+    }
+}
+
+/// `y = f(y)`, and the slopes there, where they are kept and wanted. One thread.
+pub(super) fn activate(kind: job::Activation, y: &mut [f32], slopes: Option<&mut [f32]>) {
+    match kind {
+        job::Activation::Relu => map(y, |x| Finish::Relu.of(x)),
+        job::Activation::LeakyRelu { slope } => map_and_slope(y, slopes, move |x| leaky(slope, x)),
+        job::Activation::Gelu => map_and_slope(y, slopes, gelu),
+        job::Activation::Silu => map_and_slope(y, slopes, silu),
+        job::Activation::Tanh => map(y, math::tanh),
+        job::Activation::Sigmoid => map(y, math::sigmoid),
+    }
+}
+
+/// The gradient of what [`activate`] took, of `y`, which it put out, or of the `slopes` that it kept.
+pub(super) fn deactivate(kind: job::Activation, y: &[f32], slopes: &[f32], dy: &[f32], dx: &mut [f32]) {
+    if keeps_slopes(kind) {
+        return map2(dx, slopes, dy, |slope, d| d * slope);
+    }
+    match kind {
+        job::Activation::Tanh => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
+        job::Activation::Sigmoid => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
+        _ => unmask(finish(kind).unwrap_or(Finish::Keep), y, dy, dx),
     }
 }
 
@@ -119,7 +143,7 @@ pub(super) fn masked<'a>(
 }
 
 /// That gradient, into `dx`.
-pub(super) fn unmask(finish: Finish, y: &[f32], dy: &[f32], dx: &mut [f32]) {
+fn unmask(finish: Finish, y: &[f32], dy: &[f32], dx: &mut [f32]) {
     let blocks = dx.par_chunks_mut(BLOCK).zip(y.par_chunks(BLOCK).zip(dy.par_chunks(BLOCK)));
     blocks.for_each(|(dx, (y, dy))| {
         vectorized(
@@ -134,22 +158,21 @@ impl Layer for Activation {
         &self.shape
     }
 
-    /// The slopes of those whose slope takes as long as the value.
+    /// The slopes, where they are kept.
     fn saved(&self, rows: usize, _: usize) -> usize {
-        match self.kind {
-            job::Activation::Gelu | job::Activation::Silu => rows * self.shape.iter().product::<usize>(),
-            _ => 0,
-        }
+        if keeps_slopes(self.kind) { rows * self.shape.iter().product::<usize>() } else { 0 }
     }
 
     fn forward(&self, pass: &Pass<'_>, _: Params<'_>, x: &[f32], y: &mut [f32], saved: &mut [f32], _: &mut [f32]) {
-        match self.kind {
-            job::Activation::Relu => map(y, x, |x| Finish::Relu.of(x)),
-            job::Activation::LeakyRelu { slope } => map(y, x, move |x| Finish::LeakyRelu { slope }.of(x)),
-            job::Activation::Gelu => map_and_slope(y, saved, x, pass.train, gelu),
-            job::Activation::Silu => map_and_slope(y, saved, x, pass.train, silu),
-            job::Activation::Tanh => map(y, x, math::tanh),
-            job::Activation::Sigmoid => map(y, x, math::sigmoid),
+        let activate = |(y, x): (&mut [f32], &[f32]), slopes: Option<&mut [f32]>| {
+            y.copy_from_slice(x);
+            activate(self.kind, y, slopes);
+        };
+        let blocks = y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK));
+        if pass.train && keeps_slopes(self.kind) {
+            blocks.zip(saved.par_chunks_mut(BLOCK)).for_each(|(block, slopes)| activate(block, Some(slopes)));
+        } else {
+            blocks.for_each(|block| activate(block, None));
         }
     }
 
@@ -157,7 +180,7 @@ impl Layer for Activation {
         &self,
         _: &Pass<'_>,
         _: Params<'_>,
-        x: &[f32],
+        _: &[f32],
         y: &[f32],
         dy: &[f32],
         dx: Option<&mut [f32]>,
@@ -165,15 +188,8 @@ impl Layer for Activation {
         saved: &mut [f32],
         _: &mut [f32],
     ) {
-        let Some(dx) = dx else { return };
-        match self.kind {
-            job::Activation::Relu => map2(dx, y, dy, |y, d| if y > 0.0 { d } else { 0.0 }),
-            job::Activation::LeakyRelu { slope } => {
-                map2(dx, x, dy, move |x, d| if x > 0.0 { d } else { slope * d });
-            }
-            job::Activation::Gelu | job::Activation::Silu => map2(dx, saved, dy, |slope, d| d * slope),
-            job::Activation::Tanh => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
-            job::Activation::Sigmoid => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
+        if let Some(dx) = dx {
+            deactivate(self.kind, y, saved, dy, dx);
         }
     }
 }

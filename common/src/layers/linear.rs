@@ -1,14 +1,15 @@
 //! The fully connected layer.
 
-use super::activation::{masked, unmask};
-use super::{Blocks, Grads, Layer, Params, Pass, over_rows, tree_spare, tree_sum};
-use crate::kernels::gemm::{Packed, product_apart, product_with};
+use super::activation::{activate, deactivate, finish, keeps_slopes};
+use super::{Blocks, Grads, Layer, Params, Pass, over_rows, rows_each, tree_spare, tree_sum};
+use crate::job;
+use crate::kernels::gemm::{Packed, product_apart, product_with, product_with_apart};
 use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm};
 use crate::layout::{CHUNK, Init, Kind, Role, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// `y = finish(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`. Of a sample of shape `[positions, inputs]`, each
+/// `y = f(x w^T + b)`; `w`: `(outputs, inputs)`, `b`: `(outputs)`. Of a sample of shape `[positions, inputs]`, each
 /// position is a row of its own.
 pub struct Linear {
     pub inputs: usize,
@@ -17,9 +18,12 @@ pub struct Linear {
     pub init: Init,
     /// How the bias begins, where there is one.
     pub bias: Option<Init>,
-    /// The activation behind it, if it is one that is computed with the product.
-    pub finish: Finish,
+    /// The activation `f` behind it, where there is one.
+    pub activation: Option<job::Activation>,
 }
+
+/// Values of outputs that are computed, and then activated, together: they stay in the second-level cache.
+const GROUP: usize = 1 << 14;
 
 impl Linear {
     pub(super) fn outputs(&self) -> usize {
@@ -58,16 +62,62 @@ impl Linear {
         output * self.inputs
     }
 
+    /// The activation, where the product does not compute it at its end.
+    fn behind(&self) -> Option<job::Activation> {
+        self.activation.filter(|kind| finish(*kind).is_none())
+    }
+
     /// `outputs` of [`Layer::forward`]; the others of `y` stay as they are. `params` holds the layer's trainable values from
     /// [`Linear::weights_of`] the first of them on.
-    pub(super) fn forward_of(&self, outputs: Range<usize>, pass: &Pass<'_>, params: &[f32], x: &[f32], y: &mut [f32]) {
+    pub(super) fn forward_of(
+        &self,
+        outputs: Range<usize>,
+        pass: &Pass<'_>,
+        params: &[f32],
+        x: &[f32],
+        y: &mut [f32],
+        saved: &mut [f32],
+        scratch: &mut [f32],
+    ) {
         let (i, o, positions) = (self.inputs, self.outputs(), self.positions());
         let (w_oi, b_o) = params.split_at(self.weights_of(o - outputs.start));
         let w_oi = Mat::new(w_oi, outputs.len(), i);
         let start = if self.bias.is_some() { Start::Columns(&b_o[outputs.clone()]) } else { Start::Zero };
-        over_rows(pass.segments.total() * positions, (y, o), (x, i), |_, y, x| {
-            product_apart(&mut y[outputs.start..], o, Mat::new(x, x.len() / i, i), w_oi.t(), start, self.finish);
-        });
+        let rows = pass.segments.total() * positions;
+        let Some(activation) = self.behind() else {
+            let finish = self.activation.and_then(finish).unwrap_or(Finish::Keep);
+            return over_rows(rows, (y, o), (x, i), |_, y, x| {
+                product_apart(&mut y[outputs.start..], o, Mat::new(x, x.len() / i, i), w_oi.t(), start, finish);
+            });
+        };
+        // A few rows at a time, whose sums are at hand when they are activated.
+        let group = (GROUP / outputs.len().max(1)).next_multiple_of(3 * 8);
+        let w_io = Packed::of(w_oi.t(), group, scratch);
+        let run = |(y, x): (&mut [f32], &[f32]), mut slopes: Option<&mut [f32]>| {
+            let lines = y.len() / o;
+            product_with_apart(&mut y[outputs.start..], o, Mat::new(x, lines, i), w_io, start, Finish::Keep);
+            // Those of all rows together, where they are all that there are.
+            let (lines, line) = if outputs.len() == o { (1, y.len()) } else { (lines, outputs.len()) };
+            for from in (0..lines).map(|line| line * o + outputs.start) {
+                let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[from..][..line]);
+                activate(activation, &mut y[from..][..line], slopes);
+            }
+        };
+        let each = rows_each(rows).div_ceil(group);
+        let groups = y.par_chunks_mut(group * o).zip(x.par_chunks(group * i)).with_min_len(each);
+        if pass.train && keeps_slopes(activation) {
+            groups.zip(saved.par_chunks_mut(group * o)).for_each(|(rows, slopes)| run(rows, Some(slopes)));
+        } else {
+            groups.for_each(|rows| run(rows, None));
+        }
+    }
+
+    /// The gradient of the sums, into `d_sums`.
+    fn unmask(&self, y: &[f32], dy: &[f32], saved: &[f32], d_sums: &mut [f32]) {
+        match self.activation {
+            Some(kind) => deactivate(kind, y, saved, dy, d_sums),
+            None => d_sums.copy_from_slice(dy),
+        }
     }
 
     /// Floats for [`Linear::backward_in_halves`]: the sums' gradient, then what the parameters' gradients need.
@@ -104,21 +154,36 @@ impl Layer for Linear {
 
     /// The job's layers that it stands for: its activation is one, too.
     fn span(&self) -> usize {
-        if self.finish == Finish::Keep { 1 } else { 2 }
+        1 + usize::from(self.activation.is_some())
     }
 
-    /// The sums' gradient, where it is not the output's, then what the parameters' gradients need.
+    /// The slopes of the activation, where they are kept.
+    fn saved(&self, rows: usize, _: usize) -> usize {
+        if self.activation.is_some_and(keeps_slopes) { rows * self.positions() * self.outputs() } else { 0 }
+    }
+
+    /// Forward the packed weights, where the activation comes behind the product; backward the sums' gradient, where it is not the
+    /// output's, then what the parameters' gradients need.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
-        let sums = if self.finish == Finish::Keep { rows * self.positions() * self.outputs() } else { 0 };
-        self.scratch_of_halves(rows, segments) - sums
+        let packed = if self.behind().is_some() { Packed::room(self.inputs, self.outputs()) } else { 0 };
+        let sums = if self.activation.is_none() { rows * self.positions() * self.outputs() } else { 0 };
+        packed.max(self.scratch_of_halves(rows, segments) - sums)
     }
 
     fn multiply_adds(&self) -> u64 {
         (self.positions() * self.weights()) as u64
     }
 
-    fn forward(&self, pass: &Pass<'_>, params: Params<'_>, x: &[f32], y: &mut [f32], _: &mut [f32], _: &mut [f32]) {
-        self.forward_of(0..self.outputs(), pass, params.trainable, x, y);
+    fn forward(
+        &self,
+        pass: &Pass<'_>,
+        params: Params<'_>,
+        x: &[f32],
+        y: &mut [f32],
+        saved: &mut [f32],
+        scratch: &mut [f32],
+    ) {
+        self.forward_of(0..self.outputs(), pass, params.trainable, x, y, saved, scratch);
     }
 
     fn as_linear(&self) -> Option<&Linear> {
@@ -134,10 +199,17 @@ impl Layer for Linear {
         dy: &[f32],
         dx: Option<&mut [f32]>,
         grads: Grads<'_>,
-        _: &mut [f32],
+        saved: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (dy, scratch) = masked(self.finish, y, dy, scratch);
+        let (dy, scratch) = match self.activation {
+            None => (dy, scratch),
+            Some(_) => {
+                let (sums, scratch) = scratch.split_at_mut(dy.len());
+                self.unmask(y, dy, saved, sums);
+                (&*sums, scratch)
+            }
+        };
         self.parameters(pass, x, dy, dx.is_none(), grads.trainable, scratch);
         if let Some(dx) = dx {
             self.input(pass, params, dy, dx);
@@ -157,10 +229,11 @@ impl Linear {
         dy: &[f32],
         dx: &mut [f32],
         grads: &'a mut [f32],
+        saved: &[f32],
         scratch: &'a mut [f32],
     ) -> impl FnOnce() + 'a {
         let (sums, scratch) = scratch.split_at_mut(dy.len());
-        unmask(self.finish, y, dy, sums);
+        self.unmask(y, dy, saved, sums);
         self.input(&pass, params, sums, dx);
         move || self.parameters(&pass, x, sums, false, grads, scratch)
     }
@@ -235,7 +308,13 @@ mod tests {
     fn a_gradients_parts_are_those_of_the_whole() {
         let (rows, inputs, outputs) = (7, 784, 300);
         let zero = Init::Constant(0.0);
-        let layer = Linear { inputs, out_shape: vec![outputs], init: zero, bias: Some(zero), finish: Finish::Relu };
+        let layer = Linear {
+            inputs,
+            out_shape: vec![outputs],
+            init: zero,
+            bias: Some(zero),
+            activation: Some(job::Activation::Relu),
+        };
         let values = |salt, n: usize| -> Vec<f32> {
             let key = Key::new(salt, Purpose::Synthetic);
             (0..n as u64).map(|i| key.normal(i)).collect()

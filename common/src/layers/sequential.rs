@@ -130,7 +130,8 @@ impl Sequential {
                             let missing = linear.outputs() - begun.outputs;
                             let some = if ahead { linear.last_of(missing) } else { 0..missing };
                             let mine = params(first + linear.weights_of(some.start)..trainable, of_running.clone())?;
-                            linear.forward_of(some.clone(), &pass, mine.trainable, x, out);
+                            let scratch = &mut scratch[..linear.scratch(rows, segments)];
+                            linear.forward_of(some.clone(), &pass, mine.trainable, x, out, saved, scratch);
                             begun.outputs += some.len();
                         }
                     }
@@ -264,7 +265,9 @@ impl Layer for Sequential {
                 (Some(linear), Some(into)) => {
                     let pass = Pass { key, first, ..*pass };
                     let scratch = std::mem::take(&mut of_waiting);
-                    waiting.set(Some(Box::new(linear.backward_in_halves(pass, mine, x, y, dy, into, grad_t, scratch))));
+                    waiting.set(Some(Box::new(
+                        linear.backward_in_halves(pass, mine, x, y, dy, into, grad_t, saved, scratch),
+                    )));
                 }
                 (_, into) => {
                     let pass = Pass { key, first, finished: &finished, ..*pass };

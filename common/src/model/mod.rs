@@ -144,11 +144,11 @@ struct Builder {
 }
 
 impl Builder {
-    /// The layer of `spec`, and of the activation behind it where `finish` says that it computes it.
+    /// The layer of `spec`, and of the `activation` behind it, where it computes it.
     fn layer(
         &self,
         spec: &job::Layer,
-        finish: Finish,
+        activation: Option<job::Activation>,
         at: &str,
         shape: &[usize],
     ) -> Result<Box<dyn Layer>, ModelError> {
@@ -173,7 +173,7 @@ impl Builder {
                     _ => Init::Uniform { bound: 1.0 / libm::sqrtf(inputs as f32) },
                 });
                 let out_shape = [&shape[..shape.len() - 1], &[*units]].concat();
-                Box::new(Linear { inputs, out_shape, init, bias, finish })
+                Box::new(Linear { inputs, out_shape, init, bias, activation })
             }
             job::Layer::Conv2d { filters, kernel, stride, padding, groups, bias, init: kind } => {
                 let mut window = window("conv2d", at, shape, *kernel, *stride, *padding)?;
@@ -183,6 +183,7 @@ impl Builder {
                 window.channels /= groups;
                 let out_shape = [*filters, window.out_height(), window.out_width()];
                 let init = init(*kind, window.patch(), filters * kernel * kernel);
+                let finish = activation.and_then(finish).unwrap_or(Finish::Keep);
                 match (*bias, *groups) {
                     (bias, 1) => Box::new(Conv2d { window, out_shape, bias, init, finish }),
                     (bias, groups) => Box::new(GroupedConv2d { window, groups, out_shape, bias, init, finish }),
@@ -341,14 +342,16 @@ impl Builder {
         let mut i = 0;
         while let Some(spec) = specs.get(i) {
             let shape = layers.last().map_or(in_shape, |l| l.out_shape());
-            let finish = match (spec, specs.get(i + 1)) {
-                (
-                    job::Layer::Linear { .. } | job::Layer::Conv2d { .. },
-                    Some(job::Layer::Activation { activation }),
-                ) => finish(*activation).unwrap_or(Finish::Keep),
-                _ => Finish::Keep,
+            let behind = match specs.get(i + 1) {
+                Some(job::Layer::Activation { activation }) => Some(*activation),
+                _ => None,
             };
-            let next = self.layer(spec, finish, &format!("{path}{i}"), shape)?;
+            let activation = behind.filter(|kind| match spec {
+                job::Layer::Linear { .. } => true,
+                job::Layer::Conv2d { .. } => finish(*kind).is_some(),
+                _ => false,
+            });
+            let next = self.layer(spec, activation, &format!("{path}{i}"), shape)?;
             i += next.span();
             layers.push(next);
         }

@@ -107,10 +107,27 @@ pub fn product_apart(c: &mut [f32], c_stride: usize, a: Mat<'_>, b: Mat<'_>, sta
 /// # Panics
 /// Where the shapes do not fit.
 pub fn product_with<R: Right>(c: &mut [f32], a: Mat<'_>, right: R, start: Start<'_>, finish: Finish) {
+    let columns = right.columns();
+    product_with_apart(c, columns, a, right, start, finish);
+}
+
+/// [`product_apart`] with any right matrix.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn product_with_apart<R: Right>(
+    c: &mut [f32],
+    c_stride: usize,
+    a: Mat<'_>,
+    right: R,
+    start: Start<'_>,
+    finish: Finish,
+) {
     assert_eq!(a.cols, right.rows(), "a product of {} columns and {} rows", a.cols, right.rows());
-    let c = &mut c[..a.rows * right.columns()];
-    if !c.is_empty() {
-        super::isa::arch().dispatch(Product { finish, ..Product::of(c, a, right, start) });
+    assert!(c_stride >= right.columns(), "rows of {} values {c_stride} apart", right.columns());
+    if a.rows > 0 && right.columns() > 0 {
+        let c = &mut c[..(a.rows - 1) * c_stride + right.columns()];
+        super::isa::arch().dispatch(Product { c_stride, finish, ..Product::of(c, a, right, start) });
     }
 }
 
@@ -166,14 +183,15 @@ impl Right for Mat<'_> {
     }
 
     /// Rows of whole vectors, all of which stay in the first-level cache, and do not share the same few places of it; or in the
-    /// second, where they are read a few times only, or a tile reads whole cache lines of each that do not share places, either.
+    /// second, where they are read a few times only: some more, where a tile reads whole cache lines of each that do not share places,
+    /// either. For many rows of the left one panels in order are worth their packing.
     #[inline(always)]
     fn unpacked<S: Simd>(&self, rows: usize) -> Option<(&[f32], usize)> {
         let lie_in_rows = self.rows > 0 && self.strides.1 == 1 && self.strides.0 >= self.cols;
         let whole = lie_in_rows && self.cols.is_multiple_of(S::F32_LANES);
         let (values, apart) = (self.rows * self.cols, !self.strides.0.is_multiple_of(16 * LINE));
         let small = values <= NEAR && (apart || self.strides.0 == self.cols);
-        let near = values <= 2 * PACKED && (rows <= 4 * ROWS || S::F32_LANES >= LINE && apart);
+        let near = values <= 2 * PACKED && (rows <= 4 * ROWS || rows <= 32 * ROWS && S::F32_LANES >= LINE && apart);
         (whole && (small || near)).then_some((self.data, self.strides.0))
     }
 
@@ -365,7 +383,7 @@ impl WithSimd for Either<'_> {
                     (None, _) => 2 * packed,
                 }
         };
-        let across = 2 * a.rows * b.cols * a.cols.div_ceil(depth::<S>(a.rows));
+        let across = 2 * a.rows * b.cols * a.cols.div_ceil(DEPTH);
         if cost(b.t(), a.t()) + across < cost(a, b) {
             let start = match start {
                 Start::Rows(bias) => Start::Columns(bias),
@@ -379,7 +397,7 @@ impl WithSimd for Either<'_> {
     }
 }
 
-/// Steps of `k` in a block, more where there are few columns.
+/// Steps of `k` in a block, at most.
 const DEPTH: usize = 512;
 
 /// Values of the right matrix that are packed at once: half of a second-level cache.
@@ -388,17 +406,11 @@ const PACKED: usize = 1 << 17;
 /// Values that stay in a first-level cache.
 const NEAR: usize = 1 << 13;
 
-/// Steps of `k` in a block of a right matrix with `columns`.
-#[inline(always)]
-fn depth<S: Simd>(columns: usize) -> usize {
-    DEPTH.max(PACKED / whole::<S>(columns).max(1))
-}
-
 /// The blocks of a `(k, n)` right matrix that are packed at once: their columns, and steps of `k`.
 #[inline(always)]
 fn blocks<S: Simd>(k: usize, n: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
     let panel = tile::<S>().1 * S::F32_LANES;
-    let depth = k.min(depth::<S>(n)).max(1);
+    let depth = k.clamp(1, DEPTH);
     let most = (PACKED / depth / panel).max(1) * panel;
     even(n, panel, most).flat_map(move |columns| even(k, 1, depth).map(move |k| (columns.clone(), k)))
 }

@@ -3,6 +3,7 @@
 use super::{LINE, Mat, ROWS, even, panels, whole};
 use crate::kernels::{fetch, isa};
 use pulp::{Simd, WithSimd};
+use std::ops::Range;
 
 /// [`super::Right::pack`] from `depth` rows of `columns` values.
 #[inline(always)]
@@ -60,8 +61,10 @@ pub fn pack_columns<'a, S: Simd>(
     }
 }
 
-/// Rows between that which is packed, and that which is fetched.
+/// Rows between that which is packed, and that which is fetched; lines of a left matrix, which are shorter; and columns.
 const AHEAD: usize = 4;
+const LINES_AHEAD: usize = 16;
+const COLUMNS_AHEAD: usize = 3 * SIDE;
 
 /// `to` = `from`, then zeros.
 #[inline(always)]
@@ -91,6 +94,10 @@ pub(super) fn pack_strips<'a>(
     debug_assert!(apart >= depth * each + ROWS, "strips of {depth} lines of {each} values {apart} apart");
     let (strips, rest) = (rows / each, rows % each);
     for k in 0..depth {
+        if k + LINES_AHEAD < depth {
+            let line = line(k + LINES_AHEAD);
+            (0..rows).step_by(LINE).for_each(|at| fetch(line, at));
+        }
         let line = line(k);
         for strip in 0..strips {
             copy_short(&line[strip * each..], &mut out[strip * apart + k * each..], each);
@@ -122,7 +129,14 @@ pub(in crate::kernels) fn transpose<'a, S: Simd>(
 ) {
     // As many at once as stay in the first-level cache.
     for ks in even(depth, S::F32_LANES, AT_ONCE) {
+        let fetch = |lines: Range<usize>| {
+            for line in lines.map(&line) {
+                ks.clone().step_by(LINE).for_each(|k| fetch(line, k));
+            }
+        };
+        fetch(0..lines.min(COLUMNS_AHEAD));
         for j in (0..width).step_by(SIDE) {
+            fetch(lines.min(j + COLUMNS_AHEAD)..lines.min(j + COLUMNS_AHEAD + SIDE));
             let mut block: [&[f32]; SIDE] = [&[]; SIDE];
             for (line_j, j) in block.iter_mut().zip(j..lines) {
                 *line_j = &line(j)[ks.clone()];
