@@ -320,8 +320,8 @@ impl Right for Packed<'_> {
 /// Rows of a tile, at most.
 const ROWS: usize = 8;
 
-/// Tiles' rows of the left matrix that are packed together: so many, which are whole cache lines of it, or fewer where blocks are
-/// deep; and values.
+/// Tiles' rows of the left matrix that are packed together: so many, or fewer where blocks are deep, but whole cache lines of it;
+/// and values.
 const TILES: usize = 8;
 const LEFT: usize = TILES * ROWS * (DEPTH + 1);
 
@@ -383,7 +383,7 @@ impl WithSimd for Either<'_> {
                     (None, _) => 2 * packed,
                 }
         };
-        let across = 2 * a.rows * b.cols * a.cols.div_ceil(DEPTH);
+        let across = 2 * a.rows * b.cols * a.cols.div_ceil(depth::<S>(a.rows));
         if cost(b.t(), a.t()) + across < cost(a, b) {
             let start = match start {
                 Start::Rows(bias) => Start::Columns(bias),
@@ -397,7 +397,7 @@ impl WithSimd for Either<'_> {
     }
 }
 
-/// Steps of `k` in a block, at most.
+/// Steps of `k` in a block, more where there are few columns.
 const DEPTH: usize = 512;
 
 /// Values of the right matrix that are packed at once: half of a second-level cache.
@@ -406,11 +406,17 @@ const PACKED: usize = 1 << 17;
 /// Values that stay in a first-level cache.
 const NEAR: usize = 1 << 13;
 
+/// Steps of `k` in a block of a right matrix with `columns`.
+#[inline(always)]
+fn depth<S: Simd>(columns: usize) -> usize {
+    DEPTH.max(PACKED / whole::<S>(columns).max(1))
+}
+
 /// The blocks of a `(k, n)` right matrix that are packed at once: their columns, and steps of `k`.
 #[inline(always)]
 fn blocks<S: Simd>(k: usize, n: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
     let panel = tile::<S>().1 * S::F32_LANES;
-    let depth = k.clamp(1, DEPTH);
+    let depth = k.min(depth::<S>(n)).max(1);
     let most = (PACKED / depth / panel).max(1) * panel;
     even(n, panel, most).flat_map(move |columns| even(k, 1, depth).map(move |k| (columns.clone(), k)))
 }
@@ -488,7 +494,7 @@ impl<R: Right> Product<'_, R> {
             blocks().next().map_or((0, 0), |(columns, k)| (k.len(), k.len() * whole::<S>(columns.len())));
         // A cache line to begin on.
         let left_each = rows_max * depth_max + ROWS;
-        let tiles = (LEFT / left_each).clamp(if triangle.cuts() { GROUP.div_ceil(rows_max) } else { 1 }, TILES);
+        let tiles = (LEFT / left_each / 2 * 2).clamp(if triangle.cuts() { GROUP.div_ceil(rows_max) } else { 1 }, TILES);
         let lie = left.unpacked_left::<S>(right.columns());
         let (unit, together) = match lie {
             _ if triangle.cuts() => (GROUP, GROUP),
