@@ -15,7 +15,6 @@
 //! | [`checkpoint`] | checkpoint bytes and manifest |
 //! | [`rng`] | counter-based random numbers |
 //! | [`rows`] | sparse tables: rows by key, their gradients and optimizers |
-//! | [`memory`] | the memory of a step |
 
 pub mod checkpoint;
 pub mod data;
@@ -27,7 +26,7 @@ pub mod kernels;
 pub mod layers;
 pub mod layout;
 pub mod loss;
-pub mod memory;
+mod memory;
 pub mod metrics;
 pub mod model;
 pub mod optim;

@@ -1,5 +1,9 @@
 //! Memory that a step goes through from one end to the other.
 
+/// Less is not worth asking for.
+#[cfg(target_os = "linux")]
+const LEAST: usize = 2 << 20;
+
 /// `len` zeros on huge pages, where the system has such for who asks for them (madvise(2), `MADV_HUGEPAGE`): of small ones there
 /// are more than a processor keeps the places of, and each must be looked up anew.
 pub fn zeros(len: usize) -> Vec<f32> {
@@ -14,7 +18,8 @@ pub fn zeros(len: usize) -> Vec<f32> {
 fn ask(values: &[f32]) {
     let page = rustix::param::page_size();
     let start = values.as_ptr().cast::<u8>().align_offset(page) / size_of::<f32>();
-    let Some(whole) = values.get(start..).map(size_of_val).map(|bytes| bytes / page * page).filter(|bytes| *bytes > 0)
+    let Some(whole) =
+        values.get(start..).map(size_of_val).map(|bytes| bytes / page * page).filter(|bytes| *bytes >= LEAST)
     else {
         return;
     };

@@ -408,7 +408,7 @@ impl Driver {
         let due = self.is_evaluation_due(self.learning.step.0);
         if due {
             self.learning.evaluated = Some(self.learning.step.0);
-            self.saves.outdated(); // a checkpoint of this step does not know it
+            self.saves.outdated();
         }
         if due
             && let ScheduleKind::Plateau { metric, .. } = job.train.schedule.kind
@@ -500,7 +500,7 @@ impl Driver {
     /// Writes a checkpoint beside training. Called between steps only.
     fn save(&mut self) -> Result<()> {
         let epoch = self.learning.step.0 / self.steps_per_epoch;
-        if !self.saves.begin(&self.shared, &self.learning, epoch)? {
+        if !self.saves.begin(&self.shared, &self.learning, epoch) {
             // What a worker had sent before it left is being applied: the step must be finished, by whoever comes.
             ensure!(self.finishing, "a step was open when a checkpoint was due");
             self.finishing = false;

@@ -3,7 +3,8 @@
 use crate::files::{self, Writing};
 use crate::shared::{Input, Shared};
 use crate::store::Keep;
-use std::path::{Path, PathBuf};
+use anyhow::{Context, Result};
+use std::path::PathBuf;
 use std::sync::Arc;
 use unisono_common::checkpoint::Manifest;
 use unisono_common::ids::Step;
@@ -28,7 +29,7 @@ impl Learning {
     ///
     /// # Errors
     /// Where it is of another form.
-    pub fn of(manifest: Manifest) -> anyhow::Result<Learning> {
+    pub fn of(manifest: Manifest) -> Result<Learning> {
         Ok(Learning {
             step: Step(manifest.step),
             samples: manifest.samples,
@@ -41,7 +42,7 @@ impl Learning {
     }
 
     /// The manifest of a checkpoint, but for the digests of what is not written yet.
-    fn manifest(&self, shared: &Shared, epoch: u64) -> anyhow::Result<Manifest> {
+    fn manifest(&self, shared: &Shared, epoch: u64) -> Result<Manifest> {
         let job = &shared.job;
         Ok(Manifest {
             digest: String::new(),
@@ -76,7 +77,7 @@ pub struct Saves {
     /// Whether another is to be written after the one that is.
     again: bool,
     last: Option<Saved>,
-    /// The step of the one that is being written, or was written last, while that is all there is to keep of the step.
+    /// The step of the one that is being written, or was written last; nothing where that failed, or the step was tested since.
     at: Option<Step>,
     /// Whether the run began afresh and has not written one yet: those of an earlier run are where they were.
     is_new: bool,
@@ -103,85 +104,77 @@ impl Saves {
         self.again && !self.is_writing
     }
 
-    /// There is more to keep of a step than what was written of it.
+    /// A step was tested, which the checkpoint of it does not know.
     pub fn outdated(&mut self) {
         self.at = None;
     }
 
     /// Begins to write what there is to keep between two steps; while one is being written, it is due after it. False, and none is
-    /// begun, where a part of the next step has been applied already.
-    ///
-    /// # Errors
-    /// Where there is no thread to write it, or the manifest cannot be made. That a checkpoint cannot be written comes as an
-    /// [`Input::Saved`].
-    pub fn begin(&mut self, shared: &Arc<Shared>, learning: &Learning, epoch: u64) -> anyhow::Result<bool> {
+    /// begun, where a part of the next step has been applied already. What cannot be written comes as an [`Input::Saved`].
+    pub fn begin(&mut self, shared: &Arc<Shared>, learning: &Learning, epoch: u64) -> bool {
         self.again = self.is_writing;
         if self.is_writing {
-            return Ok(true);
+            return true;
         }
         self.is_writing = true;
-        let dir = match self.to_write(shared, learning.step) {
-            Ok(dir) => dir,
-            Err(saved) => {
-                shared.input(Input::Saved(Ok(saved)));
-                return Ok(true);
-            }
-        };
+        if let Some(saved) = self.there(shared, learning.step) {
+            shared.input(Input::Saved(Ok(saved)));
+            return true;
+        }
         self.at = Some(learning.step);
-        match self.open(&dir, shared, learning.step) {
-            Ok(Some(writing)) => {
-                let (manifest, shared) = (learning.manifest(shared, epoch)?, shared.clone());
-                std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
-                    shared.store.flush(&*writing);
-                    shared.input(Input::Saved(writing.finish(manifest, shared.job.checkpoint.keep)));
-                })?;
-            }
-            Ok(None) => {
+        match self.write(shared, learning, epoch) {
+            Ok(true) => {}
+            Ok(false) => {
                 (self.is_writing, self.at) = (false, None);
-                return Ok(false);
+                return false;
             }
             Err(e) => shared.input(Input::Saved(Err(e))),
         }
-        Ok(true)
+        true
     }
 
-    /// Where a checkpoint of `step` is to be written, or what is there instead.
-    fn to_write(&self, shared: &Shared, step: Step) -> Result<PathBuf, Saved> {
-        let Some(dir) = &self.dir else { return Err(Saved::default()) };
-        if let Some(last) = self.last.as_ref().filter(|_| self.at == Some(step)) {
-            return Err(last.clone());
+    /// What there is of `step` already, where it need not be written.
+    fn there(&self, shared: &Shared, step: Step) -> Option<Saved> {
+        let Some(dir) = &self.dir else { return Some(Saved::default()) };
+        if self.at == Some(step) && self.last.is_some() {
+            return self.last.clone();
         }
-        if self.is_new && step.0 == 0 && files::are_there(dir) {
-            // Nothing was learnt, and what an earlier run has learnt keeps its place.
-            return Err((PathBuf::new(), shared.store.untrained(shared.job.seed)));
-        }
-        Ok(dir.clone())
+        // Where nothing was learnt, what an earlier run has learnt keeps its place.
+        let untouched = self.is_new && step.0 == 0 && files::are_there(dir);
+        untouched.then(|| (PathBuf::new(), shared.store.untrained(shared.job.seed)))
     }
 
-    /// Opens the checkpoint of `step`, to which the store promises its state, where it is whole.
-    fn open(&mut self, dir: &Path, shared: &Shared, step: Step) -> anyhow::Result<Option<Arc<Writing>>> {
+    /// Writes a checkpoint on a thread of its own, where the store can promise the state at the beginning of the step.
+    fn write(&mut self, shared: &Arc<Shared>, learning: &Learning, epoch: u64) -> Result<bool> {
+        let dir = self.dir.as_deref().context("there is no folder for checkpoints")?;
+        let manifest = learning.manifest(shared, epoch)?;
         if self.is_new
             && let Some(previous) = files::set_aside(dir)?
         {
             tracing::warn!("checkpoints of an earlier run are now in {}", previous.display());
         }
         self.is_new = false;
+        let (shared, step) = (shared.clone(), learning.step);
         let store = &shared.store;
         let slots = store.groups().optimizer().slot_names();
         let writing = Writing::begin(dir, step.0, store.layout().clone(), &slots, store.tables.as_ref())?;
         let writing = Arc::new(writing);
-        if store.keep(step, &(writing.clone() as Arc<dyn Keep>)) {
-            return Ok(Some(writing));
+        if !store.keep(step, &(writing.clone() as Arc<dyn Keep>)) {
+            writing.abandon();
+            return Ok(false);
         }
-        writing.abandon();
-        Ok(None)
+        std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
+            shared.store.flush(&*writing);
+            shared.input(Input::Saved(writing.finish(manifest, shared.job.checkpoint.keep)));
+        })?;
+        Ok(true)
     }
 
     /// What came of the one that was being written.
     ///
     /// # Errors
     /// Why there is none.
-    pub fn ended(&mut self, result: anyhow::Result<Saved>) -> anyhow::Result<()> {
+    pub fn ended(&mut self, result: Result<Saved>) -> Result<()> {
         self.is_writing = false;
         match result {
             Ok(saved) => self.last = Some(saved),

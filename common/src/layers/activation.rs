@@ -4,6 +4,7 @@ use super::{Grads, Layer, Params, Pass, over_rows};
 use crate::job;
 use crate::kernels::{Finish, LANES, math, vectorized};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Values that one thread takes at a time: they stay in the first-level cache.
 const BLOCK: usize = 1 << 12;
@@ -94,13 +95,9 @@ pub(crate) fn finish(kind: job::Activation) -> Option<Finish> {
     }
 }
 
-/// Whether the slopes are kept for the way back: where the output does not tell them, and they take as long as it.
+/// Whether the slopes are kept for the way back: where the output does not tell them.
 pub(super) fn keeps_slopes(kind: job::Activation) -> bool {
-    match kind {
-        job::Activation::Gelu | job::Activation::Silu => true,
-        job::Activation::LeakyRelu { slope } => slope <= 0.0,
-        job::Activation::Relu | job::Activation::Tanh | job::Activation::Sigmoid => false,
-    }
+    finish(kind).is_none() && !matches!(kind, job::Activation::Tanh | job::Activation::Sigmoid)
 }
 
 /// `y = f(y)`, and the slopes there, where they are kept and wanted. One thread.
@@ -115,15 +112,30 @@ pub(super) fn activate(kind: job::Activation, y: &mut [f32], slopes: Option<&mut
     }
 }
 
+/// [`activate`] for these columns of rows of `width` values.
+pub(super) fn activate_columns(
+    kind: job::Activation,
+    y: &mut [f32],
+    mut slopes: Option<&mut [f32]>,
+    width: usize,
+    columns: Range<usize>,
+) {
+    if columns.len() == width {
+        return activate(kind, y, slopes);
+    }
+    for (n, row) in y.chunks_exact_mut(width).enumerate() {
+        let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[n * width..][columns.clone()]);
+        activate(kind, &mut row[columns.clone()], slopes);
+    }
+}
+
 /// The gradient of what [`activate`] took, of `y`, which it put out, or of the `slopes` that it kept.
 pub(super) fn deactivate(kind: job::Activation, y: &[f32], slopes: &[f32], dy: &[f32], dx: &mut [f32]) {
-    if keeps_slopes(kind) {
-        return map2(dx, slopes, dy, |slope, d| d * slope);
-    }
-    match kind {
-        job::Activation::Tanh => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
-        job::Activation::Sigmoid => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
-        _ => unmask(finish(kind).unwrap_or(Finish::Keep), y, dy, dx),
+    match (finish(kind), kind) {
+        (Some(finish), _) => unmask(finish, y, dy, dx),
+        (None, job::Activation::Tanh) => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
+        (None, job::Activation::Sigmoid) => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
+        (None, _) => map2(dx, slopes, dy, |slope, d| d * slope),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The fully connected layer.
 
-use super::activation::{activate, deactivate, finish, keeps_slopes};
+use super::activation::{activate_columns, deactivate, finish, keeps_slopes};
 use super::{Blocks, Grads, Layer, Params, Pass, over_rows, rows_each, tree_spare, tree_sum};
 use crate::job;
 use crate::kernels::gemm::{Packed, product_apart, product_with, product_with_apart};
@@ -22,8 +22,9 @@ pub struct Linear {
     pub activation: Option<job::Activation>,
 }
 
-/// Values of outputs that are computed, and then activated, together: they stay in the second-level cache.
+/// Outputs that are computed, and then activated, together, and weights for which that is done: both stay in the second-level cache.
 const GROUP: usize = 1 << 14;
+const WEIGHTS: usize = 1 << 18;
 
 impl Linear {
     pub(super) fn outputs(&self) -> usize {
@@ -90,29 +91,30 @@ impl Linear {
                 product_apart(&mut y[outputs.start..], o, Mat::new(x, x.len() / i, i), w_oi.t(), start, finish);
             });
         };
-        // A few rows at a time, whose sums are at hand when they are activated.
-        let group = (GROUP / outputs.len().max(1)).next_multiple_of(3 * 8);
-        let w_io = Packed::of(w_oi.t(), group, scratch);
+        // Where the weights stay at hand, a few rows at a time, whose sums are, too, when they are activated; whole tiles of 6 or of 8.
+        let (each, few) = (rows_each(rows), (GROUP / outputs.len().max(1)).max(1).next_multiple_of(24));
+        let packed = (few < each && i * outputs.len() <= WEIGHTS).then(|| Packed::of(w_oi.t(), few, scratch));
+        let group = if packed.is_some() { few } else { each };
         let run = |(y, x): (&mut [f32], &[f32]), mut slopes: Option<&mut [f32]>| {
-            let lines = y.len() / o;
-            product_with_apart(&mut y[outputs.start..], o, Mat::new(x, lines, i), w_io, start, Finish::Keep);
-            // Those of all rows together, where they are all that there are.
-            let (lines, line) = if outputs.len() == o { (1, y.len()) } else { (lines, outputs.len()) };
-            for from in (0..lines).map(|line| line * o + outputs.start) {
-                let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[from..][..line]);
-                activate(activation, &mut y[from..][..line], slopes);
+            for (n, (y, x)) in y.chunks_mut(group * o).zip(x.chunks(group * i)).enumerate() {
+                let x = Mat::new(x, y.len() / o, i);
+                match packed {
+                    Some(w_io) => product_with_apart(&mut y[outputs.start..], o, x, w_io, start, Finish::Keep),
+                    None => product_apart(&mut y[outputs.start..], o, x, w_oi.t(), start, Finish::Keep),
+                }
+                let slopes = slopes.as_deref_mut().map(|slopes| &mut slopes[n * group * o..][..y.len()]);
+                activate_columns(activation, y, slopes, o, outputs.clone());
             }
         };
-        let each = rows_each(rows).div_ceil(group);
-        let groups = y.par_chunks_mut(group * o).zip(x.par_chunks(group * i)).with_min_len(each);
+        let threads = y.par_chunks_mut(each * o).zip(x.par_chunks(each * i));
         if pass.train && keeps_slopes(activation) {
-            groups.zip(saved.par_chunks_mut(group * o)).for_each(|(rows, slopes)| run(rows, Some(slopes)));
+            threads.zip(saved.par_chunks_mut(each * o)).for_each(|(rows, slopes)| run(rows, Some(slopes)));
         } else {
-            groups.for_each(|rows| run(rows, None));
+            threads.for_each(|rows| run(rows, None));
         }
     }
 
-    /// The gradient of the sums, into `d_sums`.
+    /// The gradient of the sums, into `d_sums`; without an activation it is that of the outputs.
     fn unmask(&self, y: &[f32], dy: &[f32], saved: &[f32], d_sums: &mut [f32]) {
         match self.activation {
             Some(kind) => deactivate(kind, y, saved, dy, d_sums),
@@ -298,10 +300,102 @@ impl Linear {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Rows, Segments};
+    use super::super::{Activation, Rows, Segments};
     use super::*;
     use crate::rng::{Key, Purpose};
     use std::cell::RefCell;
+
+    fn values(salt: u64, n: usize) -> Vec<f32> {
+        let key = Key::new(salt, Purpose::Synthetic);
+        (0..n as u64).map(|i| key.normal(i)).collect()
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    /// Outputs, and the gradients of parameters and inputs, of layers that follow each other; outputs in parts, where there are any.
+    fn both_ways(
+        layers: &[&dyn Layer],
+        parts: &[usize],
+        (rows, segments): (usize, &Segments),
+        train: bool,
+        x: &[f32],
+        params: &[f32],
+        dy: &[f32],
+    ) -> [Vec<u32>; 3] {
+        let key = Key::new(0, Purpose::Dropout);
+        let pass = Pass { segments, train, key, first: 0, finished: &|_, _| {}, finished_rows: None };
+        let (mut outputs, mut kept) = (vec![x.to_vec()], Vec::new());
+        let params = Params { trainable: params, running: &[], rows: Rows::NONE };
+        for layer in layers {
+            let mut y = vec![f32::NAN; rows * layer.out_shape().iter().product::<usize>()];
+            let mut saved = vec![f32::NAN; layer.saved(rows, segments.len())];
+            let mut scratch = vec![f32::NAN; layer.scratch(rows, segments.len())];
+            let x = outputs.last().expect("the inputs");
+            match layer.as_linear().filter(|_| !parts.is_empty()) {
+                Some(linear) => {
+                    for part in parts.windows(2).rev() {
+                        let mine = &params.trainable[linear.weights_of(part[0])..];
+                        linear.forward_of(part[0]..part[1], &pass, mine, x, &mut y, &mut saved, &mut scratch);
+                    }
+                }
+                None => layer.forward(&pass, params, x, &mut y, &mut saved, &mut scratch),
+            }
+            outputs.push(y);
+            kept.push(saved);
+        }
+        let y = bits(outputs.last().expect("the inputs"));
+        if !train {
+            return [y, vec![], vec![]];
+        }
+        let (mut dy, mut gradient) = (dy.to_vec(), vec![f32::NAN; params.trainable.len()]);
+        for (i, layer) in layers.iter().enumerate().rev() {
+            let mut dx = vec![f32::NAN; outputs[i].len()];
+            let mut scratch = vec![f32::NAN; layer.scratch(rows, segments.len())];
+            let own: &mut [f32] = if layer.tensors().is_empty() { &mut [] } else { &mut gradient };
+            let grads = Grads { trainable: own, running: &mut [], rows: &mut [] };
+            let (x, y) = (&outputs[i], &outputs[i + 1]);
+            layer.backward(&pass, params, x, y, &dy, Some(&mut dx), grads, &mut kept[i], &mut scratch);
+            dy = dx;
+        }
+        [y, bits(&gradient), bits(&dy)]
+    }
+
+    /// An activation that is computed with the sums is that of a layer behind them: of a few rows and of many, on any threads, of
+    /// outputs that come in parts, and without a way back.
+    #[test]
+    fn an_activation_with_the_sums_is_one_behind_them() {
+        use job::Activation::{Gelu, LeakyRelu, Relu, Sigmoid, Silu, Tanh};
+        let zero = Init::Constant(0.0);
+        for (rows, inputs, outputs, parts) in [
+            (200, 33, 300, vec![0, 150, 300]),
+            (3, 5, 24, vec![0, 1, 24]),
+            (100, 520, 520, vec![]),
+            (2, 1, 20_000, vec![]),
+        ] {
+            let segments = Segments { lo: 0, starts: vec![0, rows / 3, rows] };
+            let (x, dy) = (values(1, rows * inputs), values(2, rows * outputs));
+            let params = values(3, (inputs + 1) * outputs);
+            for kind in [Gelu, Silu, Tanh, Sigmoid, LeakyRelu { slope: -0.5 }, LeakyRelu { slope: 0.5 }, Relu] {
+                let linear =
+                    |activation| Linear { inputs, out_shape: vec![outputs], init: zero, bias: Some(zero), activation };
+                let (together, apart) = (linear(Some(kind)), linear(None));
+                let behind = Activation { kind, shape: vec![outputs] };
+                for (threads, train) in [(1, true), (2, true), (3, true), (2, false)] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+                    let run = |layers: &[&dyn Layer], parts: &[usize]| {
+                        pool.install(|| both_ways(layers, parts, (rows, &segments), train, &x, &params, &dy))
+                    };
+                    let expected = run(&[&apart, &behind], &[]);
+                    assert!(run(&[&together], &[]) == expected, "{rows}x{inputs}x{outputs}, {kind:?}, {threads}");
+                    if !parts.is_empty() {
+                        assert!(run(&[&together], &parts) == expected, "{kind:?} in parts, {threads} threads");
+                    }
+                }
+            }
+        }
+    }
 
     /// The weights' gradient comes in parts where nobody wants that of the inputs: in several, and with the same bits.
     #[test]
@@ -314,10 +408,6 @@ mod tests {
             init: zero,
             bias: Some(zero),
             activation: Some(job::Activation::Relu),
-        };
-        let values = |salt, n: usize| -> Vec<f32> {
-            let key = Key::new(salt, Purpose::Synthetic);
-            (0..n as u64).map(|i| key.normal(i)).collect()
         };
         let (x, y, dy) = (values(1, rows * inputs), values(2, rows * outputs), values(3, rows * outputs));
         let parameters = values(4, (inputs + 1) * outputs);
@@ -334,7 +424,7 @@ mod tests {
             let mut scratch = vec![f32::NAN; layer.scratch(rows, segments.len())];
             layer.backward(&pass, params, &x, &y, &dy, dx, grads, &mut [], &mut scratch);
             assert!(gradient.iter().all(|g| g.is_finite()));
-            (starts.into_inner().len(), gradient.iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+            (starts.into_inner().len(), bits(&gradient))
         };
         for threads in [1, 2] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");

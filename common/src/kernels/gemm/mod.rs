@@ -183,15 +183,16 @@ impl Right for Mat<'_> {
     }
 
     /// Rows of whole vectors, all of which stay in the first-level cache, and do not share the same few places of it; or in the
-    /// second, where they are read a few times only: some more, where a tile reads whole cache lines of each that do not share places,
-    /// either. For many rows of the left one panels in order are worth their packing.
+    /// second, where they are read a few times only: somewhat more often, where a tile reads whole cache lines of each that do not share
+    /// places, either. If they are read often, panels in order are worth their packing.
     #[inline(always)]
     fn unpacked<S: Simd>(&self, rows: usize) -> Option<(&[f32], usize)> {
         let lie_in_rows = self.rows > 0 && self.strides.1 == 1 && self.strides.0 >= self.cols;
         let whole = lie_in_rows && self.cols.is_multiple_of(S::F32_LANES);
         let (values, apart) = (self.rows * self.cols, !self.strides.0.is_multiple_of(16 * LINE));
         let small = values <= NEAR && (apart || self.strides.0 == self.cols);
-        let near = values <= 2 * PACKED && (rows <= 4 * ROWS || rows <= 32 * ROWS && S::F32_LANES >= LINE && apart);
+        let often = if S::F32_LANES >= LINE && apart { 32 * ROWS } else { 4 * ROWS };
+        let near = values <= 2 * PACKED && rows <= often;
         (whole && (small || near)).then_some((self.data, self.strides.0))
     }
 
@@ -320,8 +321,8 @@ impl Right for Packed<'_> {
 /// Rows of a tile, at most.
 const ROWS: usize = 8;
 
-/// Tiles' rows of the left matrix that are packed together: so many, or fewer where blocks are deep, but whole cache lines of it;
-/// and values.
+/// Tiles' rows of the left matrix that are packed together: so many, which are whole cache lines of it, or fewer where blocks are deep,
+/// two at least where they fit; and values.
 const TILES: usize = 8;
 const LEFT: usize = TILES * ROWS * (DEPTH + 1);
 

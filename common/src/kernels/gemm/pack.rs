@@ -61,9 +61,13 @@ pub fn pack_columns<'a, S: Simd>(
     }
 }
 
-/// Rows between that which is packed, and that which is fetched; lines of a left matrix, which are shorter; and columns.
+/// Rows between that which is packed, and that which is fetched.
 const AHEAD: usize = 4;
+
+/// Lines of a left matrix between them, which are shorter.
 const LINES_AHEAD: usize = 16;
+
+/// Columns between them, where they are transposed.
 const COLUMNS_AHEAD: usize = 3 * SIDE;
 
 /// `to` = `from`, then zeros.
@@ -129,14 +133,14 @@ pub(in crate::kernels) fn transpose<'a, S: Simd>(
 ) {
     // As many at once as stay in the first-level cache.
     for ks in even(depth, S::F32_LANES, AT_ONCE) {
-        let fetch = |lines: Range<usize>| {
+        let bring = |lines: Range<usize>| {
             for line in lines.map(&line) {
                 ks.clone().step_by(LINE).for_each(|k| fetch(line, k));
             }
         };
-        fetch(0..lines.min(COLUMNS_AHEAD));
+        bring(0..lines.min(COLUMNS_AHEAD));
         for j in (0..width).step_by(SIDE) {
-            fetch(lines.min(j + COLUMNS_AHEAD)..lines.min(j + COLUMNS_AHEAD + SIDE));
+            bring(lines.min(j + COLUMNS_AHEAD)..lines.min(j + COLUMNS_AHEAD + SIDE));
             let mut block: [&[f32]; SIDE] = [&[]; SIDE];
             for (line_j, j) in block.iter_mut().zip(j..lines) {
                 *line_j = &line(j)[ks.clone()];
