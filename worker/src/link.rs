@@ -20,6 +20,10 @@ use unisono_proto::shm::frame::{self, Header, Report, Spent};
 use unisono_proto::shm::memory::BellMemory;
 use unisono_proto::shm::{Hold, Lane, Part, RowPart, Weights};
 
+/// Chunks for which a coordinator that sleeps is woken, where more are to come: to wake it takes as long as to add one up, and on a
+/// core that computes it takes that core's time.
+const CHUNKS_A_RING: usize = 4;
+
 /// One order: this node, with the weights of this step.
 #[derive(Clone, Copy)]
 pub struct Order {
@@ -189,7 +193,10 @@ impl Announcement<'_> {
     pub fn ready(&self, from: usize, sums: LossSums) {
         let first = from.div_ceil(CHUNK).max(1);
         if first < self.said.get() && sums.loss.is_finite() {
-            self.say(first..self.said.replace(first), sums, None);
+            let before = self.said.replace(first);
+            // Those that are left over ring when all is final.
+            let rings = (first - 1) / CHUNKS_A_RING < (before - 1) / CHUNKS_A_RING;
+            self.say(first..before, sums, None, rings);
         }
     }
 
@@ -205,9 +212,9 @@ impl Announcement<'_> {
 
     /// All is final.
     pub fn finish(self, sums: LossSums, spent: Spent) {
-        self.say(self.trained..self.layout.chunks(), sums, None);
+        self.say(self.trained..self.layout.chunks(), sums, None, true);
         self.say_rows(sums);
-        self.say(0..self.said.get(), sums, Some(spent));
+        self.say(0..self.said.get(), sums, Some(spent), true);
     }
 
     /// Announces the node, once.
@@ -239,15 +246,18 @@ impl Announcement<'_> {
         }
     }
 
-    /// Announces chunks, with what was spent where the first of all, which comes last, is one of them.
-    fn say(&self, chunks: Range<usize>, sums: LossSums, spent: Option<Spent>) {
+    /// Announces chunks, with what was spent where the first of all, which comes last, is one of them; a coordinator that sleeps beside
+    /// shared memory hears of it where it `rings`.
+    fn say(&self, chunks: Range<usize>, sums: LossSums, spent: Option<Spent>, rings: bool) {
         self.begin(sums);
         match &self.link.way {
             Way::Shared { coordinator, .. } => {
                 let (lane, bell, slot) = (&self.link.lane, coordinator.bell(), self.slot);
                 if !chunks.is_empty() {
                     lane.tell(Report::Ready { slot, from: chunks.start as u32, to: chunks.end as u32, spent });
-                    bell.ring();
+                    if rings {
+                        bell.ring();
+                    }
                 }
             }
             Way::Streams { push, .. } => {
