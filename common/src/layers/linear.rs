@@ -164,10 +164,11 @@ impl Layer for Linear {
         if self.activation.is_some_and(keeps_slopes) { rows * self.positions() * self.outputs() } else { 0 }
     }
 
-    /// Forward the packed weights, where the activation comes behind the product; backward the sums' gradient, where it is not the
+    /// Forward those weights that are packed, where the activation comes behind the product; backward the sums' gradient, where it is not the
     /// output's, then what the parameters' gradients need.
     fn scratch(&self, rows: usize, segments: usize) -> usize {
-        let packed = if self.behind().is_some() { Packed::room(self.inputs, self.outputs()) } else { 0 };
+        let near = self.outputs().min(WEIGHTS / self.inputs.max(1));
+        let packed = if self.behind().is_some() { Packed::room(self.inputs, near) } else { 0 };
         let sums = if self.activation.is_none() { rows * self.positions() * self.outputs() } else { 0 };
         packed.max(self.scratch_of_halves(rows, segments) - sums)
     }
