@@ -7,11 +7,11 @@ use divan::{Bencher, black_box};
 use unisono_common::data::partition::{Feeder, Partitions};
 use unisono_common::data::{Batch, Dataset, Features, Prepared, Targets};
 use unisono_common::job::{self, Activation as Act, Layer as Op, Loss as LossKind, Model as Spec};
-use unisono_common::kernels::conv::Window;
+use unisono_common::kernels::{self, conv::Window};
 use unisono_common::layers::{
     Activation, Attention, BatchNorm, Dropout, Grads, Layer, LayerNorm, Params, Pass, Pool2d, Rows, Segments,
 };
-use unisono_common::layout::{CHUNK, Role, Tensor};
+use unisono_common::layout::{CHUNK, Role, Tensor, le_bytes};
 use unisono_common::loss::Loss;
 use unisono_common::model::{Model, Signature};
 use unisono_common::optim::{self, Optimizer, Sums};
@@ -258,5 +258,30 @@ fn optimizer(bencher: Bencher<'_, '_>, name: &str) {
     bencher.counter(BytesCount::new(4 * CHUNK * (3 + 2 * slots.len()))).bench_local(|| {
         let mut state: Vec<&mut [f32]> = slots.iter_mut().map(|s| s.as_mut_slice()).collect();
         optimizer.at(2, 1.0).run(black_box(&weights), Sums::mean(&grads), &mut state, black_box(&mut out));
+    });
+}
+
+/// Chunks that no cache holds: a gradient added to another, two added up, and an update by two that are still to be added.
+#[divan::bench(args = ["add into", "add", "momentum"])]
+fn from_memory(bencher: Bencher<'_, '_>, name: &str) {
+    const CHUNKS: usize = 512;
+    let kind = job::Optimizer::Sgd { lr: 0.01, momentum: 0.9, dampening: 0.0, nesterov: false, weight_decay: 0.0 };
+    let optimizer = Optimizer::new(&kind, None);
+    // Each has memory of its own, as those that come over the wire.
+    let some = || vec![vec![0.5f32; CHUNK]; CHUNKS];
+    let (weights, left, right, mut momentum, mut out) = (some(), some(), some(), some(), some());
+    let mut next = (0..).map(|i| i * 149 % CHUNKS);
+    let moved = if name == "momentum" { 6 } else { 3 };
+    bencher.counter(BytesCount::new(4 * CHUNK * moved)).bench_local(|| {
+        let i = next.next().expect("it has no end");
+        let (left, right, out) = (le_bytes(&left[i]), le_bytes(&right[i]), &mut out[i]);
+        match name {
+            "add into" => kernels::add_bytes_into(black_box(out), left),
+            "add" => kernels::add_bytes(black_box(out), left, right),
+            _ => {
+                let sums = Sums { first: left, second: Some(right), factor: 0.5, limit: None };
+                optimizer.at(2, 1.0).run(&weights[i], sums, &mut [&mut momentum[i]], black_box(out));
+            }
+        }
     });
 }

@@ -6,7 +6,7 @@
 //! a step: directions, whose lengths are added up tensor by tensor ([`Lengths`]), and then the steps along them.
 
 use crate::job;
-use crate::kernels::{self, vectorized};
+use crate::kernels::{self, FAR, LANES, fetch, vectorized};
 use crate::layout::le_bytes;
 
 /// State vectors of an optimizer, at most.
@@ -225,6 +225,10 @@ impl Update<'_> {
         infinite: &mut Few<u32>,
     ) {
         let mut room = Few([0.0; TOGETHER]);
+        for line in (from + FAR..from + FAR + len).step_by(LANES) {
+            [&*weights, out].into_iter().chain(state.iter().map(|state| &**state)).for_each(|all| fetch(all, line));
+            sums.second.into_iter().chain([sums.first]).for_each(|bytes| fetch(bytes, 4 * line));
+        }
         let g = &mut room.0[..len];
         let first = &sums.first.as_chunks::<4>().0[from..][..len];
         g.iter_mut().zip(first).for_each(|(g, a)| *g = f32::from_le_bytes(*a));

@@ -11,7 +11,7 @@ use crate::weights::{Coming, Incoming};
 use crate::{Options, Transport};
 use anyhow::{Context, Result, bail};
 use http_body_util::Full;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -33,6 +33,9 @@ use unisono_proto::shm::door::Opened;
 use unisono_proto::shm::{Capacity, Lane, SlotSize};
 use unisono_proto::stream::{Reader, why};
 use unisono_proto::{self as wire, v1};
+
+/// This process' numerics, whichever of its workers asks for them.
+static FINGERPRINT: LazyLock<[u8; 32]> = LazyLock::new(unisono_common::train::fingerprint);
 
 /// How a session ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -248,7 +251,7 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
         version: wire::VERSION.into(),
         job_digest: job.digest().to_vec().into(),
         layout_digest: model.digest().to_vec().into(),
-        fingerprint: unisono_common::train::fingerprint().to_vec().into(),
+        fingerprint: FINGERPRINT.to_vec().into(),
         threads: *threads as u32,
         name: name.clone(),
         shared_memory: *transport != Transport::Grpc,

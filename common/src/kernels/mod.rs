@@ -129,9 +129,35 @@ pub fn fetch<T>(data: &[T], at: usize) {
     let _ = (data, at);
 }
 
+/// Values between those that a pass over memory works on and those that it asks for: beyond the end of a page, where processors
+/// stop to look ahead by themselves.
+pub(crate) const FAR: usize = 512;
+
+/// `out[i] = f(out[i], [a[i], b[i], ...])` of little-endian values wherever they lie, in one pass over memory.
+#[inline(always)]
+fn pass<const N: usize>(out: &mut [f32], all: [&[u8]; N], f: impl Fn(f32, [f32; N]) -> f32) {
+    let value = |bytes: &[u8], i: usize| f32::from_le_bytes(*bytes[4 * i..].first_chunk().expect("a value's bytes"));
+    let all = all.map(|a| a[..4 * out.len()].as_chunks::<{ 4 * LANES }>());
+    let (blocks, tail) = out.as_chunks_mut::<LANES>();
+    for (i, out) in blocks.iter_mut().enumerate() {
+        fetch(out, FAR);
+        let blocks = all.map(|(blocks, _)| &blocks[i]);
+        blocks.iter().for_each(|block| fetch(*block, 4 * FAR));
+        // An array of its own, so that the values stay in a vector until they are stored.
+        let mut values = [0.0; LANES];
+        for l in 0..LANES {
+            values[l] = f(out[l], blocks.map(|block| value(block, l)));
+        }
+        *out = values;
+    }
+    for (i, out) in tail.iter_mut().enumerate() {
+        *out = f(*out, all.map(|(_, tail)| value(tail, i)));
+    }
+}
+
 /// `out[i] += a[i]`.
 pub fn add_into(out: &mut [f32], a: &[f32]) {
-    vectorized(|| out.iter_mut().zip(a).for_each(|(o, a)| *o += a));
+    add_bytes_into(out, crate::layout::le_bytes(a));
 }
 
 /// `a[i] *= factor`.
@@ -172,15 +198,18 @@ fn not_finite(bits: u32) -> u32 {
 
 /// [`add_into`], of little-endian values wherever they lie.
 pub fn add_bytes_into(out: &mut [f32], a: &[u8]) {
-    vectorized(|| out.iter_mut().zip(a.as_chunks::<4>().0).for_each(|(o, a)| *o += f32::from_le_bytes(*a)));
+    vectorized(
+        #[inline(always)]
+        || pass(out, [a], |sum, [a]| sum + a),
+    );
 }
 
 /// `out = a + b`, of little-endian values wherever they lie.
 pub fn add_bytes(out: &mut [f32], a: &[u8], b: &[u8]) {
-    let values = a.as_chunks::<4>().0.iter().zip(b.as_chunks::<4>().0);
-    vectorized(|| {
-        out.iter_mut().zip(values).for_each(|(o, (a, b))| *o = f32::from_le_bytes(*a) + f32::from_le_bytes(*b))
-    });
+    vectorized(
+        #[inline(always)]
+        || pass(out, [a, b], |_, [a, b]| a + b),
+    );
 }
 
 /// `out[j] = sum over rows of x[row, j]`, rows in order; `x`: `(rows, out.len())`.
