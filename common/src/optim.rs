@@ -226,7 +226,7 @@ impl Update<'_> {
     ) {
         let mut room = Few([0.0; TOGETHER]);
         for line in (from + FAR..from + FAR + len).step_by(LANES) {
-            [&*weights, out].into_iter().chain(state.iter().map(|state| &**state)).for_each(|all| fetch(all, line));
+            [weights, out].into_iter().chain(state.iter().map(|state| &**state)).for_each(|all| fetch(all, line));
             sums.second.into_iter().chain([sums.first]).for_each(|bytes| fetch(bytes, 4 * line));
         }
         let g = &mut room.0[..len];

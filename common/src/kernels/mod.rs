@@ -160,6 +160,11 @@ pub fn add_into(out: &mut [f32], a: &[f32]) {
     add_bytes_into(out, crate::layout::le_bytes(a));
 }
 
+/// `out = a + b`.
+pub fn add(out: &mut [f32], a: &[f32], b: &[f32]) {
+    add_bytes(out, crate::layout::le_bytes(a), crate::layout::le_bytes(b));
+}
+
 /// `a[i] *= factor`.
 pub fn scale(a: &mut [f32], factor: f32) {
     vectorized(|| a.iter_mut().for_each(|a| *a *= factor));

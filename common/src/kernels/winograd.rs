@@ -25,11 +25,14 @@
 //! In here pixels come one after another, each with all its channels ("channels last"), in whole vectors: the transforms run
 //! over channels, and what they write are the rows of the products.
 
+mod tile;
+
 use super::conv::Window;
 use super::gemm::{self, even, transpose};
 use super::{Finish, LANES, Mat, Start};
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
+use tile::{Maps, both, channels_last, gather, planes, scatter, vectors, vectors_mut};
 
 /// Values of a transformed tile: the products that are computed.
 const VALUES: usize = 16;
@@ -260,156 +263,6 @@ fn ready(prepared: &[f32]) -> &[f32] {
     &prepared[begin..]
 }
 
-/// A tile, or what it is transformed to.
-type Tile<V, const N: usize> = [[V; N]; N];
-
-/// `m x m^T` for a linear map `m`, which a whole tile of vectors goes through in registers.
-#[inline(always)]
-fn both<S: Simd, const N: usize, const M: usize>(
-    simd: S,
-    m: impl Fn([S::f32s; N]) -> [S::f32s; M],
-    x: Tile<S::f32s, N>,
-) -> Tile<S::f32s, M> {
-    let zero = simd.splat_f32s(0.0);
-    let (mut rows, mut out) = ([[zero; M]; N], [[zero; M]; M]);
-    for i in 0..N {
-        rows[i] = m(x[i]);
-    }
-    for j in 0..M {
-        let mut column = [zero; N];
-        for i in 0..N {
-            column[i] = rows[i][j];
-        }
-        let column = m(column);
-        for i in 0..M {
-            out[i][j] = column[i];
-        }
-    }
-    out
-}
-
-/// The maps, on vectors.
-#[derive(Clone, Copy)]
-struct Maps<S>(S);
-
-impl<S: Simd> Maps<S> {
-    /// `B^T`.
-    #[inline(always)]
-    fn windows(self, [a, b, c, d]: [S::f32s; 4]) -> [S::f32s; 4] {
-        let s = self.0;
-        [s.sub_f32s(a, c), s.add_f32s(b, c), s.sub_f32s(c, b), s.sub_f32s(b, d)]
-    }
-
-    /// `B`.
-    #[inline(always)]
-    fn windows_t(self, [a, b, c, d]: [S::f32s; 4]) -> [S::f32s; 4] {
-        let s = self.0;
-        let (difference, zero) = (s.sub_f32s(b, c), s.splat_f32s(0.0));
-        [a, s.add_f32s(difference, d), s.sub_f32s(s.add_f32s(b, c), a), s.sub_f32s(zero, d)]
-    }
-
-    /// `A^T`.
-    #[inline(always)]
-    fn outputs(self, [a, b, c, d]: [S::f32s; 4]) -> [S::f32s; 2] {
-        let s = self.0;
-        [s.add_f32s(a, s.add_f32s(b, c)), s.sub_f32s(s.sub_f32s(b, c), d)]
-    }
-
-    /// `A`.
-    #[inline(always)]
-    fn outputs_t(self, [a, b]: [S::f32s; 2]) -> [S::f32s; 4] {
-        let s = self.0;
-        [a, s.add_f32s(a, b), s.sub_f32s(a, b), s.sub_f32s(s.splat_f32s(0.0), b)]
-    }
-
-    /// `G`.
-    #[inline(always)]
-    fn filters(self, [a, b, c]: [S::f32s; 3]) -> [S::f32s; 4] {
-        let s = self.0;
-        let half = |x| s.mul_f32s(s.splat_f32s(0.5), x);
-        let outer = s.add_f32s(a, c);
-        [a, half(s.add_f32s(outer, b)), half(s.sub_f32s(outer, b)), c]
-    }
-
-    /// `G^T`.
-    #[inline(always)]
-    fn filters_t(self, [a, b, c, d]: [S::f32s; 4]) -> [S::f32s; 3] {
-        let s = self.0;
-        let half = |x| s.mul_f32s(s.splat_f32s(0.5), x);
-        let inner = half(s.add_f32s(b, c));
-        [s.add_f32s(a, inner), half(s.sub_f32s(b, c)), s.add_f32s(inner, d)]
-    }
-}
-
-/// The vectors of `values`, which are whole ones.
-#[inline(always)]
-fn vectors<S: Simd>(values: &[f32]) -> &[S::f32s] {
-    S::as_simd_f32s(values).0
-}
-
-#[inline(always)]
-fn vectors_mut<S: Simd>(values: &mut [f32]) -> &mut [S::f32s] {
-    S::as_mut_simd_f32s(values).0
-}
-
-/// A tile of the vectors `at(row, column)`.
-#[inline(always)]
-fn gather<S: Simd, const N: usize>(simd: S, at: impl Fn(usize, usize) -> S::f32s) -> Tile<S::f32s, N> {
-    let mut tile = [[simd.splat_f32s(0.0); N]; N];
-    for i in 0..N {
-        for j in 0..N {
-            tile[i][j] = at(i, j);
-        }
-    }
-    tile
-}
-
-/// Calls `f(row, column, vector)` for all of a tile.
-#[inline(always)]
-fn scatter<V: Copy, const N: usize>(tile: Tile<V, N>, mut f: impl FnMut(usize, usize, V)) {
-    for i in 0..N {
-        for j in 0..N {
-            f(i, j, tile[i][j]);
-        }
-    }
-}
-
-/// Channels last: `to`, `(rows, columns, width)`, holds the planes of `(height, width)` from row and column `pad` on.
-#[inline(always)]
-fn channels_last<S: Simd>(
-    simd: S,
-    planes: &[f32],
-    (h, w): (usize, usize),
-    to: &mut [f32],
-    (pad, columns, width): (usize, usize, usize),
-) {
-    let rows = if columns == w { 1 } else { h }; // all of them at once where nothing is between
-    let len = h * w / rows;
-    for row in 0..rows {
-        let line = |channel| &planes[channel * h * w + row * len..][..len];
-        let to = &mut to[((row + pad) * columns + pad) * width..];
-        transpose(simd, planes.len() / (h * w), line, (len, width), to, width);
-    }
-}
-
-/// The way back from [`channels_last`], for all planes.
-#[inline(always)]
-fn planes<S: Simd>(
-    simd: S,
-    from: &[f32],
-    (pad, columns, width): (usize, usize, usize),
-    planes: &mut [f32],
-    (h, w): (usize, usize),
-) {
-    let channels = planes.len() / (h * w);
-    let rows = if columns == w { 1 } else { h };
-    let len = h * w / rows;
-    for row in 0..rows {
-        let pixel = |i| &from[((row + pad) * columns + pad + i) * width..][..channels];
-        transpose(simd, len, pixel, (channels, len), &mut planes[row * len..], h * w);
-    }
-}
-
 impl Winograd {
     /// `windows = B^T d B` of `tiles`, `(16, tiles, channels)`.
     #[inline(always)]
@@ -440,9 +293,7 @@ impl Winograd {
             }
         }
     }
-}
 
-impl Winograd {
     /// Adds `B windows B^T` of `tiles`, `(16, tiles, channels)`, to the inputs' gradient.
     #[inline(always)]
     fn add_windows<S: Simd>(&self, simd: S, tiles: Range<usize>, windows: &[f32], d_inputs: &mut [f32]) {

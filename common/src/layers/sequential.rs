@@ -1,7 +1,7 @@
 //! Layers one after another, and around them.
 
 use super::{Grads, Layer, Params, Pass, RowTable, over_rows};
-use crate::kernels::{self, vectorized};
+use crate::kernels;
 use crate::layout::{Role, Tensor};
 use std::cell::Cell;
 use std::ops::Range;
@@ -285,14 +285,6 @@ impl Layer for Sequential {
     }
 }
 
-/// `y = a + b`.
-fn add(y: &mut [f32], a: &[f32], b: &[f32]) {
-    vectorized(
-        #[inline(always)]
-        || y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = a + b),
-    );
-}
-
 /// `y = x + body(x)`, or `shortcut(x) + body(x)` where the body's outputs have another shape (He et al., 2016, eq. 1 and 2).
 ///
 /// The body's tensors keep their names, those of the shortcut begin with `shortcut.`. The body's come first.
@@ -382,7 +374,7 @@ impl Layer for Residual {
                 side
             }
         };
-        over_rows(rows, (y, len), (x, len), |first, y, x| add(y, x, &out[first * len..][..y.len()]));
+        over_rows(rows, (y, len), (x, len), |first, y, x| kernels::add(y, x, &out[first * len..][..y.len()]));
     }
 
     fn backward(
