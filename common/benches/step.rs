@@ -261,7 +261,8 @@ fn optimizer(bencher: Bencher<'_, '_>, name: &str) {
     });
 }
 
-/// Chunks that no cache holds: a gradient added to another, two added up, and an update by two that are still to be added.
+/// Chunks far apart in more memory than most caches hold: a gradient added to another, two added up, and an update by two that are
+/// still to be added.
 #[divan::bench(args = ["add into", "add", "momentum"])]
 fn from_memory(bencher: Bencher<'_, '_>, name: &str) {
     const CHUNKS: usize = 512;

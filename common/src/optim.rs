@@ -225,9 +225,12 @@ impl Update<'_> {
         infinite: &mut Few<u32>,
     ) {
         let mut room = Few([0.0; TOGETHER]);
-        for line in (from + FAR..from + FAR + len).step_by(LANES) {
-            [weights, out].into_iter().chain(state.iter().map(|state| &**state)).for_each(|all| fetch(all, line));
-            sums.second.into_iter().chain([sums.first]).for_each(|bytes| fetch(bytes, 4 * line));
+        let ahead = (from + FAR..from + FAR + len).step_by(LANES);
+        for all in [weights, out].into_iter().chain(state.iter().map(|state| &**state)) {
+            ahead.clone().for_each(|line| fetch(all, line));
+        }
+        for all in [sums.first].into_iter().chain(sums.second) {
+            ahead.clone().for_each(|line| fetch(all, 4 * line));
         }
         let g = &mut room.0[..len];
         let first = &sums.first.as_chunks::<4>().0[from..][..len];

@@ -326,12 +326,11 @@ pub enum Cmd {
     },
     /// Takes a worker out of a running job after its current step
     #[command(
-        after_help = "Example:\n  unisono drain 3 --coordinator https://train.example.org:7070 --identity certs/operator"
+        after_help = "Examples:\n  unisono drain 3 --coordinator https://train.example.org:7070 --identity certs/operator\n  unisono drain node2-4711 --coordinator https://train.example.org:7070 --identity certs/operator"
     )]
     Drain {
-        /// The worker's id, as `status` shows it
-        #[arg(value_parser = worker_id)]
-        worker: u64,
+        /// The worker's id or its name, as `status` shows them
+        worker: String,
         #[command(flatten)]
         reach: Reach,
     },
@@ -368,8 +367,4 @@ impl Cmd {
             _ => false,
         }
     }
-}
-
-fn worker_id(text: &str) -> Result<u64, String> {
-    text.parse().map_err(|_| "it is no worker's id: `unisono status` shows them in its first column".into())
 }

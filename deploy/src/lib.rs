@@ -274,7 +274,7 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             let known = identity.open()?.map(|mine| Identity { certificate: None, token: None, ..mine });
             operate::health(&Address::new(&coordinator, known.as_ref()).map_err(Wrong)?).await
         }
-        Cmd::Drain { worker, reach } => operate::drain(&reach.address()?, worker).await,
+        Cmd::Drain { worker, reach } => operate::drain(&reach.address()?, &worker).await,
         Cmd::Stop { reach } => operate::stop(&reach.address()?).await,
         Cmd::Cert(args) => cert::run(args),
         Cmd::Completions { shell } => package::completions(shell),

@@ -76,11 +76,26 @@ pub async fn health(address: &Address) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Takes a worker out.
-pub async fn drain(address: &Address, worker: u64) -> Result<ExitCode> {
-    answer(address, client(address).await?.drain(v1::DrainRequest { worker_id: worker })).await?;
-    println!("worker {worker} leaves after its current step");
+/// Takes a worker out, of this id or of this name.
+pub async fn drain(address: &Address, worker: &str) -> Result<ExitCode> {
+    let mut client = client(address).await?;
+    let worker_id = match worker.parse() {
+        Ok(id) => id,
+        Err(_) => named(worker, &answer(address, client.status(v1::StatusRequest {})).await?.workers)?,
+    };
+    answer(address, client.drain(v1::DrainRequest { worker_id })).await?;
+    println!("worker {worker_id} leaves after its current step");
     Ok(ExitCode::SUCCESS)
+}
+
+/// The id of the only worker with this name.
+fn named(name: &str, workers: &[v1::WorkerStatus]) -> Result<u64> {
+    let ids: Vec<_> = workers.iter().filter(|w| w.name == name).map(|w| w.worker_id).collect();
+    match *ids {
+        [id] => Ok(id),
+        [] => bail!("there is no worker named {name}: `unisono status` shows ids and names"),
+        _ => bail!("several workers are named {name}: say which one by its id, one of {ids:?}"),
+    }
 }
 
 /// Ends the run.

@@ -86,14 +86,25 @@ fn status_drain_and_stop_reach_a_running_job() {
 }
 
 #[test]
-fn a_drained_worker_leaves_and_the_next_one_goes_on() {
+fn workers_that_are_drained_by_id_or_name_leave_and_the_others_go_on() {
     let dir = tempfile::tempdir().expect("a folder");
-    let cluster = Cluster::start(dir.path(), SHORT);
-    let second = start(dir.path(), &["worker", "--coordinator", &cluster.address, "--patience", "5"]);
-    wait_until("the second worker", || String::from_utf8_lossy(&cluster.ask(&["status"]).stdout).lines().count() == 4);
-    assert!(cluster.ask(&["drain", "1"]).status.success());
+    let cluster = Cluster::start(dir.path(), 3 * SHORT);
+    let join =
+        |name| start(dir.path(), &["worker", "--coordinator", &cluster.address, "--patience", "5", "--name", name]);
+    let others = [join("twin"), join("twin"), join("spare")];
+    wait_until("the others", || String::from_utf8_lossy(&cluster.ask(&["status"]).stdout).lines().count() == 6);
+    for (name, words) in [("nobody", "there is no worker named nobody"), ("twin", "several workers are named twin")] {
+        let refused = cluster.ask(&["drain", name]);
+        let error = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(1) && error.contains(words), "{error}");
+    }
+    for worker in ["1", "spare"] {
+        assert!(cluster.ask(&["drain", worker]).status.success(), "{worker}");
+    }
     let summary = cluster.end();
-    assert!(second.wait_with_output().expect("it ends").status.success());
-    same_result(&summary, &undisturbed(SHORT));
-    assert_eq!(summary["workers_joined"], 2);
+    for worker in others {
+        assert!(worker.wait_with_output().expect("it ends").status.success());
+    }
+    same_result(&summary, &undisturbed(3 * SHORT));
+    assert_eq!(summary["workers_joined"], 4);
 }

@@ -129,16 +129,21 @@ pub fn fetch<T>(data: &[T], at: usize) {
     let _ = (data, at);
 }
 
-/// Values between those that a pass over memory works on and those that it asks for: beyond the end of a page, where processors
-/// stop to look ahead by themselves.
+/// Values, half a page of them, between those that a pass over memory works on and those that it asks for: processors look ahead by
+/// themselves, but only to the end of a page, and the first lines of the next one are slow to come.
 pub(crate) const FAR: usize = 512;
 
-/// `out[i] = f(out[i], [a[i], b[i], ...])` of little-endian values wherever they lie, in one pass over memory.
+/// `out[i] = f(out[i], [a[i], b[i], ...])` of as many little-endian values wherever they lie, in one pass over memory. What lies
+/// behind them is asked for, too: passes go over one block of a chunk after another.
 #[inline(always)]
 fn pass<const N: usize>(out: &mut [f32], all: [&[u8]; N], f: impl Fn(f32, [f32; N]) -> f32) {
     let value = |bytes: &[u8], i: usize| f32::from_le_bytes(*bytes[4 * i..].first_chunk().expect("a value's bytes"));
-    let all = all.map(|a| a[..4 * out.len()].as_chunks::<{ 4 * LANES }>());
+    assert!(all.iter().all(|a| a.len() == 4 * out.len()), "not as many values everywhere");
     let (blocks, tail) = out.as_chunks_mut::<LANES>();
+    let all = all.map(|a| {
+        let (of_blocks, of_tail) = a.as_chunks::<{ 4 * LANES }>();
+        (&of_blocks[..blocks.len()], of_tail)
+    });
     for (i, out) in blocks.iter_mut().enumerate() {
         fetch(out, FAR);
         let blocks = all.map(|(blocks, _)| &blocks[i]);
@@ -234,6 +239,30 @@ pub fn column_sums(x: &[f32], out: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::layout::le_bytes;
+
+    /// Lengths around a vector's and what is asked for ahead, bytes anywhere in memory, every instruction set.
+    #[test]
+    fn sums_are_the_same_wherever_bytes_lie_and_vectors_end() {
+        for n in (0..=67).chain(FAR - 1..=FAR + 17) {
+            let values = |salt: usize| -> Vec<f32> { (0..n).map(|i| ((i * 31 + salt) as f32 * 0.7).sin()).collect() };
+            let (a, b) = (values(1), values(2));
+            let want: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+            for (isa, shift) in Isa::available().flat_map(|isa| (0..5).map(move |shift| (isa, shift))) {
+                let bytes = |values| [&vec![0xff; shift][..], le_bytes(values)].concat();
+                let (of_a, of_b) = (bytes(&a), bytes(&b));
+                let sums = with_isa(isa, || {
+                    let (mut out, mut into) = (vec![f32::NAN; n], a.clone());
+                    add_bytes(&mut out, &of_a[shift..], &of_b[shift..]);
+                    add_bytes_into(&mut into, &of_b[shift..]);
+                    [out, into]
+                });
+                assert_eq!(sums, Some([want.clone(), want.clone()]), "{n} values, {isa:?}, {shift} bytes off");
+            }
+            let mut out = vec![f32::NAN; n];
+            add(&mut out, &a, &b);
+            assert_eq!(out, want, "{n} values");
+        }
+    }
 
     /// Every length up to four lanes and a tail, against the sum in f64.
     #[test]
