@@ -326,7 +326,7 @@ pub enum Cmd {
     },
     /// Takes a worker out of a running job after its current step
     #[command(
-        after_help = "Examples:\n  unisono drain 3 --coordinator https://train.example.org:7070 --identity certs/operator\n  unisono drain node2-4711 --coordinator https://train.example.org:7070 --identity certs/operator"
+        after_help = "Examples:\n  unisono drain 3 --coordinator https://train.example.org:7070 --identity certs/operator\n  unisono drain node2:4711 --coordinator https://train.example.org:7070 --identity certs/operator"
     )]
     Drain {
         /// The worker's id or its name, as `status` shows them
