@@ -2,6 +2,7 @@
 
 use super::{Grads, Layer, Params, Pass, over_rows};
 use crate::job;
+use crate::kernels::gemm::Through;
 use crate::kernels::{Finish, LANES, math, vectorized};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -136,6 +137,15 @@ pub(super) fn deactivate(kind: job::Activation, y: &[f32], slopes: &[f32], dy: &
         (None, job::Activation::Tanh) => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
         (None, job::Activation::Sigmoid) => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
         (None, _) => map2(dx, slopes, dy, |slope, d| d * slope),
+    }
+}
+
+/// How a product whose values are the gradient of what [`activate`] put out may go on to that of what it took, if it can: by the
+/// outputs `y`, or by the `slopes` that were kept.
+pub(super) fn through<'a>(kind: job::Activation, y: &'a [f32], slopes: &'a [f32]) -> Option<Through<'a>> {
+    match finish(kind) {
+        Some(finish) => Some(Through::Outputs(finish, y)),
+        None => keeps_slopes(kind).then_some(Through::Slopes(slopes)),
     }
 }
 

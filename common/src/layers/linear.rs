@@ -1,9 +1,9 @@
 //! The fully connected layer.
 
-use super::activation::{activate_columns, deactivate, finish, keeps_slopes};
+use super::activation::{activate_columns, deactivate, finish, keeps_slopes, through};
 use super::{Blocks, Grads, Layer, Params, Pass, over_rows, rows_each, tree_spare, tree_sum};
 use crate::job;
-use crate::kernels::gemm::{Packed, product_apart, product_with, product_with_apart};
+use crate::kernels::gemm::{Packed, Through, product_apart, product_through, product_with, product_with_apart};
 use crate::kernels::{self, Finish, Mat, Start, column_sums, gemm};
 use crate::layout::{CHUNK, Init, Kind, Role, Tensor};
 use rayon::prelude::*;
@@ -114,12 +114,15 @@ impl Linear {
         }
     }
 
-    /// The gradient of the sums, into `d_sums`; without an activation it is that of the outputs.
-    fn unmask(&self, y: &[f32], dy: &[f32], saved: &[f32], d_sums: &mut [f32]) {
-        match self.activation {
-            Some(kind) => deactivate(kind, y, saved, dy, d_sums),
-            None => d_sums.copy_from_slice(dy),
-        }
+    /// How the layer above may compute the gradient of this one's sums at once, and not that of its outputs `y`, where it can; `saved` is
+    /// what this one kept.
+    pub(super) fn through<'a>(&self, y: &'a [f32], saved: &'a [f32]) -> Option<Through<'a>> {
+        self.activation.and_then(|kind| through(kind, y, saved))
+    }
+
+    /// The activation that the gradient that came from above has to go through.
+    fn ahead(&self, above: Above<'_>) -> Option<job::Activation> {
+        self.activation.filter(|_| !above.is_of_sums)
     }
 
     /// Floats for [`Linear::backward_in_halves`]: the sums' gradient, then what the parameters' gradients need.
@@ -205,23 +208,49 @@ impl Layer for Linear {
         saved: &mut [f32],
         scratch: &mut [f32],
     ) {
-        let (dy, scratch) = match self.activation {
-            None => (dy, scratch),
-            Some(_) => {
-                let (sums, scratch) = scratch.split_at_mut(dy.len());
-                self.unmask(y, dy, saved, sums);
-                (&*sums, scratch)
-            }
-        };
-        self.parameters(pass, x, dy, dx.is_none(), grads.trainable, scratch);
-        if let Some(dx) = dx {
-            self.input(pass, params, dy, dx);
-        }
+        let above = Above { dy, is_of_sums: false };
+        self.backward_between(pass, params, x, y, above, dx, None, grads.trainable, saved, scratch);
     }
 }
 
+/// The gradient that comes from above: that of a layer's outputs, or of its sums, before the activation.
+#[derive(Clone, Copy)]
+pub(super) struct Above<'a> {
+    pub dy: &'a [f32],
+    pub is_of_sums: bool,
+}
+
 impl Linear {
-    /// [`Layer::backward`] with the inputs' gradient first; gives what computes and announces the parameters'. `scratch` is that of
+    /// [`Layer::backward`] between other linear layers: `dx` becomes the gradient of the sums of the one below, where it goes `through`
+    /// its activation.
+    pub(super) fn backward_between(
+        &self,
+        pass: &Pass<'_>,
+        params: Params<'_>,
+        x: &[f32],
+        y: &[f32],
+        above: Above<'_>,
+        dx: Option<&mut [f32]>,
+        through: Option<Through<'_>>,
+        grads: &mut [f32],
+        saved: &[f32],
+        scratch: &mut [f32],
+    ) {
+        let (dy, scratch) = match self.ahead(above) {
+            None => (above.dy, scratch),
+            Some(kind) => {
+                let (sums, scratch) = scratch.split_at_mut(above.dy.len());
+                deactivate(kind, y, saved, above.dy, sums);
+                (&*sums, scratch)
+            }
+        };
+        self.parameters(pass, x, dy, dx.is_none(), grads, scratch);
+        if let Some(dx) = dx {
+            self.input(pass, params, dy, dx, through);
+        }
+    }
+
+    /// [`Linear::backward_between`] with the inputs' gradient first; gives what computes and announces the parameters'. `scratch` is that of
     /// [`Linear::scratch_of_halves`].
     pub(super) fn backward_in_halves<'a>(
         &'a self,
@@ -229,24 +258,29 @@ impl Linear {
         params: Params<'_>,
         x: &'a [f32],
         y: &[f32],
-        dy: &[f32],
+        above: Above<'_>,
         dx: &mut [f32],
+        through: Option<Through<'_>>,
         grads: &'a mut [f32],
         saved: &[f32],
         scratch: &'a mut [f32],
     ) -> impl FnOnce() + 'a {
-        let (sums, scratch) = scratch.split_at_mut(dy.len());
-        self.unmask(y, dy, saved, sums);
-        self.input(&pass, params, sums, dx);
+        let (sums, scratch) = scratch.split_at_mut(above.dy.len());
+        match self.ahead(above) {
+            Some(kind) => deactivate(kind, y, saved, above.dy, sums),
+            None => sums.copy_from_slice(above.dy),
+        }
+        self.input(&pass, params, sums, dx, through);
         move || self.parameters(&pass, x, sums, false, grads, scratch)
     }
 
-    /// The inputs' gradient, of that of the sums `dy`.
-    fn input(&self, pass: &Pass<'_>, params: Params<'_>, dy: &[f32], dx: &mut [f32]) {
+    /// The inputs' gradient, of that of the sums `dy`, or what it becomes `through` the activation below.
+    fn input(&self, pass: &Pass<'_>, params: Params<'_>, dy: &[f32], dx: &mut [f32], through: Option<Through<'_>>) {
         let (i, o) = (self.inputs, self.outputs());
         let w_oi = Mat::new(params.trainable, o, i);
-        over_rows(pass.segments.total() * self.positions(), (dx, i), (dy, o), |_, dx, dy| {
-            gemm(dx, Mat::new(dy, dy.len() / o, o), w_oi, false);
+        over_rows(pass.segments.total() * self.positions(), (dx, i), (dy, o), |first, dx, dy| {
+            let through = through.map(|through| through.from(first * i));
+            product_through(dx, Mat::new(dy, dy.len() / o, o), w_oi, through);
         });
     }
 
@@ -301,7 +335,7 @@ impl Linear {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Activation, Rows, Segments};
+    use super::super::{Activation, Rows, Segments, Sequential};
     use super::*;
     use crate::rng::{Key, Purpose};
     use std::cell::RefCell;
@@ -393,6 +427,38 @@ mod tests {
                     if !parts.is_empty() {
                         assert!(run(&[&together], &parts) == expected, "{kind:?} in parts, {threads} threads");
                     }
+                }
+            }
+        }
+    }
+
+    /// Linear layers in a row give the gradients of layers with their activations between them, to the bit.
+    #[test]
+    fn a_gradient_through_an_activation_is_one_after_it() {
+        use job::Activation::{Gelu, LeakyRelu, Relu, Sigmoid, Silu, Tanh};
+        let zero = Init::Constant(0.0);
+        for (rows, [inputs, first, second, outputs]) in
+            [(200, [33, 70, 48, 5]), (3, [5, 24, 1, 130]), (50, [1, 600, 17, 600])]
+        {
+            let segments = Segments { lo: 0, starts: vec![0, rows / 3, rows] };
+            let (x, dy) = (values(1, rows * inputs), values(2, rows * outputs));
+            let params = values(3, (inputs + 1) * first + (first + 1) * second + (second + 1) * outputs);
+            for kind in [Gelu, Silu, Tanh, Sigmoid, LeakyRelu { slope: -0.5 }, LeakyRelu { slope: 0.5 }, Relu] {
+                let linear = |inputs, outputs, activation| -> Box<dyn Layer> {
+                    Box::new(Linear { inputs, out_shape: vec![outputs], init: zero, bias: Some(zero), activation })
+                };
+                let behind = |outputs| -> Box<dyn Layer> { Box::new(Activation { kind, shape: vec![outputs] }) };
+                let last = || linear(second, outputs, None);
+                let together = vec![linear(inputs, first, Some(kind)), linear(first, second, Some(kind)), last()];
+                let alone = [linear(inputs, first, None), behind(first), linear(first, second, None), behind(second)];
+                let alone = alone.into_iter().chain([last()]).collect();
+                let [together, apart] = [together, alone].map(|layers| Sequential::new(&[inputs], layers));
+                for threads in [1, 2, 3] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+                    let run = |chain: &Sequential| {
+                        pool.install(|| both_ways(&[chain], &[], (rows, &segments), true, &x, &params, &dy))
+                    };
+                    assert!(run(&together) == run(&apart), "{rows}x{inputs}x{first}, {kind:?}, {threads} threads");
                 }
             }
         }

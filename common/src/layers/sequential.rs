@@ -1,5 +1,6 @@
 //! Layers one after another, and around them.
 
+use super::linear::Above;
 use super::{Grads, Layer, Params, Pass, RowTable, over_rows};
 use crate::kernels;
 use crate::layout::{Role, Tensor};
@@ -238,6 +239,8 @@ impl Layer for Sequential {
             do_it();
             (pass.finished)(from, values);
         };
+        // Between two linear layers goes the gradient of the lower one's sums, where the upper one can compute it.
+        let mut is_of_sums = false;
         for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate().skip(end).rev() {
             let (rest, mine_t) = trainable.split_at(trainable.len() - t);
             trainable = rest;
@@ -261,19 +264,28 @@ impl Layer for Sequential {
             let into = if i == end { dx.take() } else { Some(&mut below[..in_len]) };
             let (key, first) = (pass.key.with(self.places[i] as u64), pass.first + d_trainable.len());
             let mine = Params { trainable: mine_t, running: mine_r, ..params };
-            match (layer.as_linear().filter(|_| waits == Some(i)), into) {
-                (Some(linear), Some(into)) => {
+            let linear = layer.as_linear();
+            let next = (i > end).then(|| self.layers[i - 1].as_linear()).flatten().filter(|_| linear.is_some());
+            let through = next.and_then(|next| next.through(x, &kept[kept.len() - next.saved(rows, segments)..]));
+            let from_above = Above { dy, is_of_sums };
+            is_of_sums = through.is_some();
+            match (linear, into) {
+                (Some(linear), Some(into)) if waits == Some(i) => {
                     let pass = Pass { key, first, ..*pass };
                     let scratch = std::mem::take(&mut of_waiting);
                     waiting.set(Some(Box::new(
-                        linear.backward_in_halves(pass, mine, x, y, dy, into, grad_t, saved, scratch),
+                        linear.backward_in_halves(pass, mine, x, y, from_above, into, through, grad_t, saved, scratch),
                     )));
                 }
-                (_, into) => {
+                (linear, into) => {
                     let pass = Pass { key, first, finished: &finished, ..*pass };
-                    let into_grads = Grads { trainable: grad_t, running: grad_r, rows: &mut *d_rows };
                     let scratch = &mut scratch[..layer.scratch(rows, segments)];
-                    layer.backward(&pass, mine, x, y, dy, into, into_grads, saved, scratch);
+                    if let Some(linear) = linear {
+                        linear.backward_between(&pass, mine, x, y, from_above, into, through, grad_t, saved, scratch);
+                    } else {
+                        let into_grads = Grads { trainable: grad_t, running: grad_r, rows: &mut *d_rows };
+                        layer.backward(&pass, mine, x, y, dy, into, into_grads, saved, scratch);
+                    }
                 }
             }
             std::mem::swap(&mut above, &mut below);

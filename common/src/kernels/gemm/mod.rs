@@ -18,13 +18,15 @@
 //! ([`Right::unpacked`]). Which of the two matrices is the right one is free, as a product is the transpose of the
 //! transposes' product.
 
+mod finish;
 mod pack;
 mod tile;
 mod triangle;
 
+pub use finish::{Finish, Through};
 pub(super) use pack::transpose;
 pub use pack::{pack_columns, pack_rows, transposed};
-pub use tile::{Finish, Start};
+pub use tile::Start;
 pub use triangle::{GROUP, Triangle};
 
 use pack::pack_strips;
@@ -98,7 +100,21 @@ pub fn product_apart(c: &mut [f32], c_stride: usize, a: Mat<'_>, b: Mat<'_>, sta
     assert!(c_stride >= b.cols, "rows of {} values {c_stride} apart", b.cols);
     if a.rows > 0 && b.cols > 0 {
         let c = &mut c[..(a.rows - 1) * c_stride + b.cols];
-        super::isa::arch().dispatch(Either { c, c_stride, a, b, start, finish });
+        super::isa::arch().dispatch(Either { c, c_stride, a, b, start, finish, through: None });
+    }
+}
+
+/// `c = a b`, the gradient of an activation's outputs, or, `through` it, that of its inputs; with the shapes of [`gemm`], and as many
+/// values to go through as in `c`.
+///
+/// # Panics
+/// Where the shapes do not fit.
+pub fn product_through(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, through: Option<Through<'_>>) {
+    assert_eq!(a.cols, b.rows, "a product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
+    assert!(through.is_none_or(|through| through.values().len() >= a.rows * b.cols), "slopes for all values");
+    if a.rows > 0 && b.cols > 0 {
+        let (c, c_stride) = (&mut c[..a.rows * b.cols], b.cols);
+        super::isa::arch().dispatch(Either { c, c_stride, a, b, start: Start::Zero, finish: Finish::Keep, through });
     }
 }
 
@@ -364,6 +380,7 @@ struct Either<'a> {
     b: Mat<'a>,
     start: Start<'a>,
     finish: Finish,
+    through: Option<Through<'a>>,
 }
 
 impl WithSimd for Either<'_> {
@@ -371,7 +388,7 @@ impl WithSimd for Either<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Either { c, c_stride, a, b, start, finish } = self;
+        let Either { c, c_stride, a, b, start, finish, through } = self;
         // About the cycles: a multiply-add a vector, and moving what is packed or stored across.
         let cost = |left: Mat<'_>, right: Mat<'_>| {
             let (rows, packed) = (left.rows * left.cols, right.rows * right.cols);
@@ -391,9 +408,9 @@ impl WithSimd for Either<'_> {
                 Start::Columns(bias) => Start::Rows(bias),
                 same @ (Start::Zero | Start::Old) => same,
             };
-            Product { c_stride, across: true, finish, ..Product::of(c, b.t(), a.t(), start) }.with_simd(simd);
+            Product { c_stride, across: true, finish, through, ..Product::of(c, b.t(), a.t(), start) }.with_simd(simd);
         } else {
-            Product { c_stride, finish, ..Product::of(c, a, b, start) }.with_simd(simd);
+            Product { c_stride, finish, through, ..Product::of(c, a, b, start) }.with_simd(simd);
         }
     }
 }
@@ -437,6 +454,7 @@ struct Product<'a, R> {
     right: R,
     start: Start<'a>,
     finish: Finish,
+    through: Option<Through<'a>>,
     triangle: Triangle,
 }
 
@@ -444,7 +462,7 @@ impl<'a, R: Right> Product<'a, R> {
     /// All of `c = start + left right`.
     fn of(c: &'a mut [f32], left: Mat<'a>, right: R, start: Start<'a>) -> Product<'a, R> {
         let (c_stride, finish, triangle) = (right.columns(), Finish::Keep, Triangle::Full);
-        Product { c, c_stride, across: false, left, right, start, finish, triangle }
+        Product { c, c_stride, across: false, left, right, start, finish, through: None, triangle }
     }
 }
 
@@ -487,7 +505,7 @@ impl<R: Right> WithSimd for Product<'_, R> {
 impl<R: Right> Product<'_, R> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S, pack: &mut Vec<f32>) {
-        let Product { c, c_stride, across, left, right, start, finish, triangle } = self;
+        let Product { c, c_stride, across, left, right, start, finish, through, triangle } = self;
         let rows_max = tile::<S>().0;
         let blocks = || blocks::<S>(left.cols, right.columns());
         // The first one is the largest.
@@ -567,6 +585,7 @@ impl<R: Right> Product<'_, R> {
                             same @ (Start::Zero | Start::Old) => same,
                         },
                         finish: if last { finish } else { Finish::Keep },
+                        through: through.filter(|_| last).map(|through| through.from(at)),
                     };
                     strip.run(simd, rows.len(), &mut c[at..]);
                 }

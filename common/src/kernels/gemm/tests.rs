@@ -61,6 +61,25 @@ fn check(m: usize, k: usize, n: usize) {
             }
         }
         let c = &results[0].1;
+        // What goes on through an activation is the product, and then its gradient.
+        if matches!((start, finish), (Start::Zero, Finish::Keep)) {
+            for (through, slope) in [
+                (Through::Slopes(&old), (|at, d| d * at) as fn(f32, f32) -> f32),
+                (Through::Outputs(Finish::Keep, &old), |_, d| d),
+                (Through::Outputs(Finish::Relu, &old), |at, d| if at > 0.0 { d } else { 0.0 }),
+                (Through::Outputs(Finish::LeakyRelu { slope: 0.1 }, &old), |at, d| if at > 0.0 { d } else { 0.1 * d }),
+            ] {
+                for isa in Isa::available() {
+                    let mut got = vec![f32::NAN; m * n];
+                    with_isa(isa, || product_through(&mut got, mat_a, mat_b, Some(through))).expect("it is available");
+                    let want = c.iter().zip(&old).map(|(d, at)| slope(*at, *d));
+                    assert!(
+                        got.iter().zip(want).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{what}, {through:?}, {isa:?}"
+                    );
+                }
+            }
+        }
         for (isa, other) in &results {
             assert!(c.iter().zip(other).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}: {isa:?} is another");
         }

@@ -1,6 +1,7 @@
 //! The register tile: the one loop in which multiply-adds happen.
 
 use super::LINE;
+use super::finish::{Finish, PassLines, Through};
 use crate::kernels::fetch;
 use pulp::{Simd, WithSimd};
 use std::marker::PhantomData;
@@ -16,67 +17,6 @@ pub enum Start<'a> {
     Columns(&'a [f32]),
     /// A value a row.
     Rows(&'a [f32]),
-}
-
-/// What becomes of a sum when it is complete.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Finish {
-    Keep,
-    /// `max(x, 0)`; NaN stays.
-    Relu,
-    /// `x` where `x > 0`, else `slope x`.
-    LeakyRelu {
-        slope: f32,
-    },
-}
-
-impl Finish {
-    /// Of one value.
-    #[inline(always)]
-    pub fn of(self, x: f32) -> f32 {
-        match self {
-            Finish::Keep => x,
-            Finish::Relu => {
-                if x > 0.0 || x.is_nan() {
-                    x
-                } else {
-                    0.0
-                }
-            }
-            Finish::LeakyRelu { slope } => {
-                if x > 0.0 {
-                    x
-                } else {
-                    slope * x
-                }
-            }
-        }
-    }
-
-    /// The gradient of what it took, from that of its outputs `y`, which tell where it goes.
-    #[inline(always)]
-    pub fn gradient(self, y: &[f32], dy: &[f32], dx: &mut [f32]) {
-        let all = dx.iter_mut().zip(y.iter().zip(dy));
-        match self {
-            Finish::Keep => dx.copy_from_slice(dy),
-            Finish::Relu => all.for_each(|(dx, (y, dy))| *dx = if *y > 0.0 { *dy } else { 0.0 }),
-            Finish::LeakyRelu { slope } => all.for_each(|(dx, (y, dy))| *dx = if *y > 0.0 { *dy } else { slope * dy }),
-        }
-    }
-
-    /// Of a vector of them.
-    #[inline(always)]
-    pub fn of_vector<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
-        let zero = simd.splat_f32s(0.0);
-        match self {
-            Finish::Keep => x,
-            Finish::Relu => simd.select_f32s(simd.less_than_or_equal_f32s(x, zero), zero, x),
-            Finish::LeakyRelu { slope } => {
-                let scaled = simd.mul_f32s(simd.splat_f32s(slope), x);
-                simd.select_f32s(simd.greater_than_f32s(x, zero), x, scaled)
-            }
-        }
-    }
 }
 
 /// How a few rows lie in a slice.
@@ -111,6 +51,8 @@ pub struct Strip<'a> {
     /// Of these rows and columns.
     pub start: Start<'a>,
     pub finish: Finish,
+    /// Where the product goes on through an activation's gradient: from the strip's first value on.
+    pub through: Option<Through<'a>>,
 }
 
 impl Strip<'_> {
@@ -183,7 +125,8 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTO
                     Lines::<S::f32s, VECTORS>::new(b, width, strip.depth)
                 }
             };
-            let c = if strip.across { &mut c[from * strip.c_stride..] } else { &mut c[from..] };
+            let at = if strip.across { from * strip.c_stride } else { from };
+            let (c, through) = (&mut c[at..], strip.through.map(|through| through.from(at)));
             let mut tile = Tile::<S, ROWS, VECTORS> { simd, c, stride: strip.c_stride, columns };
             let start = match strip.start {
                 Start::Columns(values) => Start::Columns(&values[from..][..columns]),
@@ -193,7 +136,8 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTO
                 tile.load_across(start)
             } else {
                 if strip.depth > 2 * LINE {
-                    tile.fetch();
+                    tile.fetch(tile.c);
+                    through.inspect(|through| tile.fetch(through.values()));
                 }
                 tile.load(start)
             };
@@ -201,7 +145,15 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTO
             let sums = multiply_add(simd, a, b, fetches, sums);
             // By value, so that the sums above are never indexed at run time, and live in registers.
             let sums = sums.map(|row| row.map(|x| strip.finish.of_vector(simd, x)));
-            if strip.across { tile.store_across(sums) } else { tile.store(sums) }
+            if strip.across {
+                tile.store_across(sums)
+            } else {
+                tile.store(sums)
+            }
+            if let Some(through) = through {
+                let (lines, len) = if strip.across { (columns, ROWS) } else { (ROWS, columns) };
+                simd.vectorize(PassLines { through, c: tile.c, stride: strip.c_stride, lines, len });
+            }
         }
     }
 }
@@ -220,11 +172,12 @@ struct Tile<'a, S: Simd, const ROWS: usize, const VECTORS: usize> {
 impl<S: Simd, const ROWS: usize, const VECTORS: usize> Tile<'_, S, ROWS, VECTORS> {
     const WIDTH: usize = VECTORS * S::F32_LANES;
 
+    /// Brings closer the tile's values of what lies as `c` does.
     #[inline(always)]
-    fn fetch(&self) {
+    fn fetch(&self, values: &[f32]) {
         for r in 0..ROWS {
             for at in (0..Self::WIDTH).step_by(LINE) {
-                fetch(self.c, r * self.stride + at);
+                fetch(values, r * self.stride + at);
             }
         }
     }
