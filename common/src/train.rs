@@ -222,7 +222,7 @@ pub fn evaluate<'w>(model: &Model, params: &[f32], batch: &Batch, workspace: &'w
     ArrayView2::from_shape((targets, model.outputs()), logits).expect("as long as its shape")
 }
 
-/// Digest of the gradients of two small models that together run every kernel: machines that disagree cannot train together.
+/// Digest of the gradients of three small models that together run every kernel: machines that disagree cannot train together.
 pub fn fingerprint() -> [u8; 32] {
     use crate::data::Targets;
     use crate::job::{Activation, Join, Layer as Op, Loss as LossKind, Model as Spec, RowInit};
@@ -251,6 +251,12 @@ pub fn fingerprint() -> [u8; 32] {
         Op::Dropout { rate: 0.3 },
         linear(65),
         act(Activation::Sigmoid),
+        linear(33),
+        act(Activation::Gelu),
+        linear(17),
+        act(Activation::Relu),
+        linear(50),
+        act(Activation::LeakyRelu { slope: 0.1 }),
         linear(10),
     ];
     let attention = |rotary: Option<f64>| Op::Attention { heads: 2, causal: rotary.is_some(), rotary };

@@ -313,7 +313,8 @@ mod tests {
                     let x: Vec<f32> = (0..rows).flat_map(|row| if row % 2 == 0 { &a } else { &b }).copied().collect();
                     column_sums(&x, &mut out);
                     let want = |j: usize| (0..rows).fold(0.0, |sum, row| sum + x[row * n + j]);
-                    assert!(out.iter().enumerate().all(|(j, o)| *o == want(j)), "{rows} rows of {n}");
+                    let same = |(j, o): (usize, &f32)| o.to_bits() == want(j).to_bits();
+                    assert!(out.iter().enumerate().all(same), "{rows} rows of {n}");
                 }
             }
         }

@@ -132,16 +132,16 @@ pub(super) fn activate_columns(
 
 /// The gradient of what [`activate`] took, of `y`, which it put out, or of the `slopes` that it kept.
 pub(super) fn deactivate(kind: job::Activation, y: &[f32], slopes: &[f32], dy: &[f32], dx: &mut [f32]) {
-    match (finish(kind), kind) {
-        (Some(finish), _) => unmask(finish, y, dy, dx),
+    match (through(kind, y, slopes), kind) {
+        (Some(Through::Outputs(finish, y)), _) => unmask(finish, y, dy, dx),
+        (Some(Through::Slopes(slopes)), _) => map2(dx, slopes, dy, |slope, d| d * slope),
         (None, job::Activation::Tanh) => map2(dx, y, dy, |y, d| d * (1.0 - y * y)),
-        (None, job::Activation::Sigmoid) => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
-        (None, _) => map2(dx, slopes, dy, |slope, d| d * slope),
+        (None, _) => map2(dx, y, dy, |y, d| d * y * (1.0 - y)),
     }
 }
 
-/// How a product whose values are the gradient of what [`activate`] put out may go on to that of what it took, if it can: by the
-/// outputs `y`, or by the `slopes` that were kept.
+/// How a product whose values are the gradient of what [`activate`] put out may go on to that of what it took: by the outputs `y`, or
+/// by the `slopes` that were kept. Not for those whose slopes are computed from the outputs, as they are rare between linear layers.
 pub(super) fn through<'a>(kind: job::Activation, y: &'a [f32], slopes: &'a [f32]) -> Option<Through<'a>> {
     match finish(kind) {
         Some(finish) => Some(Through::Outputs(finish, y)),

@@ -221,8 +221,8 @@ pub(super) struct Above<'a> {
 }
 
 impl Linear {
-    /// [`Layer::backward`] between other linear layers: `dx` becomes the gradient of the sums of the one below, where it goes `through`
-    /// its activation.
+    /// [`Layer::backward`] where layers follow each other: the gradient from above may be that of the sums, and `dx` becomes that of
+    /// the sums of the linear layer below, where it goes `through` its activation.
     pub(super) fn backward_between(
         &self,
         pass: &Pass<'_>,
@@ -250,7 +250,7 @@ impl Linear {
         }
     }
 
-    /// [`Linear::backward_between`] with the inputs' gradient first; gives what computes and announces the parameters'. `scratch` is that of
+    /// [`Linear::backward_between`] with the inputs' gradient first, where no linear layer is below; gives what computes and announces the parameters'. `scratch` is that of
     /// [`Linear::scratch_of_halves`].
     pub(super) fn backward_in_halves<'a>(
         &'a self,
@@ -260,7 +260,6 @@ impl Linear {
         y: &[f32],
         above: Above<'_>,
         dx: &mut [f32],
-        through: Option<Through<'_>>,
         grads: &'a mut [f32],
         saved: &[f32],
         scratch: &'a mut [f32],
@@ -270,7 +269,7 @@ impl Linear {
             Some(kind) => deactivate(kind, y, saved, above.dy, sums),
             None => sums.copy_from_slice(above.dy),
         }
-        self.input(&pass, params, sums, dx, through);
+        self.input(&pass, params, sums, dx, None);
         move || self.parameters(&pass, x, sums, false, grads, scratch)
     }
 
@@ -335,7 +334,7 @@ impl Linear {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Activation, Rows, Segments, Sequential};
+    use super::super::{Activation, LayerNorm, Rows, Segments, Sequential};
     use super::*;
     use crate::rng::{Key, Purpose};
     use std::cell::RefCell;
@@ -354,7 +353,7 @@ mod tests {
         layers: &[&dyn Layer],
         parts: &[usize],
         (rows, segments): (usize, &Segments),
-        train: bool,
+        (train, wants_inputs): (bool, bool),
         x: &[f32],
         params: &[f32],
         dy: &[f32],
@@ -391,10 +390,11 @@ mod tests {
             let own: &mut [f32] = if layer.tensors().is_empty() { &mut [] } else { &mut gradient };
             let grads = Grads { trainable: own, running: &mut [], rows: &mut [] };
             let (x, y) = (&outputs[i], &outputs[i + 1]);
-            layer.backward(&pass, params, x, y, &dy, Some(&mut dx), grads, &mut kept[i], &mut scratch);
+            let wanted = (i > 0 || wants_inputs).then_some(&mut dx[..]);
+            layer.backward(&pass, params, x, y, &dy, wanted, grads, &mut kept[i], &mut scratch);
             dy = dx;
         }
-        [y, bits(&gradient), bits(&dy)]
+        [y, bits(&gradient), if wants_inputs { bits(&dy) } else { vec![] }]
     }
 
     /// An activation that is computed with the sums is that of a layer behind them: of a few rows and of many, on any threads, of
@@ -420,7 +420,7 @@ mod tests {
                 for (threads, train) in [(1, true), (2, true), (3, true), (2, false)] {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
                     let run = |layers: &[&dyn Layer], parts: &[usize]| {
-                        pool.install(|| both_ways(layers, parts, (rows, &segments), train, &x, &params, &dy))
+                        pool.install(|| both_ways(layers, parts, (rows, &segments), (train, true), &x, &params, &dy))
                     };
                     let expected = run(&[&apart, &behind], &[]);
                     assert!(run(&[&together], &[]) == expected, "{rows}x{inputs}x{outputs}, {kind:?}, {threads}");
@@ -432,31 +432,39 @@ mod tests {
         }
     }
 
-    /// Linear layers in a row give the gradients of layers with their activations between them, to the bit.
+    /// Linear layers in a row give the gradients of layers with their activations between them, to the bit: of rows and of positions,
+    /// of partitions without samples, with and without those of the inputs, above and below other layers.
     #[test]
     fn a_gradient_through_an_activation_is_one_after_it() {
         use job::Activation::{Gelu, LeakyRelu, Relu, Sigmoid, Silu, Tanh};
         let zero = Init::Constant(0.0);
-        for (rows, [inputs, first, second, outputs]) in
-            [(200, [33, 70, 48, 5]), (3, [5, 24, 1, 130]), (50, [1, 600, 17, 600])]
+        for (rows, positions, [inputs, first, second, outputs]) in
+            [(200, 1, [33, 70, 48, 5]), (3, 7, [5, 24, 1, 130]), (50, 1, [1, 600, 17, 600])]
         {
-            let segments = Segments { lo: 0, starts: vec![0, rows / 3, rows] };
-            let (x, dy) = (values(1, rows * inputs), values(2, rows * outputs));
-            let params = values(3, (inputs + 1) * first + (first + 1) * second + (second + 1) * outputs);
+            let segments = Segments { lo: 0, starts: vec![0, rows / 3, rows / 3, rows] };
+            let (x, dy) = (values(1, rows * positions * inputs), values(2, rows * positions * outputs));
+            let params = values(3, (inputs + 1) * first + (first + 1) * second + 2 * second + (second + 1) * outputs);
             for kind in [Gelu, Silu, Tanh, Sigmoid, LeakyRelu { slope: -0.5 }, LeakyRelu { slope: 0.5 }, Relu] {
                 let linear = |inputs, outputs, activation| -> Box<dyn Layer> {
-                    Box::new(Linear { inputs, out_shape: vec![outputs], init: zero, bias: Some(zero), activation })
+                    let out_shape = vec![positions, outputs];
+                    Box::new(Linear { inputs, out_shape, init: zero, bias: Some(zero), activation })
                 };
-                let behind = |outputs| -> Box<dyn Layer> { Box::new(Activation { kind, shape: vec![outputs] }) };
-                let last = || linear(second, outputs, None);
-                let together = vec![linear(inputs, first, Some(kind)), linear(first, second, Some(kind)), last()];
-                let alone = [linear(inputs, first, None), behind(first), linear(first, second, None), behind(second)];
-                let alone = alone.into_iter().chain([last()]).collect();
-                let [together, apart] = [together, alone].map(|layers| Sequential::new(&[inputs], layers));
-                for threads in [1, 2, 3] {
+                let behind =
+                    |outputs| -> Box<dyn Layer> { Box::new(Activation { kind, shape: vec![positions, outputs] }) };
+                let end = || -> [Box<dyn Layer>; 2] {
+                    let norm = LayerNorm { shape: vec![positions, second], dims: 1, centered: true, eps: 1e-5 };
+                    [Box::new(norm), linear(second, outputs, None)]
+                };
+                let together = [linear(inputs, first, Some(kind)), linear(first, second, Some(kind))];
+                let apart = [linear(inputs, first, None), behind(first), linear(first, second, None), behind(second)];
+                let chain = |layers| Sequential::new(&[positions, inputs], layers);
+                let together = chain(together.into_iter().chain(end()).collect());
+                let apart = chain(apart.into_iter().chain(end()).collect());
+                for (threads, wants_inputs) in [(1, true), (2, true), (3, true), (2, false)] {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+                    let how = (true, wants_inputs);
                     let run = |chain: &Sequential| {
-                        pool.install(|| both_ways(&[chain], &[], (rows, &segments), true, &x, &params, &dy))
+                        pool.install(|| both_ways(&[chain], &[], (rows, &segments), how, &x, &params, &dy))
                     };
                     assert!(run(&together) == run(&apart), "{rows}x{inputs}x{first}, {kind:?}, {threads} threads");
                 }

@@ -165,7 +165,8 @@ pub trait Layer: Send + Sync {
         self.multiply_adds()
     }
 
-    /// The layer itself, where its outputs may be computed in parts, as their parameters come; never a layer inside of it.
+    /// The layer itself, where its outputs may be computed in parts, as their parameters come, and gradients may come as those of its
+    /// sums; never a layer inside of it.
     fn as_linear(&self) -> Option<&Linear> {
         None
     }

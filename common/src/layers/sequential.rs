@@ -265,27 +265,25 @@ impl Layer for Sequential {
             let (key, first) = (pass.key.with(self.places[i] as u64), pass.first + d_trainable.len());
             let mine = Params { trainable: mine_t, running: mine_r, ..params };
             let linear = layer.as_linear();
-            let next = (i > end).then(|| self.layers[i - 1].as_linear()).flatten().filter(|_| linear.is_some());
+            let next = linear.filter(|_| i > end).and_then(|_| self.layers[i - 1].as_linear());
             let through = next.and_then(|next| next.through(x, &kept[kept.len() - next.saved(rows, segments)..]));
             let from_above = Above { dy, is_of_sums };
             is_of_sums = through.is_some();
+            let heard = Pass { key, first, finished: &finished, ..*pass };
+            let scratch = &mut scratch[..layer.scratch(rows, segments)];
             match (linear, into) {
                 (Some(linear), Some(into)) if waits == Some(i) => {
-                    let pass = Pass { key, first, ..*pass };
-                    let scratch = std::mem::take(&mut of_waiting);
+                    let (pass, scratch) = (Pass { key, first, ..*pass }, std::mem::take(&mut of_waiting));
                     waiting.set(Some(Box::new(
-                        linear.backward_in_halves(pass, mine, x, y, from_above, into, through, grad_t, saved, scratch),
+                        linear.backward_in_halves(pass, mine, x, y, from_above, into, grad_t, saved, scratch),
                     )));
                 }
-                (linear, into) => {
-                    let pass = Pass { key, first, finished: &finished, ..*pass };
-                    let scratch = &mut scratch[..layer.scratch(rows, segments)];
-                    if let Some(linear) = linear {
-                        linear.backward_between(&pass, mine, x, y, from_above, into, through, grad_t, saved, scratch);
-                    } else {
-                        let into_grads = Grads { trainable: grad_t, running: grad_r, rows: &mut *d_rows };
-                        layer.backward(&pass, mine, x, y, dy, into, into_grads, saved, scratch);
-                    }
+                (Some(linear), into) => {
+                    linear.backward_between(&heard, mine, x, y, from_above, into, through, grad_t, saved, scratch);
+                }
+                (None, into) => {
+                    let into_grads = Grads { trainable: grad_t, running: grad_r, rows: &mut *d_rows };
+                    layer.backward(&heard, mine, x, y, dy, into, into_grads, saved, scratch);
                 }
             }
             std::mem::swap(&mut above, &mut below);

@@ -7,6 +7,8 @@
 //! c = start;  for k in 0..depth { c = fma(a[i, k], b[k, j], c) };  c = finish(c)
 //! ```
 //!
+//! A gradient may then go on through an activation ([`Through`]): once, when its sum is complete.
+//!
 //! So it depends neither on how many rows or columns are computed beside it, nor on where it lies, nor on threads, vectors
 //! or cache blocks: a block of `k` goes on from what the block before left in `c`. A batch may be cut and joined for any
 //! number of threads and partitions, and machines with different instruction sets train together.
@@ -96,25 +98,26 @@ pub fn product(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, start: Start<'_>, finish: 
 /// # Panics
 /// Where the shapes do not fit.
 pub fn product_apart(c: &mut [f32], c_stride: usize, a: Mat<'_>, b: Mat<'_>, start: Start<'_>, finish: Finish) {
-    assert_eq!(a.cols, b.rows, "a product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
-    assert!(c_stride >= b.cols, "rows of {} values {c_stride} apart", b.cols);
-    if a.rows > 0 && b.cols > 0 {
-        let c = &mut c[..(a.rows - 1) * c_stride + b.cols];
-        super::isa::arch().dispatch(Either { c, c_stride, a, b, start, finish, through: None });
-    }
+    either(Either { c, c_stride, a, b, start, finish, through: None });
 }
 
-/// `c = a b`, the gradient of an activation's outputs, or, `through` it, that of its inputs; with the shapes of [`gemm`], and as many
-/// values to go through as in `c`.
+/// `c = a b`, the gradient of an activation's outputs, or, `through` it, that of its inputs; with the shapes of [`gemm`], and at least
+/// `(m, n)` values, row-major, that tell the slopes.
 ///
 /// # Panics
 /// Where the shapes do not fit.
 pub fn product_through(c: &mut [f32], a: Mat<'_>, b: Mat<'_>, through: Option<Through<'_>>) {
-    assert_eq!(a.cols, b.rows, "a product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
     assert!(through.is_none_or(|through| through.values().len() >= a.rows * b.cols), "slopes for all values");
+    either(Either { c, c_stride: b.cols, a, b, start: Start::Zero, finish: Finish::Keep, through });
+}
+
+/// Runs it, with values of `c` that belong to it alone.
+fn either(Either { c, c_stride, a, b, start, finish, through }: Either<'_>) {
+    assert_eq!(a.cols, b.rows, "a product of {}x{} and {}x{}", a.rows, a.cols, b.rows, b.cols);
+    assert!(c_stride >= b.cols, "rows of {} values {c_stride} apart", b.cols);
     if a.rows > 0 && b.cols > 0 {
-        let (c, c_stride) = (&mut c[..a.rows * b.cols], b.cols);
-        super::isa::arch().dispatch(Either { c, c_stride, a, b, start: Start::Zero, finish: Finish::Keep, through });
+        let c = &mut c[..(a.rows - 1) * c_stride + b.cols];
+        super::isa::arch().dispatch(Either { c, c_stride, a, b, start, finish, through });
     }
 }
 

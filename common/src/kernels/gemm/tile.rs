@@ -28,7 +28,7 @@ pub enum Lie {
     Columns(usize),
 }
 
-/// `c = finish(start + a b)` for a few rows and all columns of a block of `b`, panel by panel.
+/// `c = finish(start + a b)`, which may go on through an activation, for a few rows and all columns of a block of `b`, panel by panel.
 #[derive(Clone, Copy)]
 pub struct Strip<'a> {
     pub a: &'a [f32],
@@ -137,7 +137,9 @@ impl<S: Simd, const ROWS: usize, const VECTORS: usize> Panels<'_, S, ROWS, VECTO
             } else {
                 if strip.depth > 2 * LINE {
                     tile.fetch(tile.c);
-                    through.inspect(|through| tile.fetch(through.values()));
+                    if let Some(through) = through {
+                        tile.fetch(through.values());
+                    }
                 }
                 tile.load(start)
             };
