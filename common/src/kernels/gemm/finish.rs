@@ -78,12 +78,13 @@ impl Finish {
     }
 }
 
-/// An activation whose gradient is a product's values, each times the slope there. What tells the slopes lies as the product does.
+/// The way back through an activation: a product's values, the gradient of its outputs, become that of its inputs, each times the
+/// slope there. What tells the slopes lies as the product does.
 #[derive(Clone, Copy, Debug)]
 pub enum Through<'a> {
     /// The slopes themselves.
     Slopes(&'a [f32]),
-    /// The outputs of what ended another product.
+    /// The outputs of the activation, with which another product ended.
     Outputs(Finish, &'a [f32]),
 }
 
