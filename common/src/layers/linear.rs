@@ -250,8 +250,8 @@ impl Linear {
         }
     }
 
-    /// [`Linear::backward_between`] with the inputs' gradient first, where no linear layer is below; gives what computes and announces
-    /// the parameters'. `scratch` is that of [`Linear::scratch_of_halves`].
+    /// [`Linear::backward_between`] with the inputs' gradient first, that of the outputs below; gives what computes and announces the
+    /// parameters'. `scratch` is that of [`Linear::scratch_of_halves`].
     pub(super) fn backward_in_halves<'a>(
         &'a self,
         pass: Pass<'a>,

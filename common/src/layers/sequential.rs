@@ -239,7 +239,7 @@ impl Layer for Sequential {
             do_it();
             (pass.finished)(from, values);
         };
-        // Between two linear layers goes the gradient of the lower one's sums, where the upper one can compute it.
+        // Between two linear layers goes the gradient of the lower one's sums, where the upper one can compute it. One that waits does not.
         let mut is_of_sums = false;
         for (i, (layer, &(t, r))) in self.layers.iter().zip(&self.sizes).enumerate().skip(end).rev() {
             let (rest, mine_t) = trainable.split_at(trainable.len() - t);
@@ -265,7 +265,7 @@ impl Layer for Sequential {
             let (key, first) = (pass.key.with(self.places[i] as u64), pass.first + d_trainable.len());
             let mine = Params { trainable: mine_t, running: mine_r, ..params };
             let linear = layer.as_linear();
-            let next = linear.filter(|_| i > end).and_then(|_| self.layers[i - 1].as_linear());
+            let next = linear.filter(|_| i > end && waits != Some(i)).and_then(|_| self.layers[i - 1].as_linear());
             let through = next.and_then(|next| next.through(x, &kept[kept.len() - next.saved(rows, segments)..]));
             let from_above = Above { dy, is_of_sums };
             is_of_sums = through.is_some();
