@@ -9,7 +9,7 @@
 use super::memory::{HUGE, Memory, PAGE, whole_pages};
 use rayon::prelude::*;
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use unisono_common::kernels;
 
 /// Words of an entry: the key's two halves, one more than the row's place (0: nothing is there), and the last 32 bits of the
@@ -213,17 +213,6 @@ impl Rows {
         );
     }
 
-    /// Passes on the number and the values of each key that has a row; with `since`, of those whose row has changed since it was
-    /// that of this step, which is less than 2^31 steps ago. (One that has not changed for 2^31 steps may be said to have.)
-    pub fn each_row(&self, keys: &[u64], since: Option<u64>, mut give: impl FnMut(usize, &[f32])) {
-        let wanted = |index: &Index<'_>, at| since.is_none_or(|since| index.has_changed(at, since));
-        self.each_place(keys, wanted, |i, place| {
-            if place != NOWHERE {
-                give(i, self.values(place));
-            }
-        });
-    }
-
     /// Passes on each key's number and the place of its row, whose values were fetched while others were passed on; [`NOWHERE`] for a
     /// key without a row, or one whose entry in the index is not `wanted`.
     #[inline(always)]
@@ -268,6 +257,11 @@ pub struct RowStore {
     rows: Rows,
     /// Up to where memory is there for rows.
     backed: usize,
+    /// Whether anybody has asked which rows have changed. Until then entries are not told: of a large index that is a write to memory
+    /// for each row.
+    is_asked: AtomicBool,
+    /// The last step whose changes the entries were not told.
+    untold: u64,
 }
 
 impl std::ops::Deref for RowStore {
@@ -297,7 +291,22 @@ impl RowStore {
 
     fn of(memory: Memory, capacity: Capacity) -> RowStore {
         // Few rows take no more than what they need.
-        RowStore { rows: Rows::of(memory, capacity), backed: (capacity.rows_at() + HUGE).next_multiple_of(HUGE) }
+        let backed = (capacity.rows_at() + HUGE).next_multiple_of(HUGE);
+        RowStore { rows: Rows::of(memory, capacity), backed, is_asked: AtomicBool::new(false), untold: 0 }
+    }
+
+    /// Passes on the number and the values of each key that has a row; with `since`, of all whose row has changed since it was that
+    /// of this step, which is less than 2^31 steps ago, and not many others: those that have not changed for 2^31 steps, and all of
+    /// them where nobody had asked before the step after `since` was made.
+    pub fn each_row(&self, keys: &[u64], since: Option<u64>, mut give: impl FnMut(usize, &[f32])) {
+        self.is_asked.store(true, Ordering::Relaxed);
+        let since = since.filter(|since| *since >= self.untold);
+        let wanted = |index: &Index<'_>, at| since.is_none_or(|since| index.has_changed(at, since));
+        self.each_place(keys, wanted, |i, place| {
+            if place != NOWHERE {
+                give(i, self.values(place));
+            }
+        });
     }
 
     /// The memory, to give it away.
@@ -411,8 +420,11 @@ impl RowStore {
         let (mut places, mut rows) = (vec![NOWHERE; keys.len()], spare);
         let (len, each) = (self.capacity.record(), each(keys.len()));
         rows.resize(keys.len() * len, 0.0);
-        let mark = |index: &Index<'_>, at| {
-            index.entry(at)[3].store(step as u32, Ordering::Relaxed);
+        let is_told = self.is_asked.load(Ordering::Relaxed);
+        let tell = |index: &Index<'_>, at| {
+            if is_told {
+                index.entry(at)[3].store(step as u32, Ordering::Relaxed);
+            }
             true
         };
         let all = keys.par_chunks(each).zip(places.par_chunks_mut(each)).zip(rows.par_chunks_mut(each * len));
@@ -423,7 +435,7 @@ impl RowStore {
                 || {
                     self.each_place(
                         keys,
-                        mark,
+                        tell,
                         #[inline(always)]
                         |i, place| {
                             places[i] = place;
@@ -445,7 +457,7 @@ impl RowStore {
                 },
             );
         });
-        Plan { step, keys, places, rows, is_in_place }
+        Plan { step, keys, places, rows, is_in_place, is_told }
     }
 
     /// Puts what was planned in its place, on the current thread pool; nothing else was put since.
@@ -454,11 +466,14 @@ impl RowStore {
     /// No room for all that are new: then none is put.
     #[allow(unsafe_code, reason = "shared memory")]
     pub fn put(&mut self, plan: &mut Plan) -> Result<(), Full> {
-        let Plan { step, keys, places, rows, is_in_place } = plan;
+        let Plan { step, keys, places, rows, is_in_place, is_told } = plan;
         let before = self.len();
         let new = places.iter().filter(|place| **place == NOWHERE).count();
         if new > (self.capacity.rows - before) as usize {
             return Err(Full);
+        }
+        if !*is_told {
+            self.untold = *step;
         }
         self.grow_to(before + new as u32);
         let index = self.index(self.header()[GENERATION].load(Ordering::Relaxed));
@@ -513,6 +528,8 @@ pub struct Plan {
     rows: Vec<f32>,
     /// Whether the rows that there were are those already.
     is_in_place: bool,
+    /// Whether their entries say so.
+    is_told: bool,
 }
 
 impl Plan {
@@ -544,7 +561,7 @@ mod tests {
         place.filter(|place| *place != NOWHERE)
     }
 
-    fn has_changed(rows: &Rows, key: u64, since: u64) -> bool {
+    fn has_changed(rows: &RowStore, key: u64, since: u64) -> bool {
         let mut changed = false;
         rows.each_row(&[key], Some(since), |_, _| changed = true);
         changed
@@ -649,6 +666,36 @@ mod tests {
             store.each_row(&keys, since, |i, row| given.push((i as u64, row.to_vec())));
             let want = ids.iter().filter(|id| *id % 7 > 0 && since.is_none_or(|since| *id % 5 > since));
             assert_eq!(given, want.map(|id| (*id, vec![*id as f32; 3])).collect::<Vec<_>>(), "since {since:?}");
+        }
+    }
+
+    /// Whoever asks gets all that have changed, also before anybody had asked, and then no others.
+    #[test]
+    fn changes_are_told_from_when_they_are_asked_for() {
+        for in_place in [false, true] {
+            let mut store = RowStore::private(capacity(10)).expect("memory");
+            (1..=4).for_each(|key| assert!(store.place(key << 40, 0, |_| ()).is_ok()));
+            let change = |store: &mut RowStore, step, keys: &[u64]| {
+                let (keys, make) = (keys.iter().map(|key| key << 40).collect(), || |_, _, _: &mut [f32]| ());
+                match in_place {
+                    true => store.plan_in_place(keys, step, Vec::new(), make),
+                    false => store.plan(keys, step, Vec::new(), make),
+                }
+            };
+            let changed = |store: &RowStore, since| -> Vec<u64> {
+                (1..=5).filter(|key| has_changed(store, key << 40, since)).collect()
+            };
+            let mut plan = change(&mut store, 1, &[1]);
+            store.put(&mut plan).expect("room");
+            // Asked between what is planned and what is put, which was not told.
+            let mut plan = change(&mut store, 2, &[2, 5]);
+            assert_eq!(changed(&store, 0), [1, 2, 3, 4]);
+            store.put(&mut plan).expect("room");
+            assert_eq!((changed(&store, 1), changed(&store, 2)), (vec![1, 2, 3, 4, 5], vec![]));
+            let mut plan = change(&mut store, 3, &[3, 5]);
+            store.put(&mut plan).expect("room");
+            assert_eq!((changed(&store, 2), changed(&store, 3)), (vec![3, 5], vec![]));
+            assert_eq!(changed(&store, 1), [1, 2, 3, 4, 5]);
         }
     }
 

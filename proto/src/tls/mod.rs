@@ -25,7 +25,7 @@ pub const ALPN: &[u8] = b"h2";
 
 /// The cryptography that is used, with the suites by preference.
 pub fn provider() -> Arc<CryptoProvider> {
-    let mut provider = rustls::crypto::ring::default_provider();
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
     // The shorter key is as safe, and faster.
     provider.cipher_suites.sort_by_key(|suite| suite.suite() != rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
     Arc::new(provider)
