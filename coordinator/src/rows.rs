@@ -387,7 +387,7 @@ impl Tables {
         Next { plan, whole, bad }
     }
 
-    /// The rows of `keys` that there are and that have changed since `since` (or all of them).
+    /// The rows of `keys` that there are, at least those that have changed since `since` (or all of them).
     pub fn pull(&self, keys: &[u64], since: Option<Step>) -> Pulled {
         // Most are there, and few of them have changed.
         let room = if since.is_none() { keys.len() } else { 0 };

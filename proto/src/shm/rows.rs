@@ -9,11 +9,11 @@
 use super::memory::{HUGE, Memory, PAGE, whole_pages};
 use rayon::prelude::*;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use unisono_common::kernels;
 
 /// Words of an entry: the key's two halves, one more than the row's place (0: nothing is there), and the last 32 bits of the
-/// step that comes after the row's last change.
+/// step that comes after the row's last change that was told.
 const ENTRY: usize = 4;
 
 /// Entries and rows that are fetched while one is worked on.
@@ -261,7 +261,7 @@ pub struct RowStore {
     /// for each row.
     is_asked: AtomicBool,
     /// The last step whose changes the entries were not told.
-    untold: u64,
+    untold: AtomicU64,
 }
 
 impl std::ops::Deref for RowStore {
@@ -292,7 +292,12 @@ impl RowStore {
     fn of(memory: Memory, capacity: Capacity) -> RowStore {
         // Few rows take no more than what they need.
         let backed = (capacity.rows_at() + HUGE).next_multiple_of(HUGE);
-        RowStore { rows: Rows::of(memory, capacity), backed, is_asked: AtomicBool::new(false), untold: 0 }
+        RowStore {
+            rows: Rows::of(memory, capacity),
+            backed,
+            is_asked: AtomicBool::new(false),
+            untold: AtomicU64::new(0),
+        }
     }
 
     /// Passes on the number and the values of each key that has a row; with `since`, of all whose row has changed since it was that
@@ -300,7 +305,7 @@ impl RowStore {
     /// them where nobody had asked before the step after `since` was made.
     pub fn each_row(&self, keys: &[u64], since: Option<u64>, mut give: impl FnMut(usize, &[f32])) {
         self.is_asked.store(true, Ordering::Relaxed);
-        let since = since.filter(|since| *since >= self.untold);
+        let since = since.filter(|since| *since >= self.untold.load(Ordering::Relaxed));
         let wanted = |index: &Index<'_>, at| since.is_none_or(|since| index.has_changed(at, since));
         self.each_place(keys, wanted, |i, place| {
             if place != NOWHERE {
@@ -381,7 +386,7 @@ impl RowStore {
 
     /// What keys' rows become at `step`, on the current thread pool: what `make` gives, for some of them at once, gets a key and
     /// its number, whether it has no row yet, and the row to change. The rows that there are stay as they are, but
-    /// count as changed. `spare` is memory to work with.
+    /// count as changed, where anybody asks for that. `spare` is memory to work with.
     ///
     /// # Panics
     /// Where keys are not ascending.
@@ -421,6 +426,9 @@ impl RowStore {
         let (len, each) = (self.capacity.record(), each(keys.len()));
         rows.resize(keys.len() * len, 0.0);
         let is_told = self.is_asked.load(Ordering::Relaxed);
+        if !is_told {
+            self.untold.store(step, Ordering::Relaxed);
+        }
         let tell = |index: &Index<'_>, at| {
             if is_told {
                 index.entry(at)[3].store(step as u32, Ordering::Relaxed);
@@ -457,7 +465,7 @@ impl RowStore {
                 },
             );
         });
-        Plan { step, keys, places, rows, is_in_place, is_told }
+        Plan { step, keys, places, rows, is_in_place }
     }
 
     /// Puts what was planned in its place, on the current thread pool; nothing else was put since.
@@ -466,14 +474,11 @@ impl RowStore {
     /// No room for all that are new: then none is put.
     #[allow(unsafe_code, reason = "shared memory")]
     pub fn put(&mut self, plan: &mut Plan) -> Result<(), Full> {
-        let Plan { step, keys, places, rows, is_in_place, is_told } = plan;
+        let Plan { step, keys, places, rows, is_in_place } = plan;
         let before = self.len();
         let new = places.iter().filter(|place| **place == NOWHERE).count();
         if new > (self.capacity.rows - before) as usize {
             return Err(Full);
-        }
-        if !*is_told {
-            self.untold = *step;
         }
         self.grow_to(before + new as u32);
         let index = self.index(self.header()[GENERATION].load(Ordering::Relaxed));
@@ -528,8 +533,6 @@ pub struct Plan {
     rows: Vec<f32>,
     /// Whether the rows that there were are those already.
     is_in_place: bool,
-    /// Whether their entries say so.
-    is_told: bool,
 }
 
 impl Plan {

@@ -117,7 +117,7 @@ impl Records {
         keys: Box<dyn Keys>,
         incoming: Vec<u8>,
     ) -> Result<Records, Error> {
-        Ok(Records {
+        let mut records = Records {
             is_client,
             suite,
             keys,
@@ -136,7 +136,12 @@ impl Records {
             outgoing: VecDeque::new(),
             sent: 0,
             has_alert: false,
-        })
+        };
+        if records.seals.number > 0 {
+            // AWS-LC takes the first record that it sees for the first of the key: what the handshake sealed it has not seen here.
+            records.change_keys()?;
+        }
+        Ok(records)
     }
 
     /// Copies what has come into `out`, as far as there is room. Gives whether nothing more comes.
