@@ -138,7 +138,8 @@ impl Records {
             has_alert: false,
         };
         if records.seals.number > 0 {
-            // AWS-LC takes the first record that it sees for the first of the key: what the handshake sealed it has not seen here.
+            // AWS-LC takes the first record that it seals for the first of its key, and refuses numbers that then do not fit: where the
+            // handshake has sealed some with this one, all but the message that says so are sealed with the next.
             records.change_keys()?;
         }
         Ok(records)
