@@ -329,7 +329,7 @@ pub enum Cmd {
         after_help = "Examples:\n  unisono drain 3 --coordinator https://train.example.org:7070 --identity certs/operator\n  unisono drain node2:4711 --coordinator https://train.example.org:7070 --identity certs/operator"
     )]
     Drain {
-        /// The worker's id or its name, as `status` shows them
+        /// The worker's id or its name, as `status` shows them; a number is a name where no worker has that id
         worker: String,
         #[command(flatten)]
         reach: Reach,

@@ -76,12 +76,13 @@ pub async fn health(address: &Address) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Takes a worker out, of this id or of this name.
+/// Takes a worker out: of this id, or where there is none, of this name.
 pub async fn drain(address: &Address, worker: &str) -> Result<ExitCode> {
     let mut client = client(address).await?;
-    let worker_id = match worker.parse() {
-        Ok(id) => id,
-        Err(_) => named(worker, &answer(address, client.status(v1::StatusRequest {})).await?.workers)?,
+    let workers = answer(address, client.status(v1::StatusRequest {})).await?.workers;
+    let worker_id = match workers.iter().find(|w| worker.parse() == Ok(w.worker_id)) {
+        Some(worker) => worker.worker_id,
+        None => named(worker, &workers)?,
     };
     answer(address, client.drain(v1::DrainRequest { worker_id })).await?;
     println!("worker {worker_id} leaves after its current step");
@@ -93,7 +94,7 @@ fn named(name: &str, workers: &[v1::WorkerStatus]) -> Result<u64> {
     let ids: Vec<_> = workers.iter().filter(|w| w.name == name).map(|w| w.worker_id).collect();
     match *ids {
         [id] => Ok(id),
-        [] => bail!("there is no worker named {name}: `unisono status` shows ids and names"),
+        [] => bail!("there is no worker {name}: `unisono status` shows ids and names"),
         _ => bail!("several workers are named {name}: say which one by its id, one of {ids:?}"),
     }
 }

@@ -46,7 +46,7 @@ pub fn root() -> &'static Path {
 }
 
 /// The program in a folder of its own.
-fn command(dir: &Path, args: &[&str]) -> Command {
+pub fn command(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(program());
     command.args(args).current_dir(dir).stdin(Stdio::null());
     command

@@ -4,9 +4,9 @@ use prost::Message;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::time::Instant;
-use unisono_tests::{finish, free_port, program, root, run, start, summary};
+use unisono_tests::{command, finish, free_port, program, root, run, start, summary};
 
 /// A short run on the digits; its summary and checkpoint.
 fn trained(dir: &Path) -> (Value, PathBuf) {
@@ -23,6 +23,21 @@ fn refused(output: &Output, words: &[&str]) {
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{error}");
     assert!(words.iter().all(|w| error.contains(w)) && !error.contains("panicked"), "{error}");
+}
+
+/// A full disk is nothing that is wrong with what was asked, and whoever reads no more has enough of it.
+fn ends_well_where_nothing_can_be_written(dir: &Path, args: &[&str]) {
+    let into = |out: Stdio| {
+        let out = command(dir, args).stdout(out).stderr(Stdio::piped()).output().expect("it runs");
+        (out.status.code(), String::from_utf8_lossy(&out.stderr).to_string())
+    };
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+    let (code, said) = into(full.into());
+    assert_eq!(said.matches("cannot write to the standard output: No space left").count(), 1, "{said}");
+    assert_eq!(code, Some(1), "{said}");
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    assert_eq!(into(writer.into()), (Some(0), String::new()));
 }
 
 /// The README's first command.
@@ -68,26 +83,14 @@ fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
     assert_eq!(json["prediction"].as_str(), Some(lines[1][64]));
     assert_eq!(json["probability"].to_string(), lines[1][65]);
     assert_eq!(json["id"], 5);
-    // A full disk is nothing that is wrong with the rows, and whoever reads no more has enough of them.
+    // Answers that are written at once, and such as are more than is written at once.
     let [many, many_lined] = ["many.csv", "many.jsonl"].map(|name| dir.path().join(name));
     let row =
         |name: &Path| std::fs::read_to_string(name).expect("there").lines().last().expect("a row").to_string() + "\n";
     std::fs::write(&many, format!("{}\n{}", header.join(","), row(&rows).repeat(300))).expect("written");
     std::fs::write(&many_lined, row(&lined).repeat(300)).expect("written");
     for rows in [&rows, &lined, &many, &many_lined] {
-        let into = |out: Stdio| {
-            let mut command = Command::new(program());
-            command.args(["predict", text(&checkpoint), text(rows)]).current_dir(dir.path());
-            let out = command.stdout(out).stderr(Stdio::piped()).output().expect("it runs");
-            (out.status.code(), String::from_utf8_lossy(&out.stderr).to_string())
-        };
-        let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
-        let (code, said) = into(full.into());
-        assert!(said.contains("cannot write to the standard output: No space left"), "{said}");
-        assert_eq!(code, Some(1), "{said}");
-        let (reader, writer) = std::io::pipe().expect("a pipe");
-        drop(reader);
-        assert_eq!(into(writer.into()), (Some(0), String::new()));
+        ends_well_where_nothing_can_be_written(dir.path(), &["predict", text(&checkpoint), text(rows)]);
     }
 
     std::fs::write(&lined, "{\"features\":[1,2]}\n").expect("written");
@@ -306,6 +309,10 @@ fn a_language_model_writes_what_it_learnt() {
     };
     assert_eq!(write(&["b\na", "--tokens", "10", "--temperature", "0"]), "b\nab\nab\nab\nab\n");
     assert_eq!(write(&["--tokens", "5", "--top-k", "1"]), "ab\nab\n");
+    ends_well_where_nothing_can_be_written(
+        dir.path(),
+        &["predict", "runs/writer", "--generate", "b\na", "--tokens", "10"],
+    );
     let hot = |seed: &str| write(&["--tokens", "40", "--temperature", "20", "--seed", seed]);
     assert!(hot("3") == hot("3") && hot("3") != hot("4"));
     // Another text, as the model's own characters.

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use unisono_tests::{Signal, free_port, program, root, signal, signal_id, start, summary, wait_until};
+use unisono_tests::{Signal, command, free_port, program, root, signal, signal_id, start, summary, wait_until};
 
 /// The length of a job must not change its learning rate here.
 const SHORT: &[&str] = &["local", "--json", "--quiet", "--set", "train.schedule=constant"];
@@ -44,8 +44,9 @@ struct Running {
 }
 
 impl Running {
-    fn start(dir: &Path) -> Running {
-        let child = start(dir, &[SHORT, LONG].concat());
+    fn start(dir: &Path, options: &[&str]) -> Running {
+        let mut command = command(dir, options);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
         let mut run = Running { workers: Vec::new(), child: Some(child) };
         wait_until("the workers", || {
             run.workers = children(run.child().id());
@@ -81,7 +82,7 @@ impl Drop for Running {
 #[test]
 fn ctrl_c_writes_a_checkpoint_and_the_run_goes_on_from_it() {
     let dir = tempfile::tempdir().expect("a folder");
-    let mut run = Running::start(dir.path());
+    let mut run = Running::start(dir.path(), &[SHORT, LONG].concat());
     signal(run.child(), Signal::INT);
     let out = run.end();
     assert_eq!(out.status.code(), Some(130));
@@ -96,10 +97,25 @@ fn ctrl_c_writes_a_checkpoint_and_the_run_goes_on_from_it() {
     assert_eq!(summary(&resumed)["weights_digest"], summary(&calm)["weights_digest"]);
 }
 
+/// Of the tests of a second one is logged, but the last of all is, wherever the run is stopped.
+#[test]
+fn the_last_test_of_a_stopped_run_is_logged() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut run = Running::start(dir.path(), &[&["local", "--set", "train.eval_every=1"], LONG].concat());
+    signal(run.child(), Signal::INT);
+    let out = run.end();
+    let said = String::from_utf8_lossy(&out.stderr).to_string();
+    let tested = said.lines().filter(|line| line.contains(": test loss")).next_back().expect("a test");
+    let kept = std::fs::read_dir(dir.path().join("runs/digits-mlp")).expect("a run").flatten();
+    let steps = kept.filter_map(|e| e.file_name().to_str()?.strip_prefix("step-")?.parse::<u64>().ok());
+    let last = steps.max().expect("a checkpoint");
+    assert!(tested.contains(&format!("step {last}: ")), "{last}: {said}");
+}
+
 #[test]
 fn a_second_ctrl_c_ends_at_once_and_leaves_no_worker() {
     let dir = tempfile::tempdir().expect("a folder");
-    let mut run = Running::start(dir.path());
+    let mut run = Running::start(dir.path(), &[SHORT, LONG].concat());
     // Paused workers cannot finish the step that the first one waits for.
     for id in &run.workers {
         signal_id(*id, Signal::STOP);
@@ -114,7 +130,7 @@ fn a_second_ctrl_c_ends_at_once_and_leaves_no_worker() {
 #[test]
 fn kill_9_of_the_parent_leaves_no_worker() {
     let dir = tempfile::tempdir().expect("a folder");
-    let mut run = Running::start(dir.path());
+    let mut run = Running::start(dir.path(), &[SHORT, LONG].concat());
     signal(run.child(), Signal::KILL);
     assert_eq!(run.end().status.code(), None);
     // Shared memory has no name, so nothing of it stays, and the next run begins as any.

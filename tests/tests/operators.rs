@@ -91,14 +91,15 @@ fn workers_that_are_drained_by_id_or_name_leave_and_the_others_go_on() {
     let cluster = Cluster::start(dir.path(), 3 * SHORT);
     let join =
         |name| start(dir.path(), &["worker", "--coordinator", &cluster.address, "--patience", "5", "--name", name]);
-    let others = [join("twin"), join("twin"), join("spare")];
+    // Ids are small numbers, and a name may be a number too.
+    let others = [join("twin"), join("twin"), join("4711")];
     wait_until("the others", || String::from_utf8_lossy(&cluster.ask(&["status"]).stdout).lines().count() == 6);
-    for (name, words) in [("nobody", "there is no worker named nobody"), ("twin", "several workers are named twin")] {
+    for (name, words) in [("nobody", "there is no worker nobody"), ("twin", "several workers are named twin")] {
         let refused = cluster.ask(&["drain", name]);
         let error = String::from_utf8_lossy(&refused.stderr);
         assert!(refused.status.code() == Some(1) && error.contains(words), "{error}");
     }
-    for worker in ["1", "spare"] {
+    for worker in ["1", "4711"] {
         assert!(cluster.ask(&["drain", worker]).status.success(), "{worker}");
     }
     let summary = cluster.end();

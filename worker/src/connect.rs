@@ -139,9 +139,13 @@ impl Address {
         let url = &self.url;
         match e.code() {
             Cancelled | DeadlineExceeded => anyhow!("{url} does not answer"),
-            Internal | Unavailable | Unimplemented | Unknown => {
+            Unimplemented => anyhow!("what listens at {url} is no coordinator of this version"),
+            Internal | Unavailable | Unknown => {
                 let tls = if url.starts_with("http:") { ", or asks for TLS (https:// and --identity)" } else { "" };
-                anyhow!("what listens at {url} is no coordinator of this version, or has just ended{tls}")
+                anyhow!(
+                    "what listens at {url} broke the connection off: it has just ended, or turned this one away (its log says why), \
+                     or is no coordinator of this version{tls}"
+                )
             }
             _ => anyhow!("{}", e.message()),
         }

@@ -361,7 +361,7 @@ fn rows(table: &Table, files: &Pair<PathBuf>, place: &Place, target: Option<&str
     section = section.say("target", format!("{} ({}), {what}{other}", plan.target.name, plan.because));
     let once = plan.target.once();
     if plan.task == Task::Classification && !once.is_empty() {
-        section = section.say("one row each", format!("the classes {}: misspelt?", few(&once)));
+        section = section.say("misspelt?", format!("classes of one row each: {}", few(&once)));
     }
     section = match plan.text {
         Some(text) => section.say("text", &*text.name),
