@@ -105,7 +105,7 @@ fn the_last_test_of_a_stopped_run_is_logged() {
     signal(run.child(), Signal::INT);
     let out = run.end();
     let said = String::from_utf8_lossy(&out.stderr).to_string();
-    let tested = said.lines().filter(|line| line.contains(": test loss")).next_back().expect("a test");
+    let tested = said.lines().rfind(|line| line.contains(": test loss")).expect("a test");
     let kept = std::fs::read_dir(dir.path().join("runs/digits-mlp")).expect("a run").flatten();
     let steps = kept.filter_map(|e| e.file_name().to_str()?.strip_prefix("step-")?.parse::<u64>().ok());
     let last = steps.max().expect("a checkpoint");
