@@ -245,7 +245,7 @@ impl Driver {
                 if let Some(measure) = &self.shared.measure {
                     measure.joined(worker, &name);
                 }
-                lock(&self.shared.names).insert(worker, name);
+                lock(&self.shared.names).insert(worker, name.into());
                 self.sessions.insert(worker, to_worker);
                 self.joined += 1;
                 self.machine(Event::Joined { worker, threads });
@@ -270,9 +270,6 @@ impl Driver {
                     self.shared.leave(worker); // its join may not have been taken yet
                 }
                 self.machine(Event::Disconnected { worker });
-            }
-            Input::NodeDone { worker, step, node } => {
-                self.machine(Event::NodeDone { worker, step, kind: Kind::Train, node });
             }
             Input::EvalDone { worker, step, node, sums, counts } => {
                 if !self.shared.owes(worker, step, Kind::Evaluate, node) {

@@ -10,6 +10,7 @@ mod driver;
 mod entrance;
 pub mod files;
 mod lanes;
+mod line;
 mod measure;
 mod pace;
 mod parameters;
@@ -31,6 +32,7 @@ pub use bare::Bare;
 use driver::Driver;
 pub use entrance::Entrance;
 use entrance::{asks, counts};
+pub use line::workers_at_once;
 use measure::Measure;
 pub use measure::{Measured, Phases, Window};
 use pace::Pace;
@@ -77,7 +79,7 @@ pub struct Progress {
 #[derive(Clone, Debug)]
 pub struct Member {
     pub id: u64,
-    pub name: String,
+    pub name: Arc<str>,
     pub threads: u32,
     /// Partitions of its lease.
     pub partitions: u32,

@@ -2,6 +2,7 @@
 //! a gradient is added up from the memory it came in, and all streams send the same bytes of a chunk of weights.
 
 use crate::entrance::Peer;
+use crate::line::IN_TIME;
 use crate::push::{Push, check_keys};
 use crate::rows::RowGradient;
 use crate::shared::{Input, Shared};
@@ -11,7 +12,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
 use http_body::Frame;
 use http_body_util::StreamBody;
 use std::convert::Infallible;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
@@ -31,8 +32,8 @@ use unisono_proto::{self as wire, WireError, v1};
 /// Chunks of one push whose updates run at once, at most.
 const AT_ONCE: usize = 8;
 
-/// Frames that wait for one broadcast's socket, at most: four chunks.
-pub const AHEAD: usize = 8;
+/// Frames that wait for one broadcast's socket, at most: a chunk's.
+pub const AHEAD: usize = 2;
 
 /// What answers the calls of the service.
 pub trait Answer: Clone + Send + 'static {
@@ -80,8 +81,8 @@ async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Result<Response<
         "/unisono.v1.Parameters/Broadcast" => {
             let mut reader = Reader::new(request.into_body());
             let asked: v1::BroadcastRequest = first(reader.short()).await?;
-            member(&asked.session)?;
-            tokio::spawn(broadcast(shared, asked.session, send));
+            let worker = member(&asked.session)?;
+            tokio::spawn(broadcast(shared, worker, asked.session, send));
         }
         "/unisono.v1.Parameters/Push" => {
             let mut reader = Reader::new(request.into_body());
@@ -237,27 +238,63 @@ impl Coming {
     }
 }
 
-/// Sends every version of every chunk as it is ready, the first chunks first, until nobody listens or the session is over.
-async fn broadcast(shared: Arc<Shared>, session: Bytes, send: mpsc::Sender<Result<Frame<Bytes>, Status>>) {
-    let mut changes = shared.store.changes();
-    let mut sent = vec![None; shared.store.layout().chunks()];
-    while shared.member(&session).is_ok() {
+/// Sends `worker` every version of every chunk as it is ready, the first chunks first, until nobody listens or the session is over.
+async fn broadcast(
+    shared: Arc<Shared>,
+    worker: WorkerId,
+    session: Bytes,
+    send: mpsc::Sender<Result<Frame<Bytes>, Status>>,
+) {
+    let store = &shared.store;
+    let mut changes = store.changes();
+    let mut sent = vec![None; store.layout().chunks()];
+    // Whether the last chunk was.
+    let mut is_in_time = true;
+    loop {
         changes.borrow_and_update();
-        let Some((index, next)) = shared.store.next(&sent) else {
+        let place = match store.newer(&sent).next() {
+            Some(index) if is_in_time => tokio::select! {
+                place = store.line.place(worker, index, sent.len()) => Some(place),
+                () = send.closed() => return,
+            },
+            Some(_) | None => None,
+        };
+        // It may have left while it waited.
+        if shared.member(&session).is_err() {
+            break;
+        }
+        let Some((index, next)) = store.next(&sent) else {
+            drop(place);
             tokio::select! {
                 _ = changes.changed() => continue,
                 () = send.closed() => return,
             }
         };
-        shared.store.bytes_pulled.fetch_add(next.bytes.len() as u64, Ordering::Relaxed);
+        store.bytes_pulled.fetch_add(next.bytes.len() as u64, Ordering::Relaxed);
         sent[index] = Some(next.version);
         let Version { step, average } = next.version;
         let head = ChunkHead { step: step.0, average, index: index as u32, checksum: next.checksum };
-        for part in stream::weights(head, &next.bytes) {
-            if send.send(Ok(Frame::data(part))).await.is_err() {
-                return;
-            }
+        let mut sending = pin!(through(&send, stream::weights(head, &next.bytes)));
+        let in_time = tokio::time::timeout(IN_TIME, &mut sending).await;
+        is_in_time = in_time.is_ok();
+        drop(place);
+        let is_through = match in_time {
+            Ok(is_through) => is_through,
+            Err(_) => sending.await,
+        };
+        if !is_through {
+            return;
         }
     }
     finish(&send).await;
+}
+
+/// Sends a message's parts, and waits until they are on their way; false where nobody listens.
+async fn through(send: &mpsc::Sender<Result<Frame<Bytes>, Status>>, parts: impl Iterator<Item = Bytes>) -> bool {
+    for part in parts {
+        if send.send(Ok(Frame::data(part))).await.is_err() {
+            return false;
+        }
+    }
+    send.reserve_many(AHEAD).await.is_ok()
 }

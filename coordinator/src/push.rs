@@ -1,7 +1,7 @@
 //! What a worker pushes, node after node, whichever way it comes.
 
 use crate::rows::RowGradient;
-use crate::shared::{Input, Shared};
+use crate::shared::Shared;
 use crate::sum::Gradient;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -129,10 +129,10 @@ pub fn check_keys(keys: &[u64]) -> Result<(), WireError> {
 }
 
 impl Opened {
-    /// One part less is missing; the node's last one is told to the driver.
+    /// One part less is missing; after the last one the node is not owed any more.
     fn done(&self, worker: WorkerId, shared: &Shared) {
         if self.left.fetch_sub(1, Ordering::SeqCst) == 1 {
-            shared.input(Input::NodeDone { worker, step: self.step, node: self.node });
+            shared.done(worker, self.step, self.node);
         }
     }
 }
@@ -143,7 +143,7 @@ impl Chunk {
         shared.store.merges(self.index, self.of.node)
     }
 
-    /// Gives the chunk to the store; the node's last one is told to the driver first. Where all that the chunk's update needs is
+    /// Gives the chunk to the store; after its last one the node is not owed any more. Where all that the chunk's update needs is
     /// there, gives its index, for [`Store::complete`].
     ///
     /// [`Store::complete`]: crate::store::Store::complete

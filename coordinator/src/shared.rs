@@ -47,11 +47,6 @@ pub enum Input {
         worker: WorkerId,
         why: String,
     },
-    NodeDone {
-        worker: WorkerId,
-        step: Step,
-        node: Node,
-    },
     EvalDone {
         worker: WorkerId,
         step: Step,
@@ -130,7 +125,7 @@ pub struct Shared {
     /// What this coordinator offers to workers of its host.
     pub(crate) door: Option<Door>,
     pub(crate) next_id: AtomicU64,
-    pub(crate) names: Mutex<BTreeMap<WorkerId, String>>,
+    pub(crate) names: Mutex<BTreeMap<WorkerId, Arc<str>>>,
     pub(crate) tokens: Mutex<BTreeMap<Token, WorkerId>>,
     /// Turns to encode a partition.
     pub(crate) encoding: Arc<tokio::sync::Semaphore>,
@@ -221,6 +216,13 @@ impl Shared {
         lock(&self.machine).handle(now, Event::Heartbeat { worker });
     }
 
+    /// All of a node that was owed has come. Nothing follows from it, so the driver sleeps on.
+    pub(crate) fn done(&self, worker: WorkerId, step: Step, node: Node) {
+        let done = Event::NodeDone { worker, step, kind: Kind::Train, node };
+        let commands = lock(&self.machine).handle(Instant::now(), done);
+        debug_assert!(commands.is_empty(), "{commands:?}");
+    }
+
     pub(crate) fn owes(&self, worker: WorkerId, step: Step, kind: Kind, node: Node) -> bool {
         lock(&self.machine).owes(worker, step, kind, node)
     }
@@ -257,7 +259,7 @@ impl Shared {
             .map(|(rank, m)| v1::WorkerStatus {
                 worker_id: m.id,
                 rank: rank as u32,
-                name: m.name,
+                name: m.name.to_string(),
                 threads: m.threads,
                 partitions: m.partitions,
                 silent_ms: m.silent.as_millis() as u64,

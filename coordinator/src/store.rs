@@ -8,6 +8,7 @@
 mod together;
 
 use crate::copies::{self, Copies, Copying, Sent};
+use crate::line::Line;
 use crate::lock;
 use crate::measure::{THREAD, cpu_time};
 use crate::rows::{Failed, RowGradient, Tables, Update};
@@ -144,6 +145,8 @@ pub struct Store {
     /// Place of the first value that is not finite.
     diverged: Mutex<Option<usize>>,
     changed: watch::Sender<u64>,
+    /// Where streams wait to be sent chunks.
+    pub line: Arc<Line>,
     applied: Box<dyn Fn(Applied) + Send + Sync>,
     /// Threads that reduce and update.
     pub pool: rayon::ThreadPool,
@@ -217,6 +220,7 @@ impl Store {
             factor: Mutex::new(1.0),
             diverged: Mutex::new(None),
             changed: watch::Sender::new(0),
+            line: Line::new(),
             applied,
             pool,
             beside: AtomicUsize::new(0),
@@ -484,13 +488,16 @@ impl Store {
         self.changed.subscribe()
     }
 
-    /// Of the chunks with a newer version than was sent the first one, with its next version: a pass over the weights begins
-    /// with it.
-    pub fn next(&self, sent: &[Option<Version>]) -> Option<(usize, Sent)> {
+    /// The chunks with a newer version than was sent.
+    pub fn newer(&self, sent: &[Option<Version>]) -> impl Iterator<Item = usize> {
         let last = |i: usize| self.versions[i].load(Ordering::Acquire);
-        let newer = |i: usize, sent: Option<Version>| sent.is_none_or(|sent| number(sent) < last(i));
-        let mut chunks = sent.iter().enumerate().filter(|(i, sent)| newer(*i, **sent));
-        chunks.find_map(|(i, sent)| Some((i, self.next_of(i, *sent)?)))
+        let newer = move |(i, sent): &(usize, &Option<Version>)| sent.is_none_or(|sent| number(sent) < last(*i));
+        sent.iter().enumerate().filter(newer).map(|(i, _)| i)
+    }
+
+    /// The first of them, with its next version: a pass over the weights begins with it.
+    pub fn next(&self, sent: &[Option<Version>]) -> Option<(usize, Sent)> {
+        self.newer(sent).find_map(|i| Some((i, self.next_of(i, sent[i])?)))
     }
 
     /// The next version of chunk `index` after `than`. While a step is open that is never a version that would leave out

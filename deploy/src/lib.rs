@@ -296,7 +296,9 @@ pub fn main(extensions: Extensions) -> ExitCode {
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if cli.command.encrypts() { cores } else { cores / 2 };
-    let runtime = match runtime.worker_threads(threads.clamp(1, 8)).enable_all().build() {
+    // What another thread has woken, an order to a worker or the next weights, must not wait for ten tasks that copy a chunk each.
+    let runtime = runtime.worker_threads(threads.clamp(1, 8)).global_queue_interval(2);
+    let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
             eprintln!("unisono: cannot start: {e}");

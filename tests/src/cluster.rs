@@ -31,11 +31,20 @@ impl<'a> Cluster<'a> {
 
     /// The same with the job of a file.
     pub fn of(dir: &'a Path, job: &str, steps: u64) -> Cluster<'a> {
+        Cluster::by("auto", dir, job, steps)
+    }
+
+    /// The digits job of so many steps, whose honest worker shares no memory with the coordinator.
+    pub fn by_grpc(dir: &'a Path, steps: u64) -> Cluster<'a> {
+        Cluster::by("grpc", dir, &digits(), steps)
+    }
+
+    fn by(transport: &str, dir: &'a Path, job: &str, steps: u64) -> Cluster<'a> {
         let address = format!("127.0.0.1:{}", free_port());
         let options = ["--json", "--quiet", "--heartbeat-timeout", "5", "--set", &train(steps)];
         let coordinator = [&["coordinator", job, "--listen", &address], &options[..]].concat();
         let coordinator = Some(start(dir, &coordinator));
-        let worker = start(dir, &["worker", "--coordinator", &address]);
+        let worker = start(dir, &["worker", "--coordinator", &address, "--transport", transport]);
         let cluster = Cluster { dir, address, coordinator, worker };
         wait_until("the run to move on", || cluster.step() >= Some(20));
         cluster

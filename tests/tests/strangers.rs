@@ -619,3 +619,32 @@ fn a_member_that_breaks_off_in_the_middle_of_a_node_changes_nothing() {
     assert!(summary["partitions_reissued"].as_u64() >= Some(1), "the stranger had no lease: {summary}");
     same_result(&summary, &undisturbed(SHORT));
 }
+
+/// More streams than a coordinator sends something at once.
+const STUCK: usize = 40;
+
+/// A member that takes no weights, by so many streams: others get theirs, and when it is silent for too
+/// long they do what it owes.
+#[test]
+fn who_takes_no_weights_does_not_keep_others_from_theirs() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::by_grpc(dir.path(), SHORT);
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let mut client = Client::of(&cluster, &runtime);
+    let _stuck = runtime.block_on(async {
+        let (_, _, join) = honest_join(&mut client).await;
+        let (mine, session) = joined(&mut client, join).await;
+        let endpoint = Channel::from_shared(format!("http://{}", cluster.address)).expect("a URL");
+        // There is no room for a chunk, and nobody makes any.
+        let channel = endpoint.initial_stream_window_size(1).connect().await.expect("the coordinator answers");
+        let mut streams = Vec::new();
+        for _ in 0..STUCK {
+            let request = v1::BroadcastRequest { session: mine.clone().into() };
+            streams.push(Parameters::new(channel.clone()).broadcast(request).await.expect("weights"));
+        }
+        (session, streams)
+    });
+    let summary = cluster.end();
+    assert!(summary["partitions_reissued"].as_u64() >= Some(1), "the stranger had no lease: {summary}");
+    same_result(&summary, &undisturbed(SHORT));
+}

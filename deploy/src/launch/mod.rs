@@ -190,7 +190,7 @@ impl Run {
         // Nobody lives any more: all have done their part, or said why not.
         while living.join_next().await.is_some() {}
         joined.extend(progress.borrow().workers.iter().map(|worker| worker.name.clone()));
-        for (slot, name) in workers.iter().enumerate().filter(|(_, name)| !joined.contains(*name)) {
+        for (slot, name) in workers.iter().enumerate().filter(|(_, name)| !joined.contains(name.as_str())) {
             let why = why.get(&slot).map_or("it was not there before the end", |why| why);
             tracing::warn!("{name} took no part: {why}");
         }

@@ -18,7 +18,7 @@ use unisono_worker::Address;
 
 /// Before it counts, while buffers still grow, and how long it counts.
 const WARM: Duration = Duration::from_secs(2);
-const LENGTH: Duration = Duration::from_secs(3);
+const LENGTH: Duration = Duration::from_secs(6);
 
 /// Microseconds of the coordinator, for a worker and step, that moving bytes does not explain where one costs so many processor
 /// seconds.
@@ -48,12 +48,14 @@ async fn clients(url: &str, came: &AtomicU64, workers: usize, chunks: usize) -> 
     let address = Address::new(url, None)?;
     let went = Arc::new(AtomicU64::new(0));
     let chunk = Kind::Chunk(GradientChunk { index: 0, checksum: None, values: vec![0; 4 * CHUNK].into() });
+    // All connect before any begins. Each way has a connection of its own, as workers have it.
+    let mut connected = Vec::with_capacity(workers);
+    for _ in 0..workers {
+        connected.push([address.connect().await?, address.connect().await?].map(ParametersClient::new));
+    }
     let mut moving = JoinSet::new();
-    for worker in 0..workers {
+    for (worker, [mut pushing, pulling]) in connected.into_iter().enumerate() {
         let session = bytes::Bytes::from(worker.to_le_bytes().to_vec());
-        // Each way has a connection of its own, as workers have it.
-        let mut pushing = ParametersClient::new(address.connect().await?);
-        let pulling = ParametersClient::new(address.connect().await?);
         let mut pulling = pulling.max_decoding_message_size(unisono_proto::MAX_MESSAGE);
         let (send, parts) = mpsc::channel(chunks + 1);
         send.try_send(PushPart { kind: Some(Kind::Session(session.clone())) })?;

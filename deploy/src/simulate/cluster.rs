@@ -1,12 +1,14 @@
 //! A run in virtual time: the coordinator's own machine, over a model of hosts, links, stragglers and failures.
 
 use super::resource::{Resource, Timers};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 use unisono_common::ids::{Step, WorkerId};
+use unisono_common::layout::CHUNK;
 use unisono_common::protocol::{Command, Event, Kind, Machine, Patience};
 use unisono_common::rng::{Key, Purpose};
 use unisono_common::tree::Node;
+use unisono_coordinator::workers_at_once;
 
 /// Processor seconds that it takes to send bytes, or to take them.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -157,6 +159,8 @@ pub fn run(load: &Load, hosts: &Hosts, workers: u32, steps: u64, seed: u64) -> O
         out: Resource::new(hosts.link, hosts.link),
         inward: Resource::new(hosts.link, hosts.link),
         members: BTreeMap::new(),
+        line: BTreeSet::new(),
+        places: workers_at_once((load.weights / (4 * CHUNK) as f64).ceil() as usize).unwrap_or(usize::MAX),
         joined: 0,
         step: 0,
         missing: 0,
@@ -224,6 +228,9 @@ struct Run<'a> {
     out: Resource<Happened>,
     inward: Resource<Happened>,
     members: BTreeMap<WorkerId, Member>,
+    /// Those who wait for weights, and the places that are free.
+    line: BTreeSet<WorkerId>,
+    places: usize,
     joined: u64,
     step: u64,
     missing: u32,
@@ -265,6 +272,7 @@ impl Run<'_> {
                 }
                 Command::Evict { worker, .. } => {
                     self.members.remove(&worker);
+                    self.line.remove(&worker);
                     self.after(self.hosts.rtt, Happened::Joins);
                 }
                 Command::Reissued { .. } | Command::WaitingForWorkers { .. } => {}
@@ -290,7 +298,8 @@ impl Run<'_> {
         self.joined += 1;
         self.members.insert(worker, Member::default());
         if self.missing > 0 {
-            self.send(worker);
+            self.line.insert(worker);
+            self.send();
         }
         self.machine(Event::Joined { worker, threads: 1 });
         if let Some(Failures { between, .. }) = self.hosts.failures {
@@ -300,9 +309,16 @@ impl Run<'_> {
         }
     }
 
-    /// Every worker is sent the weights of every step, whatever it is asked for.
-    fn send(&mut self, worker: WorkerId) {
-        self.cores.add(self.now, self.load.weights * self.load.bytes.coordinator, Happened::Sent(worker, self.step));
+    /// Sends the weights of the step to those who wait for them, as many at once as there are places: every worker does, whatever it is
+    /// asked for.
+    fn send(&mut self) {
+        while self.places > 0
+            && let Some(worker) = self.line.pop_first()
+        {
+            self.places -= 1;
+            let seconds = self.load.weights * self.load.bytes.coordinator;
+            self.cores.add(self.now, seconds, Happened::Sent(worker, self.step));
+        }
     }
 
     fn open(&mut self) {
@@ -310,9 +326,8 @@ impl Run<'_> {
         for member in self.members.values_mut() {
             member.owes.clear();
         }
-        for worker in self.members.keys().copied().collect::<Vec<_>>() {
-            self.send(worker);
-        }
+        self.line = self.members.keys().copied().collect();
+        self.send();
         self.machine(Event::Open { step: Step(self.step), kind: Kind::Train });
     }
 
@@ -346,10 +361,18 @@ impl Run<'_> {
     fn happened(&mut self, happened: Happened) {
         let Load { weights, gradient, bytes, .. } = *self.load;
         match happened {
-            Happened::Sent(worker, step) | Happened::Delivered(worker, step) if !self.counts(worker, step) => {}
-            Happened::Sent(worker, step) if self.hosts.together => self.happened(Happened::Delivered(worker, step)),
-            Happened::Sent(worker, step) => self.out.add(self.now, weights, Happened::Left(worker, step)),
+            Happened::Sent(worker, step) => {
+                // What waits for a link, whose workers take a chunk too slowly, keeps no place.
+                self.places += 1;
+                self.send();
+                if self.counts(worker, step) && self.hosts.together {
+                    self.happened(Happened::Delivered(worker, step));
+                } else if self.counts(worker, step) {
+                    self.out.add(self.now, weights, Happened::Left(worker, step));
+                }
+            }
             Happened::Left(worker, step) => self.after(self.hosts.rtt / 2.0, Happened::Delivered(worker, step)),
+            Happened::Delivered(worker, step) if !self.counts(worker, step) => {}
             Happened::Delivered(worker, step) => self.work(weights * bytes.worker, Happened::Ready(worker, step)),
             Happened::Ready(worker, step) => {
                 if let Some(member) = self.members.get_mut(&worker) {
@@ -394,6 +417,7 @@ impl Run<'_> {
             }
             Happened::Fails(worker) => {
                 if self.members.remove(&worker).is_some() {
+                    self.line.remove(&worker);
                     self.machine(Event::Disconnected { worker });
                     self.after(self.hosts.failures.map_or(0.0, |f| f.restart), Happened::Joins);
                 }
