@@ -149,13 +149,16 @@ mod tests {
                 all.spawn(async move {
                     for index in 0..50 {
                         let place = line.place(WorkerId(worker), index, 1);
-                        // Some give up while they wait, or just when they are told.
-                        if (worker + index as u64) % 3 == 0 {
-                            tokio::time::timeout(Duration::from_micros(worker), place).await.ok();
+                        let hold = async {
+                            let _place = place.await;
+                            tokio::task::yield_now().await;
+                        };
+                        // Some give up, while they wait or hold it.
+                        if (worker + index as u64).is_multiple_of(3) {
+                            tokio::time::timeout(Duration::from_micros(worker), hold).await.ok();
                         } else {
-                            drop(place.await);
+                            hold.await;
                         }
-                        tokio::task::yield_now().await;
                     }
                 });
             }
