@@ -32,8 +32,8 @@ use unisono_proto::{self as wire, WireError, v1};
 /// Chunks of one push whose updates run at once, at most.
 const AT_ONCE: usize = 8;
 
-/// Frames that wait for one broadcast's socket, at most: a chunk's.
-pub const AHEAD: usize = 2;
+/// Frames that wait for one stream's socket, at most: those of four chunks. A run sends a worker's chunks one by one.
+pub const AHEAD: usize = 8;
 
 /// What answers the calls of the service.
 pub trait Answer: Clone + Send + 'static {

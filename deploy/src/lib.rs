@@ -296,7 +296,8 @@ pub fn main(extensions: Extensions) -> ExitCode {
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if cli.command.encrypts() { cores } else { cores / 2 };
-    // What another thread has woken, an order to a worker or the next weights, must not wait for ten tasks that copy a chunk each.
+    // What another thread has woken, an order to a worker or the next weights, is looked for at every second task: by itself tokio
+    // looks the less often the shorter most tasks are, and those between may copy a chunk each.
     let runtime = runtime.worker_threads(threads.clamp(1, 8)).global_queue_interval(2);
     let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
