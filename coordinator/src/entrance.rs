@@ -260,6 +260,8 @@ pub struct Connection {
 struct Stranger {
     /// That it has to go.
     gone: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Its time, until a request is admitted.
+    patience: Pin<Box<Sleep>>,
     /// One with a certificate needs none.
     _place: Option<OwnedSemaphorePermit>,
 }
@@ -275,7 +277,9 @@ impl Connection {
         } else if left.load(Ordering::Relaxed) == 0 {
             "it has sent 64 KiB, and is not known yet"
         } else if stranger.gone.as_mut().poll(cx).is_ready() {
-            "others came, or its 10 s were over, and it is not known yet"
+            "others came, and it is not known yet"
+        } else if trust.load(Ordering::Relaxed) == STRANGER && stranger.patience.as_mut().poll(cx).is_ready() {
+            "its 10 s were over, and it is not known yet"
         } else {
             return Ok(());
         };
@@ -488,7 +492,8 @@ async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Co
             () = tokio::time::sleep_until(end) => return pass.complain("there was no place for it within 10 s"),
         };
     }
-    let stranger = Some(Stranger { gone: Box::pin(gone.clone().cancelled_owned()), _place: place });
+    let (gone, patience) = (Box::pin(gone.cancelled_owned()), Box::pin(tokio::time::sleep_until(end)));
+    let stranger = Some(Stranger { gone, patience, _place: place });
     let peer = Peer(Arc::new(Known {
         pass,
         standing,
@@ -497,15 +502,8 @@ async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Co
         jobs: AtomicUsize::new(0),
         requests: Mutex::new(Bucket::new(REQUESTS, Instant::now())),
     }));
-    let known = Arc::downgrade(&peer.0);
-    if send.send(Ok(Connection { wire: Turns::new(wire), peer, stranger, stalled: None })).await.is_err() {
-        return;
-    }
-    drop(send);
-    tokio::time::sleep_until(end).await;
-    if known.upgrade().is_some_and(|known| known.trust.load(Ordering::Relaxed) == STRANGER) {
-        gone.cancel();
-    }
+    // Where nobody takes it any more, the run is over.
+    send.send(Ok(Connection { wire: Turns::new(wire), peer, stranger, stalled: None })).await.ok();
 }
 
 #[cfg(test)]

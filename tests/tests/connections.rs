@@ -194,6 +194,21 @@ fn a_long_frame_of_one_who_has_asked_is_not_kept_either() {
     });
 }
 
+/// They come and go one after another, many within one's time.
+#[test]
+fn who_has_gone_holds_no_memory() {
+    let coordinator = Waiting::new();
+    let come = |connections| {
+        for _ in 0..connections {
+            coordinator.come(1, &|_, wire: &mut TcpStream| wire.write_all(&hello()).expect("sent"));
+        }
+        wait_until("all to go", || coordinator.open() <= coordinator.calm);
+        coordinator.coordinator.as_ref().and_then(peak).expect("its memory")
+    };
+    let (few, many) = (come(300), come(3000));
+    assert!(many - few < 4.0, "3,000 more took {} MiB", many - few);
+}
+
 /// As a worker that takes long to read its data, between asking for the job and joining.
 #[tokio::test]
 async fn who_gave_way_may_come_again() {
