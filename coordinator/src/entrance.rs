@@ -36,6 +36,8 @@ const STRANGERS: usize = 1024;
 /// Of these, those which speak HTTP/2, each of which takes about 50 to 150 KiB: of strangers, and of guests.
 const SPEAKING: usize = 64;
 const GUESTS: usize = 256;
+/// Those who come while others, who give way to them, have not gone yet.
+const LEAVING: usize = 128;
 /// A stranger's time, from the first byte to a request that is admitted.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that are read from a stranger or a guest: its requests are short.
@@ -86,7 +88,8 @@ struct Hall {
     silent: Queue,
     speaking: Queue,
     guests: Queue,
-    /// A place is free when the memory of who had it is.
+    /// A place is free when the memory of who had it is: of all strangers and guests, and of those which speak.
+    arrivals: Arc<Semaphore>,
     places: Arc<Semaphore>,
     /// Who may send more.
     allowed: Mutex<Weak<Known>>,
@@ -262,6 +265,7 @@ struct Stranger {
     gone: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Its time, until a request is admitted.
     patience: Pin<Box<Sleep>>,
+    _arrival: OwnedSemaphorePermit,
     /// One with a certificate needs none.
     _place: Option<OwnedSemaphorePermit>,
 }
@@ -387,6 +391,7 @@ impl Entrance {
             silent: Queue::new(STRANGERS - SPEAKING - GUESTS),
             speaking: Queue::new(SPEAKING),
             guests: Queue::new(GUESTS),
+            arrivals: Arc::new(Semaphore::new(STRANGERS + LEAVING)),
             places: Arc::new(Semaphore::new(SPEAKING + GUESTS)),
             allowed: Mutex::default(),
             addresses: Mutex::default(),
@@ -399,10 +404,14 @@ impl Entrance {
 }
 
 async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::Result<Connection>>) {
+    let next = async || {
+        let arrival = hall.arrivals.clone().acquire_owned().await.map_err(io::Error::other)?;
+        listener.accept().await.map(|(stream, address)| (stream, address, arrival))
+    };
     loop {
-        let (stream, address) = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
+        let (stream, address, arrival) = tokio::select! {
+            next = next() => match next {
+                Ok(next) => next,
                 // Its peer has gone, or there are too many open files: those that are there go on.
                 Err(e) => {
                     tracing::debug!("a connection was not accepted: {e}");
@@ -419,7 +428,7 @@ async fn accept(listener: TcpListener, hall: Arc<Hall>, send: mpsc::Sender<io::R
         } else {
             let pass = hall.enter(address);
             hall.silent.enter(pass.id, &pass.gone);
-            tokio::spawn(welcome(stream, pass, send.clone()));
+            tokio::spawn(welcome(stream, pass, arrival, send.clone()));
         }
     }
 }
@@ -467,7 +476,12 @@ async fn hear(stream: TcpStream, ours: Option<&Tls>) -> Result<Option<(Box<dyn W
 
 /// Passes a connection on when it has said who it is, or has got a place among those who have not; sends it away when its time is
 /// over.
-async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Connection>>) {
+async fn welcome(
+    stream: TcpStream,
+    pass: Pass,
+    arrival: OwnedSemaphorePermit,
+    send: mpsc::Sender<io::Result<Connection>>,
+) {
     let end = tokio::time::Instant::now() + PATIENCE;
     stream.set_nodelay(true).ok();
     let (hall, gone) = (pass.hall.clone(), pass.gone.clone());
@@ -493,7 +507,7 @@ async fn welcome(stream: TcpStream, pass: Pass, send: mpsc::Sender<io::Result<Co
         };
     }
     let (gone, patience) = (Box::pin(gone.cancelled_owned()), Box::pin(tokio::time::sleep_until(end)));
-    let stranger = Some(Stranger { gone, patience, _place: place });
+    let stranger = Some(Stranger { gone, patience, _arrival: arrival, _place: place });
     let peer = Peer(Arc::new(Known {
         pass,
         standing,

@@ -2,11 +2,12 @@
 
 use crate::entrance::{Peer, admit};
 use crate::pulls;
+use crate::rate::{Bucket, Rate};
 use crate::shared::{Input, Shared, Token};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::SendTimeoutError};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use unisono_common::ids::{Step, WorkerId};
@@ -14,11 +15,25 @@ use unisono_common::protocol::Kind;
 use unisono_proto::identity::Role;
 use unisono_proto::{self as wire, v1};
 
+/// A piece of a partition is taken so soon by those who do not read slowly, and so late at most.
+const IN_TIME: Duration = Duration::from_secs(1);
+const STALL: Duration = Duration::from_secs(30);
+
 type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Both services over the shared state of one run.
 #[derive(Clone)]
 pub struct Service(pub Arc<Shared>);
+
+/// A session's next message comes so soon, until its worker is a member.
+const SOON: Duration = Duration::from_secs(10);
+/// Messages of a member: a sign of life each second, and what it has evaluated.
+const MESSAGES: Rate = Rate { burst: 10_000.0, each_second: 1000.0 };
+
+/// What a session says next; `None` where that does not come soon, or is nothing.
+async fn word(incoming: &mut Streaming<v1::FromWorker>) -> Option<v1::from_worker::Kind> {
+    tokio::time::timeout(SOON, incoming.message()).await.ok()?.ok()??.kind
+}
 
 /// Tells the driver that a session is over, however it ended.
 struct SessionGuard {
@@ -99,14 +114,13 @@ impl v1::coordinator_server::Coordinator for Service {
     ) -> Result<Response<Self::SessionStream>, Status> {
         let peer = Peer::of(&request)?.clone();
         let mut incoming = request.into_inner();
-        let first = tokio::time::timeout(Duration::from_secs(10), incoming.message())
+        let first = tokio::time::timeout(SOON, incoming.message())
             .await
             .map_err(|_| Status::deadline_exceeded("nothing came for 10 s; the first message must be Join"))??;
         let Some(v1::from_worker::Kind::Join(join)) = first.and_then(|m| m.kind) else {
             return Err(Status::invalid_argument("the first message of a session must be Join"));
         };
         self.check_join(&join)?;
-        peer.belongs();
         let shared = self.0.clone();
         let (worker, token) = shared.enter().map_err(|e| Status::internal(e.to_string()))?;
         let (to_worker, outgoing) = mpsc::unbounded_channel();
@@ -119,28 +133,25 @@ impl v1::coordinator_server::Coordinator for Service {
         to_worker.send(Ok(v1::ToWorker { kind: Some(v1::to_worker::Kind::Joined(joined)) })).ok();
         let plain = |text: &str| text.chars().filter(|c| !c.is_control()).take(64).collect::<String>();
         let (name, isa) = (plain(&join.name), plain(&join.isa));
-        let enter = move |lane| Input::Join { worker, threads: join.threads, name, isa, to_worker, lane };
-        // A worker that was offered shared memory says first whether it has got it. Another one is in before it knows its
-        // session: what it does with it comes after.
-        let waits = if offered {
-            Some(enter)
-        } else {
-            shared.input(enter(None));
-            None
-        };
         tokio::spawn(async move {
             let guard = guard;
-            if let Some(enter) = waits {
-                let answer = tokio::time::timeout(Duration::from_secs(10), incoming.message()).await;
-                let Ok(Ok(Some(v1::FromWorker { kind: Some(v1::from_worker::Kind::SharedMemory(answer)) }))) = answer
-                else {
-                    return;
-                };
-                let lane = shared.door.as_ref().and_then(|door| door.lane(&token));
-                shared.input(enter(lane.filter(|_| answer.used)));
+            // A worker that was offered shared memory says first whether it has got it.
+            let mut lane = None;
+            if offered {
+                let Some(v1::from_worker::Kind::SharedMemory(answer)) = word(&mut incoming).await else { return };
+                lane = shared.door.as_ref().and_then(|door| door.lane(&token)).filter(|_| answer.used);
             }
-            let partitions = shared.job.train.partitions;
+            // Who says no more than that it joins stays a stranger, and holds up no step.
+            let Some(v1::from_worker::Kind::Heartbeat(_)) = word(&mut incoming).await else { return };
+            peer.belongs();
+            shared.input(Input::Join { worker, threads: join.threads, name, isa, to_worker, lane });
+            let (partitions, mut left) = (shared.job.train.partitions, Bucket::new(MESSAGES, Instant::now()));
             while let Some(Ok(message)) = incoming.next().await {
+                if !left.take(MESSAGES, Instant::now()) {
+                    let why = "it sends too many messages: 1,000 a second may come".into();
+                    shared.input(Input::Broken { worker, why });
+                    break;
+                }
                 match message.kind {
                     Some(v1::from_worker::Kind::Heartbeat(_)) => shared.heard(worker, Instant::now()),
                     Some(v1::from_worker::Kind::Leave(_)) => shared.input(Input::Drain { worker }),
@@ -177,24 +188,34 @@ impl v1::coordinator_server::Coordinator for Service {
             return Err(wire::WireError::Range { field: "partition", value: request.partition.to_string() }.into());
         }
         // A partition in memory twice is enough, whoever asks for how many.
-        let turn = shared.encoding.clone().acquire_owned().await.map_err(|_| Status::unavailable("the run is over"))?;
-        let encode = move || shared.partition_bytes(request.partition, request.test);
-        let encoded = tokio::task::spawn_blocking(encode).await;
+        let over = |_| Status::unavailable("the run is over");
+        let mut turn = Some(shared.encoding.clone().acquire_owned().await.map_err(over)?);
+        let (of, v1::FetchRequest { session, partition, test }) = (shared.clone(), request);
+        let encoded = tokio::task::spawn_blocking(move || of.partition_bytes(partition, test)).await;
         let bytes = encoded.map_err(|_| Status::internal("the partition could not be read"))?;
         let (send, receive) = mpsc::channel(2);
         tokio::spawn(async move {
-            let _turn = turn;
-            let total = bytes.len() as u64;
+            let (total, mut slow) = (bytes.len() as u64, None);
             for at in (0..bytes.len()).step_by(1 << 20) {
                 let piece = bytes.slice(at..(at + (1 << 20)).min(bytes.len()));
                 let checksum = wire::checksum(&piece);
-                // Who does not read what it asked for keeps others from theirs.
-                let sent =
-                    send.send_timeout(Ok(v1::DataPiece { bytes: piece, checksum, total }), Duration::from_secs(30));
-                if sent.await.is_err() {
+                let piece = match send.send_timeout(Ok(v1::DataPiece { bytes: piece, checksum, total }), IN_TIME).await
+                {
+                    Ok(()) => continue,
+                    Err(SendTimeoutError::Closed(_)) => return,
+                    Err(SendTimeoutError::Timeout(piece)) => piece,
+                };
+                // Who reads slowly keeps nobody from theirs, and has to go where too many do, or when it is no member any more.
+                if slow.is_none() {
+                    let Ok(place) = shared.slow.clone().try_acquire_owned() else { return };
+                    slow = Some(place);
+                    turn = None;
+                }
+                if shared.member(&session).is_err() || send.send_timeout(piece, STALL).await.is_err() {
                     return;
                 }
             }
+            drop((turn, slow));
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }

@@ -129,6 +129,8 @@ pub struct Shared {
     pub(crate) tokens: Mutex<BTreeMap<Token, WorkerId>>,
     /// Turns to encode a partition.
     pub(crate) encoding: Arc<tokio::sync::Semaphore>,
+    /// Places of those who read a partition slowly.
+    pub(crate) slow: Arc<tokio::sync::Semaphore>,
     pub(crate) progress: watch::Sender<Progress>,
 }
 

@@ -298,6 +298,8 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
         return Ok(End::Refused(format!("the coordinator offers no shared memory: {ELSEWHERE}")));
     }
 
+    // The coordinator gives nothing to do to who says no more than that it joins.
+    to_coordinator.send(v1::FromWorker { kind: Some(v1::from_worker::Kind::Heartbeat(v1::Heartbeat {})) })?;
     let way = if shared.is_some() { "shared memory" } else { "gRPC" };
     tracing::info!("joined {} as worker {} by {way}", coordinator.url(), joined.worker_id);
     let fetcher = match &samples {

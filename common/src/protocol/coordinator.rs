@@ -43,8 +43,8 @@ pub enum Event {
 pub enum Reason {
     /// No sign of life for this long.
     Silent { for_ms: u64 },
-    /// It holds the round up for others that are done, far longer than its own history explains.
-    Late { for_ms: u64, usual_ms: u64 },
+    /// It holds the round up for others that are done, far longer than its own history, or that of others, explains.
+    Late { for_ms: u64, usual_ms: Option<u64> },
     /// An operator asked for it.
     Drained,
 }
@@ -53,10 +53,15 @@ impl std::fmt::Display for Reason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Reason::Silent { for_ms } => {
-                write!(f, "no sign of life for {:.1} s", *for_ms as f64 / 1e3)
+                write!(f, "no sign of life for {:.1} s: is its machine, or the network, down?", *for_ms as f64 / 1e3)
             }
             Reason::Late { for_ms, usual_ms } => {
-                write!(f, "its share takes {:.1} s, usually {:.3} s", *for_ms as f64 / 1e3, *usual_ms as f64 / 1e3)
+                write!(f, "its share takes {:.1} s, ", *for_ms as f64 / 1e3)?;
+                match usual_ms {
+                    Some(usual) => write!(f, "usually {:.3} s", *usual as f64 / 1e3)?,
+                    None => f.write_str("and nobody has done one yet")?,
+                }
+                f.write_str(": is its machine busy, or does it wait for its data?")
             }
             Reason::Drained => write!(f, "drained"),
         }
@@ -85,11 +90,15 @@ pub struct Patience {
     pub least_late: Duration,
     /// ... nor before this many times its usual duration.
     pub late_factor: f64,
+    /// Where nobody has a history: it is late after this long, and after twice as long each time that one was. It may be that the
+    /// work takes so long.
+    pub first_late: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Patience { silence: Duration::from_secs(5), least_late: Duration::from_secs(10), late_factor: 20.0 }
+        let [silence, least_late, first_late] = [5, 10, 60].map(Duration::from_secs);
+        Patience { silence, least_late, late_factor: 20.0, first_late }
     }
 }
 
@@ -126,6 +135,8 @@ pub struct Machine {
     round: Option<Round>,
     reissued: u64,
     lost: u64,
+    /// Workers that were late when nobody had a history.
+    late_at_first: u32,
     ticked: Option<Instant>,
 }
 
@@ -140,6 +151,7 @@ impl Machine {
             round: None,
             reissued: 0,
             lost: 0,
+            late_at_first: 0,
             ticked: None,
         }
     }
@@ -324,18 +336,25 @@ impl Machine {
         for (id, m) in &self.members {
             let silent = now.duration_since(m.heard);
             let late = now.duration_since(m.since);
-            if silent > self.patience.silence {
+            let Patience { silence, least_late, late_factor, first_late } = self.patience;
+            let usual = m.usual[kind].or(slowest).map(|u| u * m.leased as f64);
+            let limit = match usual {
+                Some(usual) => usual * late_factor,
+                None => first_late.as_secs_f64() * f64::from(self.late_at_first).exp2(),
+            };
+            if silent > silence {
                 gone.push((*id, Reason::Silent { for_ms: silent.as_millis() as u64 }));
             } else if !m.owes.is_empty()
-                && let Some(usual) = m.usual[kind].or(slowest).map(|u| u * m.leased as f64)
-                && late > self.patience.least_late
-                && late.as_secs_f64() > usual * self.patience.late_factor
+                && late > least_late
+                && late.as_secs_f64() > limit
                 && self.members.values().any(|o| o.owes.is_empty())
             {
-                gone.push((*id, Reason::Late { for_ms: late.as_millis() as u64, usual_ms: (usual * 1e3) as u64 }));
+                let usual_ms = usual.map(|usual| (usual * 1e3) as u64);
+                gone.push((*id, Reason::Late { for_ms: late.as_millis() as u64, usual_ms }));
             }
         }
         for (worker, reason) in gone {
+            self.late_at_first += u32::from(matches!(reason, Reason::Late { usual_ms: None, .. }));
             out.push(Command::Evict { worker, reason });
             self.lose(now, worker, out);
         }
@@ -446,5 +465,51 @@ mod tests {
         assert!(commands.iter().any(|c| matches!(c, Command::Work { worker, .. } if *worker == b)));
         assert!(!m.owes(a, Step(3), Kind::Train, Node { lo: 0, hi: 2 }));
         assert_eq!(m.losses(), (2, 1));
+    }
+
+    /// Two that give signs of life, and the first second at which one of them that owes something has to go.
+    fn late(m: &mut Machine, from: Instant, ids: [WorkerId; 2]) -> Option<(u64, Vec<Command>)> {
+        (1..=600).find_map(|s| {
+            let now = from + Duration::from_secs(s);
+            ids.iter().for_each(|&worker| drop(m.handle(now, Event::Heartbeat { worker })));
+            Some(m.handle(now, Event::Tick)).filter(|commands| !commands.is_empty()).map(|commands| (s, commands))
+        })
+    }
+
+    #[test]
+    fn who_does_nothing_while_others_have_nothing_to_do_is_replaced() {
+        let t0 = Instant::now();
+        let mut m = Machine::new(4, Patience::default());
+        let ids: Vec<_> = (0..4).map(WorkerId).collect();
+        // The first hangs with all of the work, before anybody has a history; so does the next, and may for twice as long.
+        let mut now = t0;
+        m.handle(now, Event::Joined { worker: ids[0], threads: 1 });
+        m.handle(now, Event::Open { step: Step(0), kind: Kind::Train });
+        for (i, seconds) in [(0, 61), (1, 121)] {
+            m.handle(now, Event::Joined { worker: ids[i + 1], threads: 1 });
+            let (after, commands) = late(&mut m, now, [ids[i], ids[i + 1]]).expect("it has to go");
+            now += Duration::from_secs(after);
+            assert_eq!(after, seconds);
+            let gone = Reason::Late { for_ms: after * 1000, usual_ms: None };
+            assert!(commands.contains(&Command::Evict { worker: ids[i], reason: gone }), "{commands:?}");
+            assert!(m.is_busy(ids[i + 1], Step(0)));
+        }
+        // With a history, 20 times as long as usual.
+        let root = Node::root(4);
+        m.handle(
+            now + Duration::from_secs(4),
+            Event::NodeDone { worker: ids[2], step: Step(0), kind: Kind::Train, node: root },
+        );
+        m.handle(now, Event::RoundApplied);
+        m.handle(now, Event::Joined { worker: ids[3], threads: 1 });
+        m.handle(now, Event::Open { step: Step(1), kind: Kind::Train });
+        m.handle(
+            now,
+            Event::NodeDone { worker: ids[3], step: Step(1), kind: Kind::Train, node: Node { lo: 2, hi: 4 } },
+        );
+        let (after, commands) = late(&mut m, now, [ids[2], ids[3]]).expect("it has to go");
+        assert_eq!(after, 41);
+        let gone = Reason::Late { for_ms: 41_000, usual_ms: Some(2000) };
+        assert!(commands.contains(&Command::Evict { worker: ids[2], reason: gone }), "{commands:?}");
     }
 }
