@@ -85,9 +85,14 @@ async fn session(
 /// What proves a membership.
 type Token = Vec<u8>;
 
+/// A sign of life.
+fn heartbeat() -> v1::FromWorker {
+    from_worker(v1::from_worker::Kind::Heartbeat(v1::Heartbeat {}))
+}
+
 /// Joins, and gives the proof with the open session.
 async fn joined(client: &mut Client, join: v1::Join) -> (Token, Streaming<v1::ToWorker>) {
-    let mut session = session(client, join, Vec::new()).await.expect("joined");
+    let mut session = session(client, join, vec![heartbeat()]).await.expect("joined");
     (welcome(&mut session).await.session.to_vec(), session)
 }
 
@@ -275,9 +280,18 @@ async fn wrong_members(client: &mut Client) {
         v1::FromWorker { kind: None },
     ];
     for message in nonsense {
-        let mut session = session(client, join.clone(), vec![message]).await.expect("joined");
-        session.message().await.expect("Joined");
+        for before in [vec![], vec![heartbeat()]] {
+            let more = [before, vec![message.clone()]].concat();
+            let mut session = session(client, join.clone(), more).await.expect("joined");
+            session.message().await.expect("Joined");
+        }
     }
+    let flood = vec![heartbeat(); 30_000];
+    let mut session = session(client, join, flood).await.expect("joined");
+    let goodbye = goodbye(&mut session).await;
+    // As soon as the driver sees it, or before it is in.
+    let said = ["too many messages", "before it joined"].iter().any(|why| goodbye.reason.contains(why));
+    assert!(goodbye.rejoin && said, "{goodbye:?}");
 }
 
 /// Joins with the offer of shared memory; what is sent into the first that this gives goes into the session.
@@ -305,6 +319,7 @@ async fn wrong_knocks(client: &mut Client) {
     let nonsense = v1::push_part::Kind::Chunk(chunk(u32::MAX, &[]));
     refused(push(client, vec![of(&joined.session), nonsense]).await, Code::InvalidArgument, &["does not exist"]);
     says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used: false }))).expect("it is read");
+    says.send(heartbeat()).expect("it is read");
     let early = goodbye(&mut session).await;
     assert!(early.rejoin && early.reason.contains("before it joined"), "{early:?}");
     for used in [false, true] {
@@ -321,6 +336,7 @@ async fn wrong_knocks(client: &mut Client) {
         let Opened { weights, lane, bell, .. } = knock(&joined.door, &joined.session, slots, None).expect("let in");
         assert!(weights.of_step(0, 0..layout.len()).len() == layout.len());
         says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used }))).expect("it is read");
+        says.send(heartbeat()).expect("it is read");
         if used {
             lane.tell(Report::Ready { slot: 9, from: 0, to: u32::MAX, spent: None });
             bell.bell().ring();
@@ -618,6 +634,72 @@ fn a_member_that_breaks_off_in_the_middle_of_a_node_changes_nothing() {
     let summary = cluster.end();
     assert!(summary["partitions_reissued"].as_u64() >= Some(1), "the stranger had no lease: {summary}");
     same_result(&summary, &undisturbed(SHORT));
+}
+
+/// Members that say no more than that they join are leased nothing: no step waits for them.
+#[test]
+fn who_joins_and_says_no_more_holds_up_nothing() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cluster = Cluster::start(dir.path(), SHORT);
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let mut client = Client::of(&cluster, &runtime);
+    let _open = runtime.block_on(async {
+        let (_, _, join) = honest_join(&mut client).await;
+        let mut open = Vec::new();
+        for _ in 0..STUCK {
+            let mut session = session(&mut client, join.clone(), vec![]).await.expect("joined");
+            welcome(&mut session).await;
+            open.push(session);
+        }
+        open
+    });
+    let summary = cluster.end();
+    assert_eq!((&summary["partitions_reissued"], &summary["workers_lost"]), (&0.into(), &0.into()), "{summary}");
+    same_result(&summary, &undisturbed(SHORT));
+}
+
+/// A job whose partitions are sent, of 6 MiB each.
+const SENT: &str = r#"
+data = { format = "synthetic", task = "classification", shape = [3000], classes = 2, samples = 1024, ship = true }
+model = { kind = "linear" }
+train = { partitions = 2, micro_batch = 4, steps = 1, loss = "cross-entropy" }
+checkpoint = { every_steps = 0 }
+"#;
+
+/// So long it is before who takes nothing has to go.
+const STALL: Duration = Duration::from_secs(30);
+
+/// Members that ask for partitions and take none of them: others get theirs before these have to go.
+#[test]
+fn who_does_not_read_its_partition_does_not_keep_others_from_theirs() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let job = dir.path().join("job.toml");
+    std::fs::write(&job, SENT).expect("written");
+    let cluster = Cluster::of(dir.path(), job.to_str().expect("a path in UTF-8"), 1 << 40);
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let mut client = Client::of(&cluster, &runtime);
+    runtime.block_on(async {
+        let (_, _, join) = honest_join(&mut client).await;
+        let (mine, _session) = joined(&mut client, join).await;
+        let endpoint = Channel::from_shared(format!("http://{}", cluster.address)).expect("a URL");
+        let channel = endpoint.initial_stream_window_size(1).connect().await.expect("the coordinator answers");
+        let mut stuck = v1::coordinator_client::CoordinatorClient::new(channel);
+        let ask = || v1::FetchRequest { session: mine.clone().into(), partition: 0, test: false };
+        let others = async {
+            let mut open = Vec::new();
+            for _ in 0..4 {
+                open.push(stuck.fetch_partition(ask()).await.expect("it begins").into_inner());
+            }
+            let mut pieces = client.coordinator.fetch_partition(ask()).await.expect("it begins").into_inner();
+            let (mut came, mut total) = (0, None);
+            while let Some(piece) = pieces.message().await.expect("a piece") {
+                (came, total) = (came + piece.bytes.len() as u64, Some(piece.total));
+            }
+            (came, total, open)
+        };
+        let (came, total, _) = tokio::time::timeout(STALL, others).await.expect("others get theirs meanwhile");
+        assert_eq!(Some(came), total, "all of it comes");
+    });
 }
 
 /// More streams than a coordinator sends something at once.
