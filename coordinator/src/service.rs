@@ -73,7 +73,9 @@ impl Service {
             return refuse("this worker only pretends to compute, and this run is not a measurement".into());
         }
         if wire::digest("job_digest", &join.job_digest)? != s.job.digest() {
-            return refuse("this worker read another job than the coordinator's".into());
+            return refuse(
+                "this worker has another job than the coordinator's: start it again, it asks for the job then".into(),
+            );
         }
         if wire::digest("layout_digest", &join.layout_digest)? != s.model_digest {
             return refuse(

@@ -60,7 +60,7 @@ fn put(path: &Path, text: &str, secret: bool) -> Result<()> {
 
 fn folder(path: &Path) -> Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.with_context(|| format!("cannot make the folder {}", path.display()))
+    made.with_context(|| format!("cannot make the folder {}: name one that this user may make", path.display()))
 }
 
 fn params(name: &str, hosts: &[String], now: OffsetDateTime, days: i64) -> Result<CertificateParams> {

@@ -3,7 +3,7 @@
 mod here;
 mod there;
 
-use crate::{IdentityArg, data_roots, log, read_job};
+use crate::{IdentityArg, cli, data_roots, log, read_job};
 use anyhow::{Result, anyhow};
 use serde_json::json;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ pub struct Args {
     /// A job whose data are looked for
     job: Option<PathBuf>,
     /// A coordinator that this machine is to work with
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", env = cli::COORDINATOR)]
     coordinator: Option<String>,
     #[command(flatten)]
     identity: IdentityArg,

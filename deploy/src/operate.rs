@@ -70,7 +70,11 @@ pub async fn health(address: &Address) -> Result<ExitCode> {
     let mut client = HealthClient::new(connect(address).await?);
     let status = answer(address, client.check(HealthCheckRequest::default())).await?.status();
     if status != ServingStatus::Serving {
-        bail!("the coordinator at {} is {}", address.url(), status.as_str_name());
+        bail!(
+            "the coordinator at {} says {}: it is about to end; its log says why",
+            address.url(),
+            status.as_str_name()
+        );
     }
     println!("serving");
     Ok(ExitCode::SUCCESS)

@@ -38,7 +38,8 @@ pub fn completions(shell: Shell) -> Result<ExitCode> {
 
 /// `unisono man`: a page for the program, and one for each command.
 pub fn man(dir: &Path) -> Result<ExitCode> {
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
+    let made = std::fs::create_dir_all(dir);
+    made.with_context(|| format!("cannot make the folder {}: name one that this user may make", dir.display()))?;
     let mut all = crate::Cli::command();
     all.build();
     let pages = [("unisono".to_string(), &all)].into_iter();

@@ -1,5 +1,6 @@
 //! Who may join and steer a run: certificates, join tokens, roles; what is refused is said on both sides, and the run goes on.
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -59,17 +60,21 @@ struct Run<'a> {
     certs: PathBuf,
     url: String,
     children: Vec<Child>,
+    /// What commands about it have printed.
+    said: RefCell<String>,
 }
 
 impl<'a> Run<'a> {
     fn start(dir: &'a Path, steps: u64) -> Run<'a> {
         let certs = certs(dir, "certs");
         let address = format!("127.0.0.1:{}", free_port());
-        let mut run = Run { dir, certs, url: format!("https://{address}"), children: Vec::new() };
+        let url = format!("https://{address}");
+        let mut run = Run { dir, certs, url, children: Vec::new(), said: RefCell::default() };
         let (job, steps) = (root().join("examples/digits-mlp.toml"), format!("train.steps={steps}"));
         let job = job.to_str().expect("UTF-8");
-        run.child("coordinator", &["coordinator", job, "--listen", &address, "--json", "-v", "--set", &steps]);
-        run.child("worker", &["worker", "--coordinator", &run.url.clone(), "--transport", "grpc", "-v"]);
+        let coordinator = ["coordinator", job, "--listen", &address, "--json", "-v", "--set", &steps];
+        run.child("coordinator", &coordinator, None);
+        run.child("worker", &["worker", "--coordinator", &run.url.clone(), "--transport", "grpc", "-v"], None);
         wait_until("the run to move on", || {
             let status = text(&run.ask("operator", &["status"]).stdout);
             status.split("step ").nth(1).is_some_and(|rest| !rest.starts_with("0 "))
@@ -77,11 +82,12 @@ impl<'a> Run<'a> {
         run
     }
 
-    /// Starts a command as the one of this name; its log is a file of this name.
-    fn child(&mut self, name: &str, args: &[&str]) {
+    /// Starts a command as the one of this name, with a token in its environment; its log is a file of this name.
+    fn child(&mut self, name: &str, args: &[&str], token: Option<&str>) {
         let log = File::create(self.dir.join(name).with_extension("log")).expect("a file");
         let mut command = Command::new(program());
         command.args(args).current_dir(self.dir).env("UNISONO_IDENTITY", self.certs.join(name));
+        command.envs(token.map(|token| ("UNISONO_TOKEN", token)));
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn();
         self.children.push(child.expect("the program starts"));
     }
@@ -90,7 +96,9 @@ impl<'a> Run<'a> {
     fn ask(&self, identity: &str, command: &[&str]) -> Output {
         let identity = self.certs.join(identity);
         let more = ["--coordinator", &self.url, "--identity", identity.to_str().expect("UTF-8")];
-        run(self.dir, &[command, &more].concat())
+        let out = run(self.dir, &[command, &more].concat());
+        self.said.borrow_mut().extend([text(&out.stdout), text(&out.stderr)]);
+        out
     }
 
     fn log(&self, name: &str) -> String {
@@ -148,7 +156,8 @@ fn only_who_shows_the_right_credentials_joins_and_steers() {
     );
     changed(&worker, "old", |to| expired(&of("ca"), to));
     fails(&run.ask("old", WORKER), 1, &["the certificate has expired", "unisono cert"]);
-    changed(&join, "guess", |to| fs::write(to.join("token"), "0123456789abcdef0123").expect("written"));
+    let guess = "0123456789abcdef0123";
+    changed(&join, "guess", |to| fs::write(to.join("token"), guess).expect("written"));
     fails(&run.ask("guess", WORKER), 1, &["the join token is not this coordinator's", "token"]);
 
     // The right ones, for what is another's.
@@ -187,11 +196,16 @@ fn only_who_shows_the_right_credentials_joins_and_steers() {
     let out = unisono_tests::run(dir.path(), &["status", "--coordinator", &plain]);
     fails(&out, 1, &["asks for TLS", "https://"]);
 
-    // A token is enough for a worker; the operator ends the run.
+    // A token is enough for a worker, from a file or from the environment; the operator ends the run.
+    let token = fs::read_to_string(join.join("token")).expect("a token").trim().to_string();
+    changed(&join, "environment", |to| fs::remove_file(to.join("token")).expect("removed"));
+    fails(&run.ask("environment", WORKER), 2, &["neither tls.crt with tls.key nor token", "UNISONO_TOKEN is not set"]);
     let mut run = run;
     let url = run.url.clone();
-    run.child("join", &["worker", "--coordinator", &url, "--transport", "grpc", "-v"]);
-    wait_until("the worker with a token", || text(&run.ask("operator", &["status"]).stdout).lines().count() == 4);
+    for (name, token) in [("join", None), ("environment", Some(&*token))] {
+        run.child(name, &["worker", "--coordinator", &url, "--transport", "grpc", "-v"], token);
+    }
+    wait_until("the workers with a token", || text(&run.ask("operator", &["status"]).stdout).lines().count() == 5);
 
     // Each refusal is in the coordinator's log, with where it came from; no secret is in any log or command line.
     let log = run.log("coordinator");
@@ -207,14 +221,14 @@ fn only_who_shows_the_right_credentials_joins_and_steers() {
         let said = log.lines().any(|line| line.contains("turned away 127.0.0.1") && line.contains(word));
         assert!(said, "{word}:\n{log}");
     }
-    let token = fs::read_to_string(join.join("token")).expect("a token");
-    let mut secrets = vec![token.trim().to_string()];
+    let mut secrets = vec![token, guess.to_string()];
     for name in ["coordinator", "worker", "operator"] {
         let key = fs::read_to_string(of(name).join("tls.key")).expect("a key");
         secrets.extend(key.lines().filter(|line| !line.starts_with("-----")).map(String::from));
     }
-    assert_eq!(secrets.len(), 1 + 3 * 3, "a token, and three lines of each key");
-    let mut shown = ["coordinator", "worker", "join"].map(|name| run.log(name)).to_vec();
+    assert_eq!(secrets.len(), 2 + 3 * 3, "two tokens, and three lines of each key");
+    let mut shown = ["coordinator", "worker", "join", "environment"].map(|name| run.log(name)).to_vec();
+    shown.push(run.said.take());
     for child in &run.children {
         shown.push(text(&fs::read(format!("/proc/{}/cmdline", child.id())).unwrap_or_default()));
     }

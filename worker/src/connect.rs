@@ -138,7 +138,7 @@ impl Address {
         use tonic::Code::{Cancelled, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
         let url = &self.url;
         match e.code() {
-            Cancelled | DeadlineExceeded => anyhow!("{url} does not answer"),
+            Cancelled | DeadlineExceeded => anyhow!("{}", silent(url)),
             Unimplemented => anyhow!("what listens at {url} is no coordinator of this version"),
             Internal | Unavailable | Unknown => {
                 let tls = if url.starts_with("http:") { ", or asks for TLS (https:// and --identity)" } else { "" };
@@ -262,13 +262,18 @@ impl Service<http::Request<Body>> for Channel {
 
 pub(crate) type Client = v1::coordinator_client::CoordinatorClient<Channel>;
 
+/// That nothing comes from a coordinator.
+fn silent(url: &str) -> String {
+    format!("what listens at {url} does not answer: is it a coordinator, and not stopped or overloaded?")
+}
+
 /// The answer to a call, or an error where none comes.
 pub(crate) async fn answer<T>(
     options: &Options,
     call: impl Future<Output = Result<T, tonic::Status>>,
 ) -> Result<T, tonic::Status> {
     let limit = options.patience.clamp(Duration::from_secs(1), Duration::from_secs(10));
-    let nothing = |_| tonic::Status::deadline_exceeded(format!("{} does not answer", options.coordinator.url()));
+    let nothing = |_| tonic::Status::deadline_exceeded(silent(options.coordinator.url()));
     tokio::time::timeout(limit, call).await.map_err(nothing)?
 }
 

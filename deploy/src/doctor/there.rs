@@ -53,7 +53,9 @@ pub async fn coordinator(lines: &mut Lines, address: &Address, roots: Vec<PathBu
 }
 
 async fn limited<T>(what: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::time::timeout(LIMIT, what).await.unwrap_or_else(|_| Err(anyhow!("no answer within {} s", LIMIT.as_secs())))
+    let silent =
+        || anyhow!("no answer within {} s: is it a coordinator, and not stopped or overloaded?", LIMIT.as_secs());
+    tokio::time::timeout(LIMIT, what).await.unwrap_or_else(|_| Err(silent()))
 }
 
 async fn answer<T>(call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, Status> {

@@ -36,7 +36,9 @@ impl Host {
 /// What is wrong, with file and line.
 pub fn read(path: &Path) -> Result<Vec<Host>> {
     let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read the hosts file {}", path.display()))
+        .with_context(|| {
+            format!("cannot read the hosts file {} (a line for each host, as `node1 slots=2`)", path.display())
+        })
         .map_err(Wrong)?;
     Ok(parse(&path.display().to_string(), &text).map_err(|why| Wrong(anyhow!(why)))?)
 }

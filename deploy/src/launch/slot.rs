@@ -134,7 +134,7 @@ impl Slot {
                 let said = self.pass_on(child.stderr.take(), None).await;
                 Err(self.ended(run, child, said).await.err().unwrap_or_else(|| Failure::new("no worker was started")))
             }
-            Err(_) => Err(Failure::new(format!("no answer within {} s", LIMIT.as_secs()))),
+            Err(_) => Err(Failure::silent()),
         }
     }
 

@@ -36,6 +36,14 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// Nothing came within [`LIMIT`].
+    pub fn silent() -> Failure {
+        Failure::new(format!(
+            "no answer within {} s: is it overloaded, or does its shell wait for something?",
+            LIMIT.as_secs()
+        ))
+    }
+
     pub fn new(why: impl Into<String>) -> Failure {
         Failure { why: why.into(), last: false }
     }
@@ -144,7 +152,7 @@ impl Ssh {
         );
         let child = self.spawn(self.run(host, &script))?;
         let output = tokio::time::timeout(LIMIT, child.wait_with_output()).await;
-        let output = output.map_err(|_| Failure::new(format!("no answer within {} s", LIMIT.as_secs())))?;
+        let output = output.map_err(|_| Failure::silent())?;
         let output = checked(host, output)?;
         let facts = Facts::parse(&String::from_utf8_lossy(&output.stdout));
         let facts = facts.ok_or_else(|| Failure::new("its shell does not answer: is it a POSIX system?"))?;
