@@ -5,8 +5,9 @@ take: calm and disturbed in turns, medians.
     cargo build --release && tests/load/strangers.py
 
 Strangers come from a hundred addresses (127.0.1.*), so that no limit for one address helps. `silent` say nothing, `garbage` send
-random bytes, `slow` ask for the job by HTTP/2 and take no answer, `deaf` send pings by HTTP/2 and never read. With --tls the last
-two shake hands first, without a certificate.
+random bytes, `slow` ask for the job by HTTP/2 and take no answer, `deaf` send pings by HTTP/2 and never read, `joined` send what a
+worker sends until it has joined, and no more. With --tls `slow` and `deaf` shake hands first, without a certificate, and nobody joins.
+It fails where a kind takes more than a tenth of the speed, or the coordinator's memory comes to twice what it was.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -72,10 +74,49 @@ def deaf():
     return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + 2000 * frame(6, 0, 0, bytes(8))
 
 
-def strangers(kind, address, count, tls):
+def joining(address, start):
+    """What a worker that `start` starts sends until it has joined: frames (RFC 9113, 4.1) up to the first data of its second call."""
+    with socket.create_server(("127.0.0.1", 0)) as between:
+        worker = start("127.0.0.1:%d" % between.getsockname()[1])
+        try:
+            theirs, _ = between.accept()
+            with theirs, socket.create_connection(address.split(":")) as ours:
+                back = threading.Thread(target=copy, args=(ours, theirs), daemon=True)
+                back.start()
+                said = read(theirs, 24)
+                ours.sendall(said)
+                while True:
+                    head = read(theirs, 9)
+                    whole = head + read(theirs, int.from_bytes(head[:3], "big"))
+                    said += whole
+                    if head[3] == 0 and int.from_bytes(head[5:], "big") > 1 and len(whole) > 9:
+                        return said
+                    ours.sendall(whole)
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+def read(wire, count):
+    got = b""
+    while len(got) < count:
+        got += wire.recv(count - len(got)) or sys.exit("a worker ended before it had joined")
+    return got
+
+
+def copy(wire, to):
+    try:
+        while some := wire.recv(1 << 16):
+            to.sendall(some)
+    except OSError:
+        pass  # the other side has what it needs
+
+
+def strangers(kind, address, count, tls, joins):
     """Connections that stay open as long as what this returns."""
     host, port = address.split(":")
-    first = {"silent": b"", "garbage": random.Random(7).randbytes(4096), "slow": slow(address), "deaf": deaf()}[kind]
+    noise = random.Random(7).randbytes(4096)
+    first = {"silent": b"", "garbage": noise, "slow": slow(address), "deaf": deaf(), "joined": joins}[kind]
     held = []
     for i in range(count):
         wire = socket.socket()
@@ -161,12 +202,15 @@ def main():
             calm_memory = memory(coordinator.pid)
             print(f"{args.connections} connections, 2 workers by {args.transport}{' and TLS' if args.tls else ''}")
             print(f"{'':8} {'calm steps/s':>14} {'disturbed':>10} {'kept':>6} {'calm MiB':>10} {'disturbed':>10} {'held':>6}")
-            for kind in ("silent", "garbage", "slow", "deaf"):
+            again = lambda between: start("worker", "--coordinator", between, "--transport", "grpc")
+            joins = b"" if tls else joining(address, again)
+            bad = []
+            for kind in ("silent", "garbage", "slow", "deaf") + (() if tls else ("joined",)):
                 figures = []
                 for _ in range(args.rounds):
                     calm = rate()
                     few = files(coordinator.pid)
-                    held = strangers(kind, address, args.connections, tls)
+                    held = strangers(kind, address, args.connections, tls, joins)
                     open_now = files(coordinator.pid) - few
                     disturbed, more = rate(), memory(coordinator.pid)
                     for wire in held:
@@ -176,6 +220,9 @@ def main():
                 calm, disturbed, kept, more, open_now = map(statistics.median, zip(*figures))
                 print(f"{kind:8} {calm:14.0f} {disturbed:10.0f} {kept:6.2f} {calm_memory:10.1f} {more:10.1f} {open_now:6.0f}",
                       flush=True)
+                if kept < 0.9 or more >= 2 * calm_memory:
+                    bad.append(kind)
+            return f"they cost too much: {', '.join(bad)}" if bad else 0
         finally:
             for process in [coordinator, *workers]:
                 process.kill()
