@@ -158,6 +158,10 @@ struct Known {
     standing: Standing,
     /// [`STRANGER`], [`GUEST`] or [`KNOWN`].
     trust: AtomicU8,
+    /// What it holds until it is known.
+    places: Mutex<Vec<OwnedSemaphorePermit>>,
+    /// How much on it belongs to members.
+    members: Mutex<usize>,
     /// Bytes that are still read from it while it is not known. A whole frame is kept before anybody looks at it, and a frame may be
     /// long.
     left: AtomicUsize,
@@ -180,20 +184,27 @@ impl Peer {
         Err(Status::resource_exhausted("there are too many requests on this connection: wait between them"))
     }
 
-    /// It has shown that it belongs to a member of the run.
-    pub fn belongs(&self) {
+    /// It has shown that it belongs to a member of the run, and does as long as what this gives.
+    pub fn belongs(self) -> Belongs {
+        let mut members = lock(&self.0.members);
+        *members += 1;
         self.trust(KNOWN);
+        drop(members);
+        Belongs(self)
     }
 
     fn trust(&self, now: u8) {
-        let Known { pass, trust, .. } = &*self.0;
+        let Known { pass, trust, places, .. } = &*self.0;
         let hall = &pass.hall;
         match (trust.fetch_max(now, Ordering::Relaxed), now) {
             (STRANGER, GUEST) => {
                 hall.speaking.leave(pass.id);
                 hall.guests.enter(pass.id, &pass.gone);
             }
-            (STRANGER | GUEST, KNOWN) => [&hall.speaking, &hall.guests].iter().for_each(|queue| queue.leave(pass.id)),
+            (STRANGER | GUEST, KNOWN) => {
+                [&hall.speaking, &hall.guests].iter().for_each(|queue| queue.leave(pass.id));
+                lock(places).clear();
+            }
             _ => {}
         }
     }
@@ -232,6 +243,21 @@ impl Peer {
     }
 }
 
+/// A connection's belonging to a member. When that is over it is a guest's again, where anybody may be one.
+pub struct Belongs(Peer);
+
+impl Drop for Belongs {
+    fn drop(&mut self) {
+        let Known { pass, standing, trust, members, .. } = &*self.0.0;
+        let mut members = lock(members);
+        *members -= 1;
+        if *members == 0 && *standing == Standing::Anybody {
+            trust.store(GUEST, Ordering::Relaxed);
+            pass.hall.guests.enter(pass.id, &pass.gone);
+        }
+    }
+}
+
 /// Counts a request of what anybody may ask.
 pub fn counts(request: Request<()>) -> Result<Request<()>, Status> {
     Peer::of(&request)?.count().map(|()| request)
@@ -265,18 +291,17 @@ struct Stranger {
     gone: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Its time, until a request is admitted.
     patience: Pin<Box<Sleep>>,
-    _arrival: OwnedSemaphorePermit,
-    /// One with a certificate needs none.
-    _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
     /// Whether it may go on. Who is not known is asked about it at each turn: one who takes no answers is never read from.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Some(stranger) = &mut self.stranger else { return Ok(()) };
-        let Known { trust, left, pass, .. } = &*self.peer.0;
+        let Known { trust, left, pass, standing, .. } = &*self.peer.0;
         let why = if trust.load(Ordering::Relaxed) == KNOWN {
-            self.stranger = None;
+            if *standing != Standing::Anybody {
+                self.stranger = None;
+            }
             return Ok(());
         } else if left.load(Ordering::Relaxed) == 0 {
             "it has sent 64 KiB, and is not known yet"
@@ -323,7 +348,7 @@ impl AsyncRead for Connection {
         this.check(cx)?;
         let before = buf.filled().len();
         let read = Pin::new(&mut this.wire).poll_read(cx, buf);
-        if this.stranger.is_some() {
+        if this.stranger.is_some() && this.peer.0.trust.load(Ordering::Relaxed) != KNOWN {
             let (left, came) = (&this.peer.0.left, buf.filled().len() - before);
             left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(came))).ok();
         }
@@ -496,22 +521,26 @@ async fn welcome(
         Err(_) => return pass.complain("it has said nothing for 10 s"),
     };
     hall.silent.leave(pass.id);
-    let mut place = None;
+    let mut places = Vec::new();
     if !matches!(&standing, Standing::Known(roles) if !roles.is_empty()) {
         hall.speaking.enter(pass.id, &pass.gone);
         // Who gives way to it takes a moment.
-        place = tokio::select! {
-            place = hall.places.clone().acquire_owned() => place.ok(),
+        let place = tokio::select! {
+            place = hall.places.clone().acquire_owned() => place,
             () = gone.cancelled() => return pass.complain("others came while it waited"),
             () = tokio::time::sleep_until(end) => return pass.complain("there was no place for it within 10 s"),
         };
+        // One with a certificate needs neither.
+        places.extend([Ok(arrival), place].into_iter().flatten());
     }
     let (gone, patience) = (Box::pin(gone.cancelled_owned()), Box::pin(tokio::time::sleep_until(end)));
-    let stranger = Some(Stranger { gone, patience, _arrival: arrival, _place: place });
+    let stranger = Some(Stranger { gone, patience });
     let peer = Peer(Arc::new(Known {
         pass,
         standing,
         trust: AtomicU8::new(STRANGER),
+        places: Mutex::new(places),
+        members: Mutex::new(0),
         left: AtomicUsize::new(FIRST_BYTES),
         jobs: AtomicUsize::new(0),
         requests: Mutex::new(Bucket::new(REQUESTS, Instant::now())),

@@ -442,7 +442,6 @@ pub async fn run(
         names: Mutex::new(BTreeMap::new()),
         tokens: Mutex::new(BTreeMap::new()),
         encoding: Arc::new(tokio::sync::Semaphore::new(2)),
-        slow: Arc::new(tokio::sync::Semaphore::new(8)),
         progress,
         job,
     });

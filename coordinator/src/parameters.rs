@@ -76,20 +76,23 @@ impl Answer for Arc<Shared> {
 async fn answer(shared: Arc<Shared>, request: Request<Body>) -> Result<Response<Body>, Status> {
     let (send, receive) = mpsc::channel(AHEAD);
     let peer = request.extensions().get::<Peer>().cloned();
-    let member = |session: &[u8]| shared.member(session).inspect(|_| peer.iter().for_each(Peer::belongs));
     match request.uri().path() {
         "/unisono.v1.Parameters/Broadcast" => {
             let mut reader = Reader::new(request.into_body());
             let asked: v1::BroadcastRequest = first(reader.short()).await?;
-            let worker = member(&asked.session)?;
-            tokio::spawn(broadcast(shared, worker, asked.session, send));
+            let worker = shared.member_in(&asked.session).await?;
+            tokio::spawn(async move {
+                let _belongs = peer.map(Peer::belongs);
+                broadcast(shared, worker, asked.session, send).await;
+            });
         }
         "/unisono.v1.Parameters/Push" => {
             let mut reader = Reader::new(request.into_body());
             let Part::Short(v1::push_part::Kind::Session(session)) = first(reader.part()).await? else {
                 return Err(Status::invalid_argument("the first message of a push must be the session"));
             };
-            let worker = member(&session)?;
+            let worker = shared.member_in(&session).await?;
+            let _belongs = peer.map(Peer::belongs);
             let taken = take(&shared, worker, reader).await;
             // A worker that cannot push is of no use: it leaves, and what it owes is done by others.
             let why = taken.as_ref().err().map_or("its pushes ended", stream::why).to_string();

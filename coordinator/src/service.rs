@@ -124,7 +124,7 @@ impl v1::coordinator_server::Coordinator for Service {
         };
         self.check_join(&join)?;
         let shared = self.0.clone();
-        let (worker, token) = shared.enter().map_err(|e| Status::internal(e.to_string()))?;
+        let (worker, token, comes_in) = shared.enter().map_err(|e| Status::internal(e.to_string()))?;
         let (to_worker, outgoing) = mpsc::unbounded_channel();
         let guard = SessionGuard { shared: shared.clone(), worker, token };
         let session = token.to_vec().into();
@@ -145,11 +145,18 @@ impl v1::coordinator_server::Coordinator for Service {
             }
             // Who says no more than that it joins stays a stranger, and holds up no step.
             let Some(v1::from_worker::Kind::Heartbeat(_)) = word(&mut incoming).await else { return };
-            peer.belongs();
+            let _belongs = peer.belongs();
             shared.input(Input::Join { worker, threads: join.threads, name, isa, to_worker, lane });
+            comes_in.send_replace(true);
             let (partitions, mut left) = (shared.job.train.partitions, Bucket::new(MESSAGES, Instant::now()));
             while let Some(Ok(message)) = incoming.next().await {
-                if !left.take(MESSAGES, Instant::now()) {
+                // What was asked for may come as often as that was.
+                let is_asked = |done: &v1::EvalDone| {
+                    let node = wire::node(done.node, partitions);
+                    node.is_ok_and(|node| shared.owes(worker, Step(done.step), Kind::Evaluate, node))
+                };
+                let is_owed = matches!(&message.kind, Some(v1::from_worker::Kind::EvalDone(done)) if is_asked(done));
+                if !is_owed && !left.take(MESSAGES, Instant::now()) {
                     let why = "it sends too many messages: 1,000 a second may come".into();
                     shared.input(Input::Broken { worker, why });
                     break;
@@ -159,7 +166,7 @@ impl v1::coordinator_server::Coordinator for Service {
                     Some(v1::from_worker::Kind::Leave(_)) => shared.input(Input::Drain { worker }),
                     Some(v1::from_worker::Kind::EvalDone(done)) => {
                         let (step, Ok(node)) = (Step(done.step), wire::node(done.node, partitions)) else { break };
-                        if shared.owes(worker, step, Kind::Evaluate, node) {
+                        if is_owed {
                             let (sums, counts) = (done.sums, done.counts);
                             shared.input(Input::EvalDone { worker, step, node, sums, counts });
                         }
@@ -185,19 +192,22 @@ impl v1::coordinator_server::Coordinator for Service {
     ) -> Result<Response<Self::FetchPartitionStream>, Status> {
         let request = request.into_inner();
         let shared = self.0.clone();
-        shared.member(&request.session)?;
+        let session = shared.session(&request.session)?;
         if request.partition >= shared.job.train.partitions {
             return Err(wire::WireError::Range { field: "partition", value: request.partition.to_string() }.into());
         }
-        // A partition in memory twice is enough, whoever asks for how many.
+        // A partition in memory twice is enough, and once more for each member that reads slowly.
         let over = |_| Status::unavailable("the run is over");
-        let mut turn = Some(shared.encoding.clone().acquire_owned().await.map_err(over)?);
-        let (of, v1::FetchRequest { session, partition, test }) = (shared.clone(), request);
-        let encoded = tokio::task::spawn_blocking(move || of.partition_bytes(partition, test)).await;
-        let bytes = encoded.map_err(|_| Status::internal("the partition could not be read"))?;
+        let reading = session.reading.lock_owned().await;
+        let turn = shared.encoding.clone().acquire_owned().await.map_err(over)?;
+        shared.member(&request.session)?;
+        let of = shared.clone();
+        let encode = move || (of.partition_bytes(request.partition, request.test), turn);
+        let encoded = tokio::task::spawn_blocking(encode).await;
+        let (bytes, turn) = encoded.map_err(|_| Status::internal("the partition could not be read"))?;
         let (send, receive) = mpsc::channel(2);
         tokio::spawn(async move {
-            let (total, mut slow) = (bytes.len() as u64, None);
+            let (total, _reading, mut turn) = (bytes.len() as u64, reading, Some(turn));
             for at in (0..bytes.len()).step_by(1 << 20) {
                 let piece = bytes.slice(at..(at + (1 << 20)).min(bytes.len()));
                 let checksum = wire::checksum(&piece);
@@ -207,17 +217,13 @@ impl v1::coordinator_server::Coordinator for Service {
                     Err(SendTimeoutError::Closed(_)) => return,
                     Err(SendTimeoutError::Timeout(piece)) => piece,
                 };
-                // Who reads slowly keeps nobody from theirs, and has to go where too many do, or when it is no member any more.
-                if slow.is_none() {
-                    let Ok(place) = shared.slow.clone().try_acquire_owned() else { return };
-                    slow = Some(place);
-                    turn = None;
-                }
-                if shared.member(&session).is_err() || send.send_timeout(piece, STALL).await.is_err() {
+                // Who reads slowly keeps nobody from theirs, and is sent no more when it is no member any more.
+                turn = None;
+                if shared.member(&request.session).is_err() || send.send_timeout(piece, STALL).await.is_err() {
                     return;
                 }
             }
-            drop((turn, slow));
+            drop(turn);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }

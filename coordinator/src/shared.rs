@@ -106,6 +106,16 @@ impl Inbox {
     }
 }
 
+/// A session, from its Join to its end.
+#[derive(Clone)]
+pub(crate) struct Session {
+    worker: WorkerId,
+    /// Whether it has given a sign of life; the other end is dropped with the session.
+    is_in: watch::Receiver<bool>,
+    /// It reads one partition at a time.
+    pub reading: Arc<tokio::sync::Mutex<()>>,
+}
+
 /// What service and driver share.
 pub struct Shared {
     pub job: Job,
@@ -126,11 +136,9 @@ pub struct Shared {
     pub(crate) door: Option<Door>,
     pub(crate) next_id: AtomicU64,
     pub(crate) names: Mutex<BTreeMap<WorkerId, Arc<str>>>,
-    pub(crate) tokens: Mutex<BTreeMap<Token, WorkerId>>,
-    /// Turns to encode a partition.
+    pub(crate) tokens: Mutex<BTreeMap<Token, Session>>,
+    /// Turns to encode and send a partition.
     pub(crate) encoding: Arc<tokio::sync::Semaphore>,
-    /// Places of those who read a partition slowly.
-    pub(crate) slow: Arc<tokio::sync::Semaphore>,
     pub(crate) progress: watch::Sender<Progress>,
 }
 
@@ -139,18 +147,19 @@ impl Shared {
         self.inbox.put(input);
     }
 
-    /// A new member's id, and what will prove that it is that member.
-    pub(crate) fn enter(&self) -> Result<(WorkerId, Token)> {
+    /// A new member's id, what will prove that it is that member, and what is told its first sign of life.
+    pub(crate) fn enter(&self) -> Result<(WorkerId, Token, watch::Sender<bool>)> {
         let mut token = Token::default();
         getrandom::fill(&mut token).map_err(|e| anyhow!("this machine gives no random numbers: {e}"))?;
         let worker = WorkerId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        lock(&self.tokens).insert(token, worker);
-        Ok((worker, token))
+        let (comes_in, is_in) = watch::channel(false);
+        lock(&self.tokens).insert(token, Session { worker, is_in, reading: Arc::default() });
+        Ok((worker, token, comes_in))
     }
 
     /// Forgets a member: its streams are nobody's from now on.
     pub(crate) fn leave(&self, worker: WorkerId) {
-        lock(&self.tokens).retain(|_, member| *member != worker);
+        lock(&self.tokens).retain(|_, session| session.worker != worker);
         lock(&self.names).remove(&worker);
     }
 
@@ -162,13 +171,26 @@ impl Shared {
 
     /// Whether it has entered, and was not sent away since.
     pub(crate) fn is_member(&self, worker: WorkerId) -> bool {
-        lock(&self.tokens).values().any(|member| *member == worker)
+        lock(&self.tokens).values().any(|session| session.worker == worker)
+    }
+
+    /// The session that this proves.
+    pub(crate) fn session(&self, proof: &[u8]) -> Result<Session, Status> {
+        let known = Token::try_from(proof).ok().and_then(|token| lock(&self.tokens).get(&token).cloned());
+        known.ok_or_else(|| Status::not_found("there is no such session: join first"))
     }
 
     /// The member whose session this is.
-    pub(crate) fn member(&self, session: &[u8]) -> Result<WorkerId, Status> {
-        let known = Token::try_from(session).ok().and_then(|token| lock(&self.tokens).get(&token).copied());
-        known.ok_or_else(|| Status::not_found("there is no such session: join first"))
+    pub(crate) fn member(&self, proof: &[u8]) -> Result<WorkerId, Status> {
+        self.session(proof).map(|session| session.worker)
+    }
+
+    /// The same, when it has given its first sign of life, which may be on its way by another connection.
+    pub(crate) async fn member_in(&self, proof: &[u8]) -> Result<WorkerId, Status> {
+        let Session { worker, mut is_in, .. } = self.session(proof)?;
+        let over = |_| Status::not_found("the session ended before its first sign of life: join again");
+        is_in.wait_for(|is_in| *is_in).await.map_err(over)?;
+        Ok(worker)
     }
 
     /// Checks a node's header as far as it can be without knowing whose it is.

@@ -77,6 +77,7 @@ def deaf():
 def joining(address, start):
     """What a worker that `start` starts sends until it has joined: frames (RFC 9113, 4.1) up to the first data of its second call."""
     with socket.create_server(("127.0.0.1", 0)) as between:
+        between.settimeout(30)
         worker = start("127.0.0.1:%d" % between.getsockname()[1])
         try:
             theirs, _ = between.accept()
@@ -140,8 +141,10 @@ def files(pid):
 
 
 def memory(pid):
+    """The most that a process has held since the last question, in MiB."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return int(fields["VmHWM"].split()[0]) / 1024
 
 
 def main():
@@ -199,6 +202,8 @@ def main():
                 time.sleep(0.2)
             time.sleep(1)
             # What an allocator keeps of those who have gone is theirs.
+            memory(coordinator.pid)
+            time.sleep(1)
             calm_memory = memory(coordinator.pid)
             print(f"{args.connections} connections, 2 workers by {args.transport}{' and TLS' if args.tls else ''}")
             print(f"{'':8} {'calm steps/s':>14} {'disturbed':>10} {'kept':>6} {'calm MiB':>10} {'disturbed':>10} {'held':>6}")
@@ -210,6 +215,7 @@ def main():
                 for _ in range(args.rounds):
                     calm = rate()
                     few = files(coordinator.pid)
+                    memory(coordinator.pid)
                     held = strangers(kind, address, args.connections, tls, joins)
                     open_now = files(coordinator.pid) - few
                     disturbed, more = rate(), memory(coordinator.pid)

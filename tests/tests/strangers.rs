@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::pin::pin;
 use std::time::Duration;
 use tonic::codegen::tokio_stream::{self as stream, StreamExt};
 use tonic::transport::Channel;
@@ -314,14 +315,18 @@ async fn wrong_knocks(client: &mut Client) {
     use wire::shm::{door::knock, frame::Report};
     let (_, layout, join) = honest_join(client).await;
     let join = v1::Join { shared_memory: true, ..join };
-    // Refused before it said whether it has shared memory, it does not come in.
+    // What it sends before it has said whether it has shared memory waits until it has, and until its first sign of life.
     let (says, joined, mut session) = offered(client, &join).await;
     let nonsense = v1::push_part::Kind::Chunk(chunk(u32::MAX, &[]));
-    refused(push(client, vec![of(&joined.session), nonsense]).await, Code::InvalidArgument, &["does not exist"]);
-    says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used: false }))).expect("it is read");
-    says.send(heartbeat()).expect("it is read");
+    let mut other = client.clone();
+    let mut early = pin!(push(&mut other, vec![of(&joined.session), nonsense]));
+    for word in [from_worker(Kind::SharedMemory(v1::SharedMemory { used: false })), heartbeat()] {
+        assert!(tokio::time::timeout(Duration::from_millis(100), &mut early).await.is_err(), "it was looked at");
+        says.send(word).expect("it is read");
+    }
+    refused(early.await, Code::InvalidArgument, &["does not exist"]);
     let early = goodbye(&mut session).await;
-    assert!(early.rejoin && early.reason.contains("before it joined"), "{early:?}");
+    assert!(early.rejoin, "{early:?}");
     for used in [false, true] {
         let (says, joined, mut session) = offered(client, &join).await;
         assert!(
@@ -680,24 +685,31 @@ fn who_does_not_read_its_partition_does_not_keep_others_from_theirs() {
     let mut client = Client::of(&cluster, &runtime);
     runtime.block_on(async {
         let (_, _, join) = honest_join(&mut client).await;
-        let (mine, _session) = joined(&mut client, join).await;
         let endpoint = Channel::from_shared(format!("http://{}", cluster.address)).expect("a URL");
         let channel = endpoint.initial_stream_window_size(1).connect().await.expect("the coordinator answers");
         let mut stuck = v1::coordinator_client::CoordinatorClient::new(channel);
-        let ask = || v1::FetchRequest { session: mine.clone().into(), partition: 0, test: false };
+        let ask = |session: &Token| v1::FetchRequest { session: session.clone().into(), partition: 0, test: false };
+        let mut open = Vec::new();
+        for _ in 0..2 {
+            let (theirs, session) = joined(&mut client, join.clone()).await;
+            let first = stuck.fetch_partition(ask(&theirs)).await.expect("it begins");
+            // One who asks more than once waits for itself.
+            let more = (0..20).map(|_| {
+                let (mut stuck, request) = (stuck.clone(), ask(&theirs));
+                tokio::spawn(async move { stuck.fetch_partition(request).await })
+            });
+            open.push((session, first, more.collect::<Vec<_>>()));
+        }
+        let (mine, _session) = joined(&mut client, join).await;
         let others = async {
-            let mut open = Vec::new();
-            for _ in 0..4 {
-                open.push(stuck.fetch_partition(ask()).await.expect("it begins").into_inner());
-            }
-            let mut pieces = client.coordinator.fetch_partition(ask()).await.expect("it begins").into_inner();
+            let mut pieces = client.coordinator.fetch_partition(ask(&mine)).await.expect("it begins").into_inner();
             let (mut came, mut total) = (0, None);
             while let Some(piece) = pieces.message().await.expect("a piece") {
                 (came, total) = (came + piece.bytes.len() as u64, Some(piece.total));
             }
-            (came, total, open)
+            (came, total)
         };
-        let (came, total, _) = tokio::time::timeout(STALL, others).await.expect("others get theirs meanwhile");
+        let (came, total) = tokio::time::timeout(STALL, others).await.expect("others get theirs meanwhile");
         assert_eq!(Some(came), total, "all of it comes");
     });
 }

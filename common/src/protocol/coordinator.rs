@@ -353,8 +353,11 @@ impl Machine {
                 gone.push((*id, Reason::Late { for_ms: late.as_millis() as u64, usual_ms }));
             }
         }
+        // Where nobody has a history, one by one: what it owed goes to those who have nothing to do.
+        let mut first = true;
+        gone.retain(|(_, why)| !matches!(why, Reason::Late { usual_ms: None, .. }) || std::mem::take(&mut first));
+        self.late_at_first += u32::from(!first);
         for (worker, reason) in gone {
-            self.late_at_first += u32::from(matches!(reason, Reason::Late { usual_ms: None, .. }));
             out.push(Command::Evict { worker, reason });
             self.lose(now, worker, out);
         }
@@ -467,8 +470,8 @@ mod tests {
         assert_eq!(m.losses(), (2, 1));
     }
 
-    /// Two that give signs of life, and the first second at which one of them that owes something has to go.
-    fn late(m: &mut Machine, from: Instant, ids: [WorkerId; 2]) -> Option<(u64, Vec<Command>)> {
+    /// Some give signs of life: the first second at which one of them has to go.
+    fn late(m: &mut Machine, from: Instant, ids: &[WorkerId]) -> Option<(u64, Vec<Command>)> {
         (1..=600).find_map(|s| {
             let now = from + Duration::from_secs(s);
             ids.iter().for_each(|&worker| drop(m.handle(now, Event::Heartbeat { worker })));
@@ -487,13 +490,22 @@ mod tests {
         m.handle(now, Event::Open { step: Step(0), kind: Kind::Train });
         for (i, seconds) in [(0, 61), (1, 121)] {
             m.handle(now, Event::Joined { worker: ids[i + 1], threads: 1 });
-            let (after, commands) = late(&mut m, now, [ids[i], ids[i + 1]]).expect("it has to go");
+            let (after, commands) = late(&mut m, now, &ids[i..i + 2]).expect("it has to go");
             now += Duration::from_secs(after);
             assert_eq!(after, seconds);
             let gone = Reason::Late { for_ms: after * 1000, usual_ms: None };
             assert!(commands.contains(&Command::Evict { worker: ids[i], reason: gone }), "{commands:?}");
             assert!(m.is_busy(ids[i + 1], Step(0)));
         }
+        // Of several the first makes room for who has nothing to do; the others may take so long.
+        let mut several = Machine::new(3, Patience::default());
+        ids[..3].iter().for_each(|&worker| drop(several.handle(t0, Event::Joined { worker, threads: 1 })));
+        several.handle(t0, Event::Open { step: Step(0), kind: Kind::Train });
+        several.handle(t0, Event::Joined { worker: ids[3], threads: 1 });
+        let evicted = |commands: &[Command]| commands.iter().filter(|c| matches!(c, Command::Evict { .. })).count();
+        let (after, commands) = late(&mut several, t0, &ids).expect("one has to go");
+        assert_eq!((after, evicted(&commands)), (61, 1), "{commands:?}");
+        assert_eq!(late(&mut several, t0 + Duration::from_secs(after), &ids), None, "nobody is idle any more");
         // With a history, 20 times as long as usual.
         let root = Node::root(4);
         m.handle(
@@ -507,7 +519,7 @@ mod tests {
             now,
             Event::NodeDone { worker: ids[3], step: Step(1), kind: Kind::Train, node: Node { lo: 2, hi: 4 } },
         );
-        let (after, commands) = late(&mut m, now, [ids[2], ids[3]]).expect("it has to go");
+        let (after, commands) = late(&mut m, now, &ids[2..]).expect("it has to go");
         assert_eq!(after, 41);
         let gone = Reason::Late { for_ms: 41_000, usual_ms: Some(2000) };
         assert!(commands.contains(&Command::Evict { worker: ids[2], reason: gone }), "{commands:?}");
