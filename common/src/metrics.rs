@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// More classes than this are not counted one by one: neither F1 nor confusions are known.
-const MOST_CLASSES: usize = 4096;
+pub const MOST_CLASSES: usize = 4096;
 
 /// Bins of the histograms that AUC is computed from.
 const BINS: usize = 8192;
@@ -69,7 +69,7 @@ impl EvalKind {
     }
 
     /// Classes that are counted one by one.
-    fn counted(self) -> usize {
+    pub fn counted(self) -> usize {
         match self {
             EvalKind::Binary => 2,
             EvalKind::Classes { classes, .. } if classes <= MOST_CLASSES => classes,
