@@ -184,16 +184,27 @@ impl Loss {
         sums
     }
 
-    /// The loss without smoothing and weights, where it has them: the surprise, in nats.
-    pub fn plain(&self) -> Option<Loss> {
-        match &self.kind {
-            job::Loss::CrossEntropy { label_smoothing, class_weights } => {
-                let plain = *label_smoothing == 0.0 && class_weights.is_none();
-                let kind = job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None };
-                (!plain).then_some(Loss { kind, outputs: self.outputs, added: None })
-            }
-            _ => None,
+    /// The sum of `-ln` of the probability that a sigmoid or a softmax gives to each target's class, whatever the loss makes of it by
+    /// smoothing, weights, a margin or a focus; `own` are its sums of the same. `None`: the program has added the loss, and it alone
+    /// knows what outputs mean.
+    pub fn surprise(
+        &self,
+        logits: ArrayView2<'_, f32>,
+        targets: &Targets,
+        weights: &[f32],
+        own: LossSums,
+    ) -> Option<f64> {
+        let kind = match self.outputs {
+            1 => job::Loss::BinaryCrossEntropy { positive_weight: 1.0 },
+            _ => job::Loss::CrossEntropy { label_smoothing: 0.0, class_weights: None },
+        };
+        if self.added.is_some() {
+            return None;
         }
+        if kind == self.kind && weights.is_empty() {
+            return Some(own.loss);
+        }
+        Some(Loss { kind, outputs: self.outputs, added: None }.forward(logits, targets, &[]).loss)
     }
 
     /// Loss sums of `logits`, `(targets, outputs)`, with weights as above.

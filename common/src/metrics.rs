@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// More classes than this are not counted one by one: neither F1 nor confusions are known.
-const MOST_CLASSES: usize = 4096;
+pub const MOST_CLASSES: usize = 4096;
 
 /// Bins of the histograms that AUC is computed from.
 const BINS: usize = 8192;
@@ -54,22 +54,24 @@ impl EvalKind {
     pub fn metrics(self) -> &'static [Metric] {
         match self {
             EvalKind::Regression => &[Metric::Loss, Metric::Rmse, Metric::Mae, Metric::R2],
-            EvalKind::Binary => &[Metric::Loss, Metric::Accuracy, Metric::Auc, Metric::F1],
+            EvalKind::Binary => &[Metric::Loss, Metric::LogLoss, Metric::Accuracy, Metric::Auc, Metric::F1],
             EvalKind::Classes { classes, top: Some(_) } if classes > MOST_CLASSES => {
-                &[Metric::Loss, Metric::Accuracy, Metric::TopKAccuracy]
+                &[Metric::Loss, Metric::LogLoss, Metric::Accuracy, Metric::TopKAccuracy]
             }
             EvalKind::Classes { top: Some(_), .. } => {
-                &[Metric::Loss, Metric::Accuracy, Metric::F1, Metric::TopKAccuracy]
+                &[Metric::Loss, Metric::LogLoss, Metric::Accuracy, Metric::F1, Metric::TopKAccuracy]
             }
-            EvalKind::Classes { classes, .. } if classes > MOST_CLASSES => &[Metric::Loss, Metric::Accuracy],
-            EvalKind::Classes { .. } => &[Metric::Loss, Metric::Accuracy, Metric::F1],
+            EvalKind::Classes { classes, .. } if classes > MOST_CLASSES => {
+                &[Metric::Loss, Metric::LogLoss, Metric::Accuracy]
+            }
+            EvalKind::Classes { .. } => &[Metric::Loss, Metric::LogLoss, Metric::Accuracy, Metric::F1],
             EvalKind::Next { .. } => &[Metric::Loss, Metric::Perplexity, Metric::BitsPerCharacter, Metric::Accuracy],
             EvalKind::Ranking { .. } => &[Metric::Loss, Metric::HitRate, Metric::Ndcg],
         }
     }
 
     /// Classes that are counted one by one.
-    fn counted(self) -> usize {
+    pub fn counted(self) -> usize {
         match self {
             EvalKind::Binary => 2,
             EvalKind::Classes { classes, .. } if classes <= MOST_CLASSES => classes,
@@ -84,7 +86,7 @@ pub struct EvalSums {
     kind: EvalKind,
     /// Its `samples` are targets; of rankings, samples.
     loss: LossSums,
-    /// Of the loss without smoothing and weights; 0 unless tokens are predicted.
+    /// `-ln` of the probability that each target's own class has, or its token; above 0 where it is known.
     surprise: f64,
     /// Of rankings, the samples whose own item is among the first `k`.
     correct: u64,
@@ -164,8 +166,12 @@ impl EvalSums {
         }
         let before = self.loss.samples;
         self.loss = self.loss + sums;
-        if let EvalKind::Next { .. } = self.kind {
-            self.surprise += loss.plain().map_or(sums, |plain| plain.forward(logits, targets, weights)).loss;
+        if let Targets::Class(_) = targets {
+            let known = loss.surprise(logits, targets, weights, sums).map(|sum| sum.max(f64::MIN_POSITIVE));
+            self.surprise += match self.kind {
+                EvalKind::Next { .. } => known.unwrap_or(sums.loss),
+                _ => known.unwrap_or(0.0),
+            };
         }
         for (row, x) in logits.rows().into_iter().enumerate() {
             match targets {
@@ -346,8 +352,10 @@ impl EvalSums {
                 _ => None,
             },
         );
+        let has_log_loss = self.kind.metrics().contains(&Metric::LogLoss) && self.surprise > 0.0;
         EvalSummary {
             loss: self.loss.loss / self.loss.weight.max(f64::MIN_POSITIVE),
+            log_loss: has_log_loss.then_some(surprise),
             perplexity: tokens.map(|_| libm::exp(surprise)),
             bits_per_character: tokens.map(|tokens| surprise * tokens / std::f64::consts::LN_2),
             accuracy: classes.then_some(self.correct as f64 / n),
@@ -377,6 +385,9 @@ pub fn predicted(x: ArrayView1<'_, f32>) -> usize {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EvalSummary {
     pub loss: f64,
+    /// The mean of `-ln` of the probability that a sample's own class has, whatever the loss is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_loss: Option<f64>,
     /// `e` to the surprise of a token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub perplexity: Option<f64>,
@@ -418,6 +429,7 @@ impl EvalSummary {
     pub fn get(&self, metric: Metric) -> Option<f64> {
         match metric {
             Metric::Loss => Some(self.loss),
+            Metric::LogLoss => self.log_loss,
             Metric::Perplexity => self.perplexity,
             Metric::BitsPerCharacter => self.bits_per_character,
             Metric::Accuracy => self.accuracy,
@@ -436,6 +448,10 @@ impl EvalSummary {
 impl fmt::Display for EvalSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "loss {:.4}", self.loss)?;
+        // Most losses are the same.
+        if let Some(v) = self.log_loss.filter(|v| *v != self.loss) {
+            write!(f, ", log loss {v:.4}")?;
+        }
         for (name, value) in [("perplexity", self.perplexity), ("bits per character", self.bits_per_character)] {
             if let Some(v) = value {
                 write!(f, ", {name} {v:.3}")?;

@@ -81,6 +81,8 @@ const ROWS: usize = 1 << 18;
 struct RowFiles {
     layout: RowLayout,
     optimizer: RowOptimizer,
+    /// Rows of a file, at most.
+    most: usize,
     /// What is not in a file yet.
     block: RowBlock,
     written: Vec<FileDigest>,
@@ -97,7 +99,7 @@ impl RowFiles {
         self.digest.add(block, self.optimizer.row_len());
         self.block.keys.extend_from_slice(&block.keys);
         self.block.rows.extend_from_slice(&block.rows);
-        if self.block.keys.len() >= ROWS { self.write(aside) } else { Ok(()) }
+        if self.block.keys.len() >= self.most { self.write(aside) } else { Ok(()) }
     }
 
     fn write(&mut self, aside: &Path) -> Result<()> {
@@ -143,7 +145,8 @@ impl Writing {
             let files = |tables: &Tables| {
                 let (layout, optimizer) = (tables.layout().clone(), tables.optimizer().clone());
                 let digest = rows::Digest::new(&layout);
-                Mutex::new(RowFiles { layout, optimizer, block: RowBlock::default(), written: Vec::new(), digest })
+                let (block, written) = (RowBlock::default(), Vec::new());
+                Mutex::new(RowFiles { layout, optimizer, most: ROWS, block, written, digest })
             };
             let (tables, failed) = (tables.map(files), Mutex::new(None));
             Ok(Writing { dir: dir.into(), name, layout, weights, optimizer, tables, failed })
@@ -349,4 +352,57 @@ pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>> {
         }
     }
     Ok(Some(previous))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::saves::Learning;
+    use unisono_common::checkpoint::rows_from_safetensors;
+    use unisono_common::ids::Step;
+    use unisono_common::job::{self, JobText};
+    use unisono_common::rows::key;
+
+    const JOB: &str = r#"
+data = { format = "synthetic", task = "clicks", numbers = 1, fields = 2, vocabulary = 50, samples = 8 }
+model = { kind = "deepfm", width = 3, hidden = [4] }
+train = { partitions = 1, micro_batch = 8, steps = 1, loss = "binary-cross-entropy" }
+"#;
+
+    #[test]
+    fn rows_in_several_files_are_those_of_one() {
+        let text = JobText { file: "job.toml".into(), base: ".".into(), toml: JOB.into(), overrides: vec![] };
+        let ready = crate::prepare_unkept(job::parse(text).expect("a job")).expect("it can be trained");
+        let (layout, rows) = (Arc::new(ready.model.layout().clone()), ready.model.rows().clone());
+        let of_job = ready.job.train.tables();
+        let tables = Tables::new(rows.clone(), 7, &of_job, 1, Step(3), &[]).expect("memory");
+        let (optimizer, weights) = (RowOptimizer::new(&of_job.optimizer, &rows), layout.init(7));
+        // Not in the order of their ids, which is not that in which they were touched.
+        let block = |ids: Range<u64>| RowBlock {
+            keys: ids.clone().map(|id| key(id * 31 % 50)).collect(),
+            rows: ids.flat_map(|id| (0..optimizer.row_len()).map(move |i| (id * 100 + i as u64) as f32)).collect(),
+        };
+        let write = |most: usize| {
+            let dir = tempfile::tempdir().expect("a folder");
+            let writing = Writing::begin(dir.path(), 3, layout.clone(), &[], Some(&tables)).expect("begun");
+            lock(writing.tables.as_ref().expect("it has tables")).most = most;
+            (0..layout.chunks()).for_each(|i| writing.chunk(i, &weights[layout.chunk(i)], &[]));
+            (0..6).for_each(|i| writing.rows(&block(4 * i..4 * (i + 1))));
+            writing.rows(&block(24..26));
+            let manifest = Learning::default().manifest(&ready.job, &ready.opened.prepared, [0; 32], 0);
+            let (path, digest) = writing.finish(manifest.expect("a manifest"), 1).expect("written");
+            let loaded = read(&path).expect("whole");
+            assert_eq!(loaded.manifest.weights_digest, digest);
+            let blocks = loaded.rows.iter().map(|file| rows_from_safetensors(&rows, &optimizer, file).expect("rows"));
+            (digest, blocks.collect::<Vec<_>>(), loaded.manifest.files.into_keys().collect::<Vec<_>>())
+        };
+        let (one_digest, one, _) = write(ROWS);
+        assert_eq!(one, [block(0..26)]);
+        let (digest, several, files) = write(8);
+        assert_eq!(several, [block(0..8), block(8..16), block(16..24), block(24..26)]);
+        assert_eq!(digest, one_digest);
+        for n in 0..4 {
+            assert!(files.contains(&format!("rows-0000{n}.safetensors")), "{files:?}");
+        }
+    }
 }

@@ -49,7 +49,7 @@ use tonic::service::interceptor::InterceptedService;
 use unisono_common::checkpoint;
 use unisono_common::data::{self, Prepared, Skipped, partition::Partitions};
 use unisono_common::groups::Groups;
-use unisono_common::job::{Job, Length, ScheduleKind};
+use unisono_common::job::{self, Job, Length, Metric, ScheduleKind};
 use unisono_common::loss::Loss;
 use unisono_common::metrics::{EvalKind, EvalSummary};
 use unisono_common::model::Model;
@@ -292,8 +292,11 @@ pub fn prepare_opened(job: Job, opened: data::Opened) -> Result<Ready> {
         if opened.test.is_none() {
             bail!("{key} follows a metric of the test set, and there is none: set data.test, or leave {key} out");
         }
-        if !kind.metrics().contains(&metric) {
-            let names: Vec<String> = kind.metrics().iter().map(|m| format!("\"{}\"", m.name())).collect();
+        // What the outputs are to a loss of the program's own is not known.
+        let is_known = |m: &&Metric| **m != Metric::LogLoss || !matches!(job.train.loss, job::Loss::Added { .. });
+        let metrics = || kind.metrics().iter().filter(is_known);
+        if !metrics().any(|m| *m == metric) {
+            let names: Vec<String> = metrics().map(|m| format!("\"{}\"", m.name())).collect();
             bail!("{key} follows \"{}\", which this task does not have: choose {}", metric.name(), names.join(" or "));
         }
     }

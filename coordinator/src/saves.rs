@@ -7,7 +7,9 @@ use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::sync::Arc;
 use unisono_common::checkpoint::Manifest;
+use unisono_common::data::Prepared;
 use unisono_common::ids::Step;
+use unisono_common::job::Job;
 use unisono_common::metrics::EvalSummary;
 use unisono_common::schedule::{EarlyState, PlateauState};
 
@@ -41,17 +43,16 @@ impl Learning {
         })
     }
 
-    /// The manifest of a checkpoint, but for the digests of what is not written yet.
-    fn manifest(&self, shared: &Shared, epoch: u64) -> Result<Manifest> {
-        let job = &shared.job;
+    /// The manifest of a checkpoint of a model whose layout has the digest `model`, but for the digests of what is not written yet.
+    pub fn manifest(&self, job: &Job, prepared: &Prepared, model: [u8; 32], epoch: u64) -> Result<Manifest> {
         Ok(Manifest {
             digest: String::new(),
             format_version: files::FORMAT,
             name: job.name.clone(),
             job: job.clone(),
             job_digest: crate::hex(job.digest()),
-            layout_digest: crate::hex(shared.model_digest),
-            prepared: shared.prepared.clone(),
+            layout_digest: crate::hex(model),
+            prepared: prepared.clone(),
             step: self.step.0,
             epoch,
             samples: self.samples,
@@ -147,7 +148,7 @@ impl Saves {
     /// Writes a checkpoint on a thread of its own, where the store can promise the state at the beginning of the step.
     fn write(&mut self, shared: &Arc<Shared>, learning: &Learning, epoch: u64) -> Result<bool> {
         let dir = self.dir.as_deref().context("there is no folder for checkpoints")?;
-        let manifest = learning.manifest(shared, epoch)?;
+        let manifest = learning.manifest(&shared.job, &shared.prepared, shared.model_digest, epoch)?;
         if self.is_new
             && let Some(previous) = files::set_aside(dir)?
         {

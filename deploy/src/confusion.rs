@@ -5,6 +5,8 @@ use ndarray::ArrayView2;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::path::Path;
+use unisono_common::data::Prepared;
+use unisono_common::metrics::{EvalKind, MOST_CLASSES};
 
 /// More classes than this are no table for a terminal, and no picture.
 const MOST_SHOWN: usize = 40;
@@ -13,11 +15,32 @@ const MOST_SHOWN: usize = 40;
 const CELL: u32 = 44;
 const MARGIN: u32 = 120;
 
-/// Whether [`write`] has a form for so many classes in a file of this name.
+/// Whether a model has classes that can be counted, and [`write`] a form for them in a file of this name.
 ///
 /// # Errors
-/// What it has.
-pub fn check(path: &Path, classes: usize) -> Result<()> {
+/// What the model predicts in their place; what forms there are.
+pub fn check(file: &Path, model: &Path, prepared: &Prepared) -> Result<()> {
+    let predicts = |what: &str| -> Result<()> {
+        bail!("{} predicts {what}, and --confusion is for a model of classes: leave it out", model.display())
+    };
+    match (EvalKind::of(prepared, None), &prepared.classes) {
+        (EvalKind::Regression, _) => predicts("values"),
+        (EvalKind::Next { .. }, _) => predicts("the next token of a text"),
+        (EvalKind::Ranking { .. }, _) => predicts("how items rank"),
+        (kind @ (EvalKind::Binary | EvalKind::Classes { .. }), classes) => {
+            let classes = classes.as_ref().map_or(0, Vec::len);
+            if kind.counted() == 0 {
+                bail!(
+                    "{} has {classes} classes, and --confusion counts up to {MOST_CLASSES}: leave it out",
+                    model.display()
+                )
+            }
+            check_file(file, classes)
+        }
+    }
+}
+
+fn check_file(path: &Path, classes: usize) -> Result<()> {
     match path.extension().and_then(|ending| ending.to_str()) {
         Some("svg") if classes > MOST_SHOWN => {
             bail!("{classes} classes are too many for a picture, which shows {MOST_SHOWN}: write a .csv")
@@ -114,8 +137,8 @@ mod tests {
         for word in ["<svg", "a dog", "31000", "taken for"] {
             assert!(text.contains(word), "{word} is not in {text}");
         }
-        assert!(check(&path("c.png"), 2).is_err() && check(&path("c.svg"), 41).is_err());
-        assert!(check(&path("c.svg"), 40).is_ok() && check(&path("c.csv"), 41).is_ok());
+        assert!(check_file(&path("c.png"), 2).is_err() && check_file(&path("c.svg"), 41).is_err());
+        assert!(check_file(&path("c.svg"), 40).is_ok() && check_file(&path("c.csv"), 41).is_ok());
         let shown = table(&classes, counts.view()).expect("it is small");
         let widths: Vec<usize> = shown.lines().map(str::len).collect();
         assert!(widths.len() == 3 && widths.iter().all(|width| *width == widths[0]), "{shown}");
@@ -123,7 +146,7 @@ mod tests {
         let many: Vec<String> = (0..50).map(|i| i.to_string()).collect();
         let none = ndarray::Array2::zeros((50, 50));
         assert!(table(&many, none.view()).is_none());
-        let message = check(&path("m.svg"), 50).unwrap_err().to_string();
+        let message = check_file(&path("m.svg"), 50).unwrap_err().to_string();
         assert!(message.contains("50 classes") && message.contains(".csv"), "{message}");
     }
 }

@@ -8,7 +8,9 @@ names of nn.Sequential, a batch, and then PyTorch's outputs (in evaluation mode,
 and 20 losses. Where batches have ids, there are several, which come in turn; rows that they choose are as PyTorch's sparse
 gradients and optimizers leave them. Tests read the file; they need no PyTorch.
 
-Cases that the file has keep their numbers, since other machines round otherwise; those named after the program are made anew.
+Cases that the file has keep their numbers, since other machines round otherwise; those named after the program are made anew. What is
+kept and is not what this machine computes, but for rounding, is named, and the exit status is 1: nothing old stays unseen. With
+--check nothing is written.
 """
 
 import fnmatch
@@ -30,6 +32,8 @@ from torch_ddp import DLRM, GPT  # noqa: E402
 torch.manual_seed(7)
 torch.set_num_threads(1)
 STEPS, ROWS = 20, 6
+# The tolerance of golden.rs, to which numbers are compared.
+ROUNDING = 1e-5
 
 
 def redraw(name, model):
@@ -794,6 +798,18 @@ def schedules(total=60):
                                                          "metrics": metrics, "rates": rates}}
 
 
+def differences(old, new, where=""):
+    """Where two of JSON's values are not the same; numbers in lists may differ by rounding, in units of the largest."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return [found for key in old for found in differences(old[key], new[key], f"{where}.{key}".lstrip("."))]
+    is_list = lambda value: isinstance(value, list) and all(isinstance(x, (int, float)) for x in value)
+    if is_list(old) and is_list(new) and len(old) == len(new):
+        scale = max(map(abs, [0.02, *old]))
+        apart = max((abs(a - b) / scale for a, b in zip(old, new)), default=0.0)
+        return [f"{where} differs by {apart:.2g}"] if apart > ROUNDING else []
+    return [] if old == new else [f"{where or 'its keys'} differ"]
+
+
 def main():
     mse, plain = LOSSES["mse"], sgd()
     cases = [case(f"layer {n}", shape, parts, mse, plain) for n, (shape, parts) in LAYERS.items()]
@@ -815,13 +831,25 @@ def main():
     cases += [bag(), gpt()]
     cases += [case(f"layer {n}", shape, parts, mse, plain, **own) for n, (shape, parts) in of_images().items()]
     cases += [resnet(), *of_ids()]
-    values = {"torch": torch.__version__, "rows": ROWS, "cases": cases, "schedules": schedules()}
     path = Path(__file__).with_name("values.json")
-    if path.exists():
-        before = json.loads(path.read_text())
-        known = {about["name"]: about for about in before["cases"] if about["name"] not in sys.argv[1:]}
-        values = {**before, "cases": [known.get(about["name"], about) for about in cases]}
-    path.write_text(json.dumps(values, separators=(",", ":")) + "\n")
+    before = json.loads(path.read_text()) if path.exists() else {"cases": []}
+    check, anew = "--check" in sys.argv[1:], set(sys.argv[1:]) - {"--check"}
+    # As they will be read: without tuples.
+    made = json.loads(json.dumps({about["name"]: about for about in cases} | {"schedules": schedules()}))
+    known = {about["name"]: about for about in before["cases"]}
+    known |= {"schedules": before["schedules"]} if "schedules" in before else {}
+    kept = {name: known[name] for name in made if name in known and name not in anew}
+    wrong = [f"there is no case {name!r}" for name in anew - made.keys()]
+    wrong += [f"{name}: is in the file, and no longer made" for name in known.keys() - made.keys()]
+    wrong += [f"{name}: {what}" for name, old in kept.items() for what in differences(old, made[name])]
+    wrong += [f"{name}: is not in the file" for name in made if check and name not in known]
+    if not check:
+        now = {**made, **kept}
+        values = {"torch": torch.__version__, "rows": ROWS, **before,
+                  "cases": [now[about["name"]] for about in cases], "schedules": now["schedules"]}
+        path.write_text(json.dumps(values, separators=(",", ":")) + "\n")
+    if wrong:
+        sys.exit("\n".join(wrong) + "\nto make cases anew, name them: make.py 'layer linear' ...")
 
 
 if __name__ == "__main__":

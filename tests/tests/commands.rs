@@ -65,6 +65,37 @@ fn eval_repeats_the_runs_own_numbers_to_the_bit() {
     assert!(most > Some(0.1) && most < Some(0.13), "{eval}");
 }
 
+/// Each sample once, in the row of its class and the column of what it is taken for: the accuracy is the share of the diagonal.
+#[test]
+fn confusions_are_counted_where_there_are_classes() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (_, checkpoint) = trained(dir.path());
+    let eval = summary(&run(dir.path(), &["eval", text(&checkpoint), "--confusion", "taken.csv", "--json"]));
+    let table = std::fs::read_to_string(dir.path().join("taken.csv")).expect("it is written");
+    let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split(',').collect()).collect();
+    let counts: Vec<Vec<u64>> =
+        rows[1..].iter().map(|row| row[1..].iter().map(|n| n.parse().expect("a count")).collect()).collect();
+    assert_eq!((counts.len(), rows[0].len(), rows[0][1], rows[10][0]), (10, 11, "0", "9"), "{table}");
+    let samples: u64 = counts.iter().flatten().sum();
+    let right: u64 = (0..10).map(|class| counts[class][class]).sum();
+    assert_eq!(eval["samples"].as_u64(), Some(samples), "{table}");
+    assert_eq!(eval["eval"]["accuracy"].as_f64(), Some(right as f64 / samples as f64), "{table}");
+    // Rows are what samples are, columns what they are taken for.
+    let most = counts.iter().map(|row| row.iter().sum::<u64>()).max().expect("ten");
+    assert_eq!(eval["most_frequent"]["accuracy"].as_f64(), Some(most as f64 / samples as f64), "{table}");
+
+    let job = "data = { format = \"synthetic\", task = \"regression\", shape = [3], samples = 64 }
+        model = { kind = \"linear\" }
+        train = { partitions = 1, micro_batch = 8, steps = 2, loss = \"mse\" }
+        checkpoint = { dir = \"values\" }";
+    std::fs::write(dir.path().join("values.toml"), job).expect("written");
+    summary(&run(dir.path(), &["local", "values.toml", "--quiet", "--json"]));
+    // Before anything is looked at: there is no such job.
+    let asked = run(dir.path(), &["eval", "values", "none.toml", "--confusion", "none.csv"]);
+    refused(&asked, &["step-00000002 predicts values", "--confusion", "a model of classes"]);
+    assert!(!dir.path().join("none.csv").exists());
+}
+
 #[test]
 fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
     let dir = tempfile::tempdir().expect("a folder");

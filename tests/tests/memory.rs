@@ -76,3 +76,47 @@ fn no_side_holds_more_copies_of_the_parameters_than_it_needs() {
         assert!(*worker < 3.0 * copy + ELSE, "a worker held {worker:.0} MiB");
     }
 }
+
+/// Clicks on so many possible ids, all of which come as often as each other.
+fn clicks(vocabulary: u64) -> String {
+    format!(
+        r#"
+data = {{ format = "synthetic", task = "clicks", numbers = 1, fields = 8, vocabulary = {vocabulary}, zipf = 0.0, samples = 65536, test_samples = 0 }}
+model = {{ kind = "deepfm", width = 63, hidden = [8] }}
+train = {{ partitions = 2, micro_batch = 256, epochs = 1, loss = "binary-cross-entropy", tables = {{ optimizer = {{ kind = "sgd", lr = 0.1 }} }} }}
+checkpoint = {{ dir = "kept", every_steps = 0 }}
+"#
+    )
+}
+
+/// What a worker that pulls rows by gRPC held at most, and what the rows in the checkpoint take, in MiB.
+fn pulling(vocabulary: u64) -> (f64, f64) {
+    let dir = tempfile::tempdir().expect("a folder");
+    std::fs::write(dir.path().join("job.toml"), clicks(vocabulary)).expect("written");
+    let address = format!("127.0.0.1:{}", free_port());
+    let mut coordinator = start(dir.path(), &["coordinator", "job.toml", "--listen", &address, "--json", "--quiet"]);
+    let mut worker = start(dir.path(), &["worker", "--coordinator", &address, "--transport", "grpc"]);
+    let mut most = 0.0;
+    while coordinator.try_wait().expect("it is ours").is_none() {
+        most = peak(&worker).unwrap_or(most);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let summary = finish(coordinator);
+    assert!(worker.wait().expect("it ends").success());
+    let checkpoint = dir.path().join(summary["checkpoint"].as_str().expect("a checkpoint"));
+    let files = std::fs::read_dir(checkpoint).expect("a folder").flatten();
+    let rows = files.filter(|file| file.file_name().to_string_lossy().starts_with("rows-"));
+    let bytes: u64 = rows.map(|file| file.metadata().expect("its length").len()).sum();
+    (most, bytes as f64 / (1 << 20) as f64)
+}
+
+/// The same samples, of a hundred ids or of eight million: only the coordinator holds what was learnt of all.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_workers_memory_does_not_grow_with_the_tables() {
+    let [(few, small), (many, large)] = [pulling(100), pulling(1_000_000)];
+    println!("MiB: a worker {few:.0} with tables of {small:.0}, and {many:.0} with tables of {large:.0}");
+    assert!(few > 1.0 && small < 1.0 && large > 100.0, "nothing was measured: {few} {small} {large}");
+    // A batch asks for 4096 rows where it asked for 800, and a few batches are there at once.
+    assert!(many < few + ELSE / 2.0, "a worker held {many:.0} MiB, with small tables {few:.0}");
+}

@@ -92,6 +92,9 @@ pub(super) fn make(seed: u64, spec: &job::Clicks) -> Result<Raw, DataError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::loss::Loss;
+    use crate::metrics::{EvalKind, EvalSums};
+    use ndarray::ArrayView2;
 
     #[test]
     fn ids_are_as_skewed_as_was_said() {
@@ -112,6 +115,24 @@ mod tests {
             }
             assert!(draws.iter().all(|id| *id < n));
         }
+    }
+
+    /// What the example's first lines say, and what its run in `.ci/run` is held against.
+    #[test]
+    fn the_teacher_of_the_example_has_the_auc_that_it_says() {
+        let example = include_str!("../../../examples/clicks.toml");
+        let text = job::JobText { file: String::new(), base: String::new(), toml: example.into(), overrides: vec![] };
+        let job = job::parse(text).unwrap();
+        let job::Source::Clicks(spec) = &job.data.source else { panic!("clicks") };
+        let teacher = Teacher::new(job.seed, spec);
+        let test = teacher.split(spec.samples, spec.test_samples).unwrap();
+        let samples = spec.samples as u64..(spec.samples + spec.test_samples) as u64;
+        let logits: Vec<f32> = samples.map(|i| teacher.draw(i, &mut Vec::new(), &mut Vec::new())).collect();
+        let mut sums = EvalSums::new(EvalKind::Binary);
+        let loss = Loss::new(&job.train.loss, 1).unwrap();
+        sums.add_batch(&loss, ArrayView2::from_shape((logits.len(), 1), &logits).unwrap(), &test.targets, &[]);
+        let auc = sums.summary().auc.unwrap();
+        assert!(example.contains("AUC of 0.8241") && (auc - 0.8241).abs() < 0.0005, "{auc}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Plain text, as windows of tokens whose next ones are to be predicted.
 
 use super::tokenizer::{Tokenizer, Wanted};
-use super::{DataError, Dataset, Features, Files, Prepared, Raw, Scale, Targets, Tokens, read_text};
+use super::{DataError, Dataset, Features, Files, Prepared, Raw, Scale, Targets, Tokens, read_text, table};
 use crate::job;
 
 /// The tokens of a stored window: its own, and as many of what follows, so that an epoch may begin its windows anywhere.
@@ -34,10 +34,16 @@ fn cut<T: Clone + Default>(tokens: &[u32], context: usize, whole: bool, as_store
 
 /// Reads a job's text; what is tested is a file of its own, or the last part of the only one.
 pub(super) fn read(files: &Files, spec: &job::Text, known: Option<&Tokenizer>) -> Result<Raw, DataError> {
-    let job::Text { base, train, test, holdout, tokenizer, context } = spec;
+    let job::Text { base, train, test, holdout, column, tokenizer, context } = spec;
     let wanted = Wanted::new(files, base, tokenizer, known)?;
-    let open =
-        |path: &str| files.find(base, path).and_then(|found| Ok((read_text(&found)?, found.display().to_string())));
+    let open = |path: &str| -> Result<_, DataError> {
+        let found = files.find(base, path)?;
+        let text = match column {
+            Some((column, form)) => table::texts(files, &job::Table::of_texts(base, path, column, form))?,
+            None => read_text(&found)?,
+        };
+        Ok((text, found.display().to_string()))
+    };
     let (text, path) = open(train)?;
     let (train, test, test_path) = match (test, holdout) {
         (Some(test), _) => {
@@ -97,9 +103,45 @@ mod tests {
             train: "text.txt".into(),
             test: None,
             holdout: None,
+            column: None,
             tokenizer: job::Tokenizer::Characters,
             context: 4,
         }
+    }
+
+    /// In whatever form they are, texts are read as the same ones in a file of plain text, with a line each.
+    #[test]
+    fn a_column_of_a_table_is_read_as_its_texts_one_after_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let texts = ["To be,\nor not to be,", "that is \"the\" question", "whether"];
+        let plain = spec(folder.path(), &texts.join("\n"));
+        let want = read(&Files::default(), &plain, None).unwrap();
+        let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+        let lined = |separator: &str| -> String {
+            // A row without a text adds none, not even a line end.
+            let rows = texts.iter().enumerate().map(|(i, text)| format!("{i}{separator}{}\n", quoted(text)));
+            format!("id{separator}body\n9{separator}\n") + &rows.collect::<String>()
+        };
+        let json = |text: &&str| serde_json::json!({ "id": [1], "body": text }).to_string() + "\n";
+        let objects = texts.iter().map(json).collect::<String>() + "{\"id\": 4}\n";
+        let files =
+            [("a.csv", lined(",")), ("a.tsv", lined("\t")), ("a.jsonl", objects.clone()), ("a.ndjson", objects)];
+        let of = |path: &str, column: &str| {
+            let form = job::Form::of(path).unwrap();
+            job::Text { train: path.into(), column: Some((column.into(), form)), ..plain.clone() }
+        };
+        for (path, content) in files {
+            std::fs::write(folder.path().join(path), content).unwrap();
+            let raw = read(&Files::default(), &of(path, "body"), None).unwrap();
+            assert_eq!((raw.train, raw.tokens), (want.train.clone(), want.tokens.clone()), "{path}");
+        }
+        let says = |path: &str, column: &str, parts: &[&str]| {
+            let message = read(&Files::default(), &of(path, column), None).map(|_| ()).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+        };
+        says("a.csv", "bodi", &["bodi", "a.csv", "body"]);
+        std::fs::write(folder.path().join("b.jsonl"), "{\"body\": \"a\"}\n{\"body\": [1]}\n").unwrap();
+        says("b.jsonl", "body", &["b.jsonl:2", "body", "a list"]);
     }
 
     proptest! {

@@ -155,7 +155,43 @@ pub enum Form {
     Parquet,
 }
 
+impl Form {
+    /// That of a table in a file of this name, gzipped or not.
+    pub fn of(path: &str) -> Option<Form> {
+        let csv = |separator| Form::Csv { columns: None, header: true, separator, quoting: true };
+        match path.strip_suffix(".gz").unwrap_or(path).rsplit_once('.')?.1 {
+            "csv" => Some(csv(',')),
+            "tsv" => Some(csv('\t')),
+            "jsonl" | "ndjson" => Some(Form::JsonLines),
+            "parquet" => Some(Form::Parquet),
+            _ => None,
+        }
+    }
+}
+
 impl Table {
+    /// One of which nothing but a column of texts is read.
+    pub fn of_texts(base: &str, path: &str, column: &str, form: &Form) -> Table {
+        let (tokenizer, context, truncate) = (Tokenizer::Bytes, 1, false);
+        Table {
+            base: base.into(),
+            form: form.clone(),
+            train: path.into(),
+            test: None,
+            target: column.into(),
+            weight: None,
+            categorical: Vec::new(),
+            ids: Vec::new(),
+            log: Vec::new(),
+            ignore: Vec::new(),
+            missing: String::new(),
+            task: Task::Classification,
+            holdout: None,
+            holdout_by: Vec::new(),
+            text: Some(TextColumn { column: column.into(), tokenizer, context, truncate }),
+        }
+    }
+
     /// Whether a column's cells are looked at.
     pub fn reads(&self, column: &str) -> bool {
         let is = |name: &String| name == column;
@@ -385,6 +421,9 @@ pub struct Text {
     pub test: Option<String>,
     /// The share of the training text, at its end, that is the test set; only where `test` is none.
     pub holdout: Option<f64>,
+    /// The column of a table whose cells are the text, in place of the whole file; both files are of its form.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub column: Option<(String, Form)>,
     pub tokenizer: Tokenizer,
     /// Tokens of a window.
     pub context: usize,

@@ -277,6 +277,7 @@ pub enum ScheduleKind {
 #[serde(rename_all = "kebab-case")]
 pub enum Metric {
     Loss,
+    LogLoss,
     Accuracy,
     Auc,
     F1,
@@ -292,8 +293,9 @@ pub enum Metric {
 
 impl Metric {
     /// All of them, the default first.
-    pub const ALL: [Metric; 12] = [
+    pub const ALL: [Metric; 13] = [
         Metric::Loss,
+        Metric::LogLoss,
         Metric::Accuracy,
         Metric::Auc,
         Metric::F1,
@@ -309,13 +311,17 @@ impl Metric {
 
     /// Whether a larger value is better.
     pub fn maximize(self) -> bool {
-        !matches!(self, Metric::Loss | Metric::Rmse | Metric::Mae | Metric::Perplexity | Metric::BitsPerCharacter)
+        !matches!(
+            self,
+            Metric::Loss | Metric::LogLoss | Metric::Rmse | Metric::Mae | Metric::Perplexity | Metric::BitsPerCharacter
+        )
     }
 
     /// As the job file has it.
     pub fn name(self) -> &'static str {
         match self {
             Metric::Loss => "loss",
+            Metric::LogLoss => "log-loss",
             Metric::Accuracy => "accuracy",
             Metric::Auc => "auc",
             Metric::F1 => "f1",

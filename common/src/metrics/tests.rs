@@ -179,3 +179,58 @@ proptest! {
         }
     }
 }
+
+/// Whatever the loss makes of it, and however often samples count in that: the mean of `-ln` of the probability of each sample's class.
+#[test]
+fn the_log_loss_is_that_of_the_probabilities_whatever_the_loss_is() {
+    use crate::job::Loss::*;
+    let of_classes = |classes: usize| {
+        let weights: Vec<f32> = (0..classes).map(|class| 0.5 + class as f32).collect();
+        let (some, none) = (Some(weights), None);
+        vec![
+            Focal { gamma: 2.0, class_weights: none.clone() },
+            Hinge { class_weights: none.clone() },
+            Hinge { class_weights: some.clone() },
+            if classes == 2 {
+                BinaryCrossEntropy { positive_weight: 3.0 }
+            } else {
+                CrossEntropy { label_smoothing: 0.1, class_weights: some }
+            },
+            if classes == 2 {
+                BinaryCrossEntropy { positive_weight: 1.0 }
+            } else {
+                CrossEntropy { label_smoothing: 0.0, class_weights: none }
+            },
+        ]
+    };
+    for (classes, outputs, kind) in [(2, 1, EvalKind::Binary), (3, 3, EvalKind::Classes { classes: 3, top: None })] {
+        let logits = Array2::from_shape_fn((40, outputs), |(i, j)| ((i * 7 + j * 5) % 11) as f32 - 5.0);
+        let labels: Vec<u32> = (0..40).map(|i| (i * i % classes) as u32).collect();
+        let surprise = |row: usize| {
+            let x = logits.row(row).mapv(f64::from);
+            let own = labels[row] as usize;
+            match outputs {
+                1 => (1.0 + (if own == 1 { -x[0] } else { x[0] }).exp()).ln(),
+                _ => x.mapv(f64::exp).sum().ln() - x[own],
+            }
+        };
+        let want = (0..40).map(surprise).sum::<f64>() / 40.0;
+        let all = of_classes(classes);
+        for (i, loss) in all.iter().enumerate() {
+            for weights in [vec![], (0..40).map(|i| 0.5 + i as f32).collect::<Vec<f32>>()] {
+                let mut sums = EvalSums::new(kind);
+                let loss = Loss::new(loss, outputs).unwrap();
+                sums.add_batch(&loss, logits.view(), &Targets::Class(labels.clone()), &weights);
+                let summary = sums.summary();
+                let log_loss = summary.get(Metric::LogLoss).unwrap();
+                assert!((log_loss - want).abs() < 1e-6, "{:?}: {log_loss}, not {want}", all[i]);
+                // The loss of the last is the same to the bit, and is not said twice.
+                let same = i + 1 == all.len() && weights.is_empty();
+                assert_eq!(summary.loss == log_loss, same, "{summary:?}");
+                assert_eq!(summary.to_string().contains("log loss"), !same, "{summary}");
+                let (parts, counts) = sums.to_parts();
+                assert_eq!(EvalSums::from_parts(kind, &parts, &counts).unwrap().summary(), summary);
+            }
+        }
+    }
+}

@@ -210,6 +210,21 @@ pub fn look(
     Ok(table.names().into())
 }
 
+/// The text column's cells of a table's training file, one after another, with a line end between each two; empty ones are passed
+/// over.
+pub(super) fn texts(files: &Files, spec: &job::Table) -> Result<String, DataError> {
+    let table = Table::open(files, spec, &spec.train, None, false)?;
+    let (at, mut all) = (table.index("text", &spec.target)?, String::new());
+    table.rows(|_, row| {
+        if !all.is_empty() && !row[at].is_empty() {
+            all.push('\n');
+        }
+        all.push_str(&row[at]);
+        Ok(())
+    })?;
+    Ok(all)
+}
+
 /// Reads both splits; everything that is learnt is learnt from the training set, or was from that of a model whose data is `known`.
 pub(super) fn read(
     files: &Files,

@@ -41,7 +41,7 @@ pub(in crate::job) const FORMATS: &Kinds = &[
     ("parquet", table_keys!()),
     ("criteo", &["train", "test", "holdout", "on_error", "max_errors"]),
     ("libsvm", &["train", "test", "holdout", "task", "size", "on_error", "max_errors"]),
-    ("text", &["train", "test", "holdout", "tokenizer", "context"]),
+    ("text", &["train", "test", "holdout", "text", "tokenizer", "context"]),
     (
         "ratings",
         &[
@@ -272,14 +272,20 @@ fn plain_text(r: &Reader<'_>, base: &str) -> Result<Text> {
     if matches!(tokenizer, Tokenizer::Words { ngrams: 2.., .. }) {
         return r.refuse("tokenizer", "has `ngrams`, which are for classes of texts; leave it out");
     }
-    Ok(Text {
-        base: base.into(),
-        train: r.text("train")?.needed("train = \"book.txt\"")?,
-        test,
-        holdout,
-        tokenizer,
-        context: context(r)?,
-    })
+    let train = r.text("train")?.needed("train = \"book.txt\"")?;
+    let column = match r.text("text")?.optional() {
+        Some(column) => {
+            let form = Form::of(&train);
+            let Some(form) = form.filter(|form| test.as_ref().is_none_or(|test| Form::of(test).as_ref() == Some(form)))
+            else {
+                let files = "files that end in .jsonl, .ndjson, .csv, .tsv or .parquet (or one of these and .gz), train and test alike";
+                return r.refuse("text", &format!("names a column of {files}; leave it out for plain text"));
+            };
+            Some((column, form))
+        }
+        None => None,
+    };
+    Ok(Text { base: base.into(), train, test, holdout, column, tokenizer, context: context(r)? })
 }
 
 /// A file of its own, or a share of the training set.

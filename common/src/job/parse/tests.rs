@@ -213,6 +213,7 @@ fn every_source_has_its_defaults_and_every_key_counts() {
         train: "a.txt".into(),
         test: None,
         holdout: None,
+        column: None,
         tokenizer: Tokenizer::Bytes,
         context: 4,
     };
@@ -234,6 +235,19 @@ fn every_source_has_its_defaults_and_every_key_counts() {
     let all = Table { holdout: Some(0.5), text: Some(column(words(50_000, 3, 7), true)), ..plain_csv };
     let keys = ", holdout = 0.5, truncate = true, tokenizer = { kind = \"words\", ngrams = 3, buckets = 7 }";
     assert_eq!(texts(keys), Source::Table(all.into()));
+    let separated = |separator| Form::Csv { columns: None, header: true, separator, quoting: true };
+    for (end, form) in [
+        ("jsonl", Form::JsonLines),
+        ("ndjson.gz", Form::JsonLines),
+        ("csv.gz", separated(',')),
+        ("tsv", separated('\t')),
+        ("parquet", Form::Parquet),
+    ] {
+        let (train, test) = (format!("a.b.{end}"), format!("c.{end}"));
+        let keys = format!("format = \"text\", context = 4, text = \"x\", train = {train:?}, test = {test:?}");
+        let want = Text { train, test: Some(test), column: Some(("x".into(), form)), ..text.clone() };
+        assert_eq!(job(&keys, LINEAR, "").data.source, Source::Text(want));
+    }
     let tested = Text { test: Some("b.txt".into()), ..text };
     assert_eq!(job(&format!("{plain}, test = \"b.txt\""), LINEAR, "").data.source, Source::Text(tested));
 }
@@ -846,6 +860,9 @@ fn mistakes_about_ids_and_their_tables_are_named() {
     let clicks = |keys: &str| JOB.replace("\"digits\"", &format!("\"synthetic\"\nsamples = 9\n{keys}"));
     let model = |keys: &str| JOB.replace("kind = \"mlp\"\nhidden = [8]", keys);
     let layer = |keys: &str| model(&format!("kind = \"layers\"\nlayers = [{{ {keys} }}]"));
+    let corpus = |train: &str, test: &str| {
+        JOB.replace("\"digits\"", &format!("\"text\"\ncontext = 4\ntrain = {train:?}\ntext = \"x\"\ntest = {test:?}"))
+    };
     let tables = |keys: &str| format!("{JOB}tables = {{ {keys} }}\n");
     let entry =
         "`data.ids[1]` must be a column's name, { column = \"user\", size = 1000 } or { cross = [\"a\", \"b\"] }";
@@ -869,6 +886,8 @@ fn mistakes_about_ids_and_their_tables_are_named() {
             data("text = \"x\"\ncontext = 4\nids = [\"a\"]"),
             "job.toml:9: `data.ids` and `data.text` are both given, but the text is all that is learnt from",
         ),
+        (corpus("a.txt", "b.txt"), "job.toml:7: `data.text` names a column of files that end in .jsonl"),
+        (corpus("a.jsonl", "b.csv"), "job.toml:7: `data.text` names a column of files that end in .jsonl"),
         (
             data("text = \"x\"\ncontext = 4\nlog = [\"a\"]"),
             "job.toml:9: `data.log` and `data.text` are both given, but the text is all that is learnt from",
