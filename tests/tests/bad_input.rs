@@ -608,7 +608,11 @@ fn metrics_that_nobody_measures_are_refused() {
     let early = |metric: &str| {
         with("steps = 20", &format!("steps = 20\nearly_stopping = {{ metric = \"{metric}\", patience = 2 }}"))
     };
-    refused(dir.path(), &early("auc"), &["train.early_stopping", "\"auc\"", "\"loss\" or \"log-loss\" or \"accuracy\""]);
+    refused(
+        dir.path(),
+        &early("auc"),
+        &["train.early_stopping", "\"auc\"", "\"loss\" or \"log-loss\" or \"accuracy\""],
+    );
     let image = "format = \"synthetic\"\nshape = [8]\nclasses = 4\nsamples = 64\ntest_samples = 0";
     let blind = early("loss").replace("format = \"digits\"", image);
     refused(dir.path(), &blind, &["train.early_stopping", "test set", "data.test"]);
