@@ -45,7 +45,7 @@ const FIRST_BYTES: usize = 64 << 10;
 /// How often a guest is sent the job: the answers wait until it takes them.
 const JOBS: usize = 4;
 /// So long the other side may take nothing of what is written.
-const STALL: Duration = Duration::from_secs(30);
+pub const STALL: Duration = Duration::from_secs(30);
 /// New connections of one address: so many at once, and so many a second after them.
 const CONNECTIONS: Rate = Rate { burst: 4000.0, each_second: 100.0 };
 /// Requests on one connection; a worker that is sent its data asks for each partition.

@@ -1,6 +1,6 @@
 //! The gRPC service: checks what comes in, and turns it into the driver's inputs and the store's chunks.
 
-use crate::entrance::{Peer, admit};
+use crate::entrance::{Peer, STALL, admit};
 use crate::pulls;
 use crate::rate::{Bucket, Rate};
 use crate::shared::{Input, Shared, Token};
@@ -15,9 +15,8 @@ use unisono_common::protocol::Kind;
 use unisono_proto::identity::Role;
 use unisono_proto::{self as wire, v1};
 
-/// A piece of a partition is taken so soon by those who do not read slowly, and so late at most.
+/// A piece of a partition is taken so soon by those who do not read slowly.
 const IN_TIME: Duration = Duration::from_secs(1);
-const STALL: Duration = Duration::from_secs(30);
 
 type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -150,25 +149,15 @@ impl v1::coordinator_server::Coordinator for Service {
             comes_in.send_replace(true);
             let (partitions, mut left) = (shared.job.train.partitions, Bucket::new(MESSAGES, Instant::now()));
             while let Some(Ok(message)) = incoming.next().await {
-                // What was asked for may come as often as that was.
-                let is_asked = |done: &v1::EvalDone| {
-                    let node = wire::node(done.node, partitions);
-                    node.is_ok_and(|node| shared.owes(worker, Step(done.step), Kind::Evaluate, node))
-                };
-                let is_owed = matches!(&message.kind, Some(v1::from_worker::Kind::EvalDone(done)) if is_asked(done));
-                if !is_owed && !left.take(MESSAGES, Instant::now()) {
-                    let why = "it sends too many messages: 1,000 a second may come".into();
-                    shared.input(Input::Broken { worker, why });
-                    break;
-                }
                 match message.kind {
                     Some(v1::from_worker::Kind::Heartbeat(_)) => shared.heard(worker, Instant::now()),
                     Some(v1::from_worker::Kind::Leave(_)) => shared.input(Input::Drain { worker }),
                     Some(v1::from_worker::Kind::EvalDone(done)) => {
                         let (step, Ok(node)) = (Step(done.step), wire::node(done.node, partitions)) else { break };
-                        if is_owed {
+                        if shared.owes(worker, step, Kind::Evaluate, node) {
                             let (sums, counts) = (done.sums, done.counts);
                             shared.input(Input::EvalDone { worker, step, node, sums, counts });
+                            continue; // it was asked for, however often
                         }
                     }
                     Some(v1::from_worker::Kind::Diverged(d)) => {
@@ -177,6 +166,11 @@ impl v1::coordinator_server::Coordinator for Service {
                         shared.input(Input::Diverged { worker, step: Step(d.step), node, tensor });
                     }
                     Some(v1::from_worker::Kind::Join(_) | v1::from_worker::Kind::SharedMemory(_)) | None => break,
+                }
+                if !left.take(MESSAGES, Instant::now()) {
+                    let why = "it sends too many messages: 1,000 a second may come".into();
+                    shared.input(Input::Broken { worker, why });
+                    break;
                 }
             }
             drop(guard);
