@@ -136,6 +136,7 @@ impl From<Transport> for unisono_worker::Transport {
 pub enum Cmd {
     /// Trains on this machine: a coordinator and worker processes, which end with it
     #[command(
+        aliases = ["train", "run"],
         after_help = "Examples:\n  unisono local\n  unisono local examples/mnist-mlp.toml --workers 4 --set train.epochs=5"
     )]
     Local {
@@ -266,7 +267,7 @@ pub enum Cmd {
     Predict {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
         checkpoint: PathBuf,
-        /// CSV with a header, JSON lines (.json, .jsonl), or libsvm lines (.svm, .libsvm) [default: stdin]
+        /// CSV with a header, JSON lines (.json, .jsonl), or libsvm lines (.svm, .libsvm) [default: stdin, as is -]
         ///
         /// Rows have the columns that the model was trained on; models of other data take one column a value, or
         /// {"features": [...]}. Values are raw: they are normalised as the training data was. For --top-k, rows have the

@@ -93,6 +93,11 @@ pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
         }
         let toml = match std::fs::read_to_string(path) {
             Err(e) if e.kind() == ErrorKind::InvalidData => bail!("{} is no text, so no job file", path.display()),
+            Err(e) if e.kind() == ErrorKind::NotFound => bail!(
+                "there is no job file {}; `unisono init DATA` writes one for your data, and `unisono local` alone trains on \
+                 digits that need none",
+                path.display()
+            ),
             read => read.with_context(|| format!("cannot read the job file {}", path.display()))?,
         };
         let base = std::path::absolute(path)?.parent().map(|p| p.display().to_string()).unwrap_or_default();

@@ -162,6 +162,7 @@ pub fn predict(
         let what = "was trained to go on with a text; use --generate PROMPT";
         return Err(Wrong(anyhow!("{} {what}", trained.path.display())).into());
     }
+    let input = input.filter(|path| path.as_os_str() != "-");
     let (mut reader, by_name): (Box<dyn Read>, _) = match input {
         None => (Box::new(std::io::stdin()), None),
         Some(path) => {
@@ -299,9 +300,14 @@ fn predict_csv(
         bail!("{name}:1: {}{near}", DataError::CellAbsent { column: column.into() });
     }
     let mut out = csv::WriterBuilder::new().delimiter(separator).from_writer(out);
-    out.write_record(header.iter().cloned().chain(answers.columns().into_iter().map(String::from)))?;
+    // Where the first row is wrong, nothing is written.
+    let mut names =
+        Some(header.iter().cloned().chain(answers.columns().into_iter().map(String::from)).collect::<Vec<_>>());
     let mut rows = Vec::new();
     let mut write = |answers: &mut dyn Answers, rows: &mut Vec<Row>| -> Result<()> {
+        if let Some(names) = names.take() {
+            out.write_record(names)?;
+        }
         for (said, row) in answers.answer(rows).into_iter().zip(std::mem::take(rows)) {
             for fields in said {
                 out.write_record(row.fields.iter().chain(&fields).map(|(_, value)| cell(value)))?;
@@ -325,7 +331,9 @@ fn predict_csv(
         match parsed {
             Ok(row) => rows.push(row),
             Err(e) => {
-                write(answers, &mut rows)?;
+                if !rows.is_empty() {
+                    write(answers, &mut rows)?;
+                }
                 return Err(e);
             }
         }
@@ -340,9 +348,12 @@ fn predict_libsvm(trained: &Trained, input: &mut dyn Read, name: &str, out: impl
     let mut predictor = Predictor::new(trained, ROWS);
     let sparse = trained.manifest.prepared.sparse.as_ref().context("the model takes no such lines")?;
     let mut out = csv::Writer::from_writer(out);
-    out.write_record(predictor.columns())?;
+    let mut names = Some(predictor.columns());
     let mut rows: Vec<Row> = Vec::new();
     let mut write = |rows: &mut Vec<Row>| -> Result<()> {
+        if let Some(names) = names.take() {
+            out.write_record(names)?;
+        }
         for answers in predictor.answer(rows).into_iter().flatten() {
             out.write_record(answers.into_iter().map(|(_, value)| match value {
                 Value::String(text) => text,
@@ -370,7 +381,9 @@ fn predict_libsvm(trained: &Trained, input: &mut dyn Read, name: &str, out: impl
                 rows.push(row);
             }
             Err(e) => {
-                write(&mut rows)?;
+                if !rows.is_empty() {
+                    write(&mut rows)?;
+                }
                 return Err(e.context(at()));
             }
         }

@@ -16,8 +16,7 @@ pub fn summary(s: &Summary, json: bool) -> Result<()> {
     row("steps", format!("{} ({} epochs, {} samples)", s.steps, s.epochs, s.samples));
     let how = if s.workers > 0 { format!(" over {}, {}", s.transport, s.isa) } else { String::new() };
     row("workers", format!("{}{how} ({} lost)", s.workers, s.workers_lost));
-    let rate = s.samples_per_second.map(|rate| format!(", {rate:.0} samples/s")).unwrap_or_default();
-    row("time", format!("{:.1} s{rate}", s.wall_seconds));
+    row("time", time(s.wall_seconds, s.train_seconds, s.samples_per_second));
     if let Some(ms) = &s.step_ms {
         row("step", format!("{:.2} ms median, {:.2} ms p99", ms.p50, ms.p99));
     }
@@ -34,6 +33,14 @@ pub fn summary(s: &Summary, json: bool) -> Result<()> {
     row("weights", s.weights_digest.clone());
     row("checkpoint", if s.checkpoint.is_empty() { "none: nothing was trained".into() } else { s.checkpoint.clone() });
     Ok(())
+}
+
+/// What the command took, and how fast it was; who waited long for hosts or data reads which part of it the rate is of.
+fn time(wall: f64, train: f64, rate: Option<f64>) -> String {
+    let waited = rate.is_some() && wall - train >= 1.0 && train < 0.8 * wall;
+    let train = if waited { format!(", {train:.1} s of it from the first step on") } else { String::new() };
+    let rate = rate.map(|rate| format!(", {rate:.0} samples/s")).unwrap_or_default();
+    format!("{wall:.1} s{train}{rate}")
 }
 
 /// 0 where the job is done, 130 where it was interrupted.
@@ -72,4 +79,17 @@ pub fn machine() -> String {
 /// The instruction set that the kernels use.
 pub fn isa() -> Option<&'static str> {
     unisono_common::kernels::isa().ok().map(|isa| isa.name())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_that_is_of_a_part_of_the_time_says_so() {
+        assert_eq!(time(0.1, 0.04, Some(635_100.2)), "0.1 s, 635100 samples/s");
+        assert_eq!(time(60.0, 50.0, Some(20.0)), "60.0 s, 20 samples/s");
+        assert_eq!(time(45.1, 12.34, Some(10.0)), "45.1 s, 12.3 s of it from the first step on, 10 samples/s");
+        assert_eq!(time(45.1, 0.0, None), "45.1 s");
+    }
 }

@@ -133,7 +133,9 @@ fn wrong_options_are_named() {
     for (set, words) in cases {
         fails(dir.path(), &["local", "job.toml", "--quiet", "--set", set], 2, words);
     }
-    fails(dir.path(), &["local", "nowhere.toml"], 2, &["cannot read the job file", "nowhere.toml"]);
+    // As many would call it.
+    fails(dir.path(), &["train", "nowhere.toml"], 2, &["there is no job file nowhere.toml"]);
+    fails(dir.path(), &["local", "nowhere.toml"], 2, &["there is no job file nowhere.toml", "unisono init"]);
     fails(dir.path(), &["local", "job.toml", "--workers", "0"], 2, &["--workers", "at least 1"]);
     fails(dir.path(), &["local", "job.toml", "--heartbeat-timeout", "nan"], 2, &["--heartbeat-timeout", "positive"]);
 }

@@ -114,6 +114,10 @@ fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
     assert_eq!(json["prediction"].as_str(), Some(lines[1][64]));
     assert_eq!(json["probability"].to_string(), lines[1][65]);
     assert_eq!(json["id"], 5);
+    let read = std::fs::File::open(&rows).expect("there");
+    let mut piped = command(dir.path(), &["predict", text(&checkpoint), "-", "--format", "csv"]);
+    let piped = piped.stdin(read).output().expect("it runs");
+    assert_eq!(String::from_utf8_lossy(&piped.stdout), csv);
     // Answers that are written at once, and such as are more than is written at once.
     let [many, many_lined] = ["many.csv", "many.jsonl"].map(|name| dir.path().join(name));
     let row =
@@ -127,10 +131,9 @@ fn predictions_name_classes_in_both_formats_and_bad_rows_are_named() {
     std::fs::write(&lined, "{\"features\":[1,2]}\n").expect("written");
     refused(&run(dir.path(), &["predict", text(&checkpoint), text(&lined)]), &["rows.jsonl:1", "2 values", "takes 64"]);
     std::fs::write(&rows, format!("{}\n{}\n", header.join(","), pixels.join(",").replace("16", "x"))).expect("written");
-    refused(
-        &run(dir.path(), &["predict", text(&checkpoint), text(&rows)]),
-        &["rows.csv:2", "\"x\"", "not a finite number"],
-    );
+    let wrong = run(dir.path(), &["predict", text(&checkpoint), text(&rows)]);
+    refused(&wrong, &["rows.csv:2", "\"x\"", "not a finite number"]);
+    assert!(wrong.stdout.is_empty(), "names without a row: {}", String::from_utf8_lossy(&wrong.stdout));
 }
 
 /// Of short epochs only some tests are logged, the first and the last among them.

@@ -43,6 +43,15 @@ fn convolutions(height: usize, width: usize, classes: usize) -> String {
     )
 }
 
+/// In a few words: an mlp with such hidden layers.
+fn mlp(hidden: &[usize]) -> String {
+    let units: Vec<_> = hidden.iter().map(usize::to_string).collect();
+    match &units[..] {
+        [one] => format!("mlp with a hidden layer of {one} units"),
+        several => format!("mlp with hidden layers of {} units", several.join(" and ")),
+    }
+}
+
 /// What a model is, and how it is trained.
 struct Chosen {
     /// The comment above `[model]`, and its keys.
@@ -115,7 +124,7 @@ fn choose(kind: &Kind, opened: &Opened) -> Chosen {
             let last = scale.map(|_| format!("{}.*", 2 * hidden.len()));
             let comment = "Hidden layers of so many units. Where it learns by heart: fewer, or dropout = 0.2; the simplest model: kind = \"linear\" alone.";
             let model = format!("kind = \"mlp\"\nhidden = {hidden:?}\n");
-            let plain = plain(comment, &model, &format!("mlp with hidden layers of {hidden:?} units"));
+            let plain = plain(comment, &model, &mlp(hidden));
             // A measurement takes longer than a class, and its steps are short.
             let steps = if classes == 0 { 20_000 } else { plain.steps };
             Chosen { last, steps, ..plain }
@@ -155,11 +164,7 @@ fn choose(kind: &Kind, opened: &Opened) -> Chosen {
                     "cnn: convolutions, and a hidden layer of 128 units",
                 )
             },
-            _ => plain(
-                "Hidden layers.",
-                "kind = \"mlp\"\nhidden = [128, 64]\n",
-                "mlp with hidden layers of [128, 64] units",
-            ),
+            _ => plain("Hidden layers.", "kind = \"mlp\"\nhidden = [128, 64]\n", &mlp(&[128, 64])),
         },
         Kind::Ratings => Chosen {
             lr: 1e-2 * scale.unwrap_or(1.0),
