@@ -267,7 +267,7 @@ pub enum Cmd {
     Predict {
         /// A checkpoint (runs/NAME/step-...), or a run's folder: its newest whole one
         checkpoint: PathBuf,
-        /// CSV with a header, JSON lines (.json, .jsonl), or libsvm lines (.svm, .libsvm) [default: stdin, as is -]
+        /// CSV with a header, JSON lines (.json, .jsonl), or libsvm lines (.svm, .libsvm) [default: stdin, also given as -]
         ///
         /// Rows have the columns that the model was trained on; models of other data take one column a value, or
         /// {"features": [...]}. Values are raw: they are normalised as the training data was. For --top-k, rows have the
