@@ -225,19 +225,22 @@ fn sparse_lines_are_learnt_from_predicted_and_sent() {
     let set = ["--set", "data.train=other.svm", "--set", "data.holdout=0.5"];
     let eval = run(dir.path(), &[&["eval", "runs/sparse", "--json", "job.toml"], &set[..]].concat());
     assert!(eval.status.success() || String::from_utf8_lossy(&eval.stderr).contains("data.holdout"), "{eval:?}");
-    for (args, words) in [
-        (&["predict", "runs/sparse", "new.svm", "--format", "csv"][..], "takes such; use --format libsvm"),
+    // What is written before: names and one row, or nothing at all.
+    for (args, words, lines) in [
+        (&["predict", "runs/sparse", "new.svm", "--format", "csv"][..], "takes such; use --format libsvm", 0),
         (
             &["predict", "runs/sparse", "many.svm"],
             "many.svm:2: there are 5 features, and the model takes at most 4 a sample",
+            2,
         ),
-        (&["predict", "runs/sparse", "bad.svm"], "bad.svm:1: feature 3 has the value `x`"),
+        (&["predict", "runs/sparse", "bad.svm"], "bad.svm:1: feature 3 has the value `x`", 0),
     ] {
         std::fs::write(dir.path().join("many.svm"), "1:1\n1:1 2:1 3:1 4:1 5:1\n").expect("written");
         std::fs::write(dir.path().join("bad.svm"), "3:x\n").expect("written");
         let output = run(dir.path(), args);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(2) && said.contains(words), "{args:?}: {said}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), lines, "{args:?}: {output:?}");
     }
 }
 
