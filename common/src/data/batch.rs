@@ -156,8 +156,13 @@ impl Batch {
         }
         self.chosen = matches!(data.targets, Targets::Seen(_));
         let width = data.sample_len();
-        for row in rows {
+        let mut rows = rows.peekable();
+        while let Some(row) = rows.next() {
             let stored = row * width..(row + 1) * width;
+            // Samples lie anywhere: the next one comes while this one is worked on.
+            if let Some(next) = rows.peek() {
+                data.features.fetch(next * width..(next + 1) * width);
+            }
             self.ids.extend_from_slice(data.ids.of(row));
             let mut each = 1;
             self.factors.extend_from_slice(data.ids.factors_of(row));

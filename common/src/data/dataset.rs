@@ -1,6 +1,8 @@
 //! Samples in memory as they were read, and as bytes.
 
 use super::{DataError, Seen};
+use crate::kernels::fetch_all;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The raw samples of one split, before normalisation; sample-major.
@@ -47,6 +49,17 @@ pub enum Features {
     F32(Vec<f32>),
     /// Tokens.
     U32(Vec<u32>),
+}
+
+impl Features {
+    /// Asks for the values at `range`, which need not exist.
+    pub(super) fn fetch(&self, range: Range<usize>) {
+        match self {
+            Features::U8(values) => fetch_all(values, range),
+            Features::F32(values) => fetch_all(values, range),
+            Features::U32(values) => fetch_all(values, range),
+        }
+    }
 }
 
 /// What is to be learnt of a data set's samples, or of those of a batch.

@@ -15,6 +15,8 @@ pub mod winograd;
 pub use gemm::{Finish, Mat, Start, gemm, product};
 pub use isa::{Isa, isa, with_isa};
 
+use std::ops::Range;
+
 /// Lanes of every reduction.
 pub const LANES: usize = 16;
 
@@ -130,6 +132,11 @@ pub fn fetch<T>(data: &[T], at: usize) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (data, at);
+}
+
+/// [`fetch`]es the values at `range`.
+pub fn fetch_all<T>(data: &[T], range: Range<usize>) {
+    range.step_by(64 / size_of::<T>()).for_each(|at| fetch(data, at));
 }
 
 /// Values, half a page of them, between those that a pass over memory works on and those that it asks for: processors look ahead by
