@@ -100,7 +100,7 @@ pub fn forward(
 }
 
 /// The beginning of [`forward`], before all parameters have changed: the outputs of a linear layer, if it is the first that has
-/// parameters, for which `params` has them already.
+/// parameters, for which `params` has them already. It goes on from where it has come `ahead`.
 pub fn ahead(
     model: &Model,
     params: &(impl Source + ?Sized),
@@ -108,10 +108,9 @@ pub fn ahead(
     segments: &Segments,
     key: Key,
     workspace: &mut Workspace,
-) -> Ahead {
-    let mut ahead = Ahead::default();
+    ahead: &mut Ahead,
+) {
     run(model, params, batch, segments, key, workspace, &mut ahead.0, true);
-    ahead
 }
 
 fn run(

@@ -43,8 +43,9 @@ impl LaneEnd {
             shared.store.bytes_pulled.fetch_add(shared.store.layout().len() as u64 * 4, Ordering::Relaxed);
         }
         let (evaluate, rows_first) = (kind == Kind::Evaluate, shared.store.rows_first());
+        let wakes = shared.store.has_a_core();
         nodes.iter().all(|&node| {
-            let order = Order { step: step.0, generation: generation.0, node, evaluate, rows_first };
+            let order = Order { step: step.0, generation: generation.0, node, evaluate, rows_first, wakes };
             self.lane.order(order)
         })
     }

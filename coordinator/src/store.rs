@@ -344,11 +344,15 @@ impl Store {
         node.len() == self.partitions || lock(&self.chunks[index]).open.merges(node)
     }
 
+    /// Whether workers that share memory leave a core free: where they compute on all of them, an update would only interrupt them.
+    pub fn has_a_core(&self) -> bool {
+        self.beside.load(Ordering::Relaxed) < self.pool.current_num_threads()
+    }
+
     /// Whether the next rows of sparse tables are computed as soon as their gradients are there: not where the global norm is
-    /// needed first, and not where workers that share memory compute on all cores, whom it would only interrupt.
+    /// needed first, and only beside workers that leave a core free.
     pub fn rows_first(&self) -> bool {
-        let has_a_core = self.beside.load(Ordering::Relaxed) < self.pool.current_num_threads();
-        self.tables.is_some() && self.clip.norm.is_none() && has_a_core
+        self.tables.is_some() && self.clip.norm.is_none() && self.has_a_core()
     }
 
     /// New weights from a gradient times `factor` (trainable part) and the sums of statistics (running part), block by block. With

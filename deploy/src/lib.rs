@@ -83,7 +83,7 @@ pub(crate) fn read_job(path: Option<&PathBuf>, set: &[String]) -> Result<Job> {
         };
         if path.is_dir() {
             bail!(
-                "{} is a folder; give a job file, or use --resume, `eval`, `predict` or `export` for a run",
+                "{} is a folder; give the job file that it is of (with --resume to go on), or use `eval`, `predict` or `export`",
                 path.display()
             );
         }
@@ -196,6 +196,10 @@ async fn run(command: Cmd, started: Instant) -> Result<ExitCode> {
             if !args.quiet {
                 let scheme = if identity.is_some() { "https" } else { "http" };
                 eprintln!("listening on {scheme}://{bound}");
+                let there =
+                    if bound.ip().is_unspecified() { format!("HOST:{}", bound.port()) } else { bound.to_string() };
+                let proof = if identity.is_some() { " --identity DIR/worker" } else { "" };
+                eprintln!("workers join by `unisono worker --coordinator {scheme}://{there}{proof}`");
             }
             let (progress, watching) = watch::channel(Default::default());
             let shown = view.show(watching);

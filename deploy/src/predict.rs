@@ -166,14 +166,24 @@ pub fn predict(
     let (mut reader, by_name): (Box<dyn Read>, _) = match input {
         None => (Box::new(std::io::stdin()), None),
         Some(path) => {
-            let file =
-                std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display())).map_err(Wrong)?;
-            let by_name = match path.extension().and_then(|ending| ending.to_str()) {
+            let rows = unisono_common::data::reader(path);
+            let rows = rows.with_context(|| format!("cannot read {}", path.display())).map_err(Wrong)?;
+            let unpacked = if path.extension().is_some_and(|ending| ending == "gz") {
+                path.with_extension("")
+            } else {
+                path.clone()
+            };
+            let by_name = match unpacked.extension().and_then(|ending| ending.to_str()) {
                 Some("json" | "jsonl" | "ndjson") => Format::Json,
                 Some("svm" | "libsvm") => Format::Libsvm,
+                Some("parquet") => {
+                    let what =
+                        "is Parquet, which is for training: give its rows as CSV or JSON lines, with the same columns";
+                    return Err(Wrong(anyhow!("{} {what}", path.display())).into());
+                }
                 Some(_) | None => Format::Csv,
             };
-            (Box::new(file), Some(by_name))
+            (rows, Some(by_name))
         }
     };
     let name = input.map_or("stdin".into(), |p| p.display().to_string());

@@ -114,6 +114,14 @@ fn the_same_rows_give_the_same_weights_in_every_format() {
         let got = of(format, file);
         assert_eq!((&got["weights_digest"], &got["eval"]), (&want["weights_digest"], &want["eval"]), "{format}");
     }
+    // Predictions are for rows as they are, or packed.
+    std::fs::write(dir.path().join("rows.jsonl"), json_lines(&rows)).expect("written");
+    let predict = |file| run(dir.path(), &["predict", "runs/formats", file]);
+    let [plain, packed] = ["rows.jsonl", "rows.jsonl.gz"].map(|file| predict(file).stdout);
+    assert!(plain == packed && plain.len() > json_lines(&rows).len(), "{} and {} bytes", plain.len(), packed.len());
+    let refused = predict("rows.parquet");
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(2) && said.contains("rows.parquet is Parquet"), "{said}");
 }
 
 #[test]

@@ -233,9 +233,19 @@ fn where_no_host_works_each_is_named_with_a_way_out() {
     );
     assert!(lines[1].contains("two (hosts:2): ssh: connect") && lines[1].contains("`ssh me@two`"), "{end}");
 
+    // Workers that do not find the way back.
+    hosts.up("three");
+    fs::write(hosts.dir().join("hosts"), "three\n").expect("written");
+    let out = hosts.launch(&["--listen", "127.0.0.1:0", "--advertise", "127.0.0.2"]);
+    let error = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{error}");
+    assert!(
+        error.contains("cannot reach a coordinator") && error.contains("--advertise 127.0.0.2 has to be this machine"),
+        "{error}"
+    );
+
     // A program that is for something else, or is not there.
     fs::write(hosts.dir().join("hosts"), "three binary=/bin/none\n").expect("written");
-    hosts.up("three");
     let out = hosts.launch(&[]);
     let error = text(&out.stderr);
     assert_eq!(out.status.code(), Some(1), "{error}");

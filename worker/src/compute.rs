@@ -209,7 +209,8 @@ impl Compute {
         Key::new(self.job.seed, Purpose::Dropout).with(step)
     }
 
-    /// Begins with a node that is most likely the next: gathers its samples, and computes with those weights that have changed already.
+    /// Begins, or goes on, with a node that is most likely the next: gathers its samples, and computes with those weights that have
+    /// changed already.
     fn begin(&mut self, step: u64, node: Node, link: &Link) {
         if self.simulated().is_some() {
             return;
@@ -221,9 +222,12 @@ impl Compute {
         let (data, key) = (began.elapsed(), self.plan(step, node));
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
         let filled = self.filled.as_mut().expect("filled above");
-        let ahead = train::ahead(&self.model, &early, &self.batch, &filled.segments, key, workspace);
+        let (ahead, before) = &mut filled.ahead;
+        train::ahead(&self.model, &early, &self.batch, &filled.segments, key, workspace, ahead);
         let [data, all] = [data, began.elapsed()].map(nanos);
-        filled.ahead = (ahead, Spent { data, forward: all - data, ahead: all, ..Spent::default() });
+        before.data += data;
+        before.forward += all - data;
+        before.ahead += all;
     }
 
     /// The gradient sums of one node that [`Compute::prepare`] got ready, into `out` and `d_rows`, and what that took; `ready` hears

@@ -20,8 +20,8 @@ use unisono_proto::shm::frame::{self, Header, Report, Spent};
 use unisono_proto::shm::memory::BellMemory;
 use unisono_proto::shm::{Hold, Lane, Part, RowPart, Weights};
 
-/// Chunks for which a coordinator that sleeps is woken, where more are to come: to wake it takes as long as to add one up, and on a
-/// core that computes it takes that core's time.
+/// Chunks for which a coordinator that sleeps is woken, where more are to come and it has a core to itself: to wake it takes as long as
+/// to add one up.
 const CHUNKS_A_RING: usize = 4;
 
 /// One order: this node, with the weights of this step.
@@ -33,6 +33,8 @@ pub struct Order {
     pub evaluate: bool,
     /// Whether the gradients of rows of sparse tables are wanted before others.
     pub rows_first: bool,
+    /// Whether a coordinator that sleeps beside shared memory is to be woken before all is final.
+    pub wakes: bool,
 }
 
 /// What the push stream sends.
@@ -81,12 +83,14 @@ impl Link {
         Link { lane, way: Way::Streams { orders, coming, push }, rows }
     }
 
-    /// Waits for the next order; `None` when the session is over. Where it has not come yet, `meanwhile` is run first.
-    pub fn next(&self, meanwhile: impl FnOnce()) -> Option<Order> {
+    /// Waits for the next order; `None` when the session is over. Where it has not come yet, `meanwhile` is run first, and over shared memory
+    /// again whenever weights may have changed.
+    pub fn next(&self, mut meanwhile: impl FnMut()) -> Option<Order> {
         match &self.way {
             Way::Shared { .. } => {
-                let frame::Order { step, generation, node, evaluate, rows_first } = self.lane.next_order(meanwhile)?;
-                Some(Order { step, generation, node, evaluate, rows_first })
+                let frame::Order { step, generation, node, evaluate, rows_first, wakes } =
+                    self.lane.next_order(meanwhile)?;
+                Some(Order { step, generation, node, evaluate, rows_first, wakes })
             }
             Way::Streams { orders, .. } => orders.try_recv().ok().or_else(|| {
                 meanwhile();
@@ -159,6 +163,7 @@ impl Link {
             slot,
             order: (order.step, order.generation, order.node),
             rows: rows as u32,
+            wakes: order.wakes,
             hold: match &self.way {
                 Way::Streams { .. } => Hold::of(&self.lane, slot),
                 Way::Shared { .. } => None, // it is the coordinator's to free
@@ -178,6 +183,7 @@ pub struct Announcement<'a> {
     slot: u32,
     order: (u64, u64, Node),
     rows: u32,
+    wakes: bool,
     hold: Option<Arc<Hold>>,
     begun: Cell<bool>,
     /// Whether the gradients of rows were announced, or there are none.
@@ -195,7 +201,7 @@ impl Announcement<'_> {
         if first < self.said.get() && sums.loss.is_finite() {
             let before = self.said.replace(first);
             // Those that are left over ring when all is final.
-            let rings = (first - 1) / CHUNKS_A_RING < (before - 1) / CHUNKS_A_RING;
+            let rings = self.wakes && (first - 1) / CHUNKS_A_RING < (before - 1) / CHUNKS_A_RING;
             self.say(first..before, sums, None, rings);
         }
     }
@@ -225,7 +231,9 @@ impl Announcement<'_> {
         let ((step, generation, node), rows) = (self.order, self.rows);
         let header = Header { step, generation, node, sums, rows };
         match &self.link.way {
-            Way::Shared { .. } => self.link.lane.tell(Report::Begin { slot: self.slot, header }),
+            Way::Shared { coordinator, .. } => {
+                self.link.lane.tell(Report::Begin { slot: self.slot, header }, &coordinator.bell());
+            }
             // Where the stream has ended, the session hears of it.
             Way::Streams { push, .. } => drop(push.send(Piece::Node(header))),
         }
@@ -238,7 +246,9 @@ impl Announcement<'_> {
         }
         self.begin(sums);
         match &self.link.way {
-            Way::Shared { .. } => self.link.lane.tell(Report::Rows { slot: self.slot }),
+            Way::Shared { coordinator, .. } => {
+                self.link.lane.tell(Report::Rows { slot: self.slot }, &coordinator.bell());
+            }
             Way::Streams { push, .. } => {
                 let part = self.hold.as_ref().and_then(|hold| RowPart::new(hold, self.rows as usize));
                 part.map(|part| push.send(Piece::Rows(part)));
@@ -254,7 +264,7 @@ impl Announcement<'_> {
             Way::Shared { coordinator, .. } => {
                 let (lane, bell, slot) = (&self.link.lane, coordinator.bell(), self.slot);
                 if !chunks.is_empty() {
-                    lane.tell(Report::Ready { slot, from: chunks.start as u32, to: chunks.end as u32, spent });
+                    lane.tell(Report::Ready { slot, from: chunks.start as u32, to: chunks.end as u32, spent }, &bell);
                     if rings {
                         bell.ring();
                     }

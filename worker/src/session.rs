@@ -433,7 +433,8 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
                         let evaluate = kind == Kind::Evaluate;
                         // Where compute has ended, the loop hears of it.
                         // The coordinator's cores are, as a rule, its own.
-                        streams.orders.send(Order { step: step.0, generation, node, evaluate, rows_first: true }).ok();
+                        let (step, rows_first, wakes) = (step.0, true, false);
+                        streams.orders.send(Order { step, generation, node, evaluate, rows_first, wakes }).ok();
                     }
                 }
             }

@@ -189,13 +189,17 @@ mod tests {
         let pools = [1, 2].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("a pool"));
         let mut run = |ahead: usize| {
             (0..layout.chunks()).for_each(|i| put(i, &vec![f32::NAN; layout.chunk(i).len()]));
-            for i in (layout.chunks() - ahead..layout.chunks()).rev() {
-                put(i, &whole[layout.chunk(i)]);
-                weights.say(i, step);
-            }
             let asked = Asked(Early { weights: &weights, step }, RefCell::default());
-            let mut workspace = Workspace::new(&model, samples, 2);
-            let begun = train::ahead(&model, &asked, &batch, &segments, key, &mut workspace);
+            let (mut workspace, mut begun) = (Workspace::new(&model, samples, 2), Ahead::default());
+            for some in [ahead / 2, ahead] {
+                for i in (layout.chunks() - some..layout.chunks()).rev() {
+                    put(i, &whole[layout.chunk(i)]);
+                    weights.say(i, step);
+                }
+                // What was missing is asked for once more.
+                asked.1.borrow_mut().retain(|(_, there)| *there);
+                train::ahead(&model, &asked, &batch, &segments, key, &mut workspace, &mut begun);
+            }
             // What was computed with is gone, but for later layers; the rest comes.
             for i in 0..layout.chunks() {
                 let range = layout.chunk(i);

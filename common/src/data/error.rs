@@ -347,7 +347,7 @@ pub enum DataError {
     #[error(
         "no sample of {samples} falls into partition {partition} of {partitions} by hash; choose another seed, \
          contiguous \
-         partitions (leave out data.hashed), or lower train.partitions"
+         partitions (leave out data.partition = \"hashed\"), or lower train.partitions"
     )]
     EmptyPartition { partition: u32, partitions: u32, samples: usize },
 

@@ -53,9 +53,9 @@ impl Linear {
     }
 
     /// The last of the first `missing` outputs, which are computed together where others may have to wait for their weights: those
-    /// whose weights come first.
+    /// whose weights come first. What is less than a strip comes last, when all wait for it.
     pub(super) fn last_of(&self, missing: usize) -> Range<usize> {
-        missing.saturating_sub(1) / self.strip() * self.strip()..missing
+        missing.saturating_sub(self.strip())..missing
     }
 
     /// Where the weights of an output begin among the layer's trainable values.
@@ -314,13 +314,16 @@ impl Linear {
             let rooms: Vec<_> = (0..segments.len()).map(|segment| (segment, split(segment))).collect();
             let pack = |(segment, room)| Packed::of(of(segment).1, self.strip(), room);
             let xs: Vec<_> = rooms.into_par_iter().map(pack).collect();
-            for (n, out) in dw_oi.chunks_mut((self.strip() * i).max(1)).enumerate().rev() {
-                let from = n * self.strip();
-                self.blocks(out.len() / i).sum(segments.len(), out, scratch, |segment, block, out, _| {
-                    let dy = of(segment).0.part(from + block.start, block.len());
+            let mut missing = o;
+            while missing > 0 {
+                let rows = self.last_of(missing);
+                let out = &mut dw_oi[rows.start * i..rows.end * i];
+                self.blocks(rows.len()).sum(segments.len(), out, scratch, |segment, block, out, _| {
+                    let dy = of(segment).0.part(rows.start + block.start, block.len());
                     product_with(out, dy.t(), xs[segment], Start::Zero, Finish::Keep);
                 });
-                pass.finish_from(from * i, out);
+                pass.finish_from(rows.start * i, out);
+                missing = rows.start;
             }
         } else {
             self.blocks(o).sum(segments.len(), dw_oi, scratch, |segment, block, out, _| {

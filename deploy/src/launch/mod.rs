@@ -17,7 +17,7 @@ use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 use std::time::Instant;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::{Mutex, mpsc, watch};
@@ -27,7 +27,7 @@ use unisono_coordinator::{Entrance, Progress};
 use unisono_proto::identity::{COORDINATOR_NAME, Identity};
 
 /// Seconds that a worker tries to reach the coordinator before it is taken for failed.
-const PATIENCE: u32 = 60;
+const PATIENCE: u32 = 20;
 /// Days that the certificates of a run are valid: a run is shorter.
 const DAYS: u16 = 365;
 
@@ -75,6 +75,8 @@ pub struct Run {
     identity: String,
     /// Whether stderr shows colours.
     colours: bool,
+    /// The names of those that have joined.
+    joined: std::sync::Mutex<BTreeSet<Arc<str>>>,
 }
 
 impl Run {
@@ -110,6 +112,28 @@ impl Run {
         }
         let how = "name it with --advertise, and listen on [::]:0 where it is of IPv6";
         Err(Failure::new(format!("it is not known by which address {} reaches this machine: {how}", host.name())))
+    }
+
+    /// What was said last on a host, and what to do about it.
+    fn with_hint(&self, host: &Host, said: &str) -> String {
+        const ON_THE_WAY: [&str; 4] =
+            ["cannot reach a coordinator", "what listens at ", "the certificate of ", "no TLS with "];
+        if !ON_THE_WAY.iter().any(|way| said.contains(way)) {
+            return ssh::with_hint(host, said);
+        }
+        let (name, port) = (host.name(), self.listening.port());
+        match &self.advertise {
+            Some(ours) => format!(
+                "{said}; --advertise {ours} has to be this machine, as {name} reaches it, with port {port} open: without it, it is the address that ssh comes from"
+            ),
+            None => format!(
+                "{said}; is port {port} of this machine open to {name}? --listen 0.0.0.0:PORT settles it, --advertise the address"
+            ),
+        }
+    }
+
+    fn joined(&self) -> MutexGuard<'_, BTreeSet<Arc<str>>> {
+        self.joined.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// What a worker's lines begin with.
@@ -166,19 +190,19 @@ impl Run {
         drop(events);
         // Who has failed; a worker that is started for the first time is waited for.
         let (mut failed, mut tried) = (BTreeMap::new(), BTreeSet::new());
-        // The names of those that have joined, and why others are not there.
-        let (mut joined, mut why) = (BTreeSet::new(), BTreeMap::new());
+        // Why those that have not joined are not there.
+        let mut why = BTreeMap::new();
         loop {
             tokio::select! {
                 Ok(()) = progress.changed() => {
-                    joined.extend(progress.borrow_and_update().workers.iter().map(|worker| worker.name.clone()));
+                    self.joined().extend(progress.borrow_and_update().workers.iter().map(|worker| worker.name.clone()));
                 }
                 event = happens.recv() => match event {
                     Some(Event::Started(slot)) => if tried.insert(slot) { failed.remove(&slot); },
                     Some(Event::Failed(slot, failure)) => {
                         why.insert(slot, failure.why.clone());
                         failed.insert(slot, failure);
-                        let hopeless = failed.len() == names.len() && (joined.is_empty() || failed.values().all(|failure| failure.last));
+                        let hopeless = failed.len() == names.len() && (self.joined().is_empty() || failed.values().all(|failure| failure.last));
                         if hopeless && !*over.borrow() {
                             return Err(self.hopeless(&names, &failed));
                         }
@@ -189,6 +213,7 @@ impl Run {
         }
         // Nobody lives any more: all have done their part, or said why not.
         while living.join_next().await.is_some() {}
+        let mut joined = self.joined();
         joined.extend(progress.borrow().workers.iter().map(|worker| worker.name.clone()));
         for (slot, name) in workers.iter().enumerate().filter(|(_, name)| !joined.contains(name.as_str())) {
             let why = why.get(&slot).map_or("it was not there before the end", |why| why);
@@ -215,7 +240,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
         );
     }
     let options = options(&args, started)?;
-    let ssh = Ssh::new(&ssh)?;
+    let ssh = Ssh::new(&ssh, args.quiet)?;
     let listener = TcpListener::bind(&listen).await.map_err(|e| {
         Wrong(anyhow!("cannot listen on {listen}: {e}; write --listen as HOST:PORT, as in 0.0.0.0:7070"))
     })?;
@@ -228,7 +253,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
             // Whoever has copied certificates from there would be shut out.
             if dir.exists() {
                 return Err(Wrong(anyhow!(
-                    "--certs {0}: {0} is there already; name a folder that is not",
+                    "--certs {0}: {0} is there already, as of an earlier run; remove it, or name another",
                     dir.display()
                 ))
                 .into());
@@ -268,6 +293,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
         options: worker_options,
         identity: handed::line(&worker)?,
         colours: std::io::stderr().is_terminal(),
+        joined: std::sync::Mutex::default(),
     });
     let entrance = Entrance::new(listener, Some(&coordinator))?;
     let (progress, watching) = watch::channel(Progress::default());

@@ -1,6 +1,6 @@
 //! One worker on a host: started, and started again when it or its host has died, until the run is over.
 
-use super::ssh::{Facts, Failure, LIMIT, STARTED, plain, with_hint};
+use super::ssh::{Facts, Failure, LIMIT, STARTED, plain};
 use super::{Run, handed};
 use crate::progress;
 use std::time::{Duration, Instant};
@@ -156,7 +156,10 @@ impl Slot {
         };
         let late = async {
             over.wait_for(|over| *over).await.ok();
-            tokio::time::sleep(GOODBYE).await;
+            // Who has not joined is told nothing.
+            if run.joined().contains(self.name.as_str()) {
+                tokio::time::sleep(GOODBYE).await;
+            }
         };
         let said = tokio::select! {
             said = &mut passing => Some(said),
@@ -201,7 +204,7 @@ impl Slot {
         if status.success() {
             return Ok(());
         }
-        let said = said.map(|said| with_hint(&run.hosts[self.host], said.trim_start_matches("unisono: ")));
+        let said = said.map(|said| run.with_hint(&run.hosts[self.host], said.trim_start_matches("unisono: ")));
         // ssh's own status, also for a worker that was killed.
         let what =
             if status.code() == Some(255) { "the connection or the worker was lost" } else { "the worker ended" };

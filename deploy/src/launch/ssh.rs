@@ -1,7 +1,7 @@
 //! What is asked of a host, by the system's ssh and a POSIX shell there.
 
 use super::hosts::Host;
-use crate::Wrong;
+use crate::{Wrong, progress};
 use anyhow::{Context, Result, anyhow};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -103,16 +103,17 @@ impl Facts {
 pub struct Ssh {
     words: Vec<String>,
     program: Program,
+    is_quiet: bool,
 }
 
 impl Ssh {
-    /// With the program and first options of `command`.
-    pub fn new(command: &str) -> Result<Ssh> {
+    /// With the program and first options of `command`; what takes long is said, unless it `is_quiet`.
+    pub fn new(command: &str, is_quiet: bool) -> Result<Ssh> {
         let words: Vec<String> = command.split_whitespace().map(String::from).collect();
         if words.is_empty() {
             return Err(Wrong(anyhow!("--ssh names no program: write it as in --ssh \"ssh -p 2222\"")).into());
         }
-        Ok(Ssh { words, program: Program::this()? })
+        Ok(Ssh { words, program: Program::this()?, is_quiet })
     }
 
     /// Runs a shell's script on a host.
@@ -181,7 +182,10 @@ impl Ssh {
     /// Copies the program, whole or not at all. Builds that nobody has copied for a month go.
     async fn copy(&self, host: &Host, place: &str) -> Result<(), Failure> {
         let Program { file, size, digest } = &self.program;
-        tracing::info!("{}: copying unisono there ({} MB)", host.name(), size.div_ceil(1_000_000));
+        if !self.is_quiet {
+            let line = format!("copying unisono to {} ({} MB)\n", host.name(), size.div_ceil(1_000_000));
+            progress::write(line.as_bytes()).ok();
+        }
         let script = format!(
             r#"{place}; d="$c/{digest}"; umask 077; mkdir -p "$d" && t=$(mktemp "$d/part.XXXXXX") || exit 1
 trap 'rm -f "$t"' EXIT; trap "exit 1" HUP INT TERM; cat >"$t" || exit 1
@@ -203,7 +207,8 @@ find "$c" -mindepth 1 -maxdepth 1 -type d -mtime +30 -exec rm -rf {{}} + 2>/dev/
         };
         // Who does not take all says why.
         let (sent, output) = tokio::join!(send, child.wait_with_output());
-        let failed = |e: Failure| Failure { why: format!("unisono cannot be copied there: {}", e.why), ..e };
+        let hint = "is there room, and may programs run, in ~/.cache? XDG_CACHE_HOME there, or binary=PATH, names another place";
+        let failed = |e: Failure| Failure { why: format!("unisono cannot be copied there: {}; {hint}", e.why), ..e };
         checked(host, output).map_err(failed)?;
         sent.map_err(|e| failed(Failure::new(e.to_string())))
     }
@@ -241,7 +246,7 @@ fn checked(host: &Host, output: std::io::Result<Output>) -> Result<Output, Failu
 /// What ssh says, and what to do about it.
 pub fn with_hint(host: &Host, said: &str) -> String {
     let (Host { target, at, .. }, said) = (host, said.trim_end_matches('.'));
-    let hint = if said.contains("Permission denied") {
+    let hint = if said.contains("Permission denied (") && !said.contains("(os error") {
         format!("let this user's key in there, as with `ssh-copy-id {target}`")
     } else if said.contains("Host key verification failed") {
         format!("connect once by hand with `ssh {target}`, and compare its key")
@@ -251,8 +256,6 @@ pub fn with_hint(host: &Host, said: &str) -> String {
         format!("does `ssh {target}` work by hand? --ssh \"ssh -p PORT\" names another port")
     } else if said.contains("GLIBC") {
         format!("this program is for newer systems: build unisono there, and name it in {at} as binary=PATH")
-    } else if said.contains("cannot reach a coordinator") {
-        "is that port open here? --listen 0.0.0.0:PORT settles it, --advertise the address".into()
     } else {
         return said.into();
     };

@@ -67,7 +67,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "strong")]
     scaling: Scaling,
     /// Stragglers: so often a worker's step takes so many times as long, as in 0.01x5
-    #[arg(long, value_name = "SHAREx TIMES", value_parser = stragglers)]
+    #[arg(long, value_name = "SHARExTIMES", value_parser = stragglers)]
     stragglers: Option<Stragglers>,
     /// Failures: a worker's mean time to the next one
     #[arg(long, value_name = "TIME")]

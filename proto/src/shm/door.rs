@@ -171,8 +171,14 @@ mod linux {
             let theirs = worker.join().expect("no panic").expect("memory");
             assert!(theirs.rows.is_some_and(|rows| rows.is_empty()));
             assert_eq!(theirs.weights.of_step(0, 0..3), [0.0; 3]);
-            let order =
-                Order { step: 5, generation: 0, node: Node { lo: 0, hi: 1 }, evaluate: true, rows_first: false };
+            let order = Order {
+                step: 5,
+                generation: 0,
+                node: Node { lo: 0, hi: 1 },
+                evaluate: true,
+                rows_first: false,
+                wakes: true,
+            };
             assert!(lane.order(order));
             assert_eq!(theirs.lane.next_order(|| ()), Some(order));
             assert!(knock("unisono-nobody", &[7; SECRET], size, None).is_err());

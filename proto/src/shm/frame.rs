@@ -15,6 +15,8 @@ pub struct Order {
     pub evaluate: bool,
     /// The gradients of rows of sparse tables are wanted before others.
     pub rows_first: bool,
+    /// Whether a coordinator that sleeps is to be woken before all is final.
+    pub wakes: bool,
 }
 
 /// Opens the push of a node.
@@ -106,7 +108,7 @@ impl Order {
     /// As a frame.
     pub fn to_frame(self) -> [u32; FRAME] {
         let words = Words::tagged(1).u64(self.step).u64(self.generation).node(self.node);
-        words.u32(self.evaluate.into()).u32(self.rows_first.into()).frame
+        words.u32(self.evaluate.into()).u32(self.rows_first.into()).u32(self.wakes.into()).frame
     }
 
     /// From a frame.
@@ -118,7 +120,8 @@ impl Order {
         match read.u32() {
             1 => {
                 let (step, generation, node) = (read.u64(), read.u64(), read.node());
-                Ok(Order { step, generation, node, evaluate: read.u32() != 0, rows_first: read.u32() != 0 })
+                let [evaluate, rows_first, wakes] = std::array::from_fn(|_| read.u32() != 0);
+                Ok(Order { step, generation, node, evaluate, rows_first, wakes })
             }
             tag => Err(unknown(tag)),
         }
@@ -179,7 +182,7 @@ mod tests {
     fn frames_say_what_was_put_into_them() {
         let node = Node { lo: 3, hi: u32::MAX };
         for (step, generation, evaluate) in [(0, 0, false), (u64::MAX, 1 << 40, true)] {
-            let order = Order { step, generation, node, evaluate, rows_first: !evaluate };
+            let order = Order { step, generation, node, evaluate, rows_first: !evaluate, wakes: step % 2 == 0 };
             assert_eq!(Order::from_frame(&order.to_frame()), Ok(order));
             assert!(Report::from_frame(&order.to_frame()).is_err());
             let sums = LossSums { loss: -1.5e300, weight: f64::MIN_POSITIVE, samples: step };

@@ -155,13 +155,12 @@ impl Lane {
         }
     }
 
-    /// Waits for the next order; `None` when the lane is closed, or what came was none. Where it has not come yet,
-    /// `meanwhile` is run first.
-    pub fn next_order(&self, meanwhile: impl FnOnce()) -> Option<Order> {
-        let mut meanwhile = Some(meanwhile);
+    /// Waits for the next order; `None` when the lane is closed, or what came was none. Where it has not come yet, `meanwhile` is run
+    /// first, and again whenever a part of a slot is needed no more: then weights may have changed.
+    pub fn next_order(&self, mut meanwhile: impl FnMut()) -> Option<Order> {
         let frame: [u32; FRAME] = self.wait_for(|| {
             self.down().pop().or_else(|| {
-                meanwhile.take()?();
+                meanwhile();
                 self.down().pop()
             })
         })?;
@@ -175,11 +174,11 @@ impl Lane {
         Some(slot)
     }
 
-    /// Sends a report; the coordinator sees it when its bell rings.
-    pub fn tell(&self, report: Report) {
+    /// Sends a report; the coordinator sees it when `bell`, its own, rings. Where it is far behind, for hundreds of frames, it rings here.
+    pub fn tell(&self, report: Report, bell: &Bell<'_, AtomicU32>) {
         let frame = report.to_frame();
         while !self.up().push(&frame) && !self.closed.load(Ordering::SeqCst) {
-            // The coordinator is far behind, for hundreds of frames: it looks at least once a tick.
+            bell.ring();
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
     }
@@ -297,6 +296,12 @@ impl RowPart {
     }
 }
 
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.hold.lane.bell().ring();
+    }
+}
+
 impl AsRef<[u8]> for Part {
     fn as_ref(&self) -> &[u8] {
         unisono_common::layout::le_bytes(self.values())
@@ -311,7 +316,7 @@ mod tests {
     use unisono_common::tree::Node;
 
     fn order(step: u64) -> Order {
-        Order { step, generation: 1, node: Node { lo: 0, hi: 2 }, evaluate: false, rows_first: true }
+        Order { step, generation: 1, node: Node { lo: 0, hi: 2 }, evaluate: false, rows_first: true, wakes: false }
     }
 
     #[test]
@@ -324,7 +329,7 @@ mod tests {
             let slot = lane.take_slot().expect("free");
             assert_eq!(slot, 0);
             lane.slot(slot).fill(step as f32);
-            lane.tell(Report::Ready { slot, from: 0, to: 1, spent: None });
+            lane.tell(Report::Ready { slot, from: 0, to: 1, spent: None }, &lane.bell());
             assert_eq!(lane.report(), Ok(Some(Report::Ready { slot, from: 0, to: 1, spent: None })));
             let hold = Hold::of(&lane, slot).expect("taken");
             let (a, b) = (Part::new(&hold, 0..4), Part::new(&hold, 4..10));
@@ -343,13 +348,18 @@ mod tests {
         }
         assert_eq!(lane.report(), Ok(None));
         assert!(Hold::of(&lane, 0).is_none() && Hold::of(&lane, SLOTS).is_none());
-        // What is done meanwhile may take until the order comes.
+        // What is done meanwhile may take until the order comes, and is done again when a part is dropped.
+        let slot = lane.take_slot().expect("free");
+        let hold = Hold::of(&lane, slot).expect("taken");
+        let mut parts = vec![Part::new(&hold, 0..4), Part::new(&hold, 4..10)];
         let mut times = 0;
         let came = lane.next_order(|| {
             times += 1;
-            assert!(lane.order(order(7)));
+            if parts.pop().is_none() {
+                assert!(lane.order(order(7)));
+            }
         });
-        assert_eq!((came, times), (Some(order(7)), 1));
+        assert_eq!((came, times), (Some(order(7)), 3));
         let waiting = std::thread::spawn({
             let lane = lane.clone();
             move || lane.next_order(|| ())
@@ -359,5 +369,23 @@ mod tests {
         assert!(lane.order(order(8)));
         assert_eq!(lane.next_order(|| ()), None, "a closed lane gives no orders");
         assert!((0..=FRAMES as u64).any(|step| !lane.order(order(step))), "a worker that takes no orders is noticed");
+    }
+
+    #[test]
+    fn who_sleeps_is_woken_where_there_is_no_room_for_a_report() {
+        let lane = Lane::create(SlotSize::dense(1)).expect("memory");
+        let words: Vec<_> = (0..Bell::<AtomicU32>::WORDS).map(|_| AtomicU32::new(0)).collect();
+        let bell = Bell(&words);
+        let reports = (0..=FRAMES as u32).map(|slot| Report::Rows { slot });
+        std::thread::scope(|scope| {
+            let heard = bell.listen();
+            scope.spawn(|| reports.clone().for_each(|report| lane.tell(report, &bell)));
+            bell.sleep(heard, Some(std::time::Duration::from_secs(60)));
+            assert_ne!(bell.listen(), heard, "it did not ring");
+            for report in reports.clone() {
+                let came = std::iter::repeat_with(|| lane.report().expect("a frame")).find_map(|came| came);
+                assert_eq!(came, Some(report));
+            }
+        });
     }
 }

@@ -346,7 +346,7 @@ async fn wrong_knocks(client: &mut Client) {
         says.send(from_worker(Kind::SharedMemory(v1::SharedMemory { used }))).expect("it is read");
         says.send(heartbeat()).expect("it is read");
         if used {
-            lane.tell(Report::Ready { slot: 9, from: 0, to: u32::MAX, spent: None });
+            lane.tell(Report::Ready { slot: 9, from: 0, to: u32::MAX, spent: None }, &bell.bell());
             bell.bell().ring();
             let goodbye = goodbye(&mut session).await;
             assert!(goodbye.rejoin && goodbye.reason.contains("does not exist"), "{goodbye:?}");
