@@ -100,7 +100,8 @@ pub fn forward(
 }
 
 /// The beginning of [`forward`], before all parameters have changed: the outputs of a linear layer, if it is the first that has
-/// parameters, for which `params` has them already. It goes on from where it has come `ahead`.
+/// parameters, for which `params` has them already. It goes on from where it has come `ahead`, and gives whether it could go further
+/// when there are more.
 pub fn ahead(
     model: &Model,
     params: &(impl Source + ?Sized),
@@ -109,8 +110,9 @@ pub fn ahead(
     key: Key,
     workspace: &mut Workspace,
     ahead: &mut Ahead,
-) {
+) -> bool {
     run(model, params, batch, segments, key, workspace, &mut ahead.0, true);
+    model.net().goes_on(&ahead.0)
 }
 
 fn run(

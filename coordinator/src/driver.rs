@@ -127,13 +127,15 @@ impl Driver {
                 Err(e) => self.shared.input(Input::Broken { worker, why: e.to_string() }),
             }
         }
-        // The last is done here, which for a small model is the whole step; the others beside it.
-        let last = ready.pop();
+        // The first is done here, which for a small model is the whole step; the others beside it. Weights that workers look for in
+        // order change in that order.
+        let mut ready = ready.into_iter();
+        let first = ready.next();
         for (chunk, part) in ready {
             let shared = self.shared.clone();
             self.shared.store.pool.spawn(move || chunk.accept(&shared, Gradient::Slot(part)));
         }
-        if let Some((chunk, part)) = last {
+        if let Some((chunk, part)) = first {
             chunk.accept(&self.shared, Gradient::Slot(part));
         }
         any
@@ -206,10 +208,9 @@ impl Driver {
         self.sessions.remove(&worker).is_some()
     }
 
-    /// Tells the store how many threads compute beside it.
+    /// Tells the store who computes beside it.
     fn share_cores(&self) {
-        let threads = self.lanes.values().map(LaneEnd::threads).sum();
-        self.shared.store.beside.store(threads, Ordering::Relaxed);
+        *lock(&self.shared.store.beside) = self.lanes.values().map(LaneEnd::beside).collect();
     }
 
     fn tell(&self, worker: WorkerId, kind: v1::to_worker::Kind) {

@@ -32,9 +32,9 @@ impl LaneEnd {
         LaneEnd { lane, threads: threads as usize, push, hold: None, reads: None }
     }
 
-    /// The worker's compute threads.
-    pub fn threads(&self) -> usize {
-        self.threads
+    /// The lane, and the worker's compute threads.
+    pub fn beside(&self) -> (Arc<Lane>, usize) {
+        (self.lane.clone(), self.threads)
     }
 
     /// Orders nodes; false where the worker takes none.
@@ -43,7 +43,7 @@ impl LaneEnd {
             shared.store.bytes_pulled.fetch_add(shared.store.layout().len() as u64 * 4, Ordering::Relaxed);
         }
         let (evaluate, rows_first) = (kind == Kind::Evaluate, shared.store.rows_first());
-        let wakes = shared.store.has_a_core();
+        let wakes = shared.store.takes_early();
         nodes.iter().all(|&node| {
             let order = Order { step: step.0, generation: generation.0, node, evaluate, rows_first, wakes };
             self.lane.order(order)

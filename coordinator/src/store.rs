@@ -27,7 +27,7 @@ use unisono_common::loss::LossSums;
 use unisono_common::optim::{MAX_SLOTS, Sums};
 use unisono_common::rows::{self, RowBlock};
 use unisono_common::tree::{Node, Offer, Open};
-use unisono_proto::shm::{Piece, Weights};
+use unisono_proto::shm::{Lane, Piece, Weights};
 
 /// Takes the chunks of a checkpoint, in any order, from any thread.
 pub trait Keep: Send + Sync {
@@ -150,8 +150,8 @@ pub struct Store {
     applied: Box<dyn Fn(Applied) + Send + Sync>,
     /// Threads that reduce and update.
     pub pool: rayon::ThreadPool,
-    /// Threads that compute gradients on this host, of workers that share memory with it.
-    pub beside: AtomicUsize,
+    /// The workers that compute gradients on this host and share memory with it, and their threads.
+    pub beside: Mutex<Vec<(Arc<Lane>, usize)>>,
     /// Whether chunks for the wire need a checksum: what is encrypted has a better one.
     pub needs_checksum: bool,
     /// Where somebody wants to know.
@@ -223,7 +223,7 @@ impl Store {
             line: Line::new(),
             applied,
             pool,
-            beside: AtomicUsize::new(0),
+            beside: Mutex::default(),
             needs_checksum: true,
             timers: None,
             bytes_pushed: AtomicU64::new(0),
@@ -291,9 +291,15 @@ impl Store {
             self.update(&mut chunk, index, &gradient, inverse(sums), sums, None);
             drop(chunk);
             self.spare.free(gradient);
-            self.changed.send_modify(|n| *n += 1);
+            self.weights_changed();
         }
         self.one_less(step, sums);
+    }
+
+    /// Tells all who wait for the weights of the next step that more of them are there.
+    fn weights_changed(&self) {
+        self.changed.send_modify(|n| *n += 1);
+        lock(&self.beside).iter().for_each(|(lane, _)| lane.weights_changed());
     }
 
     /// Takes the checked sums of a node's rows, as [`Store::add`] does those of its chunks; the last ones finish the step.
@@ -345,8 +351,14 @@ impl Store {
     }
 
     /// Whether workers that share memory leave a core free: where they compute on all of them, an update would only interrupt them.
-    pub fn has_a_core(&self) -> bool {
-        self.beside.load(Ordering::Relaxed) < self.pool.current_num_threads()
+    fn has_a_core(&self) -> bool {
+        lock(&self.beside).iter().map(|(_, threads)| threads).sum::<usize>() < self.pool.current_num_threads()
+    }
+
+    /// Whether chunks are to be taken while workers beside this store compute: where these leave it a core, and where streams wait
+    /// for new weights.
+    pub fn takes_early(&self) -> bool {
+        self.has_a_core() || self.changed.receiver_count() > 0
     }
 
     /// Whether the next rows of sparse tables are computed as soon as their gradients are there: not where the global norm is

@@ -138,7 +138,7 @@ fn hosts_give_the_local_runs_weights_and_get_the_program_once() {
     let calm = undisturbed(SHORT);
     let steps = format!("train.steps={SHORT}");
     let dir = |name: &str| format!("checkpoint.dir={name}");
-    let copied = |out: &Output| text(&out.stderr).matches("copying unisono there").count();
+    let copied = |out: &Output| text(&out.stderr).matches("copying unisono to ").count();
     let out = hosts.launch(&["--set", &steps]);
     let done = summary(&out);
     same_result(&done, &calm);
@@ -233,19 +233,9 @@ fn where_no_host_works_each_is_named_with_a_way_out() {
     );
     assert!(lines[1].contains("two (hosts:2): ssh: connect") && lines[1].contains("`ssh me@two`"), "{end}");
 
-    // Workers that do not find the way back.
-    hosts.up("three");
-    fs::write(hosts.dir().join("hosts"), "three\n").expect("written");
-    let out = hosts.launch(&["--listen", "127.0.0.1:0", "--advertise", "127.0.0.2"]);
-    let error = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(1), "{error}");
-    assert!(
-        error.contains("cannot reach a coordinator") && error.contains("--advertise 127.0.0.2 has to be this machine"),
-        "{error}"
-    );
-
     // A program that is for something else, or is not there.
     fs::write(hosts.dir().join("hosts"), "three binary=/bin/none\n").expect("written");
+    hosts.up("three");
     let out = hosts.launch(&[]);
     let error = text(&out.stderr);
     assert_eq!(out.status.code(), Some(1), "{error}");

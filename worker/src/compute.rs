@@ -210,24 +210,27 @@ impl Compute {
     }
 
     /// Begins, or goes on, with a node that is most likely the next: gathers its samples, and computes with those weights that have
-    /// changed already.
-    fn begin(&mut self, step: u64, node: Node, link: &Link) {
+    /// changed already. Gives whether there will be more to do when others have.
+    fn begin(&mut self, step: u64, node: Node, link: &Link) -> bool {
         if self.simulated().is_some() {
-            return;
+            return false;
         }
         let began = Instant::now();
         self.fill(step, node, link.rows());
         // What tables hold changes last of all.
-        let Some(early) = link.early(step).filter(|_| self.batch.lookups.keys().is_empty()) else { return };
+        let Some(early) = link.early(step).filter(|_| self.batch.lookups.keys().is_empty()) else {
+            return false;
+        };
         let (data, key) = (began.elapsed(), self.plan(step, node));
         let (_, workspace) = self.workspace.as_mut().expect("planned above");
         let filled = self.filled.as_mut().expect("filled above");
         let (ahead, before) = &mut filled.ahead;
-        train::ahead(&self.model, &early, &self.batch, &filled.segments, key, workspace, ahead);
+        let more = train::ahead(&self.model, &early, &self.batch, &filled.segments, key, workspace, ahead);
         let [data, all] = [data, began.elapsed()].map(nanos);
         before.data += data;
         before.forward += all - data;
         before.ahead += all;
+        more
     }
 
     /// The gradient sums of one node that [`Compute::prepare`] got ready, into `out` and `d_rows`, and what that took; `ready` hears
@@ -339,11 +342,7 @@ impl Compute {
     pub fn serve(mut self, link: Link, session: mpsc::UnboundedSender<v1::FromWorker>) -> Result<()> {
         // The first node of the last step is most likely that of the next one.
         let mut first: Option<(u64, Node)> = None;
-        while let Some(order) = link.next(|| {
-            if let Some((step, node)) = first {
-                self.begin(step + 1, node, &link);
-            }
-        }) {
+        while let Some(order) = link.next(|| first.is_some_and(|(step, node)| self.begin(step + 1, node, &link))) {
             let tell = |kind| session.send(v1::FromWorker { kind: Some(kind) }).ok().context("the session ended");
             let (step, node) = (order.step, order.node);
             self.fetch(&link, node, order.evaluate)?;

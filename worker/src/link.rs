@@ -16,26 +16,14 @@ use unisono_common::ids::{Step, Version};
 use unisono_common::layout::{CHUNK, Layout};
 use unisono_common::loss::LossSums;
 use unisono_common::tree::Node;
-use unisono_proto::shm::frame::{self, Header, Report, Spent};
+pub use unisono_proto::shm::frame::Order;
+use unisono_proto::shm::frame::{Header, Report, Spent};
 use unisono_proto::shm::memory::BellMemory;
 use unisono_proto::shm::{Hold, Lane, Part, RowPart, Weights};
 
 /// Chunks for which a coordinator that sleeps is woken, where more are to come and it has a core to itself: to wake it takes as long as
 /// to add one up.
 const CHUNKS_A_RING: usize = 4;
-
-/// One order: this node, with the weights of this step.
-#[derive(Clone, Copy)]
-pub struct Order {
-    pub step: u64,
-    pub generation: u64,
-    pub node: Node,
-    pub evaluate: bool,
-    /// Whether the gradients of rows of sparse tables are wanted before others.
-    pub rows_first: bool,
-    /// Whether a coordinator that sleeps beside shared memory is to be woken before all is final.
-    pub wakes: bool,
-}
 
 /// What the push stream sends.
 pub enum Piece {
@@ -83,15 +71,11 @@ impl Link {
         Link { lane, way: Way::Streams { orders, coming, push }, rows }
     }
 
-    /// Waits for the next order; `None` when the session is over. Where it has not come yet, `meanwhile` is run first, and over shared memory
-    /// again whenever weights may have changed.
-    pub fn next(&self, mut meanwhile: impl FnMut()) -> Option<Order> {
+    /// Waits for the next order; `None` when the session is over. Where it has not come yet, `meanwhile` is run first, and over shared
+    /// memory again when weights have changed for as long as it says that it could do more then.
+    pub fn next(&self, mut meanwhile: impl FnMut() -> bool) -> Option<Order> {
         match &self.way {
-            Way::Shared { .. } => {
-                let frame::Order { step, generation, node, evaluate, rows_first, wakes } =
-                    self.lane.next_order(meanwhile)?;
-                Some(Order { step, generation, node, evaluate, rows_first, wakes })
-            }
+            Way::Shared { .. } => self.lane.next_order(meanwhile),
             Way::Streams { orders, .. } => orders.try_recv().ok().or_else(|| {
                 meanwhile();
                 orders.recv().ok()
@@ -218,9 +202,10 @@ impl Announcement<'_> {
 
     /// All is final.
     pub fn finish(self, sums: LossSums, spent: Spent) {
-        self.say(self.trained..self.layout.chunks(), sums, None, true);
+        let (said, trained) = (self.said.get(), self.trained);
         self.say_rows(sums);
-        self.say(0..self.said.get(), sums, Some(spent), true);
+        self.say(trained..self.layout.chunks(), sums, (said == 0).then_some(spent), true);
+        self.say(0..said, sums, Some(spent), true);
     }
 
     /// Announces the node, once.

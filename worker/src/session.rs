@@ -432,7 +432,7 @@ pub async fn session(options: &Options, kept: &mut Kept, leave: &mut watch::Rece
                     for node in nodes {
                         let evaluate = kind == Kind::Evaluate;
                         // Where compute has ended, the loop hears of it.
-                        // The coordinator's cores are, as a rule, its own.
+                        // The coordinator's cores are, as a rule, its own; what is sent wakes it.
                         let (step, rows_first, wakes) = (step.0, true, false);
                         streams.orders.send(Order { step, generation, node, evaluate, rows_first, wakes }).ok();
                     }

@@ -134,9 +134,9 @@ pub fn fetch<T>(data: &[T], at: usize) {
     let _ = (data, at);
 }
 
-/// [`fetch`]es the values at `range`.
+/// [`fetch`]es the values at `range`, or the first of them, as many as a first-level cache holds beside what is worked on.
 pub fn fetch_all<T>(data: &[T], range: Range<usize>) {
-    range.step_by(64 / size_of::<T>()).for_each(|at| fetch(data, at));
+    range.step_by(64 / size_of::<T>()).take(256).for_each(|at| fetch(data, at));
 }
 
 /// Values, half a page of them, between those that a pass over memory works on and those that it asks for: processors look ahead by

@@ -79,6 +79,12 @@ impl Sequential {
         (0..self.layers.len()).find(learns).unwrap_or(self.layers.len())
     }
 
+    /// Whether a run ahead that has `begun` could go on, if there were more parameters.
+    pub(crate) fn goes_on(&self, begun: &Begun) -> bool {
+        let first = self.first();
+        begun.layers <= first && self.layers.get(first).is_some_and(|layer| layer.as_linear().is_some())
+    }
+
     fn inner_scratch(&self, rows: usize, segments: usize) -> usize {
         self.layers.iter().map(|l| l.scratch(rows, segments)).max().unwrap_or(0)
     }

@@ -27,7 +27,7 @@ impl Store {
                 self.spare.free(mean);
             }
             drop(chunk);
-            self.changed.send_modify(|n| *n += 1);
+            self.weights_changed();
         };
         self.pool.install(|| self.chunks.par_iter().enumerate().for_each(apply));
         factor

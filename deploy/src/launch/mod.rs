@@ -17,7 +17,7 @@ use std::io::IsTerminal;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::{Mutex, mpsc, watch};
@@ -27,7 +27,7 @@ use unisono_coordinator::{Entrance, Progress};
 use unisono_proto::identity::{COORDINATOR_NAME, Identity};
 
 /// Seconds that a worker tries to reach the coordinator before it is taken for failed.
-const PATIENCE: u32 = 20;
+const PATIENCE: u32 = 60;
 /// Days that the certificates of a run are valid: a run is shorter.
 const DAYS: u16 = 365;
 
@@ -75,8 +75,8 @@ pub struct Run {
     identity: String,
     /// Whether stderr shows colours.
     colours: bool,
-    /// The names of those that have joined.
-    joined: std::sync::Mutex<BTreeSet<Arc<str>>>,
+    /// Who is in the run.
+    there: watch::Receiver<Progress>,
 }
 
 impl Run {
@@ -114,26 +114,23 @@ impl Run {
         Err(Failure::new(format!("it is not known by which address {} reaches this machine: {how}", host.name())))
     }
 
-    /// What was said last on a host, and what to do about it.
+    /// What a worker said last on a host, and what to do about it.
     fn with_hint(&self, host: &Host, said: &str) -> String {
-        const ON_THE_WAY: [&str; 4] =
-            ["cannot reach a coordinator", "what listens at ", "the certificate of ", "no TLS with "];
-        if !ON_THE_WAY.iter().any(|way| said.contains(way)) {
-            return ssh::with_hint(host, said);
-        }
-        let (name, port) = (host.name(), self.listening.port());
-        match &self.advertise {
+        let (name, listening) = (host.name(), self.listening);
+        let hint = match &self.advertise {
             Some(ours) => format!(
-                "{said}; --advertise {ours} has to be this machine, as {name} reaches it, with port {port} open: without it, it is the address that ssh comes from"
+                "does {ours} (--advertise) lead from {name} to this machine, and is port {} open there?",
+                listening.port()
             ),
             None => format!(
-                "{said}; is port {port} of this machine open to {name}? --listen 0.0.0.0:PORT settles it, --advertise the address"
+                "is port {} of this machine open to {name}? --listen 0.0.0.0:PORT settles it, --advertise the address",
+                listening.port()
             ),
-        }
-    }
-
-    fn joined(&self) -> MutexGuard<'_, BTreeSet<Arc<str>>> {
-        self.joined.lock().unwrap_or_else(|e| e.into_inner())
+        };
+        // Nobody, or somebody else.
+        let is_astray =
+            ["cannot reach a coordinator", "is of another CA", "speaks no TLS"].iter().any(|way| said.contains(way));
+        if is_astray { format!("{said}; {hint}") } else { ssh::with_hint(host, said) }
     }
 
     /// What a worker's lines begin with.
@@ -190,19 +187,19 @@ impl Run {
         drop(events);
         // Who has failed; a worker that is started for the first time is waited for.
         let (mut failed, mut tried) = (BTreeMap::new(), BTreeSet::new());
-        // Why those that have not joined are not there.
-        let mut why = BTreeMap::new();
+        // The names of those that have joined, and why others are not there.
+        let (mut joined, mut why) = (BTreeSet::new(), BTreeMap::new());
         loop {
             tokio::select! {
                 Ok(()) = progress.changed() => {
-                    self.joined().extend(progress.borrow_and_update().workers.iter().map(|worker| worker.name.clone()));
+                    joined.extend(progress.borrow_and_update().workers.iter().map(|worker| worker.name.clone()));
                 }
                 event = happens.recv() => match event {
                     Some(Event::Started(slot)) => if tried.insert(slot) { failed.remove(&slot); },
                     Some(Event::Failed(slot, failure)) => {
                         why.insert(slot, failure.why.clone());
                         failed.insert(slot, failure);
-                        let hopeless = failed.len() == names.len() && (self.joined().is_empty() || failed.values().all(|failure| failure.last));
+                        let hopeless = failed.len() == names.len() && (joined.is_empty() || failed.values().all(|failure| failure.last));
                         if hopeless && !*over.borrow() {
                             return Err(self.hopeless(&names, &failed));
                         }
@@ -213,7 +210,6 @@ impl Run {
         }
         // Nobody lives any more: all have done their part, or said why not.
         while living.join_next().await.is_some() {}
-        let mut joined = self.joined();
         joined.extend(progress.borrow().workers.iter().map(|worker| worker.name.clone()));
         for (slot, name) in workers.iter().enumerate().filter(|(_, name)| !joined.contains(name.as_str())) {
             let why = why.get(&slot).map_or("it was not there before the end", |why| why);
@@ -253,7 +249,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
             // Whoever has copied certificates from there would be shut out.
             if dir.exists() {
                 return Err(Wrong(anyhow!(
-                    "--certs {0}: {0} is there already, as of an earlier run; remove it, or name another",
+                    "--certs {0}: {0} is there already; name a folder that is not (that of an earlier run may be removed)",
                     dir.display()
                 ))
                 .into());
@@ -285,6 +281,7 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
         Level::INFO => None,
         _ => Some("--quiet".into()),
     });
+    let (progress, watching) = watch::channel(Progress::default());
     let run = Arc::new(Run {
         hosts,
         ssh,
@@ -293,10 +290,9 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
         options: worker_options,
         identity: handed::line(&worker)?,
         colours: std::io::stderr().is_terminal(),
-        joined: std::sync::Mutex::default(),
+        there: progress.subscribe(),
     });
     let entrance = Entrance::new(listener, Some(&coordinator))?;
-    let (progress, watching) = watch::channel(Progress::default());
     let (joining, there) = (progress.subscribe(), progress.subscribe());
     let shown = view.show(watching);
     let interrupted = interruption();
@@ -329,4 +325,45 @@ pub async fn run(args: Args, started: Instant) -> Result<ExitCode> {
     let summary = trained?;
     show::summary(&summary, args.json)?;
     Ok(show::exit_code(&summary, *interrupted.borrow()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_goes_astray_is_told_of_the_address() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let file = dir.path().join("hosts");
+        std::fs::write(&file, "me@node1\n").expect("written");
+        let run = |advertise: Option<&str>| Run {
+            hosts: hosts::read(&file).expect("a host"),
+            ssh: Ssh::new("ssh", true).expect("a program"),
+            listening: ([0, 0, 0, 0], 7070).into(),
+            advertise: advertise.map(String::from),
+            options: Vec::new(),
+            identity: String::new(),
+            colours: false,
+            there: watch::channel(Progress::default()).1,
+        };
+        let hint = |advertise, said| {
+            let run = run(advertise);
+            run.with_hint(&run.hosts[0], said)
+        };
+        let unreachable = "cannot reach a coordinator at https://x:7070: refused";
+        let told = hint(Some("x"), unreachable);
+        assert!(told.starts_with(unreachable) && told.contains("x (--advertise) lead from node1"), "{told}");
+        let told = hint(None, unreachable);
+        assert!(told.contains("port 7070 of this machine open to node1") && told.contains("--listen"), "{told}");
+        // Who was answered has found the way.
+        for said in
+            ["the certificate of https://x:7070 is not valid yet: compare the clocks of both machines", "Killed"]
+        {
+            assert_eq!(hint(Some("x"), said), said);
+        }
+        // A folder's permissions are not a user's.
+        assert!(hint(None, "me@node1: Permission denied (publickey).").contains("`ssh-copy-id me@node1`"));
+        let said = "cannot read rows.csv: Permission denied (os error 13)";
+        assert_eq!(hint(None, said), said);
+    }
 }

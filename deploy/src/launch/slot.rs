@@ -156,8 +156,8 @@ impl Slot {
         };
         let late = async {
             over.wait_for(|over| *over).await.ok();
-            // Who has not joined is told nothing.
-            if run.joined().contains(self.name.as_str()) {
+            // Who is not in the run is told nothing.
+            if run.there.borrow().workers.iter().any(|worker| *worker.name == *self.name) {
                 tokio::time::sleep(GOODBYE).await;
             }
         };

@@ -207,8 +207,7 @@ find "$c" -mindepth 1 -maxdepth 1 -type d -mtime +30 -exec rm -rf {{}} + 2>/dev/
         };
         // Who does not take all says why.
         let (sent, output) = tokio::join!(send, child.wait_with_output());
-        let hint = "is there room, and may programs run, in ~/.cache? XDG_CACHE_HOME there, or binary=PATH, names another place";
-        let failed = |e: Failure| Failure { why: format!("unisono cannot be copied there: {}; {hint}", e.why), ..e };
+        let failed = |e: Failure| Failure { why: format!("unisono cannot be copied there: {}", e.why), ..e };
         checked(host, output).map_err(failed)?;
         sent.map_err(|e| failed(Failure::new(e.to_string())))
     }

@@ -180,7 +180,7 @@ mod linux {
                 wakes: true,
             };
             assert!(lane.order(order));
-            assert_eq!(theirs.lane.next_order(|| ()), Some(order));
+            assert_eq!(theirs.lane.next_order(|| false), Some(order));
             assert!(knock("unisono-nobody", &[7; SECRET], size, None).is_err());
         }
     }

@@ -102,6 +102,11 @@ impl Lane {
         Ring(self.memory.words((BELL + 16 + RING) * 4, RING))
     }
 
+    /// 1 where the worker waits, and would be at work if weights changed.
+    fn looks(&self) -> &AtomicU32 {
+        &self.memory.words((BELL + SLOTS as usize) * 4, 1)[0]
+    }
+
     /// 0 where the slot is free; the worker sets it, the coordinator clears it.
     fn taken(&self, slot: u32) -> &AtomicU32 {
         &self.memory.words((BELL + slot as usize) * 4, 1)[0]
@@ -123,6 +128,13 @@ impl Lane {
         let sent = self.down().push(&order.to_frame());
         self.bell().ring();
         sent
+    }
+
+    /// Wakes the worker where it waits for weights to change: those of the next step, for all or some of which it looks.
+    pub fn weights_changed(&self) {
+        if self.looks().load(Ordering::Relaxed) != 0 {
+            self.bell().ring();
+        }
     }
 
     /// The worker's next report.
@@ -156,14 +168,16 @@ impl Lane {
     }
 
     /// Waits for the next order; `None` when the lane is closed, or what came was none. Where it has not come yet, `meanwhile` is run
-    /// first, and again whenever a part of a slot is needed no more: then weights may have changed.
-    pub fn next_order(&self, mut meanwhile: impl FnMut()) -> Option<Order> {
-        let frame: [u32; FRAME] = self.wait_for(|| {
+    /// first, and again when weights have changed for as long as it says that it could do more then.
+    pub fn next_order(&self, mut meanwhile: impl FnMut() -> bool) -> Option<Order> {
+        let frame = self.wait_for(|| {
             self.down().pop().or_else(|| {
-                meanwhile();
+                self.looks().store(meanwhile().into(), Ordering::Relaxed);
                 self.down().pop()
             })
-        })?;
+        });
+        self.looks().store(0, Ordering::Relaxed);
+        let frame: [u32; FRAME] = frame?;
         Order::from_frame(&frame).ok()
     }
 
@@ -296,12 +310,6 @@ impl RowPart {
     }
 }
 
-impl Drop for Part {
-    fn drop(&mut self) {
-        self.hold.lane.bell().ring();
-    }
-}
-
 impl AsRef<[u8]> for Part {
     fn as_ref(&self) -> &[u8] {
         unisono_common::layout::le_bytes(self.values())
@@ -313,6 +321,7 @@ const _: () = assert!(FRAMES.is_power_of_two() && PAGE >= BELL * 4, "a ring's co
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
     use unisono_common::tree::Node;
 
     fn order(step: u64) -> Order {
@@ -348,27 +357,55 @@ mod tests {
         }
         assert_eq!(lane.report(), Ok(None));
         assert!(Hold::of(&lane, 0).is_none() && Hold::of(&lane, SLOTS).is_none());
-        // What is done meanwhile may take until the order comes, and is done again when a part is dropped.
-        let slot = lane.take_slot().expect("free");
-        let hold = Hold::of(&lane, slot).expect("taken");
-        let mut parts = vec![Part::new(&hold, 0..4), Part::new(&hold, 4..10)];
+        // What is done meanwhile may take until the order comes.
         let mut times = 0;
         let came = lane.next_order(|| {
             times += 1;
-            if parts.pop().is_none() {
-                assert!(lane.order(order(7)));
-            }
+            lane.order(order(7))
         });
-        assert_eq!((came, times), (Some(order(7)), 3));
+        assert_eq!((came, times), (Some(order(7)), 1));
         let waiting = std::thread::spawn({
             let lane = lane.clone();
-            move || lane.next_order(|| ())
+            move || lane.next_order(|| false)
         });
         lane.close();
         assert_eq!(waiting.join().expect("no panic"), None);
         assert!(lane.order(order(8)));
-        assert_eq!(lane.next_order(|| ()), None, "a closed lane gives no orders");
+        assert_eq!(lane.next_order(|| false), None, "a closed lane gives no orders");
         assert!((0..=FRAMES as u64).any(|step| !lane.order(order(step))), "a worker that takes no orders is noticed");
+    }
+
+    #[test]
+    fn weights_that_change_wake_whom_they_give_work() {
+        let lane = Arc::new(Lane::create(SlotSize::dense(1)).expect("memory"));
+        let (says, said) = std::sync::mpsc::channel();
+        let worker = std::thread::spawn({
+            let (lane, mut left) = (lane.clone(), 2);
+            move || {
+                lane.next_order(|| {
+                    left -= 1;
+                    says.send(left).expect("somebody listens");
+                    left > 0
+                })
+            }
+        });
+        let first = said.recv_timeout(Duration::from_secs(60));
+        // It may be about to say that it looks.
+        let woken = std::iter::repeat_with(|| {
+            lane.weights_changed();
+            said.recv_timeout(Duration::from_millis(10))
+        });
+        let second = woken.take(1000).find(Result::is_ok);
+        while second.is_some() && lane.looks().load(Ordering::Relaxed) != 0 {
+            std::thread::yield_now();
+        }
+        let bell = lane.bell().listen();
+        lane.weights_changed();
+        let is_silent = lane.bell().listen() == bell;
+        lane.order(order(3));
+        let came = worker.join().expect("no panic");
+        assert_eq!((first, second, came), (Ok(1), Some(Ok(0)), Some(order(3))));
+        assert!(is_silent, "who has nothing to do is woken");
     }
 
     #[test]
@@ -377,15 +414,17 @@ mod tests {
         let words: Vec<_> = (0..Bell::<AtomicU32>::WORDS).map(|_| AtomicU32::new(0)).collect();
         let bell = Bell(&words);
         let reports = (0..=FRAMES as u32).map(|slot| Report::Rows { slot });
+        let mut rang = false;
         std::thread::scope(|scope| {
             let heard = bell.listen();
             scope.spawn(|| reports.clone().for_each(|report| lane.tell(report, &bell)));
-            bell.sleep(heard, Some(std::time::Duration::from_secs(60)));
-            assert_ne!(bell.listen(), heard, "it did not ring");
+            bell.sleep(heard, Some(Duration::from_secs(60)));
+            rang = bell.listen() != heard;
             for report in reports.clone() {
                 let came = std::iter::repeat_with(|| lane.report().expect("a frame")).find_map(|came| came);
                 assert_eq!(came, Some(report));
             }
         });
+        assert!(rang, "nobody was woken");
     }
 }

@@ -91,6 +91,11 @@ fn what_was_begun_counts_for_its_order_only() {
     begin(&mut pair, false);
     assert!(pair.gradient(5, node) == calm[0], "weights were looked at that have not changed");
 
+    // What had not changed the first time has the second time.
+    begin(&mut pair, false);
+    begin(&mut pair, true);
+    assert!(f64::from_bits(pair.gradient(5, node)[0]).is_nan(), "nothing was looked at a second time");
+
     begin(&mut pair, true);
     assert!(evaluate(&mut pair) && pair.gradient(5, node) == calm[0], "after an evaluation");
 
