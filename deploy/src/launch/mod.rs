@@ -116,15 +116,13 @@ impl Run {
 
     /// What a worker said last on a host, and what to do about it.
     fn with_hint(&self, host: &Host, said: &str) -> String {
-        let (name, listening) = (host.name(), self.listening);
+        let (name, port) = (host.name(), self.listening.port());
         let hint = match &self.advertise {
-            Some(ours) => format!(
-                "does {ours} (--advertise) lead from {name} to this machine, and is port {} open there?",
-                listening.port()
-            ),
+            Some(ours) => {
+                format!("does {ours} (--advertise) lead from {name} to this machine, and is port {port} open there?")
+            }
             None => format!(
-                "is port {} of this machine open to {name}? --listen 0.0.0.0:PORT settles it, --advertise the address",
-                listening.port()
+                "is port {port} of this machine open to {name}? --listen 0.0.0.0:PORT settles it, --advertise the address"
             ),
         };
         // Nobody, or somebody else.
